@@ -1,0 +1,338 @@
+"""Folders in which stages meet: a manifest says what is inside and from what; a folder appears when it is complete.
+
+While a stage works it writes to `NAME.partial` beside its output, file by file, each under a temporary name first.
+A second run with the same settings and inputs goes on at the first missing file. When all is there the manifest is
+written and the folder renamed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memlm.errors import ArtifactError, OutputExistsError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_UNHASHED = {MANIFEST, "run.json", "plan.json", "lock"}  # times, logs and what describes the rest
+_LIBRARIES = ("memlm", "torch", "transformers", "faiss-cpu", "datasets", "pyarrow", "numpy", "tokenizers")
+
+Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "evaluation"]
+
+
+class PayloadFile(BaseModel):
+    """Size and checksum of one file of a folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a folder is: made by which stage, with which settings, from which inputs, holding which files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    format_version: int
+    config: dict[str, Any]
+    """The stage's settings, without paths."""
+    inputs: dict[str, str]
+    """Name to content hash of everything that was read."""
+    tokenizer: str | None
+    """Fingerprint of the tokenizer that made the token ids."""
+    facts: dict[str, Any]
+    """What the stage found out: counts, shapes, recall, figures. Deterministic."""
+    payload: dict[str, PayloadFile]
+    sources: dict[str, str]
+    """Where inputs were found, to find them again; not part of the hash."""
+    versions: dict[str, str]
+    """Libraries, Python, machine and thread count that wrote it; not part of the hash."""
+
+    @property
+    def hash(self) -> str:
+        """What identifies the folder's content: equal for equal settings, inputs and payload bytes."""
+        return digest(self.model_dump(mode="json", exclude={"sources", "versions"}))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides whether a run is the same run: everything known before the work starts."""
+        return {
+            "kind": self.kind,
+            "format_version": self.format_version,
+            "config": self.config,
+            "inputs": self.inputs,
+            "tokenizer": self.tokenizer,
+        }
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of `value` as canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it on success and removed on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def is_artifact(folder: str | Path) -> bool:
+    """Whether `folder` holds a manifest."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_manifest(folder: str | Path, *kinds: Kind) -> Manifest:
+    """The manifest of `folder`, with its files' presence and sizes checked.
+
+    Args:
+        folder: What a stage wrote.
+        kinds: The kinds that will do; none means any.
+
+    Raises:
+        ArtifactError: No such folder, no manifest, another kind or version, or a file is missing or truncated.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    wanted = " or ".join(kinds) or "memlm"
+    if not path.is_file():
+        partial = partial_path(folder)
+        if partial.is_dir():
+            raise ArtifactError(f"{folder} is not finished: run the command that makes it again, it goes on in {partial}")
+        what = "has no manifest.json" if folder.is_dir() else "does not exist"
+        raise ArtifactError(f"{folder} {what}; expected a {wanted} folder")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+    if not isinstance(raw, dict) or "format_version" not in raw:
+        raise ArtifactError(f"{path} is not a memlm manifest")
+    if raw["format_version"] != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {raw['format_version']!r}, this memlm reads {FORMAT_VERSION}; rebuild the folder"
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ArtifactError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if kinds and manifest.kind not in kinds:
+        raise ArtifactError(f"{folder} is a {manifest.kind} folder, expected {wanted}")
+    for name, file in manifest.payload.items():
+        relative = Path(name)
+        if relative.is_absolute() or ".." in relative.parts:
+            raise ArtifactError(f"{path} names a file outside its folder: {name!r}")
+        target = folder / relative
+        if not target.is_file():
+            raise ArtifactError(f"{target} is missing; rebuild {folder}")
+        size = target.stat().st_size
+        if size != file.bytes:
+            raise ArtifactError(f"{target} has {size} bytes, its manifest says {file.bytes}; rebuild {folder}")
+    return manifest
+
+
+def partial_path(out: str | Path) -> Path:
+    """Where a stage works until `out` is complete."""
+    out = Path(os.path.abspath(out))
+    return out.with_name(out.name + ".partial")
+
+
+def check_output(out: str | Path, identity: dict[str, Any]) -> bool:
+    """Whether `out` is already complete for this identity.
+
+    Raises:
+        OutputExistsError: `out` holds something else.
+    """
+    out = Path(out)
+    if is_artifact(out):
+        there = read_manifest(out).identity
+        if there == identity:
+            return True
+        raise OutputExistsError(
+            f"{out} exists and was made otherwise ({_difference(there, identity)}); choose another output or delete it"
+        )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputExistsError(f"{out} exists and is no memlm folder; choose another output or delete it")
+    return False
+
+
+def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+    for part in ("kind", "format_version", "config", "inputs", "tokenizer"):
+        old, new = there.get(part), here.get(part)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            key = next(k for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+            old, new, part = old.get(key), new.get(key), f"{part}.{key}"
+        return f"{part}: {_short(old)} there, {_short(new)} here"
+    return "no difference"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:16] + "…" + text[-3:]
+
+
+class Stage:
+    """A stage's output while it is being made. Use `open_stage`."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], sources: dict[str, str]) -> None:
+        self.out = out
+        self.path = partial_path(out)
+        self.identity = identity
+        self.sources = sources
+        self.finished = False
+        self._started = time.time()
+
+    def has(self, name: str) -> bool:
+        """Whether file `name` is already complete, so that a resumed run can skip it."""
+        return (self.path / name).is_file()
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A temporary path for file `name`, which appears under its name when the block ends well."""
+        with _replacing(self.path / name) as temporary:
+            yield temporary
+
+    def save_array(self, name: str, array: np.ndarray) -> None:
+        """Write `array` as a `.npy` file, without pickle."""
+        with self.writing(name) as temporary, temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+
+    def save_text(self, name: str, text: str) -> None:
+        """Write `text` as UTF-8."""
+        with self.writing(name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def remove(self, name: str) -> None:
+        """Remove an intermediate file or folder."""
+        path = self.path / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def finish(self, facts: dict[str, Any]) -> Manifest:
+        """Write the manifest and give the folder its name."""
+        payload = {
+            path.relative_to(self.path).as_posix(): PayloadFile(bytes=path.stat().st_size, sha256=file_digest(path))
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and path.relative_to(self.path).as_posix() not in _UNHASHED
+        }
+        manifest = Manifest(
+            **self.identity, facts=facts, payload=payload, sources=self.sources, versions=library_versions()
+        )
+        write_json(self.path / "run.json", {"finished": time.time(), "seconds_last_run": time.time() - self._started})
+        write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
+        for leftover in ("plan.json", "lock"):
+            (self.path / leftover).unlink(missing_ok=True)
+        if self.out.is_dir():
+            self.out.rmdir()  # an empty folder the user made
+        os.replace(self.path, self.out)
+        self.finished = True
+        return manifest
+
+
+@contextlib.contextmanager
+def open_stage(
+    out: str | Path,
+    kind: Kind,
+    *,
+    config: dict[str, Any],
+    inputs: dict[str, str],
+    tokenizer: str | None,
+    sources: dict[str, str] | None = None,
+) -> Iterator[Stage]:
+    """A stage's output folder, resumed where an earlier run with the same settings and inputs stopped.
+
+    Yields:
+        A `Stage`; where `stage.finished` is already true there is nothing to do.
+
+    Raises:
+        OutputExistsError: `out`, or its partial folder, belongs to another run, or another process works on it.
+    """
+    out = Path(out)
+    identity = stage_identity(kind, config=config, inputs=inputs, tokenizer=tokenizer)
+    stage = Stage(out, identity, sources or {})
+    if check_output(out, identity):
+        stage.finished = True
+        yield stage
+        return
+    plan = stage.path / "plan.json"
+    if stage.path.exists() and not plan.is_file() and any(p.name != "lock" for p in stage.path.iterdir()):
+        raise OutputExistsError(f"{stage.path} exists and is no unfinished memlm run; delete it or choose another output")
+    if plan.is_file():
+        there = json.loads(plan.read_text(encoding="utf-8"))
+        if there != identity:
+            raise OutputExistsError(
+                f"{stage.path} is an unfinished run of something else ({_difference(there, identity)});"
+                " delete it or choose another output"
+            )
+    try:
+        stage.path.mkdir(parents=True, exist_ok=True)
+        lock = (stage.path / "lock").open("w")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {stage.path}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputExistsError(f"another process is writing {stage.path}; wait for it or choose another output") from None
+        if not plan.is_file():
+            write_json(plan, identity)
+        yield stage
+
+
+def stage_identity(
+    kind: Kind, *, config: dict[str, Any], inputs: dict[str, str], tokenizer: str | None
+) -> dict[str, Any]:
+    """What decides whether two runs of a stage are the same run."""
+    identity = {"kind": kind, "format_version": FORMAT_VERSION, "config": config, "inputs": inputs, "tokenizer": tokenizer}
+    return json.loads(json.dumps(identity))  # tuples become lists, as they will when read back
+
+
+def library_versions() -> dict[str, str]:
+    """Versions, machine and thread count, as recorded in every manifest and report."""
+    versions = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    if "torch" in sys.modules:
+        versions["threads"] = str(sys.modules["torch"].get_num_threads())
+    return versions
+
+
+def cache_dir() -> Path:
+    """Where fetched models and scores are kept: `$MEMLM_HOME`, or `~/.cache/memlm`."""
+    return Path(os.environ.get("MEMLM_HOME") or Path.home() / ".cache" / "memlm").expanduser()

@@ -1,0 +1,100 @@
+"""Settings: frozen, documented field by field, read from YAML recipes and overridden by `--set`."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from memlm.errors import ConfigError
+
+
+class StageConfig(BaseModel):
+    """Settings of one stage.
+
+    The docstring under a field is its help text, on the command line too. A wrong key or value raises `ConfigError`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def parse(cls, values: dict[str, Any], where: str = "") -> Self:
+        """The settings in `values`, checked.
+
+        Args:
+            values: Field name to value.
+            where: What to call the place of these values in an error, such as `targets.`; ends with a dot or is empty.
+
+        Raises:
+            ConfigError: A key is unknown (the nearest known one is named) or a value is of the wrong type or range.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(_explain(error, cls, where)) from None
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"unknown setting '{where}{key}'{nearest(key, cls.model_fields)}")
+        else:
+            lines.append(f"{where}{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+    return "; ".join(lines)
+
+
+def nearest(key: str, known: Any) -> str:
+    """A hint that names the known key closest to `key`, or all of them where none is close."""
+    known = sorted(known)
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else f"; known: {', '.join(known)}"
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads `1e-4` as a number, which plain YAML 1.1 takes for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|\.inf|\.nan)$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The YAML document in `text`; `name` is what an error calls it.
+
+    Raises:
+        ConfigError: The text is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def read_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> dict[str, dict[str, Any]]:
+    """A recipe as section name to settings, with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: The file is missing or not a mapping of mappings, or an override is not `section.key=value`.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
+    recipe = parse_yaml(text, f"recipe {path}")
+    if not isinstance(recipe, dict) or not all(isinstance(section, dict) for section in recipe.values()):
+        raise ConfigError(f"recipe {path} must hold one mapping per stage, such as 'corpus: {{block_size: 512}}'")
+    for override in overrides:
+        match = re.fullmatch(r"(\w+)\.(\w+)=(.*)", override, re.DOTALL)
+        if not match:
+            raise ConfigError(f"--set {override!r} is not of the form section.key=value, such as targets.k=256")
+        section, key, value = match.groups()
+        recipe.setdefault(section, {})[key] = parse_yaml(value, f"--set {override!r}")
+    return recipe

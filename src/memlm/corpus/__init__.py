@@ -1,0 +1,1 @@
+"""Text to token blocks, and which token each position predicts."""

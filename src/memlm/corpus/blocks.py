@@ -1,0 +1,181 @@
+"""A finished corpus: its splits, their documents and blocks, and which position predicts which token."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from memlm.artifacts import Manifest, read_manifest
+from memlm.corpus.config import CorpusConfig
+from memlm.errors import ArtifactError
+from memlm.models.tokenizers import load_tokenizer
+
+SPLITS = ("train", "validation", "test")
+IGNORE = -100  # transformers' mark for a token that is not predicted
+
+
+@dataclass(frozen=True)
+class Block:
+    """A window of one split's tokens.
+
+    A token is predicted in exactly one block, by the hidden state one place to its left.
+    """
+
+    input_ids: NDArray[np.int32]
+    """`(T,)` tokens."""
+    predicted: NDArray[np.bool_]
+    """`(T,)` whether this block predicts the token at that place; never the first."""
+    first_position: int
+    """Position (entry id) of the first predicted token; the others follow it."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """`(T,)` the token where it is predicted here, `IGNORE` elsewhere."""
+        return np.where(self.predicted, self.input_ids, IGNORE).astype(np.int64)
+
+
+class Split:
+    """The documents of one split as one memory-mapped run of tokens, cut into blocks.
+
+    A document's first token is never predicted, for nothing stands before it; where documents start with BOS, that
+    token is the BOS. Every other token is a position, numbered through the split.
+    """
+
+    def __init__(
+        self, tokens: NDArray[np.int32], offsets: NDArray[np.int64], *, block_size: int, step: int, cross_documents: bool
+    ) -> None:
+        """
+        Args:
+            tokens: `(N,)` all documents, one after another.
+            offsets: `(D + 1,)` where each document starts, and N.
+            block_size: Tokens per block at most.
+            step: Tokens newly predicted per further block of a long segment.
+            cross_documents: Whether blocks are cut through document ends.
+        """
+        self.tokens = tokens
+        self.offsets = offsets
+        self.block_size = block_size
+        self.step = step
+        self.cross_documents = cross_documents
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def n_positions(self) -> int:
+        """Predicted tokens: all but the first of each document."""
+        return self.n_tokens - self.n_documents
+
+    @cached_property
+    def _windows(self) -> NDArray[np.int64]:
+        """`(blocks, 3)`: start, end, and first token that may be predicted."""
+        edges = self.offsets[[0, -1]] if self.cross_documents else self.offsets
+        starts, ends = edges[:-1], edges[1:]
+        extra = np.maximum(0, ends - starts - self.block_size)
+        counts = 1 + -(-extra // self.step)
+        counts[ends - starts < 2] = 0
+        segment = np.repeat(np.arange(len(starts)), counts)
+        number = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        end = np.minimum(starts[segment] + self.block_size + number * self.step, ends[segment])
+        start = np.where(number == 0, starts[segment], end - self.block_size)
+        predict_from = np.where(number == 0, start + 1, starts[segment] + self.block_size + (number - 1) * self.step)
+        return np.stack([start, end, predict_from], axis=1)
+
+    def __len__(self) -> int:
+        """Number of blocks."""
+        return len(self._windows)
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """`(blocks,)` tokens in each block."""
+        return self._windows[:, 1] - self._windows[:, 0]
+
+    @cached_property
+    def position_starts(self) -> NDArray[np.int64]:
+        """`(blocks + 1,)` the first position of each block, and the number of positions."""
+        predict_from = self._windows[:, 2]
+        firsts = np.searchsorted(self.offsets[:-1], predict_from, side="left")  # document starts before that token
+        return np.append(predict_from - firsts, self.n_positions)
+
+    def __getitem__(self, index: int) -> Block:
+        start, end, predict_from = self._windows[index]
+        predicted = np.zeros(end - start, bool)
+        predicted[predict_from - start :] = True
+        if self.cross_documents:
+            low, high = np.searchsorted(self.offsets, [start, end])
+            predicted[self.offsets[low:high] - start] = False
+        return Block(np.asarray(self.tokens[start:end]), predicted, int(self.position_starts[index]))
+
+    def labels(self, start: int = 0, stop: int | None = None) -> NDArray[np.int32]:
+        """Tokens that positions `start` to `stop` predict, in the order of positions."""
+        return np.asarray(self.tokens[self.token_indices(start, stop)])
+
+    def token_indices(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Where in `tokens` the labels of positions `start` to `stop` stand."""
+        positions = np.arange(start, self.n_positions if stop is None else stop)
+        return positions + self.documents_of(positions) + 1
+
+    def documents_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The document that each position belongs to."""
+        first_positions = self.offsets[:-1] - np.arange(self.n_documents)
+        return np.searchsorted(first_positions, positions, side="right") - 1
+
+
+class Corpus:
+    """A corpus folder, opened."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """
+        Raises:
+            ArtifactError: The folder is no complete corpus.
+        """
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(folder, "corpus")
+        self.config = CorpusConfig.parse(self.manifest.config, "corpus.")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(self.folder / "tokenizer"))
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids the tokenizer can give are below it."""
+        return int(self.manifest.facts["vocab_size"])
+
+    def split(self, name: str) -> Split:
+        """One of `SPLITS`.
+
+        Raises:
+            ArtifactError: Its files do not fit together.
+        """
+        tokens = np.load(self.folder / f"{name}.tokens.npy", mmap_mode="r", allow_pickle=False)
+        offsets = np.load(self.folder / f"{name}.offsets.npy", allow_pickle=False)
+        if tokens.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets[-1] != len(tokens):
+            raise ArtifactError(f"{self.folder}: {name}.offsets.npy does not fit {name}.tokens.npy; rebuild the corpus")
+        config = self.config
+        return Split(
+            tokens, offsets, block_size=config.block_size, step=config.step, cross_documents=config.cross_documents
+        )
+
+    def document_names(self, split: str) -> list[str]:
+        """Where each document of a split came from."""
+        return (self.folder / f"{split}.names.txt").read_text(encoding="utf-8").splitlines()
+
+
+def length_batches(lengths: Sequence[int] | NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:
+    """Indices in batches of similar length, each at most `batch_tokens` after padding (or a single long one)."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        size = max(1, batch_tokens // int(lengths[order[start]]))
+        yield order[start : start + size]
+        start += size

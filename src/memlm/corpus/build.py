@@ -1,0 +1,222 @@
+"""The corpus stage: documents to a folder of token splits."""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from memlm.artifacts import Manifest, Stage, open_stage, read_manifest
+from memlm.config import nearest
+from memlm.corpus.blocks import SPLITS
+from memlm.corpus.config import CorpusConfig
+from memlm.corpus.near_duplicates import OverlapFinder
+from memlm.corpus.readers import Document, find_sources, read_documents, source_digest
+from memlm.errors import ConfigError, InputError
+from memlm.models.loading import resolve
+from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
+from memlm.progress import progress_bar
+
+_SHARD_CHARACTERS = 4 << 20
+
+
+def build_corpus(
+    documents: list[str], *, tokenizer: str, out: str | Path, config: CorpusConfig | None = None
+) -> Manifest:
+    """Tokenise documents and write `out` with a train, validation and test split.
+
+    A document goes to a split by the hash of its text, so adding documents moves none. Exact repetitions of a document
+    are kept once.
+
+    Args:
+        documents: Files, folders, dataset folders or dataset names (`name[:config[:split]]`).
+        tokenizer: Path, hub id or packaged name of a tokenizer or model.
+        out: Folder to write; a finished one with the same content is left alone.
+        config: Default settings if None.
+
+    Raises:
+        InputError: Nothing usable is in the documents, or they cannot be read.
+        ConfigError: The tokenizer lacks a token that the settings name.
+    """
+    config = config or CorpusConfig()
+    sources = find_sources(documents)
+    loaded = load_tokenizer(resolve(tokenizer))
+    with open_stage(
+        out,
+        "corpus",
+        config=config.model_dump(),
+        inputs={"documents": source_digest(sources)},
+        tokenizer=fingerprint(loaded),
+        sources={"documents": "; ".join(documents), "tokenizer": tokenizer},
+    ) as stage:
+        if stage.finished:
+            return read_manifest(out, "corpus")
+        _tokenize(stage, sources, loaded, config)
+        facts = _compile(stage, config)
+        loaded.save_pretrained(stage.path / "tokenizer")
+        facts["vocab_size"] = vocabulary_size(loaded)
+        stage.remove("raw")
+        return stage.finish(facts)
+
+
+def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> int | None:
+    """The id that a `start_token` or `end_token` setting stands for; None for none.
+
+    Args:
+        setting: `auto`, `none`, `bos`, `eos`, or a token's text.
+        role: `start_token` or `end_token`.
+
+    Raises:
+        ConfigError: The tokenizer has no such token.
+    """
+    if setting == "none":
+        return None
+    if setting == "auto":
+        if role == "end_token":
+            return tokenizer.eos_token_id
+        ids = tokenizer("a")["input_ids"]
+        return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+    if setting in ("bos", "eos"):
+        found = getattr(tokenizer, f"{setting}_token_id")
+        if found is None:
+            raise ConfigError(f"{role} = {setting!r}: the tokenizer has no {setting} token; use none or a token's text")
+        return found
+    vocabulary = tokenizer.get_vocab()
+    if setting not in vocabulary:
+        raise ConfigError(f"{role} = {setting!r} is no token of the tokenizer{nearest(setting, tokenizer.all_special_tokens)}")
+    return vocabulary[setting]
+
+
+def _tokenize(stage: Stage, sources: list[str], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> None:
+    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each."""
+    start = special_id(tokenizer, config.start_token, "start_token")
+    end = special_id(tokenizer, config.end_token, "end_token")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    with progress_bar(0, "tokenising") as bar:
+        for number, shard in enumerate(_shards(read_documents(sources, config))):
+            if stage.has(f"raw/{number:05d}.names.txt"):  # written last
+                bar.update(len(np.load(stage.path / f"raw/{number:05d}.tokens.npy", mmap_mode="r")))
+                continue
+            encoded = tokenizer([d.text for d in shard], add_special_tokens=False, verbose=False)["input_ids"]
+            rows = [
+                np.array([*([start] * (start is not None)), *ids, *([end] * (end is not None))] if ids else [], np.int32)
+                for ids in encoded
+            ]
+            stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
+            stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
+            stage.save_array(f"raw/{number:05d}.hashes.npy", np.array([document_hash(d.text, config.seed) for d in shard]))
+            stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
+            bar.update(sum(map(len, rows)))
+
+
+def _shards(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    shard: list[Document] = []
+    size = 0
+    for document in documents:
+        shard.append(document)
+        size += len(document.text)
+        if size >= _SHARD_CHARACTERS:
+            yield shard
+            shard, size = [], 0
+    if shard:
+        yield shard
+
+
+def document_hash(text: str, seed: int) -> np.uint64:
+    """64 bits that decide a document's split and its place in a limited split."""
+    raw = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(16, "little")).digest()
+    return np.uint64(int.from_bytes(raw, "little"))
+
+
+class _Raw:
+    """The tokenised documents of `raw/`, readable in any order."""
+
+    def __init__(self, folder: Path) -> None:
+        numbers = sorted(path.name.split(".")[0] for path in folder.glob("*.names.txt"))
+        self._tokens = [np.load(folder / f"{n}.tokens.npy", mmap_mode="r") for n in numbers]
+        lengths = [np.load(folder / f"{n}.lengths.npy") for n in numbers]
+        self.lengths = np.concatenate([np.empty(0, np.int64), *lengths])
+        self.hashes = np.concatenate([np.empty(0, np.uint64), *[np.load(folder / f"{n}.hashes.npy") for n in numbers]])
+        self.names = list(
+            itertools.chain.from_iterable((folder / f"{n}.names.txt").read_text("utf-8").splitlines() for n in numbers)
+        )
+        self._shard = np.repeat(np.arange(len(numbers)), [len(x) for x in lengths])
+        self._offset = np.concatenate([np.empty(0, np.int64), *[np.cumsum(x) - x for x in lengths]])
+
+    def tokens(self, document: int) -> NDArray[np.int32]:
+        offset = self._offset[document]
+        return np.asarray(self._tokens[self._shard[document]][offset : offset + self.lengths[document]])
+
+
+def _compile(stage: Stage, config: CorpusConfig) -> dict:
+    """Choose each split's documents and write them."""
+    raw = _Raw(stage.path / "raw")
+    usable = raw.lengths >= 2
+    order = np.argsort(raw.hashes, kind="stable")
+    first = np.ones(len(order), bool)
+    first[1:] = raw.hashes[order][1:] != raw.hashes[order][:-1]
+    repeated = ~np.isin(np.arange(len(order)), order[first])
+    share = raw.hashes / 2.0**64
+    bounds = (config.validation_fraction, config.validation_fraction + config.test_fraction)
+    split_of = np.where(share < bounds[0], 1, np.where(share < bounds[1], 2, 0))
+    facts: dict = {
+        "documents_read": len(raw.lengths),
+        "documents_too_short": int((~usable).sum()),
+        "documents_repeated": int((usable & repeated).sum()),
+        "documents_near_duplicate": 0,
+        "splits": {},
+    }
+    chosen: dict[str, list[tuple[int, int]]] = {}
+    for number, split in enumerate(SPLITS):
+        candidates = [d for d in order if split_of[d] == number and usable[d] and not repeated[d]]
+        if config.near_duplicate_ngram and split != "train":
+            candidates, dropped = _drop_near_duplicates(raw, candidates, chosen, config)
+            facts["documents_near_duplicate"] += dropped
+        chosen[split] = _within_budget(raw, candidates, config.budget(split))
+        tokens, documents = _write_split(stage, raw, split, chosen[split])
+        facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
+    if not chosen["train"]:
+        raise InputError(
+            f"the corpus is empty: {len(raw.lengths):,} documents were read, none of two tokens or more is left for training"
+        )
+    return facts
+
+
+def _drop_near_duplicates(
+    raw: _Raw, candidates: list[int], chosen: dict[str, list[tuple[int, int]]], config: CorpusConfig
+) -> tuple[list[int], int]:
+    finder = OverlapFinder([raw.tokens(d) for d in candidates], config.near_duplicate_ngram)
+    for document, length in itertools.chain.from_iterable(chosen.values()):
+        finder.scan(raw.tokens(document)[:length])
+    keep = finder.overlaps() <= config.near_duplicate_overlap
+    return [d for d, kept in zip(candidates, keep, strict=True) if kept], int((~keep).sum())
+
+
+def _within_budget(raw: _Raw, candidates: list[int], budget: int | None) -> list[tuple[int, int]]:
+    """(document, tokens kept) in the order of reading; the last by hash is cut to fit."""
+    kept = []
+    left = budget if budget is not None else int(raw.lengths.sum())
+    for document in candidates:
+        length = min(int(raw.lengths[document]), left)
+        if length < 2:
+            break
+        kept.append((int(document), length))
+        left -= length
+    return sorted(kept)
+
+
+def _write_split(stage: Stage, raw: _Raw, split: str, documents: list[tuple[int, int]]) -> tuple[int, int]:
+    offsets = np.cumsum([0, *[length for _, length in documents]]).astype(np.int64)
+    with stage.writing(f"{split}.tokens.npy") as temporary:
+        with temporary.open("wb") as file:
+            header = {"descr": "<i4", "fortran_order": False, "shape": (int(offsets[-1]),)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for document, length in documents:
+                file.write(raw.tokens(document)[:length].astype("<i4").tobytes())
+    stage.save_array(f"{split}.offsets.npy", offsets)
+    stage.save_text(f"{split}.names.txt", "".join(raw.names[document] + "\n" for document, _ in documents))
+    return int(offsets[-1]), len(documents)

@@ -1,0 +1,1 @@
+"""Causal language models: fetching, loading, tokenizer fingerprint, tap and head."""

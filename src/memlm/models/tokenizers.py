@@ -1,0 +1,67 @@
+"""What makes two tokenizers the same: equal ids for equal text."""
+
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from memlm.artifacts import digest
+from memlm.errors import ModelError, TokenizerMismatchError
+
+_PROBE = (
+    "Hello, world!  Two  spaces\n\n\tand a tab. don't I'LL we've 1234567890 3.14 1,000 naïve Ünïcödé "
+    "def f(x):\n    return x**2  # comment\nΑθήνα Москва 北京 東京 서울 القاهرة नमस्ते 🙂 http://a.b/c?d=e&f=%20"
+)
+
+
+def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer stored at a path or hub id.
+
+    Raises:
+        ModelError: There is none, or it cannot be reached.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason})") from None
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash equal for tokenizers that give every text the same ids.
+
+    It covers each (token, id) pair, added tokens included, and the ids of a probe text in several scripts, so two
+    vocabularies with different merge rules differ too. Special-token roles (which id is EOS) are not part of it.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return digest({"vocabulary": vocabulary, "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"]})
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest id the tokenizer can give; output layers may be padded beyond it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def check_same(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, first_name: str, second_name: str) -> None:
+    """Nothing, where both tokenizers give the same ids.
+
+    Raises:
+        TokenizerMismatchError: They do not; the message says in what.
+    """
+    if fingerprint(first) == fingerprint(second):
+        return
+    raise TokenizerMismatchError(
+        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); a memory votes on token"
+        f" ids, so both must share them: train one with this base's tokenizer"
+    )
+
+
+def _difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str:
+    ours: dict[int, Any] = {id_: token for token, id_ in first.get_vocab().items()}
+    theirs: dict[int, Any] = {id_: token for token, id_ in second.get_vocab().items()}
+    if len(ours) != len(theirs):
+        return f"{len(ours):,} and {len(theirs):,} tokens"
+    differing = [id_ for id_ in sorted(ours) if ours[id_] != theirs.get(id_)]
+    if differing:
+        id_ = differing[0]
+        return f"{len(differing):,} ids differ, the first is {id_}: {ours[id_]!r} and {theirs.get(id_)!r}"
+    return "same tokens, but they split text differently"
