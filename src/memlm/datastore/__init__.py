@@ -1,0 +1,1 @@
+"""Teacher activations to keys, values and a searchable index."""

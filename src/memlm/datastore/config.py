@@ -1,0 +1,59 @@
+"""Settings of the datastore stage."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from memlm.config import StageConfig
+
+IndexKind = Literal["exact", "ivf-flat", "ivf-pq"]
+
+
+class DatastoreConfig(StageConfig):
+    """How a teacher's activations become keys and an index over them."""
+
+    tap: str = "auto"
+    """Path of the module whose input is the key, such as model.layers.29.mlp; auto finds the last block's MLP."""
+    dtype: str = "auto"
+    """Precision of the teacher pass: float32, bfloat16, float16, or auto (bfloat16 where the device computes it natively)."""
+    batch_tokens: int = Field(4096, ge=1)
+    """Tokens in one teacher pass, padding included."""
+    shard_positions: int = Field(65536, ge=1)
+    """Positions per shard at least; a resumed run goes on at the first missing shard."""
+    keep_keys: bool = True
+    """Keep the float16 keys (2·D bytes an entry). Without them the index keeps 64-byte codes, and the targets stage
+    runs the teacher again for its queries."""
+    index: Literal["auto", "exact", "ivf-flat", "ivf-pq"] = "auto"
+    """Search structure: exact, ivf-flat, ivf-pq (re-ranked with exact distances while keys are kept), or auto by size."""
+    nlist: int | None = Field(None, ge=1)
+    """Inverted lists of an ivf index; default about four times the root of the number of entries."""
+    nprobe: int | None = Field(None, ge=1)
+    """Lists searched per query; default the smallest power of two that reaches recall_target on a sample."""
+    code_bytes: int = Field(64, ge=1)
+    """Bytes of a product-quantised key at most; lowered to a divisor of the key width."""
+    rerank_factor: int = Field(4, ge=1)
+    """ivf-pq fetches this many times k candidates and ranks them by exact distance."""
+    train_vectors: int = Field(200_000, ge=1)
+    """Keys an ivf index is trained on at most, drawn at random."""
+    recall_target: float = Field(0.95, gt=0, le=1)
+    """Recall@k against exact search that the default nprobe must reach."""
+    recall_k: int = Field(256, ge=1)
+    """k of the measured recall@k."""
+    recall_sample: int = Field(256, ge=1)
+    """Entries whose neighbours are also searched exactly to measure recall."""
+    seed: int = Field(0, ge=0)
+    """Draws training vectors and the recall sample."""
+
+    @model_validator(mode="after")
+    def _codes_need_pq(self) -> Self:
+        if not self.keep_keys and self.index not in ("auto", "ivf-pq"):
+            raise ValueError(f"keep_keys false keeps codes only, so index must be ivf-pq or auto, not {self.index}")
+        return self
+
+    def index_kind(self, entries: int) -> IndexKind:
+        """The index in force for a datastore of this many entries."""
+        if self.index != "auto":
+            return self.index
+        if not self.keep_keys:
+            return "ivf-pq"
+        return "exact" if entries <= 131_072 else "ivf-flat" if entries <= 5_000_000 else "ivf-pq"

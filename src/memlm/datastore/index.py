@@ -1,0 +1,260 @@
+"""Search structures over keys. To add one, write a subclass and name it in `INDEXES`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from memlm.datastore.config import DatastoreConfig, IndexKind
+from memlm.errors import ArtifactError, ConfigError
+
+INDEX_FILE = "index.faiss"
+_BLOCK = 131_072
+_QUERIES = 4096
+
+
+class Keys:
+    """The `(N, D)` float16 keys of a datastore, memory-mapped from shards."""
+
+    def __init__(self, shards: Sequence[NDArray[np.float16]]) -> None:
+        self._shards = shards
+        self._starts = np.cumsum([0, *[len(s) for s in shards]])
+        self.shape = (int(self._starts[-1]), int(shards[0].shape[1]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """Keys `start` to `stop`, widened to float32."""
+        return self.gather(np.arange(start, min(stop, len(self))))
+
+    def gather(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The keys with these ids, `(*ids.shape, D)` float32."""
+        flat = ids.reshape(-1)
+        out = np.empty((len(flat), self.shape[1]), np.float32)
+        shard_of = np.searchsorted(self._starts, flat, side="right") - 1
+        for shard in np.unique(shard_of):
+            here = shard_of == shard
+            out[here] = self._shards[shard][flat[here] - self._starts[shard]]
+        return out.reshape(*ids.shape, self.shape[1])
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        """(first id, keys) over all keys, a bounded number at a time."""
+        for start in range(0, len(self), _BLOCK):
+            yield start, self.rows(start, start + _BLOCK)
+
+
+class Index(ABC):
+    """Finds the entries nearest to a query, by squared L2 distance."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
+        """An index over `keys`."""
+
+    @abstractmethod
+    def save(self, path: Path) -> None:
+        """Write what `load` needs beside the keys; nothing where the keys are enough."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
+        """The index in a datastore folder; `settings` is what `describe` gave."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Settings in force, for the manifest."""
+
+    @abstractmethod
+    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As `search`, for a bounded number of queries."""
+
+    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The nearest entries of each query.
+
+        Args:
+            queries: `(P, D)`.
+            k: Neighbours wanted.
+
+        Returns:
+            Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there is no neighbour.
+        """
+        queries = np.ascontiguousarray(queries, np.float32)
+        parts = [self._search(queries[i : i + _QUERIES], k) for i in range(0, len(queries), _QUERIES)]
+        if not parts:
+            return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
+        distances, ids = (np.concatenate(part) for part in zip(*parts, strict=True))
+        distances[ids < 0] = np.inf
+        return np.maximum(distances, 0), ids
+
+
+class ExactIndex(Index):
+    """Compares every query with every key, read from disk by blocks."""
+
+    def __init__(self, keys: Keys) -> None:
+        self.keys = keys
+
+    @classmethod
+    def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
+        return cls(keys)
+
+    def save(self, path: Path) -> None:
+        pass
+
+    @classmethod
+    def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
+        if keys is None:
+            raise ArtifactError(f"{folder} has an exact index but no keys; rebuild it")
+        return cls(keys)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "exact"}
+
+    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        best = np.full((len(queries), k), np.inf, np.float32)
+        ids = np.full((len(queries), k), -1, np.int64)
+        for start, block in self.keys.blocks():
+            distances, found = faiss.knn(queries, block, min(k, len(block)))
+            merged = np.concatenate([best, distances], axis=1)
+            order = np.argsort(merged, axis=1, kind="stable")[:, :k]
+            best = np.take_along_axis(merged, order, 1)
+            ids = np.take_along_axis(np.concatenate([ids, found + start], axis=1), order, 1)
+        return best, ids
+
+
+class IVFIndex(Index):
+    """Searches only the lists whose centroids are nearest; a subclass says how a key is kept in its list."""
+
+    def __init__(self, index: faiss.IndexIVF, keys: Keys | None, rerank_factor: int) -> None:
+        self.index = index
+        self.keys = keys
+        self.rerank_factor = rerank_factor
+
+    @classmethod
+    @abstractmethod
+    def _empty(cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+        """An untrained index."""
+
+    @classmethod
+    def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
+        entries, width = keys.shape
+        nlist = config.nlist or default_nlist(entries)
+        if nlist > entries:
+            raise ConfigError(f"nlist = {nlist} is more than the datastore's {entries} entries")
+        rng = np.random.default_rng(config.seed)
+        sample = np.sort(rng.choice(entries, min(entries, config.train_vectors), replace=False))
+        quantizer = faiss.IndexFlatL2(width)
+        index = cls._empty(quantizer, width, nlist, len(sample), config)
+        index.cp.seed = config.seed + 1
+        index.cp.min_points_per_centroid = 1  # silences faiss; recall is measured afterwards
+        index.train(keys.gather(sample))
+        for _, block in keys.blocks():
+            index.add(block)
+        index.nprobe = min(config.nprobe or 8, nlist)
+        return cls(index, keys, config.rerank_factor)
+
+    def save(self, path: Path) -> None:
+        faiss.write_index(self.index, str(path))
+
+    @classmethod
+    def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
+        try:
+            index = faiss.read_index(str(folder / INDEX_FILE))
+        except RuntimeError as error:
+            raise ArtifactError(f"{folder / INDEX_FILE} cannot be read: {str(error).splitlines()[0][:120]}") from None
+        index.nprobe = settings["nprobe"]
+        return cls(index, keys, settings["rerank_factor"])
+
+    def describe(self) -> dict[str, Any]:
+        return {"nlist": self.index.nlist, "nprobe": self.index.nprobe, "rerank_factor": self.rerank_factor}
+
+    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        return self.index.search(queries, k)
+
+
+class IVFFlatIndex(IVFIndex):
+    """Lists of whole float16 keys: exact distances, approximate choice."""
+
+    @classmethod
+    def _empty(cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+        return faiss.IndexIVFScalarQuantizer(
+            quantizer, width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False  # keys, not residuals: lossless
+        )
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "ivf-flat", **super().describe()}
+
+
+class IVFPQIndex(IVFIndex):
+    """Lists of product-quantised keys, re-ranked with exact distances while the keys are there."""
+
+    @classmethod
+    def _empty(cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+        pieces = max(m for m in range(1, min(config.code_bytes, width) + 1) if width % m == 0)
+        bits = int(min(8, max(1, np.log2(max(2, sample)))))
+        index = faiss.IndexIVFPQ(quantizer, width, nlist, pieces, bits)
+        index.pq.cp.min_points_per_centroid = 1
+        return index
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "ivf-pq", "code_bytes": int(self.index.code_size), **super().describe()}
+
+    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if self.keys is None:
+            return self.index.search(queries, k)
+        _, candidates = self.index.search(queries, min(k * self.rerank_factor, len(self.keys)))
+        distances = np.full(candidates.shape, np.inf, np.float32)
+        for row, (query, ids) in enumerate(zip(queries, candidates, strict=True)):
+            there = ids >= 0
+            distances[row, there] = ((self.keys.gather(ids[there]) - query) ** 2).sum(-1)
+        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+        best, ids = np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1)
+        short = k - best.shape[1]
+        return np.pad(best, ((0, 0), (0, short)), constant_values=np.inf), np.pad(ids, ((0, 0), (0, short)), constant_values=-1)
+
+
+INDEXES: dict[IndexKind, type[Index]] = {"exact": ExactIndex, "ivf-flat": IVFFlatIndex, "ivf-pq": IVFPQIndex}
+
+
+def default_nlist(entries: int) -> int:
+    """About four times the root of `entries`, with some forty entries per list at least."""
+    return max(1, min(int(4 * entries**0.5), entries // 39))
+
+
+def measure_recall(index: Index, keys: Keys, config: DatastoreConfig) -> float:
+    """Recall@k of `index` against exact search for a sample of entries, the entry itself left out."""
+    entries = len(keys)
+    k = min(config.recall_k, entries - 1)
+    if k < 1:
+        return 1.0
+    sample = np.random.default_rng(config.seed + 1).choice(entries, min(config.recall_sample, entries), replace=False)
+    queries = keys.gather(np.sort(sample))
+    _, expected = ExactIndex(keys).search(queries, k + 1)
+    return _overlap(index.search(queries, k + 1)[1], expected, np.sort(sample), k)
+
+
+def _overlap(found: NDArray[np.int64], expected: NDArray[np.int64], own: NDArray[np.int64], k: int) -> float:
+    hits = [
+        len(set(f[f != me][:k]) & set(e[e != me][:k])) / k for f, e, me in zip(found, expected, own, strict=True)
+    ]
+    return float(np.mean(hits))
+
+
+def tune_nprobe(index: Index, keys: Keys, config: DatastoreConfig) -> float:
+    """Set the smallest nprobe that reaches `recall_target`, where it is not configured; returns recall@k.
+
+    It stops earlier where more lists no longer help, as with codes that are not re-ranked.
+    """
+    if not isinstance(index, IVFIndex) or config.nprobe is not None:
+        return measure_recall(index, keys, config)
+    nprobe, nlist, before = 1, index.index.nlist, 0.0
+    while True:
+        index.index.nprobe = nprobe
+        recall = measure_recall(index, keys, config)
+        if recall >= config.recall_target or nprobe >= nlist or recall - before < 0.005:
+            return recall
+        nprobe, before = min(2 * nprobe, nlist), recall

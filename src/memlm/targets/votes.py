@@ -1,0 +1,109 @@
+"""Neighbours as votes: squared distances and next tokens to a sparse distribution."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memlm.datastore.build import Datastore
+from memlm.errors import InputError
+
+
+@dataclass(frozen=True)
+class SparseProbs:
+    """Distributions over the vocabulary, one per position, as flat lists.
+
+    Position `p` owns the next `counts[p]` entries of `ids` and `probs`, likeliest first.
+    """
+
+    counts: Int[Tensor, "P"]
+    ids: Int[Tensor, "S"]
+    probs: Float[Tensor, "S"]
+    lost_mass: Float[Tensor, "P"]
+    """Probability of the tokens left out, before the rest was renormalised."""
+
+
+def neighbor_votes(
+    distances: Float[Tensor, "P K"], values: Int[Tensor, "P K"], *, target_temperature: float, target_mass: float = 1.0
+) -> SparseProbs:
+    """Each position's neighbours as a sparse distribution over the vocabulary.
+
+    A neighbour votes for its value with weight `softmax(-distance / target_temperature)`; votes for one token add up.
+    The smallest set of tokens that holds `target_mass` is kept and renormalised. Nothing of size (P, V) exists.
+
+    Args:
+        distances: Squared L2. `inf` marks a missing neighbour, which votes for nothing.
+        values: Next-token ids, anything where the distance is `inf`.
+        target_temperature: Above 0.
+        target_mass: In (0, 1].
+
+    Raises:
+        ValueError: A position has no neighbour at all.
+
+    Source: Memory Decoder, eq. 2 (arXiv:2508.09874), after kNN-LM (arXiv:1911.00172).
+    """
+    nearest = distances.amin(1, keepdim=True)
+    if not torch.isfinite(nearest).all():
+        raise ValueError("a position has no neighbour at all")
+    weights = torch.softmax((nearest - distances) / target_temperature, 1)  # nearest first: no overflow, no all-zero row
+    tokens, order = values.sort(1, stable=True)
+    weights = weights.gather(1, order)
+    group = torch.zeros_like(tokens, dtype=torch.long)
+    group[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).cumsum(1)
+    probs = torch.zeros_like(weights).scatter_add_(1, group, weights)
+    tokens = torch.zeros_like(tokens).scatter_(1, group, tokens)
+    probs, order = probs.sort(1, descending=True, stable=True)
+    before = probs.cumsum(1) - probs
+    keep = (before < target_mass) & (probs > 0)
+    keep &= (probs / (probs * keep).sum(1, keepdim=True)).half() > 0  # what float16 cannot hold is lost as well
+    kept = (probs * keep).sum(1)
+    return SparseProbs(
+        counts=keep.sum(1),
+        ids=tokens.gather(1, order)[keep],
+        probs=(probs / kept[:, None])[keep],
+        lost_mass=(1 - kept).clamp(min=0),
+    )
+
+
+def search_neighbors(
+    datastore: Datastore, queries: NDArray[np.float32], own: NDArray[np.int64] | None, *, k: int, exclude_document: bool = False
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k nearest entries of each query, without the query's own entry.
+
+    Args:
+        queries: `(P, D)`.
+        own: `(P,)` entry id of each query, left out by id wherever it ranks; None for text outside the datastore.
+        k: Neighbours wanted.
+        exclude_document: Leave out all entries of the query's document as well.
+
+    Returns:
+        Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there are fewer.
+
+    Raises:
+        InputError: Nothing is left for a query.
+    """
+    split = datastore.corpus.split("train")
+    distances = np.full((len(queries), k), np.inf, np.float32)
+    ids = np.full((len(queries), k), -1, np.int64)
+    rows, fetch = np.arange(len(queries)), k + (own is not None)
+    while len(rows):
+        fetch = min(fetch, datastore.n_entries)
+        found_distances, found = datastore.index.search(queries[rows], fetch)
+        full = found[:, -1] >= 0
+        if own is not None:
+            excluded = found == own[rows, None]
+            if exclude_document:
+                excluded |= split.documents_of(found.reshape(-1)).reshape(found.shape) == split.documents_of(own[rows])[:, None]
+            found_distances = np.where(excluded, np.inf, found_distances)
+            found = np.where(excluded, -1, found)
+        order = np.argsort(found_distances, axis=1, kind="stable")[:, :k]
+        ids[rows] = np.take_along_axis(found, order, 1)
+        distances[rows] = np.take_along_axis(found_distances, order, 1)
+        short = ~np.isfinite(distances[rows, -1]) & full & (fetch < datastore.n_entries)
+        rows, fetch = rows[short], fetch * 2
+    if not np.isfinite(distances[:, 0]).all():
+        raise InputError(f"{datastore.folder}: a position has no neighbour left once its own document is excluded")
+    return distances, ids
