@@ -63,13 +63,14 @@ def find_head(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def label_log_probs(
-    hidden: Float[Tensor, "P D"], labels: Tensor, head: Head, *, vocab_size: int, chunk: int = 1024
+    hidden: Float[Tensor, "P D"], labels: Tensor, head: Head, *, vocab_size: int, temperature: float = 1.0, chunk: int = 1024
 ) -> dict[str, Tensor]:
     """Per position: log-prob of the label, entropy and top-1 probability, without logits of all positions at once.
 
     Args:
         labels: `(P,)` ids in `[0, vocab_size)`.
         vocab_size: Output rows beyond it are padding and take no part in the softmax.
+        temperature: Divides the logits.
         chunk: Positions whose logits exist at a time.
 
     Returns:
@@ -77,7 +78,8 @@ def label_log_probs(
     """
     parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": []}
     for start in range(0, len(labels), chunk):
-        log_probs = head(hidden[start : start + chunk])[..., :vocab_size].float().log_softmax(-1)
+        logits = head(hidden[start : start + chunk])[..., :vocab_size].float()
+        log_probs = (logits / temperature).log_softmax(-1)
         parts["label"].append(log_probs.gather(-1, labels[start : start + chunk, None])[:, 0].cpu())
         parts["top1"].append(log_probs.amax(-1).exp().cpu())
         parts["entropy"].append(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1).cpu())

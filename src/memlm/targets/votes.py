@@ -49,13 +49,13 @@ def neighbor_votes(
     if not torch.isfinite(nearest).all():
         raise ValueError("a position has no neighbour at all")
     weights = torch.softmax((nearest - distances) / target_temperature, 1)  # nearest first: no overflow, no all-zero row
-    tokens, order = values.sort(1, stable=True)
+    tokens, order = values.sort(dim=1, stable=True)
     weights = weights.gather(1, order)
     group = torch.zeros_like(tokens, dtype=torch.long)
     group[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).cumsum(1)
     probs = torch.zeros_like(weights).scatter_add_(1, group, weights)
     tokens = torch.zeros_like(tokens).scatter_(1, group, tokens)
-    probs, order = probs.sort(1, descending=True, stable=True)
+    probs, order = probs.sort(dim=1, descending=True, stable=True)
     before = probs.cumsum(1) - probs
     keep = (before < target_mass) & (probs > 0)
     keep &= (probs / (probs * keep).sum(1, keepdim=True)).half() > 0  # what float16 cannot hold is lost as well

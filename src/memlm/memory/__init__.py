@@ -1,0 +1,1 @@
+"""The memories: one protocol, one file per kind."""
