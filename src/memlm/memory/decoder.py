@@ -59,6 +59,13 @@ class DecoderCache(MemoryCache):
             self.inner.batch_select_indices(rows)
             self.inner_mask, self.starts = self.inner_mask[rows], self.starts[rows]
 
+    def repeat(self, times: int) -> None:
+        self.select(torch.arange(len(self.tokens), device=self.tokens.device).repeat_interleave(times))
+
+    def reset(self) -> None:
+        self.tokens, self.mask = self.tokens[:, :0], self.mask[:, :0]
+        self.drop_inner()
+
 
 class MemoryDecoder(Memory):
     """A causal LM as a memory; it reads tokens only, so one memory serves every base of its tokenizer.

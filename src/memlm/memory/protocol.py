@@ -43,6 +43,14 @@ class MemoryCache(ABC):
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         """Keep these rows of the batch, in this order; a row may come several times."""
 
+    @abstractmethod
+    def repeat(self, times: int) -> None:
+        """Repeat every row of the batch `times` times, copies side by side."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forget all tokens."""
+
 
 class Memory(nn.Module, ABC):
     """A model that stands beside a frozen base and votes on the next token.

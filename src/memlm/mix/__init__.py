@@ -1,0 +1,1 @@
+"""Base plus memory: one distribution."""

@@ -1,0 +1,395 @@
+"""`MixedLM`: a frozen base and its memories as one model of transformers."""
+
+import copy
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from memlm.corpus.blocks import IGNORE
+from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
+from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.protocol import Memory
+from memlm.mix.cache import MixedCache
+from memlm.mix.mixture import check_weights, mix_log_probs
+from memlm.models.loading import load_causal_lm, load_config, resolve
+from memlm.models.tokenizers import check_same, fingerprint, load_tokenizer, vocabulary_size
+
+MemorySource = str | Path | Memory
+
+
+class MixedLMConfig(PreTrainedConfig):
+    """References to a base and its memories, and their weights; no weights of its own."""
+
+    model_type = "memlm-mixed"
+
+    base: str = ""
+    base_revision: str | None = None
+    memories: dict | None = None
+    """Name to folder (relative to this config's) or hub id."""
+    mix_weights: dict | None = None
+    memory_window: int | None = None
+    vocab_size: int | None = None
+
+
+class MixedLM(PreTrainedModel, GenerationMixin):
+    """A frozen base mixed with memories: `p = w * p_memory + (1 - w) * p_base`, per token.
+
+    `generate`, `pipeline`, caches and processors work as on any causal LM. What comes back as `logits` is
+    `log p_mix + logsumexp(base logits)`, so softmax of it is the mixture, and at weight 0 it is the base's own logits.
+
+    Source: Memory Decoder, eq. 7 (arXiv:2508.09874).
+    """
+
+    config_class = MixedLMConfig  # type: ignore[assignment]
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        memory: Memory | Mapping[str, Memory],
+        mix_weight: float | Mapping[str, float] | None = None,
+        *,
+        vocab_size: int | None = None,
+        memory_window: int | None = None,
+        base_name: str | None = None,
+    ) -> None:
+        """
+        Args:
+            base: Any causal LM; its weights and config are left as they are.
+            memory: One memory, or name to memory.
+            mix_weight: In [0, 1] (α in Memory Decoder, λ in MLP Memory); what the memory was validated with if None.
+            vocab_size: Ids of the shared tokenizer are below it; the smallest of all parts if None.
+            memory_window: Tokens a memory may look back; what it was trained with if None.
+            base_name: Where the base came from, for `save_pretrained`.
+
+        Raises:
+            ConfigError: A weight is missing or outside [0, 1], or the weights sum to more than 1.
+        """
+        memories = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+        sizes = [base.config.get_text_config().vocab_size, *(m.vocab_size for m in memories.values())]
+        size = min(sizes) if vocab_size is None else min(vocab_size, *sizes)
+        config = MixedLMConfig(
+            base=base_name or base.config.name_or_path,
+            base_revision=getattr(base.config, "_commit_hash", None),
+            vocab_size=size,
+            memory_window=memory_window,
+        )
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(base.config.get_text_config(), name, None))
+        config._attn_implementation = "eager"  # has no attention of its own; the base keeps what it was loaded with
+        super().__init__(config)
+        self.base = base
+        self.memories = nn.ModuleDict(memories)
+        self.vocab_size = size
+        self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
+        self._base_arguments = set(inspect.signature(base.forward).parameters)
+        for part in memories.values():
+            part.settings = part.settings.model_copy(update={"vocab_size": size})
+            if memory_window is not None:
+                part.window = memory_window  # type: ignore[assignment]
+        self.set_mix_weight(mix_weight)
+        self.requires_grad_(False).eval()
+
+    # --- the parts ----------------------------------------------------------------------------------------------
+
+    def named_memories(self) -> dict[str, Memory]:
+        """Name to memory."""
+        return {name: cast(Memory, memory) for name, memory in self.memories.items()}
+
+    @property
+    def mix_weights(self) -> dict[str, float]:
+        """Name to weight; the base gets the rest."""
+        return dict(self._weights)
+
+    def set_mix_weight(self, mix_weight: float | Mapping[str, float] | None) -> None:
+        """Change the weight of the memory, or of each by name, from the next forward pass on.
+
+        Raises:
+            ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
+        """
+        memories = self.named_memories()
+        if isinstance(mix_weight, Mapping):
+            weights = {name: float(weight) for name, weight in mix_weight.items()}
+            if weights.keys() != memories.keys():
+                raise ConfigError(f"mix_weight names {', '.join(weights)}; the memories are {', '.join(memories)}")
+        elif mix_weight is not None:
+            if len(memories) > 1:
+                raise ConfigError(f"mix_weight: give one weight per memory ({', '.join(memories)})")
+            weights = dict.fromkeys(memories, float(mix_weight))
+        else:
+            weights = {name: memory.settings.mix_weight for name, memory in memories.items()}
+            if None in weights.values():
+                raise ConfigError("mix_weight is missing: the memory records none that was best on validation data")
+        check_weights(list(weights.values()))
+        self._weights: dict[str, float] = weights  # type: ignore[assignment]
+        self.config.mix_weights = dict(self._weights)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:  # type: ignore[override]
+        return None  # two heads give the logits; neither is the model's
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        pass  # the parts tied theirs when they were loaded
+
+    # --- forward and cache --------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Mixed logits of the next token.
+
+        Args:
+            input_ids: The new tokens.
+            attention_mask: `(B, past + T)`, 0 at padding.
+            position_ids: For the base; each memory counts for itself.
+            past_key_values: A `MixedCache` from an earlier call.
+            labels: Gives `loss`, the mean cross-entropy of the mixture; -100 is ignored; shifted here.
+            use_cache: Whether to return a cache; default false, unless `past_key_values` is given.
+            logits_to_keep: Only the last so many places, or these places; 0 means all.
+            kwargs: Passed to the base where its `forward` knows them.
+
+        Raises:
+            TypeError: `past_key_values` is not a `MixedCache`.
+        """
+        if past_key_values is not None and not isinstance(past_key_values, MixedCache):
+            raise TypeError(f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache")
+        use_cache = use_cache if use_cache is not None else past_key_values is not None
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache(len(input_ids))
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        keep = slice(None) if isinstance(keep, int) else keep
+
+        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        inputs = {name: value for name, value in inputs.items() if value is not None and name in self._base_arguments}
+        if past_key_values is not None:
+            inputs["past_key_values"] = past_key_values.base
+        if "logits_to_keep" in self._base_arguments:
+            inputs["logits_to_keep"] = logits_to_keep
+        output = self.base(input_ids=input_ids, use_cache=use_cache, return_dict=True, **inputs)
+        logits = output.logits if "logits_to_keep" in inputs else output.logits[:, keep]
+        logits = logits[..., : self.vocab_size].float()
+
+        new_mask = attention_mask[:, -input_ids.shape[1] :].bool() if attention_mask is not None else None
+        votes = []
+        for name, memory in self.named_memories().items():
+            cache = past_key_values.memories[name] if past_key_values is not None else None
+            state = memory.step(input_ids, attention_mask=new_mask, cache=cache)
+            votes.append(memory.votes(state, keep).to(logits.device))
+        logits = self._mix(logits, votes)
+
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(logits.device), ignore_index=IGNORE
+            )
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    def _mix(self, logits: Tensor, votes: list[Tensor]) -> Tensor:
+        weights = list(self._weights.values())
+        if not any(weights):
+            return logits
+        normaliser = torch.logsumexp(logits, -1, keepdim=True)
+        return mix_log_probs(logits - normaliser, votes, weights) + normaliser
+
+    def new_cache(self, batch_size: int, base_cache: Cache | None = None) -> MixedCache:
+        """An empty cache for `forward`; a dynamic one for the base unless another is given."""
+        base_cache = base_cache or DynamicCache(config=self.base.config.get_text_config(decoder=True))
+        return MixedCache(base_cache, {name: m.new_cache(batch_size) for name, m in self.named_memories().items()})
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        if isinstance(model_kwargs.get("past_key_values"), MixedCache) or generation_config.use_cache is False:
+            return
+        own: dict[str, Any] = {}
+        self.base._prepare_cache_for_generation(generation_config, own, generation_mode, batch_size, max_cache_length)
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+        model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
+
+    # --- loading and saving -------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        base: str | Path,
+        *,
+        memory: MemorySource | Mapping[str, MemorySource] | None = None,
+        mix_weight: float | Mapping[str, float] | None = None,
+        memory_window: int | None = None,
+        memory_kwargs: dict[str, Any] | None = None,
+        **base_kwargs: Any,
+    ) -> Self:
+        """A base and its memories from paths or hub ids.
+
+        Args:
+            base: Path, hub id or packaged name of a causal LM; or a folder that `save_pretrained` wrote.
+            memory: Folder, hub id or loaded memory, or name to any of these; may be left out for a saved folder.
+            mix_weight: In [0, 1]; what the memory was validated with if None.
+            memory_window: Tokens a memory may look back; what it was trained with if None.
+            memory_kwargs: For loading the memory: `dtype` (default the base's), `device_map`, `revision` …
+            base_kwargs: For loading the base: `dtype`, `device_map`, `quantization_config`, `revision`,
+                `trust_remote_code` …
+
+        Raises:
+            TokenizerMismatchError: Base and memory have different tokenizers.
+            ModelError: One of them cannot be reached.
+            ConfigError: A weight is missing or out of range.
+        """
+        base, memory, saved = _open_saved(str(base), memory)
+        if saved is not None:
+            mix_weight = saved.mix_weights if mix_weight is None else mix_weight
+            memory_window = saved.memory_window if memory_window is None else memory_window
+            base_kwargs.setdefault("revision", saved.base_revision)
+        sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+        weights = mix_weight if isinstance(mix_weight, Mapping) else dict.fromkeys(sources, mix_weight)
+        check_weights([w for w in weights.values() if w is not None])
+        memory_kwargs = dict(memory_kwargs or {})
+        size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
+        model = load_causal_lm(base, **base_kwargs)
+        memory_kwargs.setdefault("dtype", model.dtype)
+        memories = {}
+        for name, source in sources.items():
+            loaded = source if isinstance(source, Memory) else load_memory(source, **memory_kwargs)
+            memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
+        return cls(
+            model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base)
+        )
+
+    def save_pretrained(self, save_directory: str | Path, *, include_base: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write references (with revisions), weights and the memories themselves.
+
+        Args:
+            save_directory: Folder to write.
+            include_base: Copy the base's weights too, so that the folder needs nothing else.
+            kwargs: For the base's `save_pretrained`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = copy.deepcopy(self.config)
+        config.memories = {name: f"memories/{name}" for name in self.memories}
+        for name, memory in self.named_memories().items():
+            memory.save_pretrained(folder / "memories" / name)
+        if include_base:
+            self.base.save_pretrained(folder / "base", **kwargs)
+            config.base, config.base_revision = "base", None
+        config.architectures = [type(self).__name__]
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)
+        try:
+            load_tokenizer(self.config.base, revision=self.config.base_revision).save_pretrained(folder)
+            if include_base:
+                load_tokenizer(self.config.base).save_pretrained(folder / "base")
+        except ModelError:
+            pass  # a base without tokenizer, as in tests, is saved without
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for a mixed model: push the memory, and name base and weight where it is loaded.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
+
+
+def _open_saved(
+    base: str, memory: MemorySource | Mapping[str, MemorySource] | None
+) -> tuple[str, MemorySource | Mapping[str, MemorySource], MixedLMConfig | None]:
+    """Base and memories, looked up in the config where `base` is a folder that `save_pretrained` wrote."""
+    folder = Path(base)
+    path = folder / "config.json"
+    saved = None
+    if path.is_file():
+        config = load_config(base)
+        saved = config if isinstance(config, MixedLMConfig) else None
+    if saved is None:
+        if memory is None:
+            raise ConfigError(f"memory is missing: {base} is a plain model, so name the memory to put beside it")
+        return base, memory, None
+    names = {name: str(folder / place) for name, place in (saved.memories or {}).items()}
+    inside = folder / saved.base
+    return str(inside) if saved.base and inside.is_dir() else saved.base, memory if memory is not None else names, saved
+
+
+def check_tokenizers(
+    base: str,
+    memories: Mapping[str, MemorySource],
+    base_kwargs: Mapping[str, Any] | None = None,
+    memory_kwargs: Mapping[str, Any] | None = None,
+) -> int | None:
+    """The size of the vocabulary that base and memories share; None where the base comes without a tokenizer.
+
+    Reads configs and tokenizers only, so it is done before any weights are loaded.
+
+    Raises:
+        TokenizerMismatchError: They differ; the message says in what.
+        ModelError: Base or memory cannot be reached.
+    """
+    options = {k: v for k, v in (base_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
+    load_config(base, **options)
+    ours = _tokenizer_of(base, **options)
+    for name, source in memories.items():
+        settings = source.settings if isinstance(source, Memory) else read_settings(source)
+        if ours is None or (settings is not None and settings.tokenizer == fingerprint(ours)):
+            continue
+        label = name if isinstance(source, Memory) else str(source)
+        theirs = None if isinstance(source, Memory) else _tokenizer_of(str(source))
+        if theirs is not None:
+            check_same(ours, theirs, f"base {base}", f"memory {label}")
+        elif settings is not None and settings.tokenizer is not None:
+            raise TokenizerMismatchError(f"base {base} and memory {label} have different tokenizers")
+    return vocabulary_size(ours) if ours is not None else None
+
+
+def _tokenizer_of(source: str, **options: Any) -> PreTrainedTokenizerBase | None:
+    try:
+        return load_tokenizer(resolve(source), **options)
+    except ModelError:
+        return None
+
+
+AutoConfig.register(MixedLMConfig.model_type, MixedLMConfig)
+AutoModelForCausalLM.register(MixedLMConfig, MixedLM)  # type: ignore[arg-type]
+
+__all__ = ["MixedLM", "MixedLMConfig", "check_tokenizers"]
