@@ -277,6 +277,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             ModelError: One of them cannot be reached.
             ConfigError: A weight is missing or out of range.
         """
+        if isinstance(base_kwargs.get("config"), MixedLMConfig):  # AutoModel hands over the config it found
+            base_kwargs.pop("config")
         base, memory, saved = _open_saved(str(base), memory)
         if saved is not None:
             mix_weight = saved.mix_weights if mix_weight is None else mix_weight

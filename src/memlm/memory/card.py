@@ -1,0 +1,129 @@
+"""The card of a memory: what it was made from, how good it is, how to load it; and its way to the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from memlm.artifacts import is_artifact, read_manifest
+from memlm.errors import ArtifactError
+from memlm.memory.protocol import MemorySettings
+
+CARD_FILE = "README.md"
+
+_TEMPLATE = """---
+library_name: memlm
+tags:
+- memlm
+- memory-decoder
+---
+
+# A memory for frozen language models
+
+This is not a language model to be served alone. It is a *memory*: it votes on the next token beside a frozen base,
+`p = w * p_memory + (1 - w) * p_base`.
+
+```python
+from memlm import MixedLM
+
+model = MixedLM.from_pretrained("{base}", memory="THIS_FOLDER_OR_HUB_ID", mix_weight={weight})
+```
+
+Any causal language model with the same tokenizer can stand in for the base.
+
+## From what
+
+| | |
+|---|---|
+| kind | {kind}, {parameters:,} parameters |
+| start model | {init} |
+| teacher | {teacher} |
+| corpus | {documents}; {tokens:,} training tokens of {count:,} documents |
+| targets | {targets} |
+| training | kl_weight {kl_weight}, {epochs:g} epochs, learning rate {learning_rate:g}, seed {seed} |
+| context | {context} tokens |
+
+## How good
+
+{figures}
+"""
+
+
+def memory_card(settings: MemorySettings, facts: dict[str, Any], sources: dict[str, str], config: dict[str, Any]) -> str:
+    """The card as Markdown, its `library_name` memlm, so that no hub widget serves the memory alone by mistake.
+
+    Args:
+        settings: Of the memory.
+        facts: What training found out.
+        sources: Names of corpus, teacher, start model and base.
+        config: Settings of the train stage.
+    """
+    train = facts["corpus"]["splits"]["train"]
+    targets = facts.get("targets_config")
+    if config["kl_weight"] == 0:
+        made = "none: plain fine-tuning"
+    elif targets and "k" in targets:
+        own = " and their document" if targets["exclude_document"] else ""
+        made = f"k {targets['k']}, temperature {targets['target_temperature']:g}, without the position itself{own}"
+    else:
+        made = "imported"
+    return _TEMPLATE.format(
+        base=sources["base"],
+        weight=settings.mix_weight if settings.mix_weight is not None else 0.5,
+        kind=settings.kind,
+        parameters=facts["parameters"],
+        init=f"{sources['init']}{_layers(config)}",
+        teacher=sources.get("teacher", "none"),
+        documents=sources.get("documents", "unknown"),
+        tokens=train["tokens"],
+        count=train["documents"],
+        targets=made,
+        kl_weight=config["kl_weight"],
+        epochs=facts["epochs"],
+        learning_rate=config["learning_rate"],
+        seed=config["seed"],
+        context=settings.context_length,
+        figures=_figures(facts, sources),
+    )
+
+
+def _layers(config: dict[str, Any]) -> str:
+    how = "random weights" if config["fresh"] else None
+    layers = config["layers"]
+    kept = None if layers is None else f"{layers if isinstance(layers, int) else len(layers)} layers"
+    note = ", ".join(part for part in (kept, how) if part)
+    return f" ({note})" if note else ""
+
+
+def _figures(facts: dict[str, Any], sources: dict[str, str]) -> str:
+    if "validation" not in facts:
+        return "No validation split was held out."
+    best, split = facts["validation"]["best"], facts["corpus"]["splits"]["validation"]
+    return (
+        f"On {split['positions']:,} validation tokens, where mix_weight was chosen too: perplexity"
+        f" {best['memory_perplexity']:.2f} alone, {best['mixture_perplexity']:.2f} mixed into {sources['base']} at"
+        f" mix_weight {best['mix_weight']}. Run `memlm evaluate perplexity` for figures on the test split."
+    )
+
+
+def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+    """Upload a finished memory folder with its card; returns its address.
+
+    Args:
+        folder: What `memlm train` wrote.
+        repo_id: `user/name` on the hub; made where it does not exist.
+        private: Visibility of a new repository; the account's default if None.
+        token: Access token; the stored one if None.
+
+    Raises:
+        ArtifactError: The folder is no finished memory, or has no card.
+    """
+    folder = Path(folder)
+    if is_artifact(folder):
+        read_manifest(folder, "memory")
+    card = folder / CARD_FILE
+    if not card.is_file() or "library_name: memlm" not in card.read_text(encoding="utf-8"):
+        raise ArtifactError(f"{folder} has no card that names memlm as its library; push what memlm train wrote")
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["run.json"]))

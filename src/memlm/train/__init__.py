@@ -1,0 +1,1 @@
+"""Targets and corpus to a trained memory."""

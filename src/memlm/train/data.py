@@ -1,0 +1,207 @@
+"""Training rows, from a targets folder or straight from a corpus, and how they become batches."""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
+
+from memlm.artifacts import Manifest, read_manifest
+from memlm.corpus.blocks import IGNORE, Block, Corpus
+from memlm.corpus.config import CorpusConfig
+from memlm.errors import ArtifactError, ConfigError
+from memlm.mix.scoring import Blocks
+from memlm.models.tokenizers import load_tokenizer
+
+
+class TrainingData:
+    """The training rows, validation blocks and tokenizer of a corpus or targets folder."""
+
+    def __init__(self, folder: str | Path, *, with_targets: bool) -> None:
+        """
+        Args:
+            folder: What the corpus or the targets stage wrote.
+            with_targets: Whether rows must carry targets.
+
+        Raises:
+            ConfigError: Targets are wanted and the folder is a corpus.
+        """
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(folder, "targets", "corpus")
+        self.with_targets = with_targets
+        if with_targets and self.manifest.kind == "corpus":
+            raise ConfigError(f"{folder} is a corpus without targets: run memlm datastore and memlm targets, or --kl-weight 0")
+
+    @property
+    def _is_corpus(self) -> bool:
+        return self.manifest.kind == "corpus"
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.manifest.facts["vocab_size"])
+
+    @property
+    def corpus_facts(self) -> dict[str, Any]:
+        """What the corpus stage found out."""
+        return self.manifest.facts if self._is_corpus else self.manifest.facts["corpus"]
+
+    @cached_property
+    def corpus_config(self) -> CorpusConfig:
+        values = self.manifest.config if self._is_corpus else self.manifest.facts["corpus_config"]
+        return CorpusConfig.parse(values, "corpus.")
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(str(self.folder / "tokenizer"))
+
+    @cached_property
+    def train(self) -> "Rows":
+        if self._is_corpus:
+            return CorpusRows(Corpus(self.folder).split("train"))
+        return TargetRows(sorted(self.folder.glob("train-*.arrow")), with_targets=self.with_targets)
+
+    @cached_property
+    def validation(self) -> Blocks:
+        if self._is_corpus:
+            return Corpus(self.folder).split("validation")
+        return ArrowBlocks(self.folder / "validation.arrow")
+
+
+class Rows(Dataset):
+    """Training rows: dictionaries of arrays. `lengths` are the tokens in each."""
+
+    lengths: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class CorpusRows(Rows):
+    """Blocks of a corpus, without targets."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self.lengths = blocks.lengths
+
+    def __getitem__(self, index: int) -> dict[str, NDArray]:
+        block = self._blocks[index]
+        return {"input_ids": block.input_ids, "labels": block.labels}
+
+
+class TargetRows(Rows):
+    """Rows of a targets folder, memory-mapped."""
+
+    def __init__(self, shards: list[Path], *, with_targets: bool) -> None:
+        self._table = _open_arrow(shards)
+        self._with_targets = with_targets
+        self.lengths = _list_lengths(self._table, "input_ids")
+
+    def __getitem__(self, index: int) -> dict[str, NDArray]:
+        row = self._table[index]
+        labels = np.where(row["target_counts"] > 0, row["input_ids"], IGNORE)
+        if not self._with_targets:
+            return {"input_ids": row["input_ids"], "labels": labels}
+        counts = row["target_counts"]
+        if counts.sum() != len(row["target_ids"]) or len(row["target_ids"]) != len(row["target_probs"]):
+            raise ArtifactError(f"row {index} of the targets is damaged: its lists do not fit; rebuild the folder")
+        return {
+            "input_ids": row["input_ids"],
+            "labels": labels,
+            "target_counts": counts[counts > 0],
+            "target_ids": row["target_ids"],
+            "target_probs": row["target_probs"],
+        }
+
+
+class ArrowBlocks:
+    """The validation blocks of a targets folder."""
+
+    def __init__(self, path: Path) -> None:
+        self._table = _open_arrow([path])
+        self.lengths = _list_lengths(self._table, "input_ids")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Block:
+        row = self._table[index]
+        return Block(row["input_ids"].astype(np.int32), row["labels"] != IGNORE, 0)
+
+
+def _open_arrow(paths: list[Path]) -> datasets.Dataset:
+    try:
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in paths]).with_format("numpy")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{paths[0].parent} cannot be read as Arrow: {error}; rebuild it") from None
+
+
+def _list_lengths(table: datasets.Dataset, column: str) -> NDArray[np.int64]:
+    import pyarrow.compute as pc
+
+    return pc.list_value_length(table.data.column(column)).to_numpy().astype(np.int64)
+
+
+def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
+    """Rows as one batch: tokens padded on the right, targets of all predicted tokens one after another.
+
+    Returns:
+        `input_ids` and `labels` (B, T); with targets `target_counts` (P,), `target_ids` and `target_probs` (S,).
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels = torch.full((len(rows), longest), IGNORE)
+    for i, row in enumerate(rows):
+        input_ids[i, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"].astype(np.int64))
+        labels[i, : len(row["labels"])] = torch.as_tensor(row["labels"].astype(np.int64))
+    batch = {"input_ids": input_ids, "labels": labels}
+    for name in ("target_counts", "target_ids", "target_probs"):
+        if name in rows[0]:
+            batch[name] = torch.from_numpy(np.concatenate([row[name] for row in rows]))
+    return batch
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Shuffled rows, those of one batch of similar length. The order depends on seed and epoch alone.
+
+    So a resumed run sees the rows an uninterrupted one would have seen. transformers has such a sampler, but draws its
+    order from the global generator.
+    """
+
+    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int, pool: int = 32) -> None:
+        """
+        Args:
+            lengths: Tokens per row.
+            batch_size: Rows of one optimizer step.
+            seed: With the epoch, decides the order.
+            pool: Batches whose rows are sorted together.
+        """
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._pool = pool
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self._epoch = int(epoch)
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng([self._seed, self._epoch])
+        order = rng.permutation(len(self._lengths))
+        size = self._pool * self._batch_size
+        pools = [order[i : i + size] for i in range(0, len(order), size)]
+        grouped = np.concatenate([pool[np.argsort(-self._lengths[pool], kind="stable")] for pool in pools])
+        batches = [grouped[i : i + self._batch_size] for i in range(0, len(grouped), self._batch_size)]
+        whole, rest = (batches, []) if len(batches[-1]) == self._batch_size else (batches[:-1], batches[-1:])
+        rng.shuffle(whole)
+        yield from (int(i) for batch in [*whole, *rest] for i in batch)

@@ -1,0 +1,176 @@
+"""The train stage: rows and a start model to a memory folder."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from memlm.artifacts import Manifest, open_stage, read_manifest
+from memlm.errors import ConfigError, InputError, ModelError
+from memlm.memory.card import CARD_FILE, memory_card
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.protocol import MemorySettings
+from memlm.mix.scoring import as_voter, score
+from memlm.models.loading import (
+    default_device,
+    fresh_model,
+    keep_layers,
+    load_causal_lm,
+    load_config,
+    model_identity,
+    parse_dtype,
+    resolve,
+)
+from memlm.models.tokenizers import check_same, load_tokenizer
+from memlm.progress import progress_bar
+from memlm.train.config import TrainConfig
+from memlm.train.data import TrainingData
+from memlm.train.trainer import MemoryTrainer, last_whole_checkpoint, training_arguments
+
+
+def train_memory(
+    data: str | Path, *, init: str, out: str | Path, base: str | None = None, config: TrainConfig | None = None
+) -> Manifest:
+    """Train a Memory Decoder and write it to `out`, with its card.
+
+    With `kl_weight` 0 this is plain fine-tuning: it makes a teacher, or the twin that a memory is compared with.
+
+    Args:
+        data: Folder of the targets stage; at `kl_weight` 0 a corpus will do.
+        init: Start model: path, hub id or packaged name.
+        out: Folder to write; an interrupted run goes on at its last whole checkpoint.
+        base: Base whose mixture with the memory is validated; `init` if None.
+        config: Default settings if None.
+
+    Raises:
+        ConfigError: Targets are wanted and `data` is a corpus; a layer does not exist.
+        TokenizerMismatchError: `init` or `base` has another tokenizer than `data`.
+        TrainingError: The loss or a gradient is not finite; the step is named.
+    """
+    config = config or TrainConfig()
+    rows = TrainingData(data, with_targets=config.kl_weight > 0)
+    base = base or init
+    _check(rows, init, config)
+    _check_tokenizer(rows, base, "base")
+    with open_stage(
+        out,
+        "memory",
+        config=config.model_dump(),
+        inputs={"data": rows.manifest.hash, "init": model_identity(init), "base": model_identity(base)},
+        tokenizer=rows.manifest.tokenizer,
+        sources={**rows.manifest.sources, "data": str(data), "init": init, "base": base},
+    ) as stage:
+        if stage.finished:
+            return read_manifest(out, "memory")
+        device = default_device()
+        dtype = parse_dtype(config.dtype, device)
+        if dtype == torch.float16:
+            raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
+        validation = rows.validation if len(rows.validation) else None
+        base_scores = _base_scores(rows, base, dtype, config.batch_tokens) if validation is not None else None
+        torch.manual_seed(config.seed)
+        memory = MemoryDecoder(
+            _start_model(init, config).float(),
+            MemorySettings(
+                kind="decoder",
+                vocab_size=rows.vocab_size,
+                context_length=rows.corpus_config.block_size,
+                tokenizer=rows.manifest.tokenizer,
+            ),
+        )
+        batches = math.ceil(len(rows.train) / config.batch_size)
+        trainer = MemoryTrainer(
+            memory,
+            training_arguments(
+                config,
+                stage.path / "checkpoints",
+                steps_per_epoch=math.ceil(batches / config.accumulation),
+                bf16=dtype == torch.bfloat16,
+                use_cpu=device.type == "cpu",
+                validate=validation is not None,
+            ),
+            rows=rows.train,
+            kl_weight=config.kl_weight,
+            validation=validation,
+            base_scores=base_scores,
+            batch_tokens=config.batch_tokens,
+        )
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(stage.path / "checkpoints"))
+        facts = _facts(trainer, rows, memory, config)
+        best = facts["validation"]["best"] if validation is not None else {}
+        memory.settings = memory.settings.model_copy(
+            update={"mix_weight": best.get("mix_weight"), "validated_with": base if best else None}
+        )
+        memory.save_pretrained(stage.path)
+        rows.tokenizer.save_pretrained(stage.path)
+        stage.save_text(CARD_FILE, memory_card(memory.settings, facts, stage.sources, config.model_dump()))
+        stage.remove("checkpoints")
+        return stage.finish(facts)
+
+
+def _check(rows: TrainingData, init: str, config: TrainConfig) -> None:
+    _check_tokenizer(rows, init, "init")
+    size = load_config(init).get_text_config().vocab_size
+    if size < rows.vocab_size:
+        raise InputError(f"{rows.folder} has token ids up to {rows.vocab_size - 1}, outside the {size} of {init}")
+    total = load_config(init).get_text_config().num_hidden_layers
+    if isinstance(config.layers, int) and not 1 <= config.layers <= total:
+        raise ConfigError(f"layers = {config.layers}: {init} has {total}")
+    longest = getattr(load_config(init).get_text_config(), "max_position_embeddings", None)
+    if longest and rows.corpus_config.block_size > longest:
+        raise ConfigError(f"block_size = {rows.corpus_config.block_size} of {rows.folder} is above the {longest} of {init}")
+
+
+def _check_tokenizer(rows: TrainingData, model: str, role: str) -> None:
+    try:
+        tokenizer = load_tokenizer(resolve(model))
+    except ModelError:
+        load_config(model)  # a model without tokenizer is fine, an unreachable one is not
+        return
+    check_same(rows.tokenizer, tokenizer, str(rows.folder), f"{role} {model}")
+
+
+def _start_model(init: str, config: TrainConfig) -> PreTrainedModel:
+    if config.fresh:
+        return fresh_model(load_config(init), config.layers, config.seed)
+    model = load_causal_lm(init, dtype=torch.float32)
+    return model if config.layers is None else keep_layers(model, config.layers)
+
+
+def _base_scores(rows: TrainingData, base: str, dtype: torch.dtype, batch_tokens: int) -> Any:
+    model = as_voter(load_causal_lm(base, dtype=dtype).to(default_device()), rows.vocab_size)  # type: ignore[arg-type]
+    with progress_bar(int(rows.validation.lengths.sum()), "base on validation") as bar:
+        return score(model, rows.validation, batch_tokens=batch_tokens, progress=bar.update)["label"]
+
+
+def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: MemoryDecoder, config: TrainConfig) -> dict[str, Any]:
+    history = [
+        {
+            "step": entry["step"],
+            "epoch": round(entry["epoch"], 4),
+            "memory_perplexity": round(entry["eval_memory_perplexity"], 4),
+            "mixture_perplexity": round(entry["eval_mixture_perplexity"], 4),
+            "mix_weight": entry["eval_mix_weight"],
+        }
+        for entry in trainer.state.log_history
+        if "eval_mixture_perplexity" in entry
+    ]
+    facts: dict[str, Any] = {
+        "parameters": sum(p.numel() for p in memory.parameters()),
+        "steps": trainer.state.global_step,
+        "epochs": round(float(trainer.state.epoch or 0), 4),
+        "corpus": rows.corpus_facts,
+        "targets": {k: v for k, v in rows.manifest.facts.items() if k.startswith("mean_")},
+        "targets_config": rows.manifest.config if rows.manifest.kind == "targets" else None,
+        "training": [
+            {k: entry[k] for k in ("step", "loss", "kl_nats", "cross_entropy_nats", "grad_norm")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+    }
+    if history:
+        best = min(history, key=lambda entry: entry["mixture_perplexity"])
+        facts["validation"] = {"best": best, "history": history}
+    return facts

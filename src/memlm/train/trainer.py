@@ -1,0 +1,213 @@
+"""`MemoryTrainer`: transformers' Trainer with the sparse loss and validation by the mixture."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from memlm.errors import TrainingError
+from memlm.memory.decoder import MemoryDecoder
+from memlm.mix.scoring import Blocks, best_mix_weight, score
+from memlm.progress import progress_bar
+from memlm.train.config import TrainConfig
+from memlm.train.data import LengthGroupedSampler, Rows, collate
+
+
+def training_arguments(config: TrainConfig, folder: Path, *, steps_per_epoch: int, bf16: bool, use_cpu: bool, validate: bool) -> TrainingArguments:
+    """`TrainingArguments` for `config`, writing checkpoints to `folder`."""
+    every = max(1, steps_per_epoch // config.validations)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "num_train_epochs": config.epochs,
+        "max_steps": config.max_steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.accumulation,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": bf16,
+        "use_cpu": use_cpu,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "seed": config.seed,
+        "eval_strategy": "steps" if validate else "no",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_total_limit": 2,
+        "load_best_model_at_end": validate,
+        "metric_for_best_model": "mixture_perplexity" if validate else None,
+        "greater_is_better": False if validate else None,
+        "logging_strategy": "steps",
+        "logging_steps": 10,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": not use_cpu,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    return TrainingArguments(**{**settings, **config.trainer})
+
+
+class MemoryTrainer(Trainer):
+    """Trains a memory on rows with or without targets.
+
+    The memory's own `forward` gives the summed loss; here it is divided by the positions of the whole optimizer step,
+    so gradient accumulation is exact.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        memory: MemoryDecoder,
+        args: TrainingArguments,
+        *,
+        rows: Rows,
+        kl_weight: float,
+        validation: Blocks | None,
+        base_scores: NDArray[np.float32] | None,
+        batch_tokens: int,
+    ) -> None:
+        """
+        Args:
+            memory: What to train.
+            args: From `training_arguments`.
+            rows: Training rows.
+            kl_weight: In [0, 1].
+            validation: Held-out blocks; None: no validation.
+            base_scores: The base's label log-probs on them.
+            batch_tokens: Tokens in one forward pass of validation.
+        """
+        self._rows = rows
+        self._kl_weight = kl_weight
+        self._validation = validation
+        self._base_scores = base_scores
+        self._batch_tokens = batch_tokens
+        self._sums = torch.zeros(3)  # KL, cross-entropy, positions since the last log
+        self._bad_step = torch.full((), math.inf)
+        super().__init__(
+            model=memory,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows if validation is not None else None,  # never read: `evaluate` is our own
+            data_collator=collate,  # type: ignore[arg-type]
+        )
+        self.model_accepts_loss_kwargs = True  # so that positions of the whole step are counted
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_TokenBar(int(rows.lengths.sum())))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(self._rows.lengths, step_rows, self.args.seed)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        found = model(**inputs, kl_weight=self._kl_weight)
+        positions = (inputs["labels"][:, 1:] != -100).sum()
+        loss = found.loss / (num_items_in_batch if num_items_in_batch is not None else positions)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # undo the mean that data parallelism takes
+        self._sums = self._sums.to(loss.device) + torch.stack([found.kl, found.cross_entropy, positions])
+        step = torch.full((), float(self.state.global_step + 1), device=loss.device)
+        bad = torch.where(torch.isfinite(loss.detach()), math.inf, step)
+        self._bad_step = torch.minimum(self._bad_step.to(loss.device), bad)
+        return (loss, found) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            kl, cross_entropy, positions = self._sums.tolist()
+            self._sums = torch.zeros_like(self._sums)
+            logs |= {"kl_nats": kl / max(positions, 1), "cross_entropy_nats": cross_entropy / max(positions, 1)}
+            self._stop_if_not_finite(logs)
+        super().log(logs, start_time)
+
+    def _stop_if_not_finite(self, logs: dict[str, float]) -> None:
+        advice = "lower --learning-rate, or train with --dtype float32"
+        if math.isfinite(float(self._bad_step)):
+            raise TrainingError(f"the loss is not finite in step {int(self._bad_step)}; {advice}")
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise TrainingError(f"the gradient overflowed by step {self.state.global_step}; {advice}")
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Perplexity on the validation blocks: the memory alone, and its best mixture with the base."""
+        assert self._validation is not None and self._base_scores is not None
+        self._stop_if_not_finite({})
+        memory = self.accelerator.unwrap_model(self.model)
+        memory.eval()
+        with self.compute_loss_context_manager():
+            scores = score(memory, self._validation, batch_tokens=self._batch_tokens)["label"]
+        weight, mixture = best_mix_weight(self._base_scores, scores)
+        metrics = {
+            "eval_memory_perplexity": float(np.exp(-scores.astype(np.float64).mean())),
+            "eval_mixture_perplexity": mixture,
+            "eval_mix_weight": weight,
+        }
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        assert isinstance(self.model, nn.Module)
+        state = state_dict or self.model.state_dict()
+        seen: set[int] = set()
+        separate = {}
+        for name, tensor in state.items():  # safetensors refuses tensors that share memory, as tied embeddings do
+            separate[name] = tensor.contiguous() if tensor.data_ptr() not in seen else tensor.clone()
+            seen.add(tensor.data_ptr())
+        safetensors.torch.save_file(separate, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class _TokenBar(TrainerCallback):
+    """Progress in tokens, so that speed reads as tokens a second."""
+
+    def __init__(self, epoch_tokens: int) -> None:
+        self._epoch_tokens = epoch_tokens
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        total = int(self._epoch_tokens * state.num_train_epochs) if args.max_steps <= 0 else 0
+        self._per_step = total / max(state.max_steps, 1) if total else args.per_device_train_batch_size
+        self._bar = progress_bar(
+            total or int(self._per_step * state.max_steps), "training", initial=int(self._per_step * state.global_step)
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(int(self._per_step * state.global_step) - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self._bar is not None and logs:
+            named = {"loss": "loss", "eval_mixture_perplexity": "mixture"}
+            self._bar.set_postfix({named[k]: f"{v:.3f}" for k, v in logs.items() if k in named}, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose last-written file is there; a half-written one is passed over."""
+    while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
+        if (Path(found) / "trainer_state.json").is_file():
+            return found
+        Path(found).rename(Path(found).with_name(f"broken-{Path(found).name}"))
+    return None
