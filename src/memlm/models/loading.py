@@ -138,18 +138,20 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
-def evenly_spaced(count: int, total: int) -> list[int]:
-    """`count` indices of `range(total)`, first and last among them, as evenly spread as can be."""
-    if count == 1:
-        return [total - 1]
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+def outer_layers(count: int, total: int) -> list[int]:
+    """`count` indices of `range(total)`, half from the front and half from the back.
+
+    The middle blocks of a deep model change its stream least, so dropping them hurts least (docs/decisions/0005).
+    """
+    front = (count + 1) // 2
+    return [*range(front), *range(total - (count - front), total)]
 
 
 def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
     """A new model with only some of `model`'s blocks, weights copied, ready to save and load.
 
     Args:
-        layers: How many (evenly spaced, first and last kept), or which, counted from 0.
+        layers: How many (half from the front, half from the back), or which, counted from 0.
 
     Raises:
         ConfigError: A layer that the model does not have, or none at all.
@@ -158,7 +160,7 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     total = len(blocks)
     if isinstance(layers, int) and not 1 <= layers <= total:
         raise ConfigError(f"layers = {layers}: the start model has {total}")
-    chosen = evenly_spaced(layers, total) if isinstance(layers, int) else list(layers)
+    chosen = outer_layers(layers, total) if isinstance(layers, int) else list(layers)
     if not chosen or any(not 0 <= i < total for i in chosen) or chosen != sorted(set(chosen)):
         raise ConfigError(f"layers = {chosen}: give ascending numbers from 0 to {total - 1}")
     smaller = AutoModelForCausalLM.from_config(layered_config(model.config, chosen), dtype=model.dtype)
@@ -193,7 +195,7 @@ def fresh_model(config: PreTrainedConfig, layers: int | Sequence[int] | None, se
         count = layers if isinstance(layers, int) else len(layers)
         if not 1 <= count <= total:
             raise ConfigError(f"layers = {count}: the config has {total}")
-        config = layered_config(config, evenly_spaced(count, total))
+        config = layered_config(config, outer_layers(count, total))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

@@ -13,7 +13,7 @@ class TrainConfig(StageConfig):
     kl_weight: float = Field(0.5, ge=0, le=1)
     """Weight of the KL to the targets; the LM loss gets the rest. β in the paper. 0 is plain fine-tuning, without targets."""
     layers: int | list[int] | None = None
-    """Blocks of the start model to keep: how many (evenly spaced, first and last kept) or which, from 0; default all."""
+    """Blocks of the start model to keep: how many (half from the front, half from the back) or which, from 0; default all."""
     fresh: bool = False
     """Start from random weights with the start model's config instead of its weights."""
     epochs: float = Field(2.0, gt=0)
@@ -40,9 +40,7 @@ class TrainConfig(StageConfig):
     """Validations, and checkpoints, per epoch; the checkpoint with the lowest mixture perplexity is kept."""
     batch_tokens: int = Field(4096, ge=1)
     """Tokens in one forward pass of validation."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass, to save memory."""
     seed: int = Field(0, ge=0)
     """Order of blocks, random start, dropout."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of transformers' TrainingArguments, such as fsdp, deepspeed or report_to."""
+    """Further fields of transformers' TrainingArguments, such as activation_checkpointing, fsdp, deepspeed or report_to."""

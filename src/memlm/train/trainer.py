@@ -22,7 +22,9 @@ from memlm.train.config import TrainConfig
 from memlm.train.data import LengthGroupedSampler, Rows, collate
 
 
-def training_arguments(config: TrainConfig, folder: Path, *, steps_per_epoch: int, bf16: bool, use_cpu: bool, validate: bool) -> TrainingArguments:
+def training_arguments(
+    config: TrainConfig, folder: Path, *, steps_per_epoch: int, bf16: bool, use_cpu: bool, validate: bool
+) -> TrainingArguments:
     """`TrainingArguments` for `config`, writing checkpoints to `folder`."""
     every = max(1, steps_per_epoch // config.validations)
     settings: dict[str, Any] = {
@@ -38,7 +40,6 @@ def training_arguments(config: TrainConfig, folder: Path, *, steps_per_epoch: in
         "max_grad_norm": config.max_grad_norm,
         "bf16": bf16,
         "use_cpu": use_cpu,
-        "gradient_checkpointing": config.gradient_checkpointing,
         "seed": config.seed,
         "eval_strategy": "steps" if validate else "no",
         "eval_steps": every,

