@@ -129,7 +129,9 @@ def read_manifest(folder: str | Path, *kinds: Kind) -> Manifest:
     if not path.is_file():
         partial = partial_path(folder)
         if partial.is_dir():
-            raise ArtifactError(f"{folder} is not finished: run the command that makes it again, it goes on in {partial}")
+            raise ArtifactError(
+                f"{folder} is not finished: run the command that makes it again, it goes on in {partial}"
+            )
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
         raise ArtifactError(f"{folder} {what}; expected a {wanted} folder")
     try:
@@ -291,7 +293,9 @@ def open_stage(
         return
     plan = stage.path / "plan.json"
     if stage.path.exists() and not plan.is_file() and any(p.name != "lock" for p in stage.path.iterdir()):
-        raise OutputExistsError(f"{stage.path} exists and is no unfinished memlm run; delete it or choose another output")
+        raise OutputExistsError(
+            f"{stage.path} exists and is no unfinished memlm run; delete it or choose another output"
+        )
     if plan.is_file():
         there = json.loads(plan.read_text(encoding="utf-8"))
         if there != identity:
@@ -308,7 +312,9 @@ def open_stage(
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise OutputExistsError(f"another process is writing {stage.path}; wait for it or choose another output") from None
+            raise OutputExistsError(
+                f"another process is writing {stage.path}; wait for it or choose another output"
+            ) from None
         if not plan.is_file():
             write_json(plan, identity)
         yield stage
@@ -318,7 +324,13 @@ def stage_identity(
     kind: Kind, *, config: dict[str, Any], inputs: dict[str, str], tokenizer: str | None
 ) -> dict[str, Any]:
     """What decides whether two runs of a stage are the same run."""
-    identity = {"kind": kind, "format_version": FORMAT_VERSION, "config": config, "inputs": inputs, "tokenizer": tokenizer}
+    identity = {
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "config": config,
+        "inputs": inputs,
+        "tokenizer": tokenizer,
+    }
     return json.loads(json.dumps(identity))  # tuples become lists, as they will when read back
 
 

@@ -64,7 +64,8 @@ def with_settings(cls: type[StageConfig], *, leave_out: tuple[str, ...] = ()) ->
                 annotation=Annotated[
                     _option_type(field.annotation),
                     typer.Option(
-                        f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if field.annotation is bool else ""),
+                        f"--{name.replace('_', '-')}"
+                        + (f"/--no-{name.replace('_', '-')}" if field.annotation is bool else ""),
                         help=" ".join((field.description or "").split()) + _default_text(field.default),
                         show_default=False,
                     ),
@@ -184,9 +185,13 @@ def corpus(
 
     manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
     facts = manifest.facts
-    lines = [f"{out}: {facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
-             f" {facts['documents_repeated']:,} exact repetitions and {facts['documents_near_duplicate']:,} near-duplicates dropped"]
-    lines += [f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()]
+    lines = [
+        f"{out}: {facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
+        f" {facts['documents_repeated']:,} exact repetitions and {facts['documents_near_duplicate']:,} near-duplicates dropped"
+    ]
+    lines += [
+        f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()
+    ]
     _print(_summary(out, manifest), as_json, "\n".join(lines))
 
 
@@ -240,7 +245,9 @@ def targets(
     from memlm.targets.build import build_targets, import_released
 
     manifest = (
-        build_targets(datastore, out=out, config=config) if released is None else import_released(datastore, released, out=out)
+        build_targets(datastore, out=out, config=config)
+        if released is None
+        else import_released(datastore, released, out=out)
     )
     facts = manifest.facts
     text = (
@@ -253,11 +260,15 @@ def targets(
 @app.command()
 @with_settings(TrainConfig, leave_out=("trainer",))
 def train(
-    data: Annotated[str, typer.Argument(metavar="TARGETS", help="Folder that memlm targets wrote; a corpus at --kl-weight 0.")],
+    data: Annotated[
+        str, typer.Argument(metavar="TARGETS", help="Folder that memlm targets wrote; a corpus at --kl-weight 0.")
+    ],
     init: Annotated[str, typer.Option(help=f"Start model: {Model}.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     config: TrainConfig,
-    base: Annotated[str | None, typer.Option(help=f"Base whose mixture is validated: {Model}. Default: --init.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help=f"Base whose mixture is validated: {Model}. Default: --init.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a memory to imitate the retriever: kl_weight * KL(target || memory) + (1 - kl_weight) * cross-entropy.
@@ -293,7 +304,9 @@ def perplexity(
     base: Annotated[str, typer.Option(help=f"Frozen base: {Model}.")],
     memory: Annotated[str, typer.Option(help="Memory folder or hub id; any causal LM of the same tokenizer will do.")],
     config: EvaluateConfig,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Test perplexity of base, memory and mixture, with intervals; mix_weight is chosen on the validation split.
@@ -347,17 +360,28 @@ def _mixed(base: str, memory: str, mix_weight: float | None, dtype: str) -> tupl
 
     device = default_device()
     model = MixedLM.from_pretrained(base, memory=memory, mix_weight=mix_weight, dtype=parse_dtype(dtype, device))
-    return model.to(device), load_tokenizer(resolve(base))
+    model.to(device)  # type: ignore[arg-type]
+    return model, load_tokenizer(resolve(base))
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, temperature: float, top_p: float, seed: int, *, stream: bool
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    *,
+    stream: bool,
 ) -> str:
     import torch
     from transformers import TextStreamer
 
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
@@ -424,7 +448,8 @@ def _lines() -> Any:
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML with a section per stage.")],
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated.")
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all stages; default runs/RECIPE_NAME.")] = None,
     as_json: Json = False,
@@ -465,10 +490,16 @@ def info(
     lines += [f"  from {name}: {place}" for name, place in manifest.sources.items()]
     if manifest.kind == "memory":
         lines.append(f"  {_memory_line(manifest.facts)}")
-    lines += [f"  {name}: {_shorten(value)}" for name, value in manifest.facts.items() if name not in ("training", "validation")]
+    lines += [
+        f"  {name}: {_shorten(value)}"
+        for name, value in manifest.facts.items()
+        if name not in ("training", "validation")
+    ]
     lines.append(f"  settings: {_shorten(manifest.config)}")
     lines.append(f"  made with: {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
-    _print({"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}, as_json, "\n".join(lines))
+    _print(
+        {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}, as_json, "\n".join(lines)
+    )
 
 
 def _shorten(value: Any) -> str:

@@ -49,7 +49,9 @@ def run_demo(out: str | Path, *, train_tokens: int, say: Callable[[str], None]) 
         temporary.write_text("".join(rows), encoding="utf-8")
         temporary.rename(documents)
     report = run_recipe(demo_recipe(str(documents), train_tokens), out, say=say)["memory"]
-    return report, "\n".join([*_headline(report), "", report_table(report), "", *_passages(out, report), "", *_next(out, report)])
+    return report, "\n".join(
+        [*_headline(report), "", report_table(report), "", *_passages(out, report), "", *_next(out, report)]
+    )
 
 
 def demo_recipe(documents: str, train_tokens: int) -> dict[str, dict[str, Any]]:
@@ -95,7 +97,9 @@ def _module_text(name: str, path: Path) -> str:
         return ""
     parts = [ast.get_docstring(tree) or ""]
     for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (text := ast.get_docstring(node)):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
             if isinstance(node, ast.ClassDef):
                 parts.append(f"class {node.name}\n{text}")
             else:
@@ -131,12 +135,19 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
         return []
     lines = []
     labels = split.labels()
-    for title, document in zip(("helped most", "typical", "helped least"), ranked[[0, len(ranked) // 2, -1]], strict=True):
+    for title, document in zip(
+        ("helped most", "typical", "helped least"), ranked[[0, len(ranked) // 2, -1]], strict=True
+    ):
         places = np.flatnonzero(base.document == document)
         sums = np.convolve(gain[places], np.ones(_PASSAGE_TOKENS), "valid")
-        start = int(sums.argmin() if title == "helped least" else sums.argmax() if title == "helped most" else len(sums) // 2)
+        start = int(
+            sums.argmin() if title == "helped least" else sums.argmax() if title == "helped most" else len(sums) // 2
+        )
         window = places[start : start + _PASSAGE_TOKENS]
-        lines += [f"[{title}] {means[document]:+.2f} nats a token in this document", _indented(tokenizer.decode(labels[window]))]
+        lines += [
+            f"[{title}] {means[document]:+.2f} nats a token in this document",
+            _indented(str(tokenizer.decode(labels[window]))),
+        ]
         order = window[np.argsort(-gain[window])]
         for word, chosen in (("lifted", order[:4]), ("sank", order[::-1][:3])):
             moved = [

@@ -45,7 +45,9 @@ class Recipe:
             sections.setdefault(name, {})
         if "twin" in sections:  # what the train section says, without targets
             sections["twin"] = {
-                **{k: v for k, v in sections["train"].items() if k not in ("init", "base")}, "kl_weight": 0, **sections["twin"]
+                **{k: v for k, v in sections["train"].items() if k not in ("init", "base")},
+                "kl_weight": 0,
+                **sections["twin"],
             }
         if "teacher" in sections:
             sections["teacher"] = {"kl_weight": 0, **sections["teacher"]}

@@ -46,7 +46,13 @@ class Split:
     """
 
     def __init__(
-        self, tokens: NDArray[np.int32], offsets: NDArray[np.int64], *, block_size: int, step: int, cross_documents: bool
+        self,
+        tokens: NDArray[np.int32],
+        offsets: NDArray[np.int64],
+        *,
+        block_size: int,
+        step: int,
+        cross_documents: bool,
     ) -> None:
         """
         Args:
@@ -94,7 +100,7 @@ class Split:
         """Number of blocks."""
         return len(self._windows)
 
-    @cached_property
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """`(blocks,)` tokens in each block."""
         return self._windows[:, 1] - self._windows[:, 0]

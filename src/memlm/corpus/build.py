@@ -77,9 +77,9 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
         return None
     if setting == "auto":
         if role == "end_token":
-            return tokenizer.eos_token_id
+            return _single(tokenizer.eos_token_id)
         ids = tokenizer("a")["input_ids"]
-        return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+        return _single(tokenizer.bos_token_id) if ids and ids[0] == tokenizer.bos_token_id else None
     if setting in ("bos", "eos"):
         found = getattr(tokenizer, f"{setting}_token_id")
         if found is None:
@@ -87,8 +87,15 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
         return found
     vocabulary = tokenizer.get_vocab()
     if setting not in vocabulary:
-        raise ConfigError(f"{role} = {setting!r} is no token of the tokenizer{nearest(setting, tokenizer.all_special_tokens)}")
+        raise ConfigError(
+            f"{role} = {setting!r} is no token of the tokenizer{nearest(setting, tokenizer.all_special_tokens)}"
+        )
     return vocabulary[setting]
+
+
+def _single(token_id: object) -> int | None:
+    """A special id as transformers gives it: an integer, or None."""
+    return token_id if isinstance(token_id, int) else None
 
 
 def _tokenize(stage: Stage, sources: list[str], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> None:
@@ -103,12 +110,16 @@ def _tokenize(stage: Stage, sources: list[str], tokenizer: PreTrainedTokenizerBa
                 continue
             encoded = tokenizer([d.text for d in shard], add_special_tokens=False, verbose=False)["input_ids"]
             rows = [
-                np.array([*([start] * (start is not None)), *ids, *([end] * (end is not None))] if ids else [], np.int32)
+                np.array(
+                    [*([start] * (start is not None)), *ids, *([end] * (end is not None))] if ids else [], np.int32
+                )
                 for ids in encoded
             ]
             stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
-            stage.save_array(f"raw/{number:05d}.hashes.npy", np.array([document_hash(d.text, config.seed) for d in shard]))
+            stage.save_array(
+                f"raw/{number:05d}.hashes.npy", np.array([document_hash(d.text, config.seed) for d in shard])
+            )
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
             bar.update(sum(map(len, rows)))
 
@@ -128,7 +139,9 @@ def _shards(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 def document_hash(text: str, seed: int) -> np.uint64:
     """64 bits that decide a document's split and its place in a limited split."""
-    raw = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(16, "little")).digest()
+    raw = hashlib.blake2b(
+        text.encode("utf-8", "surrogatepass"), digest_size=8, salt=seed.to_bytes(16, "little")
+    ).digest()
     return np.uint64(int.from_bytes(raw, "little"))
 
 

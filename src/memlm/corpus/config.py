@@ -10,9 +10,9 @@ from memlm.config import StageConfig
 class CorpusConfig(StageConfig):
     """How documents become splits of token blocks."""
 
-    block_size: int = Field(512, ge=2)
+    block_size: int = Field(default=512, ge=2)
     """Tokens a model sees at a time: longest context plus the predicted token."""
-    stride: int | None = Field(None, ge=1)
+    stride: int | None = Field(default=None, ge=1)
     """Tokens newly predicted per block once a document is longer than one; default half a block, as in the paper."""
     cross_documents: bool = False
     """Cut blocks across document ends, so that attention crosses them; otherwise each block holds one document."""
@@ -26,27 +26,29 @@ class CorpusConfig(StageConfig):
     r"""What separates documents in one text file, such as '\n\n'; default: a file is one document."""
     encoding: str = "utf-8"
     """Encoding of text files."""
-    validation_fraction: float = Field(0.1, ge=0, lt=1)
+    validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of documents held out for choosing mix_weight and the best checkpoint."""
-    test_fraction: float = Field(0.1, ge=0, lt=1)
+    test_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of documents held out for reported figures."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Salts the document hash that decides the split."""
-    max_tokens: int | None = Field(None, ge=2)
+    max_tokens: int | None = Field(default=None, ge=2)
     """Training tokens kept at most: whole documents in the order of their hashes, the last one cut; default all."""
-    max_validation_tokens: int | None = Field(None, ge=2)
+    max_validation_tokens: int | None = Field(default=None, ge=2)
     """Validation tokens kept at most; default a tenth of max_tokens where that is given."""
-    max_test_tokens: int | None = Field(None, ge=2)
+    max_test_tokens: int | None = Field(default=None, ge=2)
     """Test tokens kept at most; default a tenth of max_tokens where that is given."""
-    near_duplicate_ngram: int = Field(0, ge=0, le=256)
+    near_duplicate_ngram: int = Field(default=0, ge=0, le=256)
     """Length in tokens of the n-grams that betray near-duplicates across splits; 0 leaves them in."""
-    near_duplicate_overlap: float = Field(0.0, ge=0, lt=1)
+    near_duplicate_overlap: float = Field(default=0.0, ge=0, lt=1)
     """A held-out document is dropped when more than this share of its n-grams occurs in training documents."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:
         if self.stride is not None and self.stride >= self.block_size:
-            raise ValueError(f"stride {self.stride} must be below block_size {self.block_size}: a token needs a context")
+            raise ValueError(
+                f"stride {self.stride} must be below block_size {self.block_size}: a token needs a context"
+            )
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must leave room for training")
         return self

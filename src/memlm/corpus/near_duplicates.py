@@ -43,5 +43,6 @@ class OverlapFinder:
     def overlaps(self) -> NDArray[np.float64]:
         """Per held-out document, the share of its n-grams seen; 0 for one shorter than n."""
         return np.array(
-            [self._seen[np.searchsorted(self._known, h)].mean() if len(h) else 0.0 for h in self._per_document], np.float64
+            [self._seen[np.searchsorted(self._known, h)].mean() if len(h) else 0.0 for h in self._per_document],
+            np.float64,
         )

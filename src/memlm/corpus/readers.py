@@ -63,7 +63,9 @@ def _is_saved_dataset(path: Path) -> bool:
 
 def source_digest(sources: list[str]) -> str:
     """A hash of everything `sources` hold: bytes of files, fingerprints of datasets."""
-    return digest([[Path(s).name, file_digest(Path(s)) if Path(s).is_file() else _dataset(s)._fingerprint] for s in sources])
+    return digest(
+        [[Path(s).name, file_digest(Path(s)) if Path(s).is_file() else _dataset(s)._fingerprint] for s in sources]
+    )
 
 
 def read_documents(sources: list[str], config: CorpusConfig) -> Iterator[Document]:
@@ -93,7 +95,9 @@ def _read_file(path: Path, config: CorpusConfig) -> Iterator[str]:
         except LookupError:
             raise InputError(f"encoding {config.encoding!r} is unknown") from None
         try:
-            yield from _jsonl(text, path, config.text_column) if kind == ".jsonl" else _split(text, config.document_separator)
+            yield from (
+                _jsonl(text, path, config.text_column) if kind == ".jsonl" else _split(text, config.document_separator)
+            )
         except UnicodeDecodeError as error:
             raise InputError(
                 f"{path} is not {config.encoding} ({error.reason} 0x{error.object[error.start]:02x});"
@@ -132,7 +136,9 @@ def _jsonl(text: IO[str], path: Path, column: str) -> Iterator[str]:
             raise InputError(f"{path} line {number} is not JSON: {error}") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             known = ", ".join(row) if isinstance(row, dict) else "none"
-            raise InputError(f"{path} line {number} has no text in {column!r} (keys: {known}); name it with --text-column")
+            raise InputError(
+                f"{path} line {number} has no text in {column!r} (keys: {known}); name it with --text-column"
+            )
         yield row[column]
 
 
@@ -141,7 +147,9 @@ def _parquet(stream: IO[bytes], path: Path, column: str) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(stream if stream.seekable() and path.suffix == ".parquet" else pa.BufferReader(stream.read()))
+        file = pq.ParquetFile(
+            stream if stream.seekable() and path.suffix == ".parquet" else pa.BufferReader(stream.read())
+        )
     except pa.ArrowInvalid as error:
         raise InputError(f"{path} is not Parquet: {error}") from None
     names = file.schema_arrow.names
@@ -174,4 +182,6 @@ def _dataset(source: str) -> Any:
         return datasets.load_dataset(name, subset or None, split=split or "train")
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{source!r} is no file or folder here and could not be loaded as a dataset ({reason})") from None
+        raise InputError(
+            f"{source!r} is no file or folder here and could not be loaded as a dataset ({reason})"
+        ) from None

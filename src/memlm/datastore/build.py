@@ -75,6 +75,7 @@ def build_datastore(
             "key_dtype": "float16",
             **_save_index(stage, keys, config),
         }
+        stage.remove("tap.txt")
         if not config.keep_keys:
             stage.remove("keys")
         return stage.finish(facts)
@@ -109,7 +110,9 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
     model, tap = load_teacher(teacher, config)
     stage.save_text("tap.txt", tap + "\n")
     total = split.n_positions
-    done = total - sum(int(split.position_starts[b1] - split.position_starts[b0]) for b0, b1 in (shards[i] for i in missing))
+    done = total - sum(
+        int(split.position_starts[b1] - split.position_starts[b0]) for b0, b1 in (shards[i] for i in missing)
+    )
     with progress_bar(total, "teacher pass", initial=done) as bar, TapReader(model, tap) as reader:
         for i in missing:
             keys = read_keys(reader, split, *shards[i], batch_tokens=config.batch_tokens)

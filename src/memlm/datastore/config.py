@@ -16,32 +16,32 @@ class DatastoreConfig(StageConfig):
     """Path of the module whose input is the key, such as model.layers.29.mlp; auto finds the last block's MLP."""
     dtype: str = "auto"
     """Precision of the teacher pass: float32, bfloat16, float16, or auto (bfloat16 where the device computes it natively)."""
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
     """Tokens in one teacher pass, padding included."""
-    shard_positions: int = Field(65536, ge=1)
+    shard_positions: int = Field(default=65536, ge=1)
     """Positions per shard at least; a resumed run goes on at the first missing shard."""
     keep_keys: bool = True
     """Keep the float16 keys (2·D bytes an entry). Without them the index keeps 64-byte codes, and the targets stage
     runs the teacher again for its queries."""
     index: Literal["auto", "exact", "ivf-flat", "ivf-pq"] = "auto"
     """Search structure: exact, ivf-flat, ivf-pq (re-ranked with exact distances while keys are kept), or auto by size."""
-    nlist: int | None = Field(None, ge=1)
+    nlist: int | None = Field(default=None, ge=1)
     """Inverted lists of an ivf index; default about four times the root of the number of entries."""
-    nprobe: int | None = Field(None, ge=1)
+    nprobe: int | None = Field(default=None, ge=1)
     """Lists searched per query; default the smallest power of two that reaches recall_target on a sample."""
-    code_bytes: int = Field(64, ge=1)
+    code_bytes: int = Field(default=64, ge=1)
     """Bytes of a product-quantised key at most; lowered to a divisor of the key width."""
-    rerank_factor: int = Field(4, ge=1)
+    rerank_factor: int = Field(default=4, ge=1)
     """ivf-pq fetches this many times k candidates and ranks them by exact distance."""
-    train_vectors: int = Field(200_000, ge=1)
+    train_vectors: int = Field(default=200_000, ge=1)
     """Keys an ivf index is trained on at most, drawn at random."""
-    recall_target: float = Field(0.95, gt=0, le=1)
+    recall_target: float = Field(default=0.95, gt=0, le=1)
     """Recall@k against exact search that the default nprobe must reach."""
-    recall_k: int = Field(256, ge=1)
+    recall_k: int = Field(default=256, ge=1)
     """k of the measured recall@k."""
-    recall_sample: int = Field(256, ge=1)
+    recall_sample: int = Field(default=256, ge=1)
     """Entries whose neighbours are also searched exactly to measure recall."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Draws training vectors and the recall sample."""
 
     @model_validator(mode="after")

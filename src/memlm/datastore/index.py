@@ -136,7 +136,9 @@ class IVFIndex(Index):
 
     @classmethod
     @abstractmethod
-    def _empty(cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+    def _empty(
+        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
+    ) -> faiss.IndexIVF:
         """An untrained index."""
 
     @classmethod
@@ -163,7 +165,7 @@ class IVFIndex(Index):
     @classmethod
     def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
         try:
-            index = faiss.read_index(str(folder / INDEX_FILE))
+            index: Any = faiss.read_index(str(folder / INDEX_FILE))
         except RuntimeError as error:
             raise ArtifactError(f"{folder / INDEX_FILE} cannot be read: {str(error).splitlines()[0][:120]}") from None
         index.nprobe = settings["nprobe"]
@@ -180,9 +182,16 @@ class IVFFlatIndex(IVFIndex):
     """Lists of whole float16 keys: exact distances, approximate choice."""
 
     @classmethod
-    def _empty(cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+    def _empty(
+        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
+    ) -> faiss.IndexIVF:
         return faiss.IndexIVFScalarQuantizer(
-            quantizer, width, nlist, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2, False  # keys, not residuals: lossless
+            quantizer,
+            width,
+            nlist,
+            faiss.ScalarQuantizer.QT_fp16,
+            faiss.METRIC_L2,
+            False,  # keys, not residuals: lossless
         )
 
     def describe(self) -> dict[str, Any]:
@@ -193,7 +202,9 @@ class IVFPQIndex(IVFIndex):
     """Lists of product-quantised keys, re-ranked with exact distances while the keys are there."""
 
     @classmethod
-    def _empty(cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+    def _empty(
+        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
+    ) -> faiss.IndexIVF:
         pieces = max(m for m in range(1, min(config.code_bytes, width) + 1) if width % m == 0)
         bits = int(min(8, max(1, np.log2(max(2, sample)))))
         index = faiss.IndexIVFPQ(quantizer, width, nlist, pieces, bits)
@@ -214,7 +225,9 @@ class IVFPQIndex(IVFIndex):
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]
         best, ids = np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1)
         short = k - best.shape[1]
-        return np.pad(best, ((0, 0), (0, short)), constant_values=np.inf), np.pad(ids, ((0, 0), (0, short)), constant_values=-1)
+        return np.pad(best, ((0, 0), (0, short)), constant_values=np.inf), np.pad(
+            ids, ((0, 0), (0, short)), constant_values=-1
+        )
 
 
 INDEXES: dict[IndexKind, type[Index]] = {"exact": ExactIndex, "ivf-flat": IVFFlatIndex, "ivf-pq": IVFPQIndex}
@@ -238,9 +251,7 @@ def measure_recall(index: Index, keys: Keys, config: DatastoreConfig) -> float:
 
 
 def _overlap(found: NDArray[np.int64], expected: NDArray[np.int64], own: NDArray[np.int64], k: int) -> float:
-    hits = [
-        len(set(f[f != me][:k]) & set(e[e != me][:k])) / k for f, e, me in zip(found, expected, own, strict=True)
-    ]
+    hits = [len(set(f[f != me][:k]) & set(e[e != me][:k])) / k for f, e, me in zip(found, expected, own, strict=True)]
     return float(np.mean(hits))
 
 

@@ -8,13 +8,13 @@ from memlm.config import StageConfig
 class EvaluateConfig(StageConfig):
     """How perplexity is measured."""
 
-    mix_weight: float | None = Field(None, ge=0, le=1)
+    mix_weight: float | None = Field(default=None, ge=0, le=1)
     """Weight of the memory in the mixture; default the best on the validation split. α in Memory Decoder, λ in kNN-LM."""
     dtype: str = "auto"
     """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
     """Tokens in one forward pass, padding included."""
-    bootstrap: int = Field(1000, ge=0)
+    bootstrap: int = Field(default=1000, ge=0)
     """Resamplings of documents behind the 95% intervals; 0 leaves them out."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Draws the resamplings."""

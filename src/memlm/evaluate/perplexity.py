@@ -99,7 +99,9 @@ def check_memory(corpus: Corpus, memory: str) -> None:
     if settings is None or settings.tokenizer != corpus.manifest.tokenizer:
         check_vocabulary(corpus, memory)
     elif load_config(memory).get_text_config().vocab_size < corpus.vocab_size:
-        raise ConfigError(f"memory {memory} has fewer output rows than the {corpus.vocab_size} token ids of {corpus.folder}")
+        raise ConfigError(
+            f"memory {memory} has fewer output rows than the {corpus.vocab_size} token ids of {corpus.folder}"
+        )
 
 
 class DocumentSums:
@@ -129,7 +131,10 @@ class DocumentSums:
     def ratio(self, above: NDArray[np.float64], below: NDArray[np.float64]) -> dict[str, Any]:
         """Perplexity of `above` over that of `below`, and its 95% interval."""
         (mean_a, drawn_a), (mean_b, drawn_b) = self._means(above), self._means(below)
-        return {"perplexity": round(float(np.exp(mean_a - mean_b)), 4), "interval": self._interval(np.exp(drawn_a - drawn_b))}
+        return {
+            "perplexity": round(float(np.exp(mean_a - mean_b)), 4),
+            "interval": self._interval(np.exp(drawn_a - drawn_b)),
+        }
 
 
 def by_label_frequency(label_count: NDArray[np.int64], parts: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:
@@ -177,7 +182,9 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
         axes.set_yscale("log")
     weight = report["mixture"]["mix_weight"]
     axes.axvline(weight, color="#b0413e", linestyle="--", linewidth=1)
-    axes.annotate(f"chosen: {weight:g}", (weight, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right")
+    axes.annotate(
+        f"chosen: {weight:g}", (weight, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
+    )
     axes.set_xlabel("mix_weight (0: base alone, 1: memory alone)")
     axes.set_ylabel("validation perplexity")
     axes.set_title(
@@ -195,7 +202,9 @@ def report_table(report: dict[str, Any]) -> str:
     lines = [f"{'':<24}{'perplexity':>12}   95% interval"]
     for name in ("base", "memory", "mixture"):
         row = report[name]
-        label = {"base": "base alone", "memory": "memory alone"}.get(name, f"mixture, weight {report['mixture']['mix_weight']:g}")
+        label = {"base": "base alone", "memory": "memory alone"}.get(
+            name, f"mixture, weight {report['mixture']['mix_weight']:g}"
+        )
         interval = "" if row["interval"] is None else "   {:.2f} to {:.2f}".format(*row["interval"])
         lines.append(f"{label:<24}{row['perplexity']:>12.2f}{interval}")
     chosen = "chosen on validation" if report["mixture"]["mix_weight_from"] == "validation" else "given"
@@ -203,8 +212,10 @@ def report_table(report: dict[str, Any]) -> str:
     lines.append("")
     lines.append(f"{'label seen in training':<24}{'tokens':>9}{'base':>10}{'memory':>10}{'mixture':>10}")
     for row in report["by_label_frequency"]:
-        span = f"{row['from']:,} times or more" if row["below"] is None else (
-            "never" if row["from"] == 0 else f"{row['from']:,} to {row['below'] - 1:,} times"
+        span = (
+            f"{row['from']:,} times or more"
+            if row["below"] is None
+            else ("never" if row["from"] == 0 else f"{row['from']:,} to {row['below'] - 1:,} times")
         )
         lines.append(f"{span:<24}{row['tokens']:>9,}{row['base']:>10.2f}{row['memory']:>10.2f}{row['mixture']:>10.2f}")
     return "\n".join(lines)

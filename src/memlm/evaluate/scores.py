@@ -79,5 +79,6 @@ def score_corpus(
             stage.finish({name: {"positions": split.n_positions} for name, split in splits.items()})
     names = (*COLUMNS, "document", "label_count")
     return {
-        split: Scores(**{c: np.load(folder / f"{split}.{c}.npy", allow_pickle=False) for c in names}) for split in splits
+        split: Scores(**{c: np.load(folder / f"{split}.{c}.npy", allow_pickle=False) for c in names})
+        for split in splits
     }

@@ -47,7 +47,9 @@ Any causal language model with the same tokenizer can stand in for the base.
 """
 
 
-def memory_card(settings: MemorySettings, facts: dict[str, Any], sources: dict[str, str], config: dict[str, Any]) -> str:
+def memory_card(
+    settings: MemorySettings, facts: dict[str, Any], sources: dict[str, str], config: dict[str, Any]
+) -> str:
     """The card as Markdown, its `library_name` memlm, so that no hub widget serves the memory alone by mistake.
 
     Args:

@@ -84,7 +84,9 @@ class MemoryDecoder(Memory):
         """
         config = decoder.config.get_text_config()
         longest = getattr(config, "max_position_embeddings", None)
-        super().__init__(settings or MemorySettings(kind="decoder", vocab_size=config.vocab_size, context_length=longest))
+        super().__init__(
+            settings or MemorySettings(kind="decoder", vocab_size=config.vocab_size, context_length=longest)
+        )
         self.decoder = decoder
         self.head = find_head(decoder)
         self.window = self.context_length
@@ -153,7 +155,11 @@ class MemoryDecoder(Memory):
         cache = cache if cache is not None else self.new_cache(len(tokens))
         assert isinstance(cache, DecoderCache)
         tokens = tokens.to(self.decoder.device)
-        mask = torch.ones_like(tokens, dtype=torch.bool) if attention_mask is None else attention_mask.to(tokens.device).bool()
+        mask = (
+            torch.ones_like(tokens, dtype=torch.bool)
+            if attention_mask is None
+            else attention_mask.to(tokens.device).bool()
+        )
         states, column = [], 0
         while column < tokens.shape[1]:
             run = self._longest_run(cache, mask[:, column:])
@@ -172,7 +178,9 @@ class MemoryDecoder(Memory):
         run = int(changed.long().argmax()) if bool(changed.any()) else mask.shape[1]
         return max(run, 1)
 
-    def _extend(self, cache: DecoderCache, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    def _extend(
+        self, cache: DecoderCache, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T D"]:
         """Read a run that lies in one window per row, after what that window holds already."""
         starts = self.window_starts(cache.lengths)
         if bool((starts > 0).any()) and not self._warned:
@@ -207,7 +215,9 @@ class MemoryDecoder(Memory):
     def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         there = labels != IGNORE
         temperature = self.settings.memory_temperature
-        return label_log_probs(state[there], labels[there], self.head, vocab_size=self.vocab_size, temperature=temperature)
+        return label_log_probs(
+            state[there], labels[there], self.head, vocab_size=self.vocab_size, temperature=temperature
+        )
 
 
 def _left_padded(

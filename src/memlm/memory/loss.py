@@ -71,10 +71,23 @@ def distillation_loss(
         owner, target_ids, q = positions[:0], labels[:0], hidden.new_zeros(0, dtype=torch.float32)
         negative_entropy = q.sum()
     soft, cross_entropy, target_score = _SparseCrossEntropy.apply(
-        hidden, head.weight, head.bias, labels, owner, target_ids, q, kl_weight, vocab_size, head.scale, head.softcap, chunk
+        hidden,
+        head.weight,
+        head.bias,
+        labels,
+        owner,
+        target_ids,
+        q,
+        kl_weight,
+        vocab_size,
+        head.scale,
+        head.softcap,
+        chunk,
     )
     kl = negative_entropy + target_score if kl_weight > 0 else target_score
-    return DistillationLoss(loss=soft + kl_weight * negative_entropy, kl=kl.detach(), cross_entropy=cross_entropy.detach())
+    return DistillationLoss(
+        loss=soft + kl_weight * negative_entropy, kl=kl.detach(), cross_entropy=cross_entropy.detach()
+    )
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:

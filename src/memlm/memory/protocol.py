@@ -20,11 +20,11 @@ class MemorySettings(StageConfig):
     """Which class reads the folder."""
     vocab_size: int = Field(ge=1)
     """Token ids it votes on are below it."""
-    context_length: int | None = Field(None, ge=2)
+    context_length: int | None = Field(default=None, ge=2)
     """Tokens it saw at a time in training; None: no limit."""
-    memory_temperature: float = Field(1.0, gt=0)
+    memory_temperature: float = Field(default=1.0, gt=0)
     """Divides the memory's logits before mixing."""
-    mix_weight: float | None = Field(None, ge=0, le=1)
+    mix_weight: float | None = Field(default=None, ge=0, le=1)
     """Weight that was best on the validation split with the base it was validated with."""
     tokenizer: str | None = None
     """Fingerprint of the tokenizer whose ids it votes on."""

@@ -88,7 +88,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         sizes = [base.config.get_text_config().vocab_size, *(m.vocab_size for m in memories.values())]
         size = min(sizes) if vocab_size is None else min(vocab_size, *sizes)
         config = MixedLMConfig(
-            base=base_name or base.config.name_or_path,
+            base=base_name or base.config.name_or_path or "",
             base_revision=getattr(base.config, "_commit_hash", None),
             vocab_size=size,
             memory_window=memory_window,
@@ -97,7 +97,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             setattr(config, name, getattr(base.config.get_text_config(), name, None))
         config._attn_implementation = "eager"  # has no attention of its own; the base keeps what it was loaded with
         super().__init__(config)
-        self.base = base
+        self.base: PreTrainedModel = base
         self.memories = nn.ModuleDict(memories)
         self.vocab_size = size
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
@@ -136,11 +136,12 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                 raise ConfigError(f"mix_weight: give one weight per memory ({', '.join(memories)})")
             weights = dict.fromkeys(memories, float(mix_weight))
         else:
-            weights = {name: memory.settings.mix_weight for name, memory in memories.items()}
-            if None in weights.values():
+            recorded = {name: memory.settings.mix_weight for name, memory in memories.items()}
+            weights = {name: weight for name, weight in recorded.items() if weight is not None}
+            if len(weights) < len(memories):
                 raise ConfigError("mix_weight is missing: the memory records none that was best on validation data")
         check_weights(list(weights.values()))
-        self._weights: dict[str, float] = weights  # type: ignore[assignment]
+        self._weights = weights
         self.config.mix_weights = dict(self._weights)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -182,7 +183,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             TypeError: `past_key_values` is not a `MixedCache`.
         """
         if past_key_values is not None and not isinstance(past_key_values, MixedCache):
-            raise TypeError(f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache")
+            raise TypeError(
+                f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache"
+            )
         use_cache = use_cache if use_cache is not None else past_key_values is not None
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(len(input_ids))
@@ -295,9 +298,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         for name, source in sources.items():
             loaded = source if isinstance(source, Memory) else load_memory(source, **memory_kwargs)
             memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
-        return cls(
-            model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base)
-        )
+        return cls(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
 
     def save_pretrained(self, save_directory: str | Path, *, include_base: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
         """Write references (with revisions), weights and the memories themselves.

@@ -57,13 +57,21 @@ def find_head(model: PreTrainedModel) -> Head:
         found = head(body(input_ids=probe, use_cache=False)[0]).float()
     tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
     if expected.shape != found.shape or (expected - found).abs().max() > tolerance * expected.abs().max().clamp(min=1):
-        raise ModelError(f"{type(model).__name__} changes its logits after the output layer in a way memlm does not know")
+        raise ModelError(
+            f"{type(model).__name__} changes its logits after the output layer in a way memlm does not know"
+        )
     return head
 
 
 @torch.no_grad()
 def label_log_probs(
-    hidden: Float[Tensor, "P D"], labels: Tensor, head: Head, *, vocab_size: int, temperature: float = 1.0, chunk: int = 1024
+    hidden: Float[Tensor, "P D"],
+    labels: Tensor,
+    head: Head,
+    *,
+    vocab_size: int,
+    temperature: float = 1.0,
+    chunk: int = 1024,
 ) -> dict[str, Tensor]:
     """Per position: log-prob of the label, entropy and top-1 probability, without logits of all positions at once.
 

@@ -132,7 +132,9 @@ def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     Raises:
         ModelError: The model has no list of blocks.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of blocks")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
@@ -170,7 +172,7 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
         match = re.match(rf"{re.escape(name)}\.(\d+)\.", key)
         if match and int(match[1]) not in position:
             continue
-        state[f"{name}.{position[int(match[1])]}.{key[match.end():]}" if match else key] = tensor
+        state[f"{name}.{position[int(match[1])]}.{key[match.end() :]}" if match else key] = tensor
     smaller.load_state_dict(state)
     smaller.generation_config = model.generation_config
     return smaller.eval()

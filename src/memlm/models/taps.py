@@ -37,7 +37,8 @@ def find_tap(model: PreTrainedModel) -> str:
     last = blocks[-1]
     called: list[str] = []
     handles = [
-        child.register_forward_pre_hook(lambda *_, name=name: called.append(name)) for name, child in last.named_children()
+        child.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, child in last.named_children()
     ]
     try:
         with torch.no_grad():

@@ -13,7 +13,9 @@ _PROBE = (
 )
 
 
-def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer stored at a path or hub id.
 
     Raises:
@@ -41,7 +43,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def check_same(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, first_name: str, second_name: str) -> None:
+def check_same(
+    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, first_name: str, second_name: str
+) -> None:
     """Nothing, where both tokenizers give the same ids.
 
     Raises:

@@ -160,7 +160,9 @@ def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path) -> Spars
     owner = np.repeat(np.arange(len(counts)), counts)
     sums = np.bincount(owner, weights=probs, minlength=len(counts))
     normalised = torch.from_numpy((probs / sums[owner]).astype(np.float32))
-    return SparseProbs(torch.from_numpy(counts.copy()).long(), torch.from_numpy(ids.copy()), normalised, torch.zeros(len(counts)))
+    return SparseProbs(
+        torch.from_numpy(counts.copy()).long(), torch.from_numpy(ids.copy()), normalised, torch.zeros(len(counts))
+    )
 
 
 def _shard(number: int) -> str:
@@ -196,7 +198,9 @@ def _queries(store: Datastore, split: Split) -> Iterator[Any]:
 
 
 def _concatenate(votes: list[SparseProbs]) -> SparseProbs:
-    return SparseProbs(*(torch.cat([getattr(v, name) for v in votes]) for name in ("counts", "ids", "probs", "lost_mass")))
+    return SparseProbs(
+        *(torch.cat([getattr(v, name) for v in votes]) for name in ("counts", "ids", "probs", "lost_mass"))
+    )
 
 
 def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparseProbs) -> None:

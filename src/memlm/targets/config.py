@@ -8,11 +8,11 @@ from memlm.config import StageConfig
 class TargetsConfig(StageConfig):
     """How neighbours become soft targets."""
 
-    k: int = Field(1024, ge=1)
+    k: int = Field(default=1024, ge=1)
     """Neighbours kept per position, self-matches already removed."""
-    target_temperature: float = Field(16.0, gt=0)
+    target_temperature: float = Field(default=16.0, gt=0)
     """Divides squared L2 distances before the softmax; higher is flatter. τ in the papers."""
     exclude_document: bool = False
     """Leave out neighbours from the position's own document too, not only the position itself."""
-    target_mass: float = Field(0.999, gt=0, le=1)
+    target_mass: float = Field(default=0.999, gt=0, le=1)
     """The smallest set of tokens holding this much probability is kept and renormalised; 1 keeps all."""

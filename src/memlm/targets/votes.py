@@ -48,7 +48,9 @@ def neighbor_votes(
     nearest = distances.amin(1, keepdim=True)
     if not torch.isfinite(nearest).all():
         raise ValueError("a position has no neighbour at all")
-    weights = torch.softmax((nearest - distances) / target_temperature, 1)  # nearest first: no overflow, no all-zero row
+    weights = torch.softmax(
+        (nearest - distances) / target_temperature, 1
+    )  # nearest first: no overflow, no all-zero row
     tokens, order = values.sort(dim=1, stable=True)
     weights = weights.gather(1, order)
     group = torch.zeros_like(tokens, dtype=torch.long)
@@ -69,7 +71,12 @@ def neighbor_votes(
 
 
 def search_neighbors(
-    datastore: Datastore, queries: NDArray[np.float32], own: NDArray[np.int64] | None, *, k: int, exclude_document: bool = False
+    datastore: Datastore,
+    queries: NDArray[np.float32],
+    own: NDArray[np.int64] | None,
+    *,
+    k: int,
+    exclude_document: bool = False,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The k nearest entries of each query, without the query's own entry.
 
@@ -96,7 +103,9 @@ def search_neighbors(
         if own is not None:
             excluded = found == own[rows, None]
             if exclude_document:
-                excluded |= split.documents_of(found.reshape(-1)).reshape(found.shape) == split.documents_of(own[rows])[:, None]
+                excluded |= (
+                    split.documents_of(found.reshape(-1)).reshape(found.shape) == split.documents_of(own[rows])[:, None]
+                )
             found_distances = np.where(excluded, np.inf, found_distances)
             found = np.where(excluded, -1, found)
         order = np.argsort(found_distances, axis=1, kind="stable")[:, :k]

@@ -10,37 +10,37 @@ from memlm.config import StageConfig
 class TrainConfig(StageConfig):
     """How a memory is trained."""
 
-    kl_weight: float = Field(0.5, ge=0, le=1)
+    kl_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of the KL to the targets; the LM loss gets the rest. β in the paper. 0 is plain fine-tuning, without targets."""
     layers: int | list[int] | None = None
     """Blocks of the start model to keep: how many (half from the front, half from the back) or which, from 0; default all."""
     fresh: bool = False
     """Start from random weights with the start model's config instead of its weights."""
-    epochs: float = Field(2.0, gt=0)
+    epochs: float = Field(default=2.0, gt=0)
     """Passes over the training blocks."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Optimizer steps, instead of epochs."""
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Shape of the learning rate after warm-up."""
-    warmup: float = Field(0.03, ge=0)
+    warmup: float = Field(default=0.03, ge=0)
     """Warm-up: share of all steps if below 1, else steps."""
-    batch_size: int = Field(8, ge=1)
+    batch_size: int = Field(default=8, ge=1)
     """Blocks per device and forward pass."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(default=1, ge=1)
     """Forward passes per optimizer step; the loss is averaged over all positions of the step, so this is exact."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """AdamW's weight decay."""
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are clipped to this norm."""
     dtype: str = "auto"
     """Autocast precision: float32, bfloat16, or auto (bfloat16 where computed natively). Weights stay in float32."""
-    validations: int = Field(1, ge=1)
+    validations: int = Field(default=1, ge=1)
     """Validations, and checkpoints, per epoch; the checkpoint with the lowest mixture perplexity is kept."""
-    batch_tokens: int = Field(4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1)
     """Tokens in one forward pass of validation."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Order of blocks, random start, dropout."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments, such as activation_checkpointing, fsdp, deepspeed or report_to."""

@@ -37,7 +37,9 @@ class TrainingData:
         self.manifest: Manifest = read_manifest(folder, "targets", "corpus")
         self.with_targets = with_targets
         if with_targets and self.manifest.kind == "corpus":
-            raise ConfigError(f"{folder} is a corpus without targets: run memlm datastore and memlm targets, or --kl-weight 0")
+            raise ConfigError(
+                f"{folder} is a corpus without targets: run memlm datastore and memlm targets, or --kl-weight 0"
+            )
 
     @property
     def _is_corpus(self) -> bool:
@@ -143,9 +145,8 @@ def _open_arrow(paths: list[Path]) -> datasets.Dataset:
 
 
 def _list_lengths(table: datasets.Dataset, column: str) -> NDArray[np.int64]:
-    import pyarrow.compute as pc
-
-    return pc.list_value_length(table.data.column(column)).to_numpy().astype(np.int64)
+    chunks = table.data.column(column).chunks
+    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [np.empty(0)]).astype(np.int64)
 
 
 def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:

@@ -120,7 +120,9 @@ def _check(rows: TrainingData, init: str, config: TrainConfig) -> None:
         raise ConfigError(f"layers = {config.layers}: {init} has {total}")
     longest = getattr(load_config(init).get_text_config(), "max_position_embeddings", None)
     if longest and rows.corpus_config.block_size > longest:
-        raise ConfigError(f"block_size = {rows.corpus_config.block_size} of {rows.folder} is above the {longest} of {init}")
+        raise ConfigError(
+            f"block_size = {rows.corpus_config.block_size} of {rows.folder} is above the {longest} of {init}"
+        )
 
 
 def _check_tokenizer(rows: TrainingData, model: str, role: str) -> None:

@@ -26,7 +26,7 @@ def training_arguments(
     config: TrainConfig, folder: Path, *, steps_per_epoch: int, bf16: bool, use_cpu: bool, validate: bool
 ) -> TrainingArguments:
     """`TrainingArguments` for `config`, writing checkpoints to `folder`."""
-    every = max(1, steps_per_epoch // config.validations)
+    every = max(1, min(steps_per_epoch // config.validations, config.max_steps or steps_per_epoch))
     settings: dict[str, Any] = {
         "output_dir": str(folder),
         "num_train_epochs": config.epochs,
@@ -107,6 +107,8 @@ class MemoryTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that positions of the whole step are counted
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
+        if validation is not None:
+            self.add_callback(_ValidateAtEnd)
         self.add_callback(_TokenBar(int(rows.lengths.sum())))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -148,7 +150,8 @@ class MemoryTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Perplexity on the validation blocks: the memory alone, and its best mixture with the base."""
-        assert self._validation is not None and self._base_scores is not None
+        assert self._validation is not None
+        assert self._base_scores is not None
         self._stop_if_not_finite({})
         memory = self.accelerator.unwrap_model(self.model)
         memory.eval()
@@ -175,6 +178,14 @@ class MemoryTrainer(Trainer):
             separate[name] = tensor.contiguous() if tensor.data_ptr() not in seen else tensor.clone()
             seen.add(tensor.data_ptr())
         safetensors.torch.save_file(separate, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class _ValidateAtEnd(TrainerCallback):
+    """Validates and saves after the last step too, where it does not fall on a validation anyway."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
 
 
 class _TokenBar(TrainerCallback):

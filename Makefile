@@ -1,0 +1,52 @@
+# make demo, make test: each makes .venv by itself. Nothing but Python 3.11+ and make is needed.
+PYTHON ?= python3
+# PyTorch's own index of CPU builds; name another where that one cannot be reached.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: help demo test check lint types pytest format clean
+
+help:
+	@echo "make demo    train a small memory and show what it gained (about ten minutes on two CPU cores)"
+	@echo "make test    what CI runs: ruff, import-linter, pyright, pytest"
+	@echo "make format  format the code"
+	@echo "make clean   remove .venv and caches"
+
+demo: .venv/ready
+	$(BIN)/memlm demo
+
+test: lint types pytest
+check: test
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: .venv/ready
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+pytest: .venv/ready
+	$(BIN)/python -m pytest
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "memlm needs Python 3.11 or newer; name one with PYTHON=..."; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@if $(BIN)/python -c "import torch" 2>/dev/null; then :; \
+	elif command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then \
+		echo "GPU found: installing $(TORCH)"; $(BIN)/pip install --quiet "$(TORCH)"; \
+	else \
+		echo "no GPU found: installing the CPU build of $(TORCH)"; \
+		$(BIN)/pip install --quiet --retries 0 --timeout 20 --index-url "$(TORCH_INDEX)" "$(TORCH)" 2>/dev/null \
+		|| { echo "$(TORCH_INDEX) cannot be reached: installing what pip finds"; $(BIN)/pip install --quiet "$(TORCH)"; }; \
+	fi
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch .venv/ready
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
