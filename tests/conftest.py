@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 WORDS = (
-    "the memory reads a corpus and votes on every next token while the frozen base keeps its weights so nothing is lost "
-    "doctors say that asthma makes breathing hard and inhalers help patients agree to terms of this contract hereby"
+    "the memory reads a corpus and votes on every next token while the frozen base keeps its weights so nothing is "
+    "lost doctors say that asthma makes breathing hard and inhalers help patients agree to terms of this contract hereby"
 ).split()
 
 
@@ -25,7 +25,9 @@ def sentences(count: int, seed: int) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def _own_cache(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Scores and fetched models of tests stay out of the user's cache (tests marked `assets` may use it)."""
     if "assets" not in request.keywords:
         monkeypatch.setenv("MEMLM_HOME", str(tmp_path_factory.getbasetemp() / "memlm-home"))
@@ -111,7 +113,9 @@ def datastore_folder(corpus_folder: Path, model_folder: str) -> Path:
     from memlm.datastore.config import DatastoreConfig
 
     out = corpus_folder.parent / "datastore"
-    build_datastore(corpus_folder, teacher=model_folder, out=out, config=DatastoreConfig(dtype="float32", shard_positions=300))
+    build_datastore(
+        corpus_folder, teacher=model_folder, out=out, config=DatastoreConfig(dtype="float32", shard_positions=300)
+    )
     return out
 
 
@@ -133,5 +137,7 @@ def memory_folder(targets_folder: Path, model_folder: str) -> Path:
     from memlm.train.run import train_memory
 
     out = targets_folder.parent / "memory"
-    train_memory(targets_folder, init=model_folder, out=out, config=TrainConfig(epochs=1, batch_size=4, dtype="float32"))
+    train_memory(
+        targets_folder, init=model_folder, out=out, config=TrainConfig(epochs=1, batch_size=4, dtype="float32")
+    )
     return out
