@@ -108,6 +108,10 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _is_half_written(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".writing")
+
+
 def is_artifact(folder: str | Path) -> bool:
     """Whether `folder` holds a manifest."""
     return (Path(folder) / MANIFEST).is_file()
@@ -142,7 +146,7 @@ def read_manifest(folder: str | Path, *kinds: Kind) -> Manifest:
         raise ArtifactError(f"{path} is not a memlm manifest")
     if raw["format_version"] != FORMAT_VERSION:
         raise ArtifactError(
-            f"{path} has format version {raw['format_version']!r}, this memlm reads {FORMAT_VERSION}; rebuild the folder"
+            f"{path} has format version {raw['format_version']!r}, this memlm reads {FORMAT_VERSION}; rebuild it"
         )
     try:
         manifest = Manifest.model_validate(raw)
@@ -245,25 +249,43 @@ class Stage:
         else:
             path.unlink(missing_ok=True)
 
-    def finish(self, facts: dict[str, Any]) -> Manifest:
-        """Write the manifest and give the folder its name."""
+    def finish(self, facts: dict[str, Any], *, intermediate: tuple[str, ...] = ()) -> Manifest:
+        """Write the manifest and give the folder its name.
+
+        Args:
+            facts: What the stage found out.
+            intermediate: Files and folders that the result does without. They go only once the manifest is there, so a
+                run stopped before loses no work.
+        """
         payload = {
             path.relative_to(self.path).as_posix(): PayloadFile(bytes=path.stat().st_size, sha256=file_digest(path))
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.relative_to(self.path).as_posix() not in _UNHASHED
+            if path.is_file()
+            and path.name not in _UNHASHED  # of a folder copied into this one as well
+            and not _is_half_written(path)
+            and path.relative_to(self.path).parts[0] not in intermediate
         }
         manifest = Manifest(
             **self.identity, facts=facts, payload=payload, sources=self.sources, versions=library_versions()
         )
         write_json(self.path / "run.json", {"finished": time.time(), "seconds_last_run": time.time() - self._started})
         write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
-        for leftover in ("plan.json", "lock"):
-            (self.path / leftover).unlink(missing_ok=True)
+        self.settle(manifest)
+        return manifest
+
+    def settle(self, manifest: Manifest) -> None:
+        """Remove what is not part of the result and rename the folder: all that is left to do after the manifest."""
+        for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
+            name = path.relative_to(self.path).as_posix()
+            if path.is_dir():
+                with contextlib.suppress(OSError):  # it is not empty
+                    path.rmdir()
+            elif name not in manifest.payload and (path.name not in _UNHASHED or name in ("plan.json", "lock")):
+                path.unlink()
         if self.out.is_dir():
             self.out.rmdir()  # an empty folder the user made
         os.replace(self.path, self.out)
         self.finished = True
-        return manifest
 
 
 @contextlib.contextmanager
@@ -291,13 +313,13 @@ def open_stage(
         stage.finished = True
         yield stage
         return
-    plan = stage.path / "plan.json"
-    if stage.path.exists() and not plan.is_file() and any(p.name != "lock" for p in stage.path.iterdir()):
+    plan, complete = stage.path / "plan.json", is_artifact(stage.path)
+    if stage.path.exists() and not (complete or plan.is_file()) and any(p.name != "lock" for p in stage.path.iterdir()):
         raise OutputExistsError(
             f"{stage.path} exists and is no unfinished memlm run; delete it or choose another output"
         )
-    if plan.is_file():
-        there = json.loads(plan.read_text(encoding="utf-8"))
+    if complete or plan.is_file():
+        there = read_manifest(stage.path).identity if complete else json.loads(plan.read_text(encoding="utf-8"))
         if there != identity:
             raise OutputExistsError(
                 f"{stage.path} is an unfinished run of something else ({_difference(there, identity)});"
@@ -315,7 +337,9 @@ def open_stage(
             raise OutputExistsError(
                 f"another process is writing {stage.path}; wait for it or choose another output"
             ) from None
-        if not plan.is_file():
+        if complete:  # the last run was stopped just before the renaming
+            stage.settle(read_manifest(stage.path))
+        elif not plan.is_file():
             write_json(plan, identity)
         yield stage
 

@@ -187,7 +187,7 @@ def corpus(
     facts = manifest.facts
     lines = [
         f"{out}: {facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
-        f" {facts['documents_repeated']:,} exact repetitions and {facts['documents_near_duplicate']:,} near-duplicates dropped"
+        f" {facts['documents_repeated']:,} repetitions and {facts['documents_near_duplicate']:,} near-duplicates out"
     ]
     lines += [
         f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()
@@ -217,7 +217,8 @@ def datastore(
     manifest = build_datastore(corpus, teacher=teacher, out=out, config=config)
     facts = manifest.facts
     text = (
-        f"{out}: {facts['entries']:,} entries of width {facts['key_width']} from {facts['tap']}; {facts['index']['kind']} index,"
+        f"{out}: {facts['entries']:,} entries of width {facts['key_width']} from {facts['tap']};"
+        f" {facts['index']['kind']} index,"
         f" recall@{facts['recall']['k']} {facts['recall']['value']:.3f}"
     )
     _print(_summary(out, manifest), as_json, text)
@@ -403,7 +404,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
 ) -> None:
-    """Talk to a base and a memory. `/weight 0.3` changes mix_weight, `/clear` starts anew, an empty line or Ctrl-D ends.
+    """Talk to a base and a memory. `/weight 0.3` changes mix_weight, `/clear` starts anew, an empty line ends.
 
     Example: memlm chat --base smollm2 --memory m/
     """
@@ -485,7 +486,8 @@ def info(
     manifest = read_manifest(folder)
     size = sum(file.bytes for file in manifest.payload.values())
     lines = [
-        f"{folder} is a {manifest.kind} folder: {len(manifest.payload)} files, {size / 1e6:,.1f} MB, hash {manifest.hash[:16]}"
+        f"{folder} is a {manifest.kind} folder: {len(manifest.payload)} files, {size / 1e6:,.1f} MB,"
+        f" hash {manifest.hash[:16]}"
     ]
     lines += [f"  from {name}: {place}" for name, place in manifest.sources.items()]
     if manifest.kind == "memory":

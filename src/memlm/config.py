@@ -40,10 +40,13 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
+        message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             lines.append(f"unknown setting '{where}{key}'{nearest(key, cls.model_fields)}")
+        elif not key:  # settings that contradict each other
+            lines.append(f"{where.rstrip('.')}: {message}" if where else message)
         else:
-            lines.append(f"{where}{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}")
+            lines.append(f"{where}{key} = {problem['input']!r}: {message[:1].lower()}{message[1:]}")
     return "; ".join(lines)
 
 
@@ -72,7 +75,7 @@ def parse_yaml(text: str, name: str) -> Any:
         ConfigError: The text is not YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
@@ -86,8 +89,9 @@ def read_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"cannot read recipe {path}: {reason}") from None
     recipe = parse_yaml(text, f"recipe {path}")
     if not isinstance(recipe, dict) or not all(isinstance(section, dict) for section in recipe.values()):
         raise ConfigError(f"recipe {path} must hold one mapping per stage, such as 'corpus: {{block_size: 512}}'")

@@ -166,7 +166,8 @@ def _next(out: Path, report: dict[str, Any]) -> list[str]:
     versions = library_versions()
     return [
         f"plot: {out / 'evaluation-memory' / 'perplexity.png'}",
-        f"made with torch {versions.get('torch')}, transformers {versions.get('transformers')}, {versions.get('threads')} threads",
+        f"made with torch {versions.get('torch')}, transformers {versions.get('transformers')},"
+        f" {versions.get('threads')} threads",
         "try next:",
         f'  memlm generate "The generation config" --base {MODEL} --memory {out / "memory"} --max-new-tokens 60',
     ]

@@ -4,7 +4,7 @@
 class MemlmError(Exception):
     """Base of every error memlm raises on purpose.
 
-    The message is one line: which field or file, its value, and what to do. The command line prints it and exits with 2.
+    The message is one line: which field or file, its value, what to do. The command line prints it and exits with 2.
     """
 
 

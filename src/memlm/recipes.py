@@ -36,7 +36,7 @@ class Recipe:
             sections: Section name to settings, as in the YAML file.
 
         Raises:
-            ConfigError: A section or key is unknown (the nearest known one is named), a value is wrong, or one is missing.
+            ConfigError: A section or key is unknown (the nearest is named), a value is wrong, or one is missing.
         """
         for name in sections:
             if name not in SECTIONS:

@@ -59,8 +59,7 @@ def build_corpus(
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
         facts["vocab_size"] = vocabulary_size(loaded)
-        stage.remove("raw")
-        return stage.finish(facts)
+        return stage.finish(facts, intermediate=("raw",))
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> int | None:
@@ -194,7 +193,7 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
         facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
     if not chosen["train"]:
         raise InputError(
-            f"the corpus is empty: {len(raw.lengths):,} documents were read, none of two tokens or more is left for training"
+            f"the corpus is empty: {len(raw.lengths):,} documents were read, none of two tokens is left for training"
         )
     return facts
 

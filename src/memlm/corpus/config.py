@@ -19,10 +19,10 @@ class CorpusConfig(StageConfig):
     start_token: str = "auto"
     """Token put before each document: bos, none, a token's text, or auto (bos if the tokenizer adds one by itself)."""
     end_token: str = "auto"
-    """Token put after each document, predicted like any other: eos, none, a token's text, or auto (eos if there is one)."""
+    """Token put after each document, predicted like any: eos, none, a token's text, or auto (eos if it exists)."""
     text_column: str = "text"
     """Column that holds the text in .jsonl, .parquet and datasets."""
-    document_separator: str | None = None
+    document_separator: str | None = Field(default=None, min_length=1)
     r"""What separates documents in one text file, such as '\n\n'; default: a file is one document."""
     encoding: str = "utf-8"
     """Encoding of text files."""

@@ -75,10 +75,7 @@ def build_datastore(
             "key_dtype": "float16",
             **_save_index(stage, keys, config),
         }
-        stage.remove("tap.txt")
-        if not config.keep_keys:
-            stage.remove("keys")
-        return stage.finish(facts)
+        return stage.finish(facts, intermediate=("tap.txt", *(() if config.keep_keys else ("keys",))))
 
 
 def check_vocabulary(corpus: Corpus, model: str) -> None:

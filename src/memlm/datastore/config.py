@@ -15,7 +15,7 @@ class DatastoreConfig(StageConfig):
     tap: str = "auto"
     """Path of the module whose input is the key, such as model.layers.29.mlp; auto finds the last block's MLP."""
     dtype: str = "auto"
-    """Precision of the teacher pass: float32, bfloat16, float16, or auto (bfloat16 where the device computes it natively)."""
+    """Precision of the teacher pass: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
     batch_tokens: int = Field(default=4096, ge=1)
     """Tokens in one teacher pass, padding included."""
     shard_positions: int = Field(default=65536, ge=1)
@@ -24,7 +24,7 @@ class DatastoreConfig(StageConfig):
     """Keep the float16 keys (2·D bytes an entry). Without them the index keeps 64-byte codes, and the targets stage
     runs the teacher again for its queries."""
     index: Literal["auto", "exact", "ivf-flat", "ivf-pq"] = "auto"
-    """Search structure: exact, ivf-flat, ivf-pq (re-ranked with exact distances while keys are kept), or auto by size."""
+    """Search structure: exact, ivf-flat, ivf-pq (re-ranked by exact distance while keys are kept), or auto by size."""
     nlist: int | None = Field(default=None, ge=1)
     """Inverted lists of an ivf index; default about four times the root of the number of entries."""
     nprobe: int | None = Field(default=None, ge=1)

@@ -9,7 +9,7 @@ class EvaluateConfig(StageConfig):
     """How perplexity is measured."""
 
     mix_weight: float | None = Field(default=None, ge=0, le=1)
-    """Weight of the memory in the mixture; default the best on the validation split. α in Memory Decoder, λ in kNN-LM."""
+    """Weight of the memory in the mixture; default the best on validation. α in Memory Decoder, λ in kNN-LM."""
     dtype: str = "auto"
     """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
     batch_tokens: int = Field(default=4096, ge=1)

@@ -105,7 +105,7 @@ def check_memory(corpus: Corpus, memory: str) -> None:
 
 
 class DocumentSums:
-    """Perplexities with intervals from resampled documents; all quantities share the same draws, so ratios are paired."""
+    """Perplexities with intervals from resampled documents; all share the same draws, so ratios are paired."""
 
     def __init__(self, document: NDArray[np.int64], config: EvaluateConfig) -> None:
         self._document = document

@@ -187,7 +187,7 @@ class MemoryDecoder(Memory):
             self._warned = True
             warnings.warn(
                 f"the text is longer than the memory's window of {self.window} tokens; the memory now sees between"
-                f" {self.window // 2 if self.window else 0} and {self.window} of the latest tokens, the base all of them",
+                f" {(self.window or 0) // 2} and {self.window} of the latest tokens, the base all of them",
                 stacklevel=2,
             )
         new_tokens, new_mask = tokens, mask

@@ -247,7 +247,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if isinstance(model_kwargs.get("past_key_values"), MixedCache) or generation_config.use_cache is False:
             return
         own: dict[str, Any] = {}
-        self.base._prepare_cache_for_generation(generation_config, own, generation_mode, batch_size, max_cache_length)
+        cast(Any, self.base)._prepare_cache_for_generation(
+            generation_config, own, generation_mode, batch_size, max_cache_length
+        )
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
 

@@ -43,7 +43,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype | str = "auto", **kwargs: An
     Args:
         name: A path, a hub id, or a packaged name such as `smollm2`.
         dtype: Of the weights; `auto` keeps the checkpoint's.
-        kwargs: Anything `AutoModelForCausalLM.from_pretrained` takes (`device_map`, `quantization_config`, `revision` …).
+        kwargs: What `AutoModelForCausalLM.from_pretrained` takes (`device_map`, `quantization_config`, `revision` …).
 
     Raises:
         ModelError: It cannot be reached, or is no causal language model.
@@ -185,9 +185,8 @@ def layered_config(config: PreTrainedConfig, chosen: Sequence[int]) -> PreTraine
     for key, value in settings.items():
         if isinstance(value, list) and len(value) == total and key != "architectures":
             settings[key] = [value[i] for i in chosen]
-    smaller = type(config).from_dict(settings)
-    smaller.num_hidden_layers = len(chosen)
-    return smaller
+    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(chosen)
+    return type(config).from_dict(settings)
 
 
 def fresh_model(config: PreTrainedConfig, layers: int | Sequence[int] | None, seed: int) -> PreTrainedModel:

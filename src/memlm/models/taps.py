@@ -1,5 +1,6 @@
 """Where in a model activations are read: the input of a module, found from the modules themselves."""
 
+import contextlib
 import difflib
 from types import TracebackType
 from typing import Self
@@ -13,7 +14,7 @@ from memlm.errors import ModelError
 from memlm.models.loading import block_list
 
 
-class _StopForward(Exception):
+class _ForwardStoppedError(Exception):
     """Raised inside a hook to skip what comes after the tap."""
 
 
@@ -97,7 +98,7 @@ class TapReader:
     def _capture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         self._captured = tensors[0].detach()
-        raise _StopForward
+        raise _ForwardStoppedError
 
     @torch.no_grad()
     def read(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
@@ -110,10 +111,8 @@ class TapReader:
             ModelError: The forward pass never calls the tap.
         """
         self._captured = None
-        try:
+        with contextlib.suppress(_ForwardStoppedError):
             self.model.base_model(input_ids=input_ids, use_cache=False)
-        except _StopForward:
-            pass
         if self._captured is None:
             raise ModelError(f"the tapped module of {type(self.model).__name__} is never called in a forward pass")
         activations, self._captured = self._captured, None

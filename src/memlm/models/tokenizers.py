@@ -54,8 +54,8 @@ def check_same(
     if fingerprint(first) == fingerprint(second):
         return
     raise TokenizerMismatchError(
-        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); a memory votes on token"
-        f" ids, so both must share them: train one with this base's tokenizer"
+        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); a memory votes"
+        f" on token ids, so both must share them: train one with this base's tokenizer"
     )
 
 

@@ -128,7 +128,7 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path) -
     if len(labels) != len(expected) or (labels != expected).any():
         at = "their number" if len(labels) != len(expected) else f"position {int((labels != expected).argmax())}"
         raise InputError(
-            f"{arrow} has {len(labels):,} labels, corpus {corpus} {len(expected):,} training positions; they differ in {at}"
+            f"{arrow} has {len(labels):,} labels, corpus {corpus} {len(expected):,} positions; they differ in {at}"
         )
     with open_stage(
         out,
@@ -271,5 +271,4 @@ def _finish(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[s
         "corpus_config": corpus.manifest.config,
         "datastore": datastore_facts,
     }
-    stage.remove("stats")
-    return stage.finish(facts)
+    return stage.finish(facts, intermediate=("stats",))

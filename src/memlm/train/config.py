@@ -11,9 +11,9 @@ class TrainConfig(StageConfig):
     """How a memory is trained."""
 
     kl_weight: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the KL to the targets; the LM loss gets the rest. β in the paper. 0 is plain fine-tuning, without targets."""
+    """Weight of the KL to the targets, β in the paper; the LM loss gets the rest. 0 is plain fine-tuning."""
     layers: int | list[int] | None = None
-    """Blocks of the start model to keep: how many (half from the front, half from the back) or which, from 0; default all."""
+    """Blocks of the start model to keep: how many (half from the front, half from the back) or which; default all."""
     fresh: bool = False
     """Start from random weights with the start model's config instead of its weights."""
     epochs: float = Field(default=2.0, gt=0)
@@ -43,4 +43,4 @@ class TrainConfig(StageConfig):
     seed: int = Field(default=0, ge=0)
     """Order of blocks, random start, dropout."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of transformers' TrainingArguments, such as activation_checkpointing, fsdp, deepspeed or report_to."""
+    """Further fields of transformers' TrainingArguments, such as activation_checkpointing, fsdp or report_to."""
