@@ -1,0 +1,276 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from memlm.artifacts import (
+    Manifest,
+    cache_dir,
+    check_output,
+    is_artifact,
+    open_stage,
+    partial_path,
+    read_manifest,
+    stage_identity,
+    write_json,
+)
+from memlm.errors import ArtifactError, OutputExistsError
+
+ASKED = {"config": {"k": 4, "taus": [1.0, 2.0]}, "inputs": {"corpus": "a" * 64}, "tokenizer": "t" * 64}
+
+
+def build(out: Path, *, texts: tuple[str, ...] = ("one", "two"), sources: dict[str, str] | None = None) -> Manifest:
+    with open_stage(out, "corpus", sources=sources, **ASKED) as stage:
+        assert not stage.finished
+        for number, text in enumerate(texts):
+            stage.save_text(f"part/{number}.txt", text)
+        stage.save_array("numbers.npy", np.arange(3))
+        return stage.finish({"parts": len(texts)})
+
+
+def edit_manifest(folder: Path, **changes: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    written = build(tmp_path / "out")
+    read = read_manifest(tmp_path / "out", "corpus")
+    assert read == written
+    assert read.hash == written.hash
+    assert set(read.payload) == {"part/0.txt", "part/1.txt", "numbers.npy"}
+    assert read.payload["part/0.txt"].bytes == 3
+    assert read.facts == {"parts": 2}
+    assert read.identity == stage_identity("corpus", **ASKED)
+    assert not partial_path(tmp_path / "out").exists()
+
+
+def test_the_hash_covers_payload_facts_and_settings_but_not_sources_times_or_versions(tmp_path: Path) -> None:
+    first = build(tmp_path / "a", sources={"documents": "here"})
+    run = json.loads((tmp_path / "a" / "run.json").read_text())
+    (tmp_path / "a" / "run.json").write_text(json.dumps({**run, "finished": 0.0, "more": "x" * 99}))
+    assert (
+        read_manifest(tmp_path / "a").hash == first.hash == build(tmp_path / "b", sources={"documents": "there"}).hash
+    )
+    assert first.model_copy(update={"versions": {"python": "2"}}).hash == first.hash
+    assert build(tmp_path / "c", texts=("one", "twx")).hash != first.hash
+    for change in ({"facts": {"parts": 3}}, {"config": {"k": 5}}, {"inputs": {}}, {"tokenizer": None}):
+        assert first.model_copy(update=change).hash != first.hash, change
+
+
+def test_times_and_places_of_an_artifact_copied_into_another_stay_outside_its_hash(tmp_path: Path) -> None:
+    hashes = []
+    for place in ("here", "there"):
+        with open_stage(tmp_path / place, "datastore", **ASKED) as stage:
+            (stage.path / "corpus").mkdir()
+            inner = build(tmp_path / f"{place}-corpus", sources={"documents": place})
+            write_json(stage.path / "corpus" / "manifest.json", inner.model_dump(mode="json"))
+            write_json(stage.path / "corpus" / "run.json", {"finished": place})
+            hashes.append(stage.finish({}).hash)
+    assert hashes[0] == hashes[1]
+
+
+def test_a_crashed_stage_goes_on_with_the_files_it_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        with open_stage(out, "corpus", **ASKED) as stage:
+            stage.save_text("part/0.txt", "one")
+            with stage.writing("part/1.txt") as temporary:
+                temporary.write_text("tw")
+                raise KeyboardInterrupt
+    kept = partial_path(out) / "part/0.txt"
+    before = kept.stat().st_mtime_ns
+    assert not is_artifact(out)
+    with pytest.raises(ArtifactError, match="is not finished: run the command that makes it again"):
+        read_manifest(out)
+    with open_stage(out, "corpus", **ASKED) as stage:
+        assert [stage.has(f"part/{i}.txt") for i in range(2)] == [True, False]
+        stage.save_text("part/1.txt", "two")
+        stage.save_array("numbers.npy", np.arange(3))
+        resumed = stage.finish({"parts": 2})
+    assert (out / "part/0.txt").stat().st_mtime_ns == before
+    assert resumed.hash == build(tmp_path / "other").hash
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "numbers.npy", "part", "run.json"]
+
+
+def test_half_written_files_of_a_killed_process_do_not_enter_the_payload(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    partial = partial_path(out)
+    with open_stage(out, "corpus", **ASKED) as stage:
+        stage.save_text("part/0.txt", "one")
+    for name in (".manifest.json.writing", "part/.7.txt.writing"):  # kill -9 leaves no time to remove them
+        (partial / name).write_text("half")
+    with open_stage(out, "corpus", **ASKED) as stage:
+        stage.save_text("part/1.txt", "two")
+        stage.save_array("numbers.npy", np.arange(3))
+        stage.finish({"parts": 2})
+    assert read_manifest(out).hash == build(tmp_path / "other").hash
+
+
+def test_a_process_killed_while_finishing_is_finished_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, renamed = tmp_path / "out", os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if Path(target) == out:
+            raise SystemExit("killed before the folder got its name")
+        renamed(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("memlm.artifacts.os.replace", killed)
+        with pytest.raises(SystemExit):
+            build(out)
+    assert not out.exists()
+    with open_stage(out, "corpus", **ASKED) as stage:
+        if not stage.finished:
+            stage.finish({"parts": 2})
+    assert read_manifest(out).hash == build(tmp_path / "other").hash
+
+
+def test_a_finished_stage_is_left_alone(tmp_path: Path) -> None:
+    build(tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    with open_stage(tmp_path / "out", "corpus", **ASKED) as stage:
+        assert stage.finished
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+    assert check_output(tmp_path / "out", stage_identity("corpus", **ASKED))
+    assert not check_output(tmp_path / "new", stage_identity("corpus", **ASKED))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"config": {"k": 5, "taus": [1.0, 2.0]}}, "config.k: 4 there, 5 here"),
+        ({"config": {"k": 4}}, r"config.taus: \[1.0, 2.0\] there, None here"),
+        ({"inputs": {"corpus": "b" * 64}}, "inputs.corpus: 'aaaaaaaaaaaaaaa…aa' there, 'bbbbbbbbbbbbbbb…bb' here"),
+        ({"tokenizer": "u" * 64}, "tokenizer: 'ttt.* there, 'uuu.* here"),
+        ({"kind": "targets"}, "kind: 'corpus' there, 'targets' here"),
+    ],
+)
+def test_an_output_made_otherwise_is_refused_and_the_difference_named(
+    tmp_path: Path, complete: bool, change: dict, named: str
+) -> None:
+    out = tmp_path / "out"
+    with open_stage(out, "corpus", **ASKED) as stage:
+        stage.save_text("a.txt", "a")
+        if complete:
+            stage.finish({})
+    asked = {"kind": "corpus", **ASKED, **change}
+    with pytest.raises(OutputExistsError, match=named):
+        with open_stage(out, **asked):
+            pytest.fail("the body must not run")
+    assert (out if complete else partial_path(out)).joinpath("a.txt").read_text() == "a"
+
+
+def test_a_foreign_folder_or_file_is_refused_and_kept(tmp_path: Path) -> None:
+    foreign = tmp_path / "thesis"
+    foreign.mkdir()
+    (foreign / "chapter1.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "new.partial").mkdir()
+    (tmp_path / "new.partial" / "mine.txt").write_text("mine")
+    for name, message in (
+        ("thesis", "no memlm folder"),
+        ("file", "no memlm folder"),
+        ("new", "no unfinished memlm run"),
+    ):
+        with pytest.raises(OutputExistsError, match=message):
+            with open_stage(tmp_path / name, "corpus", **ASKED):
+                pytest.fail("the body must not run")
+    assert (foreign / "chapter1.txt").read_text() == "years of work"
+    assert [p.name for p in (tmp_path / "new.partial").iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_folder_may_become_the_output(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert build(tmp_path / "out") == read_manifest(tmp_path / "out")
+
+
+def test_an_output_below_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=r"cannot write .*Not a directory"):
+        with open_stage(tmp_path / "file" / "out", "corpus", **ASKED):
+            pytest.fail("the body must not run")
+
+
+def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
+    script = (
+        "import json, sys\n"
+        "from memlm.artifacts import open_stage\n"
+        "from memlm.errors import OutputExistsError\n"
+        "try:\n"
+        "    with open_stage(sys.argv[1], 'corpus', **json.loads(sys.argv[2])):\n"
+        "        print('went in')\n"
+        "except OutputExistsError as error:\n"
+        "    print(error)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out"), json.dumps(ASKED)]
+    with open_stage(tmp_path / "out", "corpus", **ASKED):
+        during = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    after = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "another process is writing" in during
+    assert after == "went in\n"
+
+
+def test_a_missing_or_truncated_file_is_found(tmp_path: Path) -> None:
+    build(tmp_path / "out")
+    part = tmp_path / "out" / "part" / "1.txt"
+    part.write_text("t")
+    with pytest.raises(ArtifactError, match=r"1\.txt has 1 bytes, its manifest says 3; rebuild"):
+        read_manifest(tmp_path / "out")
+    part.unlink()
+    with pytest.raises(ArtifactError, match=r"1\.txt is missing; rebuild"):
+        read_manifest(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", "part/../../outside.txt"])
+def test_a_path_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    build(tmp_path / "out")
+    (tmp_path / "outside.txt").write_text("x")
+    edit_manifest(tmp_path / "out", payload={name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(ArtifactError, match="names a file outside its folder"):
+        read_manifest(tmp_path / "out")
+
+
+def test_another_format_version_or_kind_is_refused(tmp_path: Path) -> None:
+    build(tmp_path / "out")
+    with pytest.raises(ArtifactError, match="is a corpus folder, expected datastore or targets"):
+        read_manifest(tmp_path / "out", "datastore", "targets")
+    edit_manifest(tmp_path / "out", format_version=99)
+    with pytest.raises(ArtifactError, match=r"format version 99, this memlm reads 1; rebuild"):
+        read_manifest(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "is not a memlm manifest"),
+        ('{"format_version": 1}', "Field required"),
+    ],
+)
+def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    build(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match=message):
+        read_manifest(tmp_path / "out")
+
+
+def test_a_folder_that_is_not_there_and_one_without_a_manifest_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="does not exist; expected a corpus folder"):
+        read_manifest(tmp_path / "nothing", "corpus")
+    with pytest.raises(ArtifactError, match=r"has no manifest\.json; expected a memlm folder"):
+        read_manifest(tmp_path)
+
+
+def test_the_cache_is_where_memlm_home_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("MEMLM_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "memlm"

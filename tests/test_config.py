@@ -1,0 +1,160 @@
+import math
+from pathlib import Path
+
+import pytest
+from pydantic import Field
+
+from memlm.config import StageConfig, parse_yaml, read_recipe
+from memlm.corpus.config import CorpusConfig
+from memlm.datastore.config import DatastoreConfig
+from memlm.errors import ConfigError
+from memlm.targets.config import TargetsConfig
+
+
+class Sample(StageConfig):
+    """A stage's settings."""
+
+    k: int = Field(default=8, ge=1)
+    """Neighbours."""
+    rate: float = Field(default=0.5, gt=0, le=1)
+    name: str | None = None
+
+
+def recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_unknown_setting_names_the_nearest_known_one() -> None:
+    with pytest.raises(
+        ConfigError, match=r"unknown setting 'targets\.target_temprature'; did you mean 'target_temperature'\?"
+    ):
+        TargetsConfig.parse({"target_temprature": 4}, "targets.")
+    with pytest.raises(ConfigError, match="unknown setting 'zzz'; known: k, name, rate"):
+        Sample.parse({"zzz": 1})
+
+
+def test_a_wrong_type_names_field_and_value() -> None:
+    with pytest.raises(ConfigError, match=r"targets\.k = 'many': input should be a valid integer"):
+        TargetsConfig.parse({"k": "many"}, "targets.")
+    with pytest.raises(ConfigError, match=r"k = 1\.5: "):
+        Sample.parse({"k": 1.5})
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (TargetsConfig, {"target_temperature": 0}, "target_temperature = 0: .*greater than 0"),
+        (TargetsConfig, {"target_temperature": -1.0}, r"target_temperature = -1\.0: .*greater than 0"),
+        (TargetsConfig, {"target_mass": 1.1}, r"target_mass = 1\.1: .*less than or equal to 1"),
+        (TargetsConfig, {"k": 0}, "k = 0: .*greater than or equal to 1"),
+        (CorpusConfig, {"block_size": 1}, "block_size = 1: "),
+        (CorpusConfig, {"document_separator": ""}, "document_separator = '': "),
+        (CorpusConfig, {"validation_fraction": 1}, "validation_fraction = 1: "),
+        (DatastoreConfig, {"index": "hnsw"}, "index = 'hnsw': .*'exact', 'ivf-flat' or 'ivf-pq'"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(config: type[StageConfig], values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config.parse(values)
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "message"),
+    [
+        (CorpusConfig, {"block_size": 8, "stride": 8}, "^corpus: stride 8 must be below block_size 8"),
+        (CorpusConfig, {"validation_fraction": 0.5, "test_fraction": 0.5}, "^corpus: .*leave room for training"),
+        (DatastoreConfig, {"keep_keys": False, "index": "exact"}, "^corpus: keep_keys false .* not exact"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_in_one_short_line(
+    config: type[StageConfig], values: dict, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        config.parse(values, "corpus.")
+    assert len(str(caught.value)) < 150
+
+
+def test_every_problem_is_told_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"k = 0: .*; rate = 2: .*; unknown setting 'nam'; did you mean 'name'\?"):
+        Sample.parse({"k": 0, "rate": 2, "nam": "x"})
+
+
+def test_settings_are_frozen_and_documented_by_the_docstring_below_the_field() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Sample().k = 3  # type: ignore[misc]
+    assert Sample.model_fields["k"].description == "Neighbours."
+
+
+@pytest.mark.parametrize("config", [CorpusConfig, DatastoreConfig, TargetsConfig])
+def test_every_field_of_a_stage_is_documented_and_has_a_default(config: type[StageConfig]) -> None:
+    config()
+    assert [name for name, field in config.model_fields.items() if not field.description] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-6", 1e-6),
+        ("-2E+3", -2000.0),
+        ("5e-4", 5e-4),
+        (".5", 0.5),
+        ("1.", 1.0),
+        (".inf", math.inf),
+        ("12", 12),
+        ("1e", "1e"),
+        ("e5", "e5"),
+        ("1.2.3", "1.2.3"),
+        ("'1e-6'", "1e-6"),
+    ],
+)
+def test_yaml_reads_numbers_as_people_write_them(text: str, value: object) -> None:
+    found = parse_yaml(text, "text")
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_yaml_runs_no_code() -> None:
+    with pytest.raises(ConfigError, match="text is not valid YAML"):
+        parse_yaml("!!python/object/apply:os.getcwd []", "text")
+
+
+def test_overrides_change_and_add_settings(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "corpus:\n  block_size: 64\ntargets:\n  k: 8\n")
+    found = read_recipe(
+        path, ["targets.k=256", "train.learning_rate=1e-6", "corpus.document_separator='a=b.c'", "corpus.stride=null"]
+    )
+    assert found == {
+        "corpus": {"block_size": 64, "document_separator": "a=b.c", "stride": None},
+        "targets": {"k": 256},
+        "train": {"learning_rate": 1e-6},
+    }
+    assert read_recipe(path) == {"corpus": {"block_size": 64}, "targets": {"k": 8}}
+
+
+@pytest.mark.parametrize("override", ["k=3", "targets.k", "targets.=3", ".k=3", "a.b.c=3", ""])
+def test_an_override_of_another_form_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=r"is not of the form section\.key=value, such as targets\.k=256"):
+        read_recipe(recipe(tmp_path, "targets: {}"), [override])
+
+
+def test_an_override_that_is_no_yaml_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--set 'targets\.k=\[1' is not valid YAML"):
+        read_recipe(recipe(tmp_path, "targets: {}"), ["targets.k=[1"])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "targets: 3\n", "", "just words"])
+def test_a_recipe_must_map_stages_to_settings(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="must hold one mapping per stage"):
+        read_recipe(recipe(tmp_path, text))
+
+
+def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read recipe .*nowhere\.yaml: No such file"):
+        read_recipe(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not valid YAML: "):
+        read_recipe(recipe(tmp_path, "a: [1\nb: 2"))
+    (tmp_path / "latin.yaml").write_bytes(b"corpus: {text_column: \xe9}")
+    with pytest.raises(ConfigError, match=r"cannot read recipe .*latin\.yaml"):
+        read_recipe(tmp_path / "latin.yaml")
