@@ -1,0 +1,132 @@
+"""The card of a trained memory, and its way to the hub."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from memlm import push_to_hub
+from memlm.artifacts import read_manifest
+from memlm.errors import ArtifactError
+from memlm.memory.card import memory_card
+from memlm.memory.protocol import MemorySettings
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    _, head, body = card.split("---\n", 2)
+    assert body.strip()
+    return yaml.safe_load(head)
+
+
+@pytest.fixture
+def card(memory_folder: Path) -> str:
+    return (memory_folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_front_matter_names_memlm_as_the_library(card: str) -> None:
+    head = front_matter(card)
+    assert head["library_name"] == "memlm"
+    assert "memory-decoder" in head["tags"]
+    assert "pipeline_tag" not in head, "it would put a widget on the hub that serves the memory alone"
+
+
+def test_card_says_from_what_how_good_and_how_to_load(card: str, memory_folder: Path, model_folder: str) -> None:
+    manifest = read_manifest(memory_folder, "memory")
+    best = manifest.facts["validation"]["best"]
+    train = manifest.facts["corpus"]["splits"]["train"]
+    assert "MixedLM.from_pretrained(" in card
+    assert f"mix_weight={best['mix_weight']}" in card
+    assert f"| teacher | {model_folder} |" in card
+    assert f"{train['tokens']:,} training tokens of {train['documents']:,} documents" in card
+    assert "k 16, temperature 4, without the position itself" in card
+    assert f"perplexity {best['memory_perplexity']:.2f} alone, {best['mixture_perplexity']:.2f} mixed" in card
+
+
+FACTS = {"corpus": {"splits": {"train": {"tokens": 1234567, "documents": 9}}}, "parameters": 5, "epochs": 2.0}
+CONFIG = {"kl_weight": 0.0, "learning_rate": 5e-4, "seed": 0, "fresh": False, "layers": None}
+
+
+def test_card_of_plain_fine_tuning_without_validation_says_so() -> None:
+    card = memory_card(MemorySettings(kind="decoder", vocab_size=9), FACTS, {"base": "b", "init": "i"}, CONFIG)
+    assert front_matter(card)["library_name"] == "memlm"
+    assert "| targets | none: plain fine-tuning |" in card
+    assert "No validation split was held out." in card
+    assert "1,234,567 training tokens" in card
+
+
+@pytest.mark.parametrize(
+    ("layers", "fresh", "expected"),
+    [
+        (None, False, "| start model | i |"),
+        (3, False, "| start model | i (3 layers) |"),
+        ([0, 4], True, "| start model | i (2 layers, random weights) |"),
+    ],
+)
+def test_card_says_what_was_kept_of_the_start_model(layers: Any, fresh: bool, expected: str) -> None:
+    config = {**CONFIG, "layers": layers, "fresh": fresh}
+    settings = MemorySettings(kind="decoder", vocab_size=9)
+    assert expected in memory_card(settings, FACTS, {"base": "b", "init": "i"}, config)
+
+
+class Hub:
+    """Stands in for `huggingface_hub.HfApi` and notes what it is asked."""
+
+    calls: list[tuple[str, tuple, dict]]
+
+    def __init__(self, token: str | None = None) -> None:
+        type(self).calls = [("token", (token,), {})]
+
+    def create_repo(self, *args: Any, **kwargs: Any) -> None:
+        self.calls.append(("create_repo", args, kwargs))
+
+    def upload_folder(self, *args: Any, **kwargs: Any) -> str:
+        self.calls.append(("upload_folder", args, kwargs))
+        return "https://hub/me/memory"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> type[Hub]:
+    Hub.calls = []
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    return Hub
+
+
+def test_push_makes_the_repository_and_uploads_the_folder(memory_folder: Path, hub: type[Hub]) -> None:
+    assert push_to_hub(memory_folder, "me/memory", private=True, token="secret") == "https://hub/me/memory"
+    assert hub.calls == [
+        ("token", ("secret",), {}),
+        ("create_repo", ("me/memory",), {"private": True, "exist_ok": True}),
+        (
+            "upload_folder",
+            (),
+            {"repo_id": "me/memory", "folder_path": memory_folder, "ignore_patterns": ["run.json"]},
+        ),
+    ]
+
+
+def test_push_refuses_a_folder_without_card(model_folder: str, hub: type[Hub]) -> None:
+    with pytest.raises(ArtifactError, match="has no card that names memlm as its library"):
+        push_to_hub(model_folder, "me/memory")
+    assert not hub.calls
+
+
+def test_push_refuses_a_card_of_another_library(model_folder: str, tmp_path: Path, hub: type[Hub]) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    (folder / "README.md").write_text("---\nlibrary_name: transformers\n---\n", encoding="utf-8")
+    with pytest.raises(ArtifactError, match="has no card that names memlm as its library"):
+        push_to_hub(folder, "me/memory")
+    assert not hub.calls
+
+
+def test_push_refuses_other_stages_and_damaged_memories(
+    corpus_folder: Path, memory_folder: Path, tmp_path: Path, hub: type[Hub]
+) -> None:
+    with pytest.raises(ArtifactError, match="is a corpus folder, expected memory"):
+        push_to_hub(corpus_folder, "me/memory")
+    folder = Path(shutil.copytree(memory_folder, tmp_path / "memory"))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match="is missing"):
+        push_to_hub(folder, "me/memory")
+    assert not hub.calls

@@ -1,0 +1,197 @@
+"""MemoryDecoder beyond the shared protocol: its loss in training, and its window."""
+
+import warnings
+from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_lm import dense_distillation_loss, dense_targets, window_start, windowed_hidden
+from tiny_families import family_model
+from torch import Tensor
+
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.protocol import MemorySettings
+
+VOCAB, PADDING = 40, 5
+CLOSE = {"rtol": 0, "atol": 1e-4}  # see tests/memory/test_protocol.py
+
+
+def windowed(window: int | None, family: str = "llama") -> MemoryDecoder:
+    model = tiny_model(VOCAB + PADDING) if family == "llama" else family_model(family, VOCAB + PADDING)
+    return MemoryDecoder(model, MemorySettings(kind="decoder", vocab_size=VOCAB, context_length=window))
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Without the warning about the window, which has its own test."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the text is longer than the memory's window")
+        yield
+
+
+def some_tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def shared() -> MemoryDecoder:
+    return windowed(None)
+
+
+def shared_with(window: int) -> MemoryDecoder:
+    """One memory for all examples of a property; making one takes longer than an example."""
+    shared().window = window
+    return shared()
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_forward_gives_the_dense_loss_of_a_padded_batch(kl_weight: float) -> None:
+    memory = windowed(None)
+    tokens = some_tokens(3, 9)
+    labels = tokens.clone()
+    labels[0, 6:] = -100  # padding on the right
+    labels[1, :4] = -100  # context that another block predicts
+    labels[:, 0] = -100
+    expected_places = [(row, place) for row in range(3) for place in range(1, 9) if labels[row, place] != -100]
+    positions = len(expected_places)
+    counts = torch.arange(positions) % 4 + 1
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.cat([torch.randperm(VOCAB, generator=rng)[:count] for count in counts.tolist()]).int()
+    probs = torch.rand(len(ids), generator=rng) + 0.1
+
+    found = memory(tokens, labels, kl_weight, counts, ids, probs)
+    found.loss.backward()
+    gradient = memory.decoder.model.layers[0].mlp.up_proj.weight.grad.clone()
+    memory.zero_grad()
+
+    hidden = memory.decoder.model(input_ids=tokens).last_hidden_state
+    loss, kl, cross_entropy = dense_distillation_loss(
+        torch.stack([hidden[row, place - 1] for row, place in expected_places]),
+        memory.decoder.lm_head.weight,
+        None,
+        torch.tensor([int(tokens[row, place]) for row, place in expected_places]),
+        dense_targets(counts, ids, probs, VOCAB),
+        kl_weight=kl_weight,
+        vocab_size=VOCAB,
+    )
+    loss.backward()
+    torch.testing.assert_close(found.loss.double(), loss, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found.cross_entropy.double(), cross_entropy, rtol=1e-5, atol=1e-4)
+    if kl_weight:
+        torch.testing.assert_close(found.kl.double(), kl, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradient, memory.decoder.model.layers[0].mlp.up_proj.weight.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_what_stands_in_the_padding_does_not_change_the_loss() -> None:
+    memory = windowed(None)
+    tokens = some_tokens(2, 8)
+    labels = tokens.clone()
+    labels[0, 5:] = -100
+    other = tokens.clone()
+    other[0, 5:] = 7
+    assert memory(tokens, labels, 0.0).loss == memory(other, labels, 0.0).loss
+
+
+def test_label_log_probs_equal_a_plain_forward_at_temperature_one() -> None:
+    memory = windowed(None)
+    tokens = some_tokens(2, 10)
+    labels = torch.cat([tokens[:, 1:], torch.full((2, 1), -100)], 1)
+    with torch.no_grad():
+        scores = memory.label_log_probs(memory.step(tokens), labels)
+        plain = memory.decoder(input_ids=tokens).logits[..., :VOCAB].log_softmax(-1)
+    expected = plain[:, :-1].gather(2, tokens[:, 1:, None]).flatten()
+    torch.testing.assert_close(scores["label"], expected, **CLOSE)
+
+
+def test_the_temperature_divides_the_logits() -> None:
+    memory = windowed(None)
+    tokens = some_tokens(1, 6)
+    with torch.no_grad():
+        plain = memory.decoder(input_ids=tokens).logits[..., :VOCAB]
+        memory.settings = memory.settings.model_copy(update={"memory_temperature": 2.5})
+        votes = memory.votes(memory.step(tokens), slice(None))
+    torch.testing.assert_close(votes, (plain / 2.5).log_softmax(-1), **CLOSE)
+
+
+def test_settings_come_from_the_config_where_none_are_given() -> None:
+    memory = MemoryDecoder(family_model("gpt2", VOCAB))
+    assert (memory.vocab_size, memory.context_length, memory.window) == (VOCAB, 24, 24)
+    assert MemoryDecoder(family_model("bloom", VOCAB)).window is None
+
+
+@settings(deadline=None)
+@given(st.integers(2, 40), st.integers(0, 200))
+def test_the_window_jumps_by_half_of_itself_when_it_is_full(window: int, place: int) -> None:
+    memory = shared_with(window)
+    start = int(memory.window_starts(torch.tensor([place]))[0])
+    assert start == window_start(place, window)
+    assert 1 <= place - start + 1 <= window
+    assert place < window or place - start + 1 > window - window // 2
+
+
+@pytest.mark.usefixtures("quiet")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "opt"])
+@pytest.mark.parametrize("window", [2, 5, 8, None])
+def test_states_equal_a_separate_pass_over_what_each_token_sees(family: str, window: int | None) -> None:
+    memory = windowed(window, family)
+    tokens = some_tokens(1, 19)
+    with torch.no_grad():
+        found = memory.step(tokens)[0]
+    torch.testing.assert_close(found, windowed_hidden(memory.decoder, tokens[0].tolist(), window), **CLOSE)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    window=st.integers(2, 9),
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
+    cuts=st.lists(st.integers(1, 7), max_size=6),
+)
+def test_however_a_text_is_cut_and_padded_its_states_are_the_same(
+    window: int, lengths: list[int], cuts: list[int]
+) -> None:
+    memory = shared_with(window)
+    width = max(lengths)
+    tokens = some_tokens(len(lengths), width)
+    mask = torch.stack([torch.arange(width) >= width - length for length in lengths])
+    edges = [0, *(e for e in torch.tensor([0, *cuts]).cumsum(0)[1:].tolist() if e < width), width]
+    read = memory.new_cache(len(lengths))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the text is longer than the memory's window")
+        states = [memory.step(tokens[:, a:b], attention_mask=mask[:, a:b], cache=read) for a, b in pairwise(edges)]
+    found = torch.cat(states, 1)
+    for row, length in enumerate(lengths):
+        by_hand = windowed_hidden(memory.decoder, tokens[row, -length:].tolist(), window)
+        torch.testing.assert_close(found[row, -length:], by_hand, **CLOSE)
+
+
+def test_a_text_beyond_the_window_is_said_once() -> None:
+    memory = windowed(8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        memory.step(some_tokens(1, 8))
+        assert not caught
+        memory.step(some_tokens(1, 9))
+        memory.step(some_tokens(1, 30))
+    assert [str(w.message) for w in caught] == [
+        "the text is longer than the memory's window of 8 tokens; the memory now sees between 4 and 8 of the latest"
+        " tokens, the base all of them"
+    ]
+
+
+def test_rows_shorter_than_the_window_still_use_their_cache() -> None:
+    memory = windowed(16)
+    kept = memory.new_cache(1)
+    read: list[int] = []
+    memory.decoder.model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: read.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for token in some_tokens(1, 17).split(1, 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            memory.step(token, cache=kept)
+    assert read == [1] * 16 + [9], "one token at a time, and half of the window again where it jumps"

@@ -1,0 +1,286 @@
+"""The fused sparse loss against a dense one in float64."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_lm import dense_distillation_loss, dense_targets
+from torch import Tensor, nn
+
+from memlm.memory.loss import DistillationLoss, distillation_loss
+from memlm.models.heads import Head
+
+
+@dataclass(frozen=True)
+class Case:
+    hidden: Tensor  # (P, D)
+    weight: Tensor  # (V + padding, D)
+    bias: Tensor | None
+    labels: Tensor  # (P,)
+    counts: Tensor  # (P,)
+    ids: Tensor  # (S,)
+    probs: Tensor  # (S,)
+    vocab_size: int
+    kl_weight: float
+    scale: float = 1.0
+    softcap: float | None = None
+    chunk: int = 1024
+
+    def fused(self, kl_weight: float | None = None) -> DistillationLoss:
+        linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=self.bias is not None)
+        linear._parameters["weight"] = self.weight
+        linear._parameters["bias"] = self.bias
+        return distillation_loss(
+            self.hidden,
+            self.labels,
+            Head(linear, self.scale, self.softcap),
+            kl_weight=self.kl_weight if kl_weight is None else kl_weight,
+            vocab_size=self.vocab_size,
+            target_counts=self.counts,
+            target_ids=self.ids,
+            target_probs=self.probs,
+            chunk=self.chunk,
+        )
+
+    def dense(self) -> tuple[Tensor, Tensor, Tensor]:
+        return dense_distillation_loss(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.labels,
+            dense_targets(self.counts, self.ids, self.probs, self.vocab_size),
+            kl_weight=self.kl_weight,
+            vocab_size=self.vocab_size,
+            scale=self.scale,
+            softcap=self.softcap,
+        )
+
+    def parameters(self) -> list[Tensor]:
+        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        for tensor in self.parameters():
+            tensor.grad = None
+        loss.backward()
+        return [tensor.grad.clone() for tensor in self.parameters() if tensor.grad is not None]
+
+
+def make_case(
+    *,
+    positions: int = 5,
+    width: int = 4,
+    vocab_size: int = 7,
+    padding: int = 2,
+    support: int = 3,
+    bias: bool = True,
+    kl_weight: float = 0.5,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int = 1024,
+    half: bool = False,
+    seed: int = 0,
+) -> Case:
+    rng = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, min(support, vocab_size) + 1, (positions,), generator=rng)
+    ids = [torch.randperm(vocab_size, generator=rng)[:count] for count in counts.tolist()]
+    probs = [torch.rand(count, generator=rng) + 0.01 for count in counts.tolist()]
+    flat = torch.cat([p / p.sum() for p in probs]) if probs else torch.empty(0)
+    return Case(
+        hidden=(1.5 * torch.randn(positions, width, generator=rng)).requires_grad_(),
+        weight=torch.randn(vocab_size + padding, width, generator=rng).requires_grad_(),
+        bias=torch.randn(vocab_size + padding, generator=rng).requires_grad_() if bias else None,
+        labels=torch.randint(0, vocab_size, (positions,), generator=rng),
+        counts=counts,
+        ids=(torch.cat(ids) if ids else torch.empty(0, dtype=torch.long)).int(),
+        probs=flat.half() if half else flat,
+        vocab_size=vocab_size,
+        kl_weight=kl_weight,
+        scale=scale,
+        softcap=softcap,
+        chunk=chunk,
+    )
+
+
+cases = st.builds(
+    make_case,
+    positions=st.integers(0, 9),
+    width=st.integers(1, 6),
+    vocab_size=st.integers(1, 12),
+    padding=st.integers(0, 3),
+    support=st.integers(1, 12),
+    bias=st.booleans(),
+    kl_weight=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
+    scale=st.sampled_from([1.0, 0.25, 3.0]),
+    softcap=st.sampled_from([None, 5.0, 30.0]),
+    chunk=st.integers(1, 10),
+    half=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+# sums of at most a few dozen float32 terms of size up to about 50: some 1e-6 relative, an order of magnitude to spare
+CLOSE = {"rtol": 2e-5, "atol": 2e-5}
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases)
+def test_value_and_gradients_equal_the_dense_loss_in_float64(case: Case) -> None:
+    fused, (loss, kl, cross_entropy) = case.fused(), case.dense()
+    assert fused.loss.dtype == torch.float32
+    torch.testing.assert_close(fused.loss.double(), loss, **CLOSE)
+    torch.testing.assert_close(fused.cross_entropy.double(), cross_entropy, **CLOSE)
+    if case.kl_weight > 0:
+        torch.testing.assert_close(fused.kl.double(), kl, **CLOSE)
+    found, expected = case.gradients(3 * fused.loss), case.gradients(3 * loss)
+    assert len(found) == len(expected) == len(case.parameters())
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cases)
+def test_loss_is_the_weighted_sum_of_its_components(case: Case) -> None:
+    fused = case.fused()
+    expected = case.kl_weight * fused.kl + (1 - case.kl_weight) * fused.cross_entropy
+    torch.testing.assert_close(fused.loss.detach(), expected, **CLOSE)
+    assert not fused.kl.requires_grad
+    assert not fused.cross_entropy.requires_grad
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 9, 1000])
+def test_chunks_of_any_size_give_the_same(chunk: int) -> None:
+    whole = make_case(positions=8, bias=True, softcap=5.0)
+    cut = replace(whole, chunk=chunk)
+    torch.testing.assert_close(cut.fused().loss, whole.fused().loss, rtol=1e-6, atol=1e-6)
+    for mine, reference in zip(cut.gradients(cut.fused().loss), whole.gradients(whole.fused().loss), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
+
+
+def test_padded_rows_of_the_head_get_no_gradient_and_no_probability() -> None:
+    case = make_case(padding=3)
+    _, weight, bias = case.gradients(case.fused().loss)
+    assert not weight[case.vocab_size :].any()
+    assert not bias[case.vocab_size :].any()
+    assert weight[: case.vocab_size].any(1).all()
+    loud = replace(case, bias=torch.cat([case.bias[: case.vocab_size].detach(), torch.full((3,), 100.0)]))
+    torch.testing.assert_close(loud.fused().loss, case.fused().loss, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("label", [2, 5], ids=["inside", "outside"])
+def test_a_label_inside_or_outside_of_the_support_adds_to_it(label: int) -> None:
+    case = replace(
+        make_case(positions=1, bias=False, kl_weight=0.25),
+        labels=torch.tensor([label]),
+        counts=torch.tensor([2]),
+        ids=torch.tensor([2, 3]),
+        probs=torch.tensor([0.75, 0.25]),
+    )
+    log_p = (case.hidden.double() @ case.weight.double().T)[0, : case.vocab_size].log_softmax(0)
+    q = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    kl = (q * (q.log() - log_p[[2, 3]])).sum()
+    torch.testing.assert_close(case.fused().loss.double(), 0.25 * kl - 0.75 * log_p[label], **CLOSE)
+    hidden_grad, _ = case.gradients(case.fused().loss)
+    slope = log_p.exp() - torch.nn.functional.one_hot(torch.tensor(label), case.vocab_size) * 0.75
+    slope[[2, 3]] -= 0.25 * q
+    expected = slope @ case.weight.double()[: case.vocab_size]
+    torch.testing.assert_close(hidden_grad[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_kl_no_targets_are_needed_and_it_is_cross_entropy() -> None:
+    case = replace(make_case(kl_weight=0.0), counts=None, ids=None, probs=None)
+    fused = case.fused()
+    logits = torch.nn.functional.linear(case.hidden, case.weight, case.bias)[:, : case.vocab_size]
+    expected = torch.nn.functional.cross_entropy(logits, case.labels, reduction="sum")
+    torch.testing.assert_close(fused.loss, expected)
+    torch.testing.assert_close(fused.cross_entropy, expected)
+    assert fused.kl == 0
+
+
+def test_kl_alone_pays_no_heed_to_the_labels() -> None:
+    case = make_case(kl_weight=1.0)
+    other = replace(case, labels=(case.labels + 1) % case.vocab_size)
+    assert case.fused().loss == other.fused().loss
+    assert case.fused().cross_entropy != other.fused().cross_entropy
+    for mine, theirs in zip(case.gradients(case.fused().loss), other.gradients(other.fused().loss), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_is_zero_where_the_memory_says_what_the_target_says() -> None:
+    case = make_case(kl_weight=1.0, padding=0)
+    probs = torch.nn.functional.linear(case.hidden, case.weight, case.bias).softmax(1).detach()
+    exact = replace(
+        case,
+        counts=torch.full((len(probs),), case.vocab_size),
+        ids=torch.arange(case.vocab_size).repeat(len(probs)),
+        probs=probs.flatten(),
+    )
+    assert abs(exact.fused().kl.item()) < 1e-5
+    for gradient in exact.gradients(exact.fused().loss):
+        assert gradient.abs().max() < 1e-5
+
+
+def test_targets_rounded_to_float16_are_normalised_again() -> None:
+    case = make_case(positions=6, vocab_size=40, support=30, kl_weight=1.0, seed=3)
+    shrunk = replace(case, probs=0.5 * case.probs)
+    torch.testing.assert_close(shrunk.fused().loss, case.fused().loss, rtol=1e-6, atol=1e-6)
+    rounded = replace(case, probs=case.probs.half())
+    sums = torch.stack([piece.float().sum() for piece in rounded.probs.split(case.counts.tolist())])
+    assert (sums != 1).any(), "the case must show the rounding"
+    torch.testing.assert_close(rounded.fused().loss.double(), rounded.dense()[0], **CLOSE)
+
+
+@pytest.mark.parametrize("missing", ["counts", "ids", "probs"])
+def test_kl_without_targets_is_an_error(missing: str) -> None:
+    case = replace(make_case(kl_weight=0.5), **{missing: None})
+    with pytest.raises(ValueError, match=r"kl_weight = 0\.5 needs targets"):
+        case.fused()
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "all"])
+def test_frozen_parts_get_no_gradient_and_the_others_the_same(frozen: str) -> None:
+    case = make_case(bias=False)
+    expected = dict(zip(["hidden", "weight"], case.gradients(case.fused().loss), strict=True))
+    names = ["hidden", "weight"] if frozen == "all" else [frozen]
+    part = replace(case, **{name: getattr(case, name).detach() for name in names})
+    loss = part.fused().loss
+    torch.testing.assert_close(loss, case.fused().loss, rtol=0, atol=0)
+    if frozen == "all":
+        assert not loss.requires_grad
+        return
+    (found,) = part.gradients(loss)
+    torch.testing.assert_close(found, expected["weight" if frozen == "hidden" else "hidden"])
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_under_bfloat16_autocast_the_error_is_no_larger_than_the_naive_one(seed: int, softcap: float | None) -> None:
+    case = make_case(
+        positions=64, width=64, vocab_size=200, support=8, padding=0, bias=False, softcap=softcap, chunk=16, seed=seed
+    )
+    case = replace(case, weight=(case.weight.detach() / 4).requires_grad_())
+    targets = dense_targets(case.counts, case.ids, case.probs, case.vocab_size).float()
+    expected, *_ = case.dense()
+    expected_gradients = case.gradients(expected)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused = case.fused().loss
+        logits = torch.nn.functional.linear(case.hidden, case.weight)
+    assert logits.dtype == torch.bfloat16
+    logits = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+    log_p = logits.log_softmax(1)
+    kl = (torch.xlogy(targets, targets) - targets * log_p).sum()
+    naive = case.kl_weight * kl - (1 - case.kl_weight) * log_p.gather(1, case.labels[:, None]).sum()
+
+    # a tenth more than the naive error, and a quarter of bfloat16's step of 2**-8 where that error happens to vanish
+    def allowed(error: float) -> float:
+        return 1.1 * error + 1e-3
+
+    assert relative_error(fused, expected) <= allowed(relative_error(naive, expected))
+    for mine, theirs, reference in zip(case.gradients(fused), case.gradients(naive), expected_gradients, strict=True):
+        assert mine.dtype == torch.float32
+        assert relative_error(mine, reference) <= allowed(relative_error(theirs, reference))

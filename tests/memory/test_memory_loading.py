@@ -1,0 +1,100 @@
+"""What can be loaded as a memory, and how everything else is refused."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.protocol import MemorySettings
+from memlm.models.tokenizers import fingerprint
+
+
+@pytest.fixture
+def copied_memory(memory_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(memory_folder, tmp_path / "memory"))
+
+
+def test_a_trained_folder_is_a_memory_with_what_training_recorded(
+    memory_folder: Path, tokenizer: PreTrainedTokenizerFast, model_folder: str
+) -> None:
+    memory = load_memory(memory_folder)
+    assert isinstance(memory, MemoryDecoder)
+    assert not memory.training
+    assert memory.settings.tokenizer == fingerprint(tokenizer)
+    assert memory.vocab_size == len(tokenizer)
+    assert memory.context_length == memory.window == 32
+    assert memory.settings.mix_weight is not None
+    assert memory.settings.validated_with == model_folder
+    votes = memory.votes(memory.step(torch.tensor([[5, 6, 7]])), slice(None))
+    torch.testing.assert_close(votes.logsumexp(-1), torch.zeros(1, 3), rtol=0, atol=1e-5)
+
+
+def test_a_plain_causal_lm_serves_as_a_memory(model_folder: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    memory = load_memory(model_folder)
+    assert isinstance(memory, MemoryDecoder)
+    assert memory.settings == MemorySettings(kind="decoder", vocab_size=len(tokenizer) + 8, context_length=256)
+    assert read_settings(model_folder) is None
+
+
+def test_keywords_go_to_the_weights(memory_folder: Path) -> None:
+    memory = load_memory(memory_folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in memory.parameters()} == {torch.bfloat16}
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones(model_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "odd"))
+    (folder / "memory.json").write_text(json.dumps({"kind": "oracle", "vocab_size": 320}))
+    with pytest.raises(ArtifactError, match="kind 'oracle' is unknown to this memlm; known: decoder"):
+        load_memory(folder)
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest_known_one(model_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "odd"))
+    (folder / "memory.json").write_text(json.dumps({"kind": "decoder", "vocab_size": 320, "mixweight": 0.5}))
+    with pytest.raises(ConfigError, match=r"'memory\.json: mixweight'; did you mean 'mix_weight'"):
+        load_memory(folder)
+
+
+def test_settings_that_are_no_json_are_refused(model_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "odd"))
+    (folder / "memory.json").write_text('{"kind": "deco')
+    with pytest.raises(ArtifactError, match=r"memory\.json is not JSON"):
+        load_memory(folder)
+
+
+def test_a_folder_that_lost_its_weights_is_refused(copied_memory: Path) -> None:
+    (copied_memory / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is missing"):
+        load_memory(copied_memory)
+
+
+def test_truncated_weights_are_refused(copied_memory: Path) -> None:
+    weights = copied_memory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match=r"model\.safetensors has \d+ bytes, its manifest says \d+"):
+        load_memory(copied_memory)
+
+
+def test_a_stage_folder_that_is_no_memory_is_refused(corpus_folder: Path) -> None:
+    with pytest.raises(ArtifactError, match="is a corpus folder, expected memory"):
+        load_memory(corpus_folder)
+
+
+def test_what_does_not_exist_is_refused_with_what_was_tried(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nothing")
+    with pytest.raises(ModelError, match=re.escape(missing)):
+        load_memory(missing)
+    with pytest.raises(ModelError, match="as a hub id"):
+        load_memory("nobody/nothing")
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be loaded; tried"):
+        load_memory(tmp_path)

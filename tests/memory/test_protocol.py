@@ -1,0 +1,189 @@
+"""What every memory must do, whatever its kind. A new kind adds one line to MEMORIES."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from tiny_families import family_model
+from torch import Tensor
+
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.loading import load_memory
+from memlm.memory.protocol import Memory, MemoryCache, MemorySettings
+
+VOCAB, PADDING = 40, 5
+
+
+def decoder(window: int | None = None, family: str | None = None) -> MemoryDecoder:
+    model = tiny_model(VOCAB + PADDING) if family is None else family_model(family, VOCAB + PADDING)
+    settings = MemorySettings(kind="decoder", vocab_size=VOCAB, context_length=window, memory_temperature=1.5)
+    return MemoryDecoder(model, settings)
+
+
+MEMORIES: dict[str, Callable[[], Memory]] = {
+    "decoder": decoder,
+    "decoder-window": lambda: decoder(window=8),
+    "decoder-odd-window": lambda: decoder(window=7),
+    "decoder-gpt2": lambda: decoder(window=24, family="gpt2"),
+    "decoder-gpt2-window": lambda: decoder(window=8, family="gpt2"),
+    "decoder-gemma3": lambda: decoder(family="gemma3"),
+    "decoder-gemma3-window": lambda: decoder(window=10, family="gemma3"),
+    "decoder-bloom": lambda: decoder(family="bloom"),
+    "decoder-bloom-window": lambda: decoder(window=8, family="bloom"),
+    "decoder-opt-window": lambda: decoder(window=9, family="opt"),
+}
+LENGTH = 21  # longer than two and a half of the windows above
+# float32 states of order 1 behind a head of 32 products, added up in another order: below 1e-5 each, ten times that allowed
+CLOSE = {"rtol": 0, "atol": 1e-4}
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:the text is longer than the memory's window"
+)  # tests/memory/test_decoder.py
+
+
+@pytest.fixture(params=MEMORIES)
+def memory(request: pytest.FixtureRequest) -> Memory:
+    return MEMORIES[request.param]().eval()
+
+
+def some_tokens(rows: int, length: int = LENGTH, seed: int = 0) -> Tensor:
+    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def read(memory: Memory, tokens: Tensor, cache: MemoryCache | None = None, mask: Tensor | None = None) -> Tensor:
+    """Log-probs after each of `tokens`."""
+    return memory.votes(memory.step(tokens, attention_mask=mask, cache=cache), slice(None))
+
+
+def test_votes_are_normalised_log_probs_in_float32(memory: Memory) -> None:
+    votes = read(memory, some_tokens(2))
+    assert votes.shape == (2, LENGTH, VOCAB)
+    assert votes.dtype == torch.float32
+    torch.testing.assert_close(votes.logsumexp(-1), torch.zeros(2, LENGTH), rtol=0, atol=1e-5)
+
+
+def test_votes_are_given_only_where_asked(memory: Memory) -> None:
+    state = memory.step(some_tokens(2))
+    everywhere = memory.votes(state, slice(None))
+    torch.testing.assert_close(memory.votes(state, slice(-1, None)), everywhere[:, -1:], **CLOSE)
+    places = torch.tensor([0, 4, 5])
+    torch.testing.assert_close(memory.votes(state, places), everywhere[:, places], **CLOSE)
+
+
+@pytest.mark.parametrize("chunks", [[1] * LENGTH, [5, 1, 1, 9, 5], [20, 1], [2, 19]], ids=str)
+def test_reading_with_a_cache_equals_reading_at_once(memory: Memory, chunks: list[int]) -> None:
+    tokens = some_tokens(2)
+    cache = memory.new_cache(2)
+    pieces = [read(memory, piece, cache) for piece in tokens.split(chunks, 1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), read(memory, tokens), **CLOSE)
+
+
+def test_a_batch_equals_its_rows_alone(memory: Memory) -> None:
+    tokens = some_tokens(3)
+    together = read(memory, tokens)
+    for row in range(3):
+        torch.testing.assert_close(together[row : row + 1], read(memory, tokens[row : row + 1]), **CLOSE)
+
+
+@pytest.mark.parametrize("chunks", [[LENGTH], [1] * LENGTH, [12, 3, 6]], ids=str)
+def test_left_padding_changes_nothing(memory: Memory, chunks: list[int]) -> None:
+    lengths = [LENGTH, LENGTH - 4, 3]
+    tokens = some_tokens(3)
+    mask = torch.stack([torch.arange(LENGTH) >= LENGTH - length for length in lengths])
+    cache = memory.new_cache(3)
+    pieces = [
+        read(memory, piece, cache, there)
+        for piece, there in zip(tokens.split(chunks, 1), mask.split(chunks, 1), strict=True)
+    ]
+    together = torch.cat(pieces, 1)
+    for row, length in enumerate(lengths):
+        alone = read(memory, tokens[row : row + 1, -length:])
+        torch.testing.assert_close(together[row : row + 1, -length:], alone, **CLOSE)
+    garbage = torch.where(mask, tokens, 3 + (tokens + 1) % (VOCAB - 3))
+    torch.testing.assert_close(read(memory, garbage, mask=mask)[mask], together[mask], **CLOSE)
+
+
+@pytest.mark.parametrize("cropped", [0, 1, 3, 11, LENGTH])
+def test_crop_then_going_on_equals_a_fresh_read(memory: Memory, cropped: int) -> None:
+    tokens, others = some_tokens(2), some_tokens(2, length=14, seed=1)
+    cache = memory.new_cache(2)
+    for piece in tokens.split([15, 6], 1):
+        read(memory, piece, cache)
+    cache.crop(cropped)
+    went_on = torch.cat([read(memory, piece, cache) for piece in others.split([2, 12], 1)], 1)
+    fresh = read(memory, torch.cat([tokens[:, : LENGTH - cropped], others], 1))[:, -14:]
+    torch.testing.assert_close(went_on, fresh, **CLOSE)
+
+
+def test_selected_rows_go_on_as_themselves(memory: Memory) -> None:
+    tokens, others = some_tokens(3), some_tokens(4, length=6, seed=1)
+    mask = torch.arange(LENGTH)[None] >= torch.tensor([[0], [5], [2]])
+    rows = torch.tensor([2, 0, 2, 1])
+    cache = memory.new_cache(3)
+    read(memory, tokens, cache, mask)
+    cache.select(rows)
+    went_on = read(memory, others, cache)
+    whole_mask = torch.cat([mask[rows], torch.ones(4, 6, dtype=torch.bool)], 1)
+    fresh = read(memory, torch.cat([tokens[rows], others], 1), mask=whole_mask)[:, -6:]
+    torch.testing.assert_close(went_on, fresh, **CLOSE)
+
+
+def test_repeated_rows_stand_side_by_side(memory: Memory) -> None:
+    tokens, others = some_tokens(2), some_tokens(6, length=4, seed=1)
+    cache = memory.new_cache(2)
+    read(memory, tokens, cache)
+    cache.repeat(3)
+    went_on = read(memory, others, cache)
+    fresh = read(memory, torch.cat([tokens.repeat_interleave(3, 0), others], 1))[:, -4:]
+    torch.testing.assert_close(went_on, fresh, **CLOSE)
+
+
+def test_rows_of_an_empty_cache_can_be_repeated_and_selected(memory: Memory) -> None:
+    cache = memory.new_cache(1)
+    cache.repeat(3)
+    cache.select(torch.tensor([0, 2]))
+    tokens = some_tokens(2)
+    torch.testing.assert_close(read(memory, tokens, cache), read(memory, tokens), **CLOSE)
+
+
+def test_a_reset_cache_has_read_nothing(memory: Memory) -> None:
+    cache = memory.new_cache(2)
+    read(memory, some_tokens(2, seed=1), cache)
+    cache.reset()
+    torch.testing.assert_close(read(memory, some_tokens(2), cache), read(memory, some_tokens(2)), **CLOSE)
+
+
+def test_label_scores_equal_those_read_off_the_votes(memory: Memory) -> None:
+    tokens = some_tokens(2)
+    labels = tokens.roll(-1, 1)
+    labels[:, -1] = -100
+    labels[1, :7] = -100
+    there = labels != -100
+    votes = read(memory, tokens)[there]
+    with torch.no_grad():
+        scores = memory.label_log_probs(memory.step(tokens), labels)
+    assert {name: values.shape for name, values in scores.items()} == dict.fromkeys(
+        ("label", "entropy", "top1"), (int(there.sum()),)
+    )
+    torch.testing.assert_close(scores["label"], votes.gather(1, labels[there][:, None])[:, 0], **CLOSE)
+    torch.testing.assert_close(scores["entropy"], -(votes.exp() * votes).sum(1), **CLOSE)
+    torch.testing.assert_close(scores["top1"], votes.exp().amax(1), **CLOSE)
+
+
+def test_a_saved_memory_votes_as_before(memory: Memory, tmp_path: Path) -> None:
+    memory.save_pretrained(tmp_path)
+    loaded = load_memory(tmp_path)
+    assert type(loaded) is type(memory)
+    assert loaded.settings == memory.settings
+    torch.testing.assert_close(read(loaded, some_tokens(2)), read(memory, some_tokens(2)), rtol=0, atol=0)
+    assert not list(tmp_path.rglob("*.bin"))
+    assert list(tmp_path.rglob("*.safetensors"))
+
+
+def test_every_kind_is_listed_here() -> None:
+    from memlm.memory.loading import KINDS
+
+    assert {make().kind for make in MEMORIES.values()} == set(KINDS)
