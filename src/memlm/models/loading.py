@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -51,7 +52,7 @@ def load_causal_lm(name: str, *, dtype: torch.dtype | str = "auto", **kwargs: An
     source = resolve(name)
     try:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unreachable(name, source, error) from None
 
 
@@ -149,6 +150,20 @@ def outer_layers(count: int, total: int) -> list[int]:
     return [*range(front), *range(total - (count - front), total)]
 
 
+def chosen_layers(layers: int | Sequence[int], total: int) -> list[int]:
+    """The layers, counted from 0, that a number of layers or a list of them stands for.
+
+    Raises:
+        ConfigError: A layer that a model of `total` layers does not have, or none at all.
+    """
+    if isinstance(layers, int) and not 1 <= layers <= total:
+        raise ConfigError(f"layers = {layers}: the start model has {total}")
+    chosen = outer_layers(layers, total) if isinstance(layers, int) else list(layers)
+    if not chosen or any(not 0 <= i < total for i in chosen) or chosen != sorted(set(chosen)):
+        raise ConfigError(f"layers = {chosen}: give ascending numbers from 0 to {total - 1}")
+    return chosen
+
+
 def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
     """A new model with only some of `model`'s blocks, weights copied, ready to save and load.
 
@@ -159,12 +174,7 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
         ConfigError: A layer that the model does not have, or none at all.
     """
     name, blocks = block_list(model)
-    total = len(blocks)
-    if isinstance(layers, int) and not 1 <= layers <= total:
-        raise ConfigError(f"layers = {layers}: the start model has {total}")
-    chosen = outer_layers(layers, total) if isinstance(layers, int) else list(layers)
-    if not chosen or any(not 0 <= i < total for i in chosen) or chosen != sorted(set(chosen)):
-        raise ConfigError(f"layers = {chosen}: give ascending numbers from 0 to {total - 1}")
+    chosen = chosen_layers(layers, len(blocks))
     smaller = AutoModelForCausalLM.from_config(layered_config(model.config, chosen), dtype=model.dtype)
     position = {old: new for new, old in enumerate(chosen)}
     state = {}
@@ -191,12 +201,8 @@ def layered_config(config: PreTrainedConfig, chosen: Sequence[int]) -> PreTraine
 
 def fresh_model(config: PreTrainedConfig, layers: int | Sequence[int] | None, seed: int) -> PreTrainedModel:
     """A randomly initialised model of `config`, with fewer layers where asked."""
-    total = config.num_hidden_layers
     if layers is not None:
-        count = layers if isinstance(layers, int) else len(layers)
-        if not 1 <= count <= total:
-            raise ConfigError(f"layers = {count}: the config has {total}")
-        config = layered_config(config, outer_layers(count, total))
+        config = layered_config(config, chosen_layers(layers, config.num_hidden_layers))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

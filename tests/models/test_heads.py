@@ -1,0 +1,79 @@
+import pytest
+import torch
+from families import TAPS, VOCABULARY, family_config, family_model, token_ids
+from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
+
+from memlm.errors import ModelError
+from memlm.models.heads import Head, find_head, label_log_probs
+
+
+@pytest.mark.parametrize("family", [*TAPS, "mamba"])
+def test_body_and_head_give_the_models_own_logits(family: str) -> None:
+    model, tokens = family_model(family), token_ids()
+    head = find_head(model)
+    with torch.no_grad():
+        expected = model(input_ids=tokens, use_cache=False).logits
+        found = head(model.base_model(input_ids=tokens, use_cache=False)[0])
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # the same float32 operations
+    assert head.weight.shape == (VOCABULARY, 16)
+
+
+def test_the_soft_cap_of_gemma2_is_found_and_matters() -> None:
+    model = family_model("gemma2")
+    head = find_head(model)
+    hidden = 50 * torch.randn(4, 16)
+    assert head.softcap == 3.0
+    assert head(hidden).abs().max() <= 3.0
+    assert Head(head.linear)(hidden).abs().max() > 3.0
+    assert find_head(family_model("llama")).softcap is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "scale"),
+    [(GraniteConfig, {"logits_scaling": 4.0}, 0.25), (CohereConfig, {"logit_scale": 0.125}, 0.125)],
+)
+def test_families_that_scale_their_logits_are_followed(kind: type, settings: dict, scale: float) -> None:
+    like = family_config("llama")
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = kind(**{n: getattr(like, n) for n in names}, **settings, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    head = find_head(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval())
+    assert head.scale == scale
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
+    model = family_model("llama")
+    forward = model.forward
+
+    def doubled(*args: object, **kwargs: object) -> object:
+        output = forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    model.forward = doubled  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="changes its logits after the output layer in a way memlm does not know"):
+        find_head(model)
+
+
+def test_a_model_without_an_output_layer_is_refused() -> None:
+    with pytest.raises(ModelError, match="LlamaModel has no separate body and output layer"):
+        find_head(family_model("llama").base_model)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 1024])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_label_log_probs_equal_a_dense_softmax_in_float64(chunk: int, temperature: float) -> None:
+    head = find_head(family_model("gpt2"))
+    hidden, labels = torch.randn(7, 16), torch.randint(0, 60, (7,))
+    found = label_log_probs(hidden, labels, head, vocab_size=60, temperature=temperature, chunk=chunk)
+    dense = (hidden.double() @ head.weight.detach().double().T)[:, :60] / temperature
+    log_probs = dense.log_softmax(-1)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32 against float64, logits of size 10
+    torch.testing.assert_close(found["label"].double(), log_probs[torch.arange(7), labels], **tolerance)
+    torch.testing.assert_close(found["top1"].double(), log_probs.exp().amax(-1), **tolerance)
+    torch.testing.assert_close(found["entropy"].double(), -(log_probs.exp() * log_probs).sum(-1), **tolerance)
+
+
+def test_label_log_probs_of_nothing_are_empty() -> None:
+    head = find_head(family_model("gpt2"))
+    found = label_log_probs(torch.empty(0, 16), torch.empty(0, dtype=torch.long), head, vocab_size=60)
+    assert {name: tuple(x.shape) for name, x in found.items()} == {"label": (0,), "entropy": (0,), "top1": (0,)}

@@ -1,0 +1,176 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from families import TAPS, VOCABULARY, family_config, family_model, token_ids
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+from memlm.errors import ConfigError, ModelError
+from memlm.models.loading import (
+    block_list,
+    fresh_model,
+    keep_layers,
+    load_causal_lm,
+    load_config,
+    model_identity,
+    outer_layers,
+    parse_dtype,
+    resolve,
+)
+from memlm.models.tokenizers import load_tokenizer
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=token_ids()).logits
+
+
+def without_block(model: PreTrainedModel, dropped: int) -> torch.Tensor:
+    """The model's logits with one block turned into the identity."""
+    block = block_list(model)[1][dropped]
+    handle = block.register_forward_hook(
+        lambda _, args, output: (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
+    )
+    try:
+        return logits(model)
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3", "gpt_neox", "opt", "bloom", "mixtral"])
+def test_keeping_layers_equals_skipping_the_others_and_survives_saving(family: str, tmp_path: Path) -> None:
+    model = family_model(family)
+    smaller = keep_layers(model, [0, 2])
+    expected = without_block(model, 1)
+    torch.testing.assert_close(logits(smaller), expected, rtol=1e-6, atol=1e-6)  # the same float32 operations
+    assert (expected - logits(model)).abs().max() > 1e-2  # the block mattered
+    smaller.save_pretrained(tmp_path / "smaller")
+    loaded = load_causal_lm(str(tmp_path / "smaller"))
+    assert loaded.config.num_hidden_layers == 2
+    torch.testing.assert_close(logits(loaded), logits(smaller), rtol=0, atol=0)
+
+
+def test_keeping_layers_keeps_what_is_told_of_each_layer() -> None:
+    model = family_model("gemma3", layers=7)
+    assert model.config.layer_types[5] == "full_attention"
+    smaller = keep_layers(model, [1, 5])
+    assert smaller.config.layer_types == ["sliding_attention", "full_attention"]
+    torch.testing.assert_close(
+        smaller.model.layers[1].mlp.up_proj.weight, model.model.layers[5].mlp.up_proj.weight, rtol=0, atol=0
+    )
+
+
+def test_keeping_all_layers_changes_nothing_and_copies() -> None:
+    model = family_model("llama")
+    same = keep_layers(model, 3)
+    torch.testing.assert_close(logits(same), logits(model), rtol=0, atol=0)
+    with torch.no_grad():
+        same.get_input_embeddings().weight.zero_()
+    assert model.get_input_embeddings().weight.abs().sum() > 0
+
+
+def test_a_number_of_layers_takes_them_from_both_ends() -> None:
+    assert outer_layers(1, 5) == [0]
+    assert outer_layers(3, 5) == [0, 1, 4]
+    assert outer_layers(4, 30) == [0, 1, 28, 29]
+    assert outer_layers(5, 5) == [0, 1, 2, 3, 4]
+    model = family_model("llama", layers=5)
+    kept = keep_layers(model, 3).model.layers
+    for new, old in enumerate([0, 1, 4]):
+        assert torch.equal(kept[new].mlp.up_proj.weight, model.model.layers[old].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (0, "layers = 0: the start model has 3"),
+        (4, "layers = 4: the start model has 3"),
+        ([], r"layers = \[\]: give ascending numbers from 0 to 2"),
+        ([0, 3], r"layers = \[0, 3\]: give ascending"),
+        ([-1, 0], "give ascending"),
+        ([2, 0], "give ascending"),
+        ([1, 1], "give ascending"),
+    ],
+)
+def test_layers_that_are_not_there_are_refused(layers: int | list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        keep_layers(family_model("llama"), layers)
+
+
+def test_a_fresh_model_depends_on_the_seed_alone_and_leaves_the_generator() -> None:
+    state = torch.get_rng_state()
+    first, second, other = (fresh_model(family_config("qwen3"), 2, seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(block_list(first)[1]) == 2
+    torch.testing.assert_close(logits(first), logits(second), rtol=0, atol=0)
+    assert not torch.equal(logits(first), logits(other))
+    with pytest.raises(ConfigError, match="layers = 9: the config has 3"):
+        fresh_model(family_config("llama"), 9, 0)
+
+
+@pytest.mark.parametrize("family", TAPS)
+def test_the_block_list_is_the_list_of_blocks(family: str) -> None:
+    name, blocks = block_list(family_model(family))
+    assert TAPS[family].startswith(f"{name}.2.")
+    assert len(blocks) == 3
+
+
+def test_a_model_that_cannot_be_reached_says_what_was_tried(tmp_path: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"model 'nobody/nothing' cannot be loaded; tried: no folder 'nobody/nothing' here"
+    ) as e:
+        load_causal_lm("nobody/nothing")
+    assert "not one of the packaged models (smollm2)" in str(e.value)
+    assert "as a hub id: " in str(e.value)
+    assert "\n" not in str(e.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"tried: folder '.*empty'; "):
+        load_config(str(tmp_path / "empty"))
+    with pytest.raises(ModelError, match=r"tried: folder '.*empty'; "):
+        load_causal_lm(str(tmp_path / "empty"))
+    with pytest.raises(ModelError, match="no tokenizer could be loaded from 'nobody/nothing'"):
+        load_tokenizer("nobody/nothing")
+
+
+def test_damaged_weights_are_refused_in_one_line(model_folder: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    with pytest.raises(ModelError, match="cannot be loaded; tried: folder") as caught:
+        load_causal_lm(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_identity_changes_with_the_weights_alone(model_folder: str, tmp_path: Path) -> None:
+    for name in ("same", "other"):
+        shutil.copytree(model_folder, tmp_path / name)
+    weights = tmp_path / "other" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors[min(tensors)].view(-1)[0] += 1.0
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert model_identity(str(tmp_path / "same")) == model_identity(model_folder)
+    assert model_identity(str(tmp_path / "other")) != model_identity(model_folder)
+
+
+def test_a_path_stands_for_itself_and_an_unknown_name_for_a_hub_id(model_folder: str) -> None:
+    assert resolve(model_folder) == model_folder
+    assert resolve("someone/model") == "someone/model"
+
+
+def test_loading_keeps_or_changes_the_type_of_the_weights(model_folder: str) -> None:
+    assert load_causal_lm(model_folder).dtype == torch.float32
+    half = load_causal_lm(model_folder, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert not half.training
+    assert load_config(model_folder).vocab_size == half.config.vocab_size > VOCABULARY
+
+
+def test_dtypes_have_names() -> None:
+    assert parse_dtype("bf16") is parse_dtype("bfloat16") is torch.bfloat16
+    assert parse_dtype("float16") is torch.float16
+    assert parse_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+    with pytest.raises(ConfigError, match="dtype = 'int8': known are auto, float32, bfloat16, float16"):
+        parse_dtype("int8")

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from families import TAPS, family_model, token_ids
+from torch import nn
+from transformers import PreTrainedModel
+
+from memlm.errors import ModelError
+from memlm.models.taps import TapReader, find_tap, get_module
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def input_in_full_forward(model: PreTrainedModel, module_name: str, tokens: torch.Tensor) -> torch.Tensor:
+    seen = []
+    module = model.get_submodule(module_name)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        model(input_ids=tokens)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", TAPS)
+def test_the_tap_is_the_input_of_the_last_mlp_and_the_head_is_never_computed(family: str) -> None:
+    model, tokens = family_model(family), token_ids()
+    expected = input_in_full_forward(model, TAPS[family], tokens)
+
+    def computed(*_: object) -> None:
+        raise AssertionError("the output layer ran")
+
+    head = model.get_output_embeddings()
+    head.register_forward_pre_hook(computed)
+    before = hooks(model)
+    tap = find_tap(model)
+    assert tap == TAPS[family]
+    with TapReader(model, tap) as reader:
+        found = reader.read(tokens)
+        again = reader.read(tokens)
+    assert found.shape == (*tokens.shape, 16)
+    torch.testing.assert_close(found, expected.reshape(found.shape), rtol=0, atol=0)
+    torch.testing.assert_close(again, found, rtol=0, atol=0)
+    assert hooks(model) == before
+
+
+def test_nothing_behind_the_tap_runs() -> None:
+    model = family_model("llama")
+    tap = find_tap(model)
+    ran = []
+    get_module(model, "model.layers.0").register_forward_pre_hook(lambda *_: ran.append("first block"))
+    for name in ("model.layers.2.mlp.gate_proj", "model.layers.2.mlp.down_proj", "model.norm"):
+        get_module(model, name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    with TapReader(model, tap) as reader:
+        reader.read(token_ids())
+    assert ran == ["first block"]
+
+
+def test_right_padding_changes_nothing_before_it() -> None:
+    model = family_model("llama")
+    tokens = token_ids(1, 6)
+    padded = torch.cat([tokens, torch.zeros(1, 5, dtype=torch.long)], dim=1)
+    with TapReader(model, find_tap(model)) as reader:
+        alone, beside = reader.read(tokens), reader.read(padded)[:, :6]
+    torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+
+
+def test_hooks_are_gone_after_an_error_too() -> None:
+    model = family_model("llama")
+    before = hooks(model)
+    with pytest.raises(IndexError):
+        with TapReader(model, find_tap(model)) as reader:
+            reader.read(torch.full((1, 3), 10_000))
+    assert hooks(model) == before
+    model(input_ids=token_ids())  # whole again
+
+
+def test_a_state_space_model_is_refused_in_one_line_that_names_tap() -> None:
+    model = family_model("mamba")
+    before = hooks(model)
+    with pytest.raises(ModelError, match=r"^no MLP .* last block of MambaForCausalLM.*with --tap$") as caught:
+        find_tap(model)
+    assert "\n" not in str(caught.value)
+    assert hooks(model) == before
+
+
+def test_a_named_tap_reads_where_no_mlp_is_found() -> None:
+    model, tokens = family_model("mamba"), token_ids()
+    with TapReader(model, "backbone.layers.2.mixer") as reader:
+        found = reader.read(tokens)
+    expected = input_in_full_forward(model, "backbone.layers.2.mixer", tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_tap_that_does_not_exist_names_near_ones() -> None:
+    with pytest.raises(ModelError, match=r"tap 'model\.layers\.2\.mpl' does not exist.*nearest: model\.layers\.2\.mlp"):
+        TapReader(family_model("llama"), "model.layers.2.mpl")
+
+
+def test_a_tap_that_is_never_called_is_refused() -> None:
+    model = family_model("llama")
+    with TapReader(model, "lm_head") as reader:
+        with pytest.raises(ModelError, match="is never called in a forward pass"):
+            reader.read(token_ids())
