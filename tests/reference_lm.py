@@ -1,4 +1,4 @@
-"""Slow, obviously right twins of the loss, the memory's window, the mixture and generation: dense, float64, no cache."""
+"""Slow, obviously right twins of the loss, the window, the mixture and generation: dense, float64, no cache."""
 
 from collections.abc import Mapping, Sequence
 

@@ -35,7 +35,7 @@ MEMORIES: dict[str, Callable[[], Memory]] = {
     "decoder-opt-window": lambda: decoder(window=9, family="opt"),
 }
 LENGTH = 21  # longer than two and a half of the windows above
-# float32 states of order 1 behind a head of 32 products, added up in another order: below 1e-5 each, ten times that allowed
+# float32 states of order 1 behind a head of 32 products, added up in another order: ten times what is seen
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 pytestmark = pytest.mark.filterwarnings(
