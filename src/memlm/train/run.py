@@ -4,16 +4,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from memlm.artifacts import Manifest, open_stage, read_manifest
+from memlm.artifacts import Manifest, open_stage, partial_path, read_manifest
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
 from memlm.mix.scoring import as_voter, score
 from memlm.models.loading import (
+    chosen_layers,
     default_device,
     fresh_model,
     keep_layers,
@@ -45,7 +47,7 @@ def train_memory(
         config: Default settings if None.
 
     Raises:
-        ConfigError: Targets are wanted and `data` is a corpus; a layer does not exist.
+        ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist.
         TokenizerMismatchError: `init` or `base` has another tokenizer than `data`.
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
@@ -53,7 +55,21 @@ def train_memory(
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
     base = base or init
     _check(rows, init, config)
-    _check_tokenizer(rows, base, "base")
+    _check_vocabulary(rows, base, "base")
+    device = default_device()
+    dtype = parse_dtype(config.dtype, device)
+    if dtype == torch.float16:
+        raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
+    validation = rows.validation if len(rows.validation) else None
+    batches = math.ceil(len(rows.train) / config.batch_size)
+    arguments = training_arguments(
+        config,
+        partial_path(out) / "checkpoints",
+        steps_per_epoch=math.ceil(batches / config.accumulation),
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        validate=validation is not None,
+    )
     with open_stage(
         out,
         "memory",
@@ -64,11 +80,6 @@ def train_memory(
     ) as stage:
         if stage.finished:
             return read_manifest(out, "memory")
-        device = default_device()
-        dtype = parse_dtype(config.dtype, device)
-        if dtype == torch.float16:
-            raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
-        validation = rows.validation if len(rows.validation) else None
         base_scores = _base_scores(rows, base, dtype, config.batch_tokens) if validation is not None else None
         torch.manual_seed(config.seed)
         memory = MemoryDecoder(
@@ -80,17 +91,9 @@ def train_memory(
                 tokenizer=rows.manifest.tokenizer,
             ),
         )
-        batches = math.ceil(len(rows.train) / config.batch_size)
         trainer = MemoryTrainer(
             memory,
-            training_arguments(
-                config,
-                stage.path / "checkpoints",
-                steps_per_epoch=math.ceil(batches / config.accumulation),
-                bf16=dtype == torch.bfloat16,
-                use_cpu=device.type == "cpu",
-                validate=validation is not None,
-            ),
+            arguments,
             rows=rows.train,
             kl_weight=config.kl_weight,
             validation=validation,
@@ -111,27 +114,29 @@ def train_memory(
 
 
 def _check(rows: TrainingData, init: str, config: TrainConfig) -> None:
-    _check_tokenizer(rows, init, "init")
-    size = load_config(init).get_text_config().vocab_size
-    if size < rows.vocab_size:
-        raise InputError(f"{rows.folder} has token ids up to {rows.vocab_size - 1}, outside the {size} of {init}")
-    total = load_config(init).get_text_config().num_hidden_layers
-    if isinstance(config.layers, int) and not 1 <= config.layers <= total:
-        raise ConfigError(f"layers = {config.layers}: {init} has {total}")
-    longest = getattr(load_config(init).get_text_config(), "max_position_embeddings", None)
+    _check_vocabulary(rows, init, "init")
+    text_config = load_config(init).get_text_config()
+    if config.layers is not None:
+        chosen_layers(config.layers, text_config.num_hidden_layers)
+    longest = getattr(text_config, "max_position_embeddings", None)
     if longest and rows.corpus_config.block_size > longest:
         raise ConfigError(
             f"block_size = {rows.corpus_config.block_size} of {rows.folder} is above the {longest} of {init}"
         )
 
 
-def _check_tokenizer(rows: TrainingData, model: str, role: str) -> None:
+def _check_vocabulary(rows: TrainingData, model: str, role: str) -> None:
+    size = load_config(model).get_text_config().vocab_size
     try:
         tokenizer = load_tokenizer(resolve(model))
     except ModelError:
-        load_config(model)  # a model without tokenizer is fine, an unreachable one is not
-        return
-    check_same(rows.tokenizer, tokenizer, str(rows.folder), f"{role} {model}")
+        tokenizer = None  # a model without tokenizer is fine where its vocabulary is large enough
+    if tokenizer is not None:
+        check_same(rows.tokenizer, tokenizer, str(rows.folder), f"{role} {model}")
+    if size < rows.vocab_size:
+        raise InputError(
+            f"{rows.folder} has token ids up to {rows.vocab_size - 1}, outside the {size} of {role} {model}"
+        )
 
 
 def _start_model(init: str, config: TrainConfig) -> PreTrainedModel:
@@ -148,6 +153,7 @@ def _base_scores(rows: TrainingData, base: str, dtype: torch.dtype, batch_tokens
 
 
 def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: MemoryDecoder, config: TrainConfig) -> dict[str, Any]:
+    validated = [entry for entry in trainer.state.log_history if "eval_mixture_perplexity" in entry]
     history = [
         {
             "step": entry["step"],
@@ -156,8 +162,7 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: MemoryDecoder, co
             "mixture_perplexity": round(entry["eval_mixture_perplexity"], 4),
             "mix_weight": entry["eval_mix_weight"],
         }
-        for entry in trainer.state.log_history
-        if "eval_mixture_perplexity" in entry
+        for entry in validated
     ]
     facts: dict[str, Any] = {
         "parameters": sum(p.numel() for p in memory.parameters()),
@@ -173,6 +178,6 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: MemoryDecoder, co
         ],
     }
     if history:
-        best = min(history, key=lambda entry: entry["mixture_perplexity"])
-        facts["validation"] = {"best": best, "history": history}
+        best = int(np.argmin([entry["eval_mixture_perplexity"] for entry in validated]))  # the first, as the Trainer's
+        facts["validation"] = {"best": history[best], "history": history}
     return facts

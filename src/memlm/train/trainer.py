@@ -1,6 +1,8 @@
 """`MemoryTrainer`: transformers' Trainer with the sparse loss and validation by the mixture."""
 
+import dataclasses
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from memlm.errors import TrainingError
+from memlm.config import nearest
+from memlm.errors import ConfigError, TrainingError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.mix.scoring import Blocks, best_mix_weight, score
 from memlm.progress import progress_bar
@@ -25,7 +28,15 @@ from memlm.train.data import LengthGroupedSampler, Rows, collate
 def training_arguments(
     config: TrainConfig, folder: Path, *, steps_per_epoch: int, bf16: bool, use_cpu: bool, validate: bool
 ) -> TrainingArguments:
-    """`TrainingArguments` for `config`, writing checkpoints to `folder`."""
+    """`TrainingArguments` for `config`, writing checkpoints to `folder`.
+
+    Raises:
+        ConfigError: `config.trainer` names a field that they do not have, or gives it a value that they refuse.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in config.trainer:
+        if name not in known:
+            raise ConfigError(f"unknown setting 'trainer.{name}'{nearest(name, known)}")
     every = max(1, min(steps_per_epoch // config.validations, config.max_steps or steps_per_epoch))
     settings: dict[str, Any] = {
         "output_dir": str(folder),
@@ -57,7 +68,10 @@ def training_arguments(
         "disable_tqdm": True,
         "report_to": "none",
     }
-    return TrainingArguments(**{**settings, **config.trainer})
+    try:
+        return TrainingArguments(**{**settings, **config.trainer})
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"trainer = {config.trainer}: {error}") from None
 
 
 class MemoryTrainer(Trainer):
@@ -109,6 +123,7 @@ class MemoryTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         if validation is not None:
             self.add_callback(_ValidateAtEnd)
+        self.add_callback(_LogBeforeCheckpoint)
         self.add_callback(_TokenBar(int(rows.lengths.sum())))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -188,6 +203,16 @@ class _ValidateAtEnd(TrainerCallback):
             control.should_evaluate = control.should_save = True
 
 
+class _LogBeforeCheckpoint(TrainerCallback):
+    """Empties the running sums before a checkpoint, so that a resumed run logs what an uninterrupted one logs.
+
+    Logging also looks for losses that are not finite, so no poisoned weights become a checkpoint.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+
 class _TokenBar(TrainerCallback):
     """Progress in tokens, so that speed reads as tokens a second."""
 
@@ -217,9 +242,9 @@ class _TokenBar(TrainerCallback):
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose last-written file is there; a half-written one is passed over."""
+    """The newest checkpoint whose last-written file is there; half-written ones are removed."""
     while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
         if (Path(found) / "trainer_state.json").is_file():
             return found
-        Path(found).rename(Path(found).with_name(f"broken-{Path(found).name}"))
+        shutil.rmtree(found)
     return None

@@ -1,0 +1,589 @@
+"""The train stage as a whole: what it learns, keeps, refuses, and how an interrupted run goes on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from memlm.artifacts import Manifest, read_manifest
+from memlm.corpus.build import build_corpus
+from memlm.corpus.config import CorpusConfig
+from memlm.errors import ConfigError, InputError, MemlmError, OutputExistsError, TokenizerMismatchError, TrainingError
+from memlm.memory.loading import load_memory
+from memlm.mix.scoring import as_voter, best_mix_weight, score
+from memlm.models.loading import load_causal_lm
+from memlm.train import run as run_module
+from memlm.train import trainer as trainer_module
+from memlm.train.config import TrainConfig
+from memlm.train.data import TrainingData
+from memlm.train.run import train_memory
+
+QUICK = {"dtype": "float32", "max_steps": 4, "batch_size": 4}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def no_model(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("a model was loaded")
+
+
+@pytest.fixture
+def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading any weights fails the test."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", no_model)
+
+
+# --- the loss and its accumulation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kl_weight", [0.0, 0.5])
+def test_accumulated_steps_equal_whole_ones(
+    targets_folder: Path, model_folder: str, tmp_path: Path, kl_weight: float
+) -> None:
+    """Rows are 3 to 32 tokens long, so a mean of means of passes would be another gradient altogether.
+
+    SGD shows gradients as they are (Adam divides by their size, so rounding of tiny ones would look large). Eight
+    steps of float32 sums in another order may differ by some 1e-6; a mean of means differs by over 1e-4 (checked
+    below, by leaving out the count of the whole step).
+    """
+    lengths = TrainingData(targets_folder, with_targets=True).train.lengths
+    assert lengths.min() < lengths.max() / 3
+
+    def trained(name: str, batch_size: int, accumulation: int) -> dict[str, torch.Tensor]:
+        config = TrainConfig(
+            kl_weight=kl_weight,
+            max_steps=8,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            learning_rate=0.5,
+            schedule="constant",
+            warmup=0,
+            dtype="float32",
+            seed=3,
+            trainer={"optim": "sgd", "save_steps": 8, "eval_steps": 8},
+        )
+        train_memory(targets_folder, init=model_folder, out=tmp_path / name, config=config)
+        return weights(tmp_path / name)
+
+    whole, single, pairs = trained("whole", 4, 1), trained("single", 1, 4), trained("pairs", 2, 2)
+    start = load_file(Path(model_folder) / "model.safetensors")
+    for name, expected in whole.items():
+        moved = float((expected - start[name]).abs().max())
+        assert moved > 1e-3, f"{name} did not move, so nothing is shown"
+        for other in (single, pairs):
+            torch.testing.assert_close(other[name], expected, atol=5e-6, rtol=1e-5)
+
+    with pytest.MonkeyPatch.context() as patch:
+        original = trainer_module.MemoryTrainer.compute_loss
+
+        def mean_of_means(self: Any, model: Any, inputs: Any, return_outputs: Any = False, **kwargs: Any) -> Any:
+            return original(self, model, inputs, return_outputs) / 4
+
+        patch.setattr(trainer_module.MemoryTrainer, "compute_loss", mean_of_means)
+        wrong = trained("wrong", 1, 4)
+    assert max(float((wrong[name] - whole[name]).abs().max()) for name in whole) > 1e-4
+
+
+def test_plain_fine_tuning_is_the_same_from_a_corpus_and_from_its_targets(
+    corpus_folder: Path, targets_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    config = TrainConfig(kl_weight=0, **QUICK)
+    ours = train_memory(corpus_folder, init=model_folder, out=tmp_path / "a", config=config)
+    theirs = train_memory(targets_folder, init=model_folder, out=tmp_path / "b", config=config)
+    first, second = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert ours.facts["training"] == theirs.facts["training"]
+    assert ours.facts["validation"] == theirs.facts["validation"]
+
+
+def test_the_logged_loss_is_the_weighted_sum_of_its_parts(
+    targets_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    """Loss is averaged over steps and its parts over positions, so one step a log makes them comparable."""
+    config = TrainConfig(kl_weight=0.3, trainer={"logging_steps": 1}, **QUICK)
+    facts = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config).facts
+    assert [entry["step"] for entry in facts["training"]] == [1, 2, 3, 4]
+    for entry in facts["training"]:
+        assert entry["loss"] == pytest.approx(0.3 * entry["kl_nats"] + 0.7 * entry["cross_entropy_nats"], rel=1e-5)
+
+
+# --- it learns ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def learnt(targets_folder: Path, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A memory trained long enough to learn something, validated twice an epoch."""
+    out = tmp_path_factory.mktemp("learnt") / "memory"
+    config = TrainConfig(epochs=3, batch_size=4, learning_rate=5e-3, dtype="float32", validations=2)
+    train_memory(targets_folder, init=model_folder, out=out, config=config)
+    return out
+
+
+def test_training_lowers_loss_and_validation_perplexity(learnt: Path, targets_folder: Path, model_folder: str) -> None:
+    facts = read_manifest(learnt, "memory").facts
+    assert facts["training"][-1]["loss"] < 0.7 * facts["training"][0]["loss"]
+    data = TrainingData(targets_folder, with_targets=True)
+    start = score(as_voter(load_causal_lm(model_folder), data.vocab_size), data.validation)["label"]
+    before = float(np.exp(-start.astype(np.float64).mean()))
+    # 320 tokens, of which some sixty make up the texts: a model that learnt nothing stays near or above 320
+    assert facts["validation"]["best"]["memory_perplexity"] < before / 4
+
+
+def test_the_figures_of_the_best_checkpoint_hold_for_the_saved_memory(
+    learnt: Path, targets_folder: Path, model_folder: str
+) -> None:
+    best = read_manifest(learnt, "memory").facts["validation"]["best"]
+    data = TrainingData(targets_folder, with_targets=True)
+    memory = load_memory(learnt, dtype=torch.float32)
+    base = score(as_voter(load_causal_lm(model_folder), data.vocab_size), data.validation)["label"]
+    ours = score(memory, data.validation)["label"]
+    weight, perplexity = best_mix_weight(base, ours)
+    # the same float32 computation, rounded to four digits in the manifest
+    assert float(np.exp(-ours.astype(np.float64).mean())) == pytest.approx(best["memory_perplexity"], rel=1e-5)
+    assert perplexity == pytest.approx(best["mixture_perplexity"], rel=1e-5)
+    assert weight == best["mix_weight"]
+
+
+def test_mix_weight_and_its_base_are_recorded_in_the_memory(learnt: Path, model_folder: str) -> None:
+    best = read_manifest(learnt, "memory").facts["validation"]["best"]
+    settings = json.loads((learnt / "memory.json").read_text())
+    assert settings["mix_weight"] == best["mix_weight"]
+    assert settings["validated_with"] == model_folder
+    assert settings["context_length"] == 32
+    assert settings["vocab_size"] == 320
+    assert f"mix_weight={best['mix_weight']}" in (learnt / "README.md").read_text()
+
+
+def test_the_history_has_the_wanted_number_of_validations(learnt: Path) -> None:
+    facts = read_manifest(learnt, "memory").facts
+    steps = [entry["step"] for entry in facts["validation"]["history"]]
+    assert len(steps) in (6, 7)  # twice an epoch, and the last step where that is not one of them
+    assert steps == sorted(set(steps))
+    assert steps[-1] == facts["steps"]
+
+
+def test_no_checkpoints_are_left_in_a_finished_memory(learnt: Path) -> None:
+    assert not (learnt / "checkpoints").exists()
+    assert not any("checkpoint" in name for name in read_manifest(learnt).payload)
+
+
+def test_a_finished_memory_is_a_model_of_transformers(learnt: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    model = AutoModelForCausalLM.from_pretrained(learnt)
+    assert model.config.num_hidden_layers == 2
+    assert AutoTokenizer.from_pretrained(learnt).get_vocab() == tokenizer.get_vocab()
+
+
+def test_the_checkpoint_with_the_best_mixture_is_kept_not_the_best_memory(
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores are scripted: the second of three memories complements the base, the third is best alone."""
+    half = np.ones(50, np.float32)
+    base = np.concatenate([-1 * half, -6 * half])
+    scripted = [
+        np.concatenate([-4 * half, -4 * half]),
+        np.concatenate([-8 * half, -half]),
+        np.concatenate([-3 * half] * 2),
+    ]
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def scripted_score(memory: Any, blocks: Any, *, batch_tokens: int) -> dict[str, np.ndarray]:
+        seen.append({name: tensor.clone() for name, tensor in memory.decoder.state_dict().items()})
+        return {"label": scripted[len(seen) - 1]}
+
+    monkeypatch.setattr(trainer_module, "score", scripted_score)
+    monkeypatch.setattr(run_module, "_base_scores", lambda *args: base)
+    config = TrainConfig(max_steps=6, batch_size=4, dtype="float32", trainer={"eval_steps": 2, "save_steps": 2})
+    manifest = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config)
+    best = manifest.facts["validation"]["best"]
+    assert best["step"] == 4
+    assert best["memory_perplexity"] > manifest.facts["validation"]["history"][2]["memory_perplexity"]
+    saved = weights(tmp_path / "m")
+    assert len(seen) == 3
+    assert all(torch.equal(saved[name], seen[1][name]) for name in saved)
+    assert any(not torch.equal(saved[name], seen[2][name]) for name in saved)
+    assert json.loads((tmp_path / "m" / "memory.json").read_text())["mix_weight"] == best["mix_weight"]
+
+
+def test_checkpoints_equal_to_four_digits_do_not_mix_up_weights_and_figures(
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second memory is better by a hair and wants another mix_weight; both must come from the same checkpoint."""
+    base = np.array([-1.0, -2.0], np.float32)
+    scripted = [np.array([-1.0, -2.0], np.float32), np.array([-0.999999, -2.0], np.float32)]
+    count = iter(scripted)
+    monkeypatch.setattr(trainer_module, "score", lambda *args, **kwargs: {"label": next(count)})
+    monkeypatch.setattr(run_module, "_base_scores", lambda *args: base)
+    config = TrainConfig(max_steps=4, batch_size=4, dtype="float32", trainer={"eval_steps": 2, "save_steps": 2})
+    best = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config).facts["validation"][
+        "best"
+    ]
+    assert (best["step"], best["mix_weight"]) == (4, 1.0)
+
+
+@pytest.fixture(scope="module")
+def unvalidated_corpus(model_folder: str, documents: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("unvalidated") / "c"
+    settings = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0, max_tokens=600)
+    build_corpus([documents], tokenizer=model_folder, out=out, config=settings)
+    return out
+
+
+def test_without_validation_documents_the_last_step_is_kept(
+    model_folder: str, unvalidated_corpus: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig(kl_weight=0, **QUICK)
+    manifest = train_memory(unvalidated_corpus, init=model_folder, out=tmp_path / "m", config=config)
+    assert "validation" not in manifest.facts
+    assert manifest.facts["steps"] == 4
+    settings_there = json.loads((tmp_path / "m" / "memory.json").read_text())
+    assert settings_there["mix_weight"] is None
+    assert settings_there["validated_with"] is None
+    assert "No validation split" in (tmp_path / "m" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("settings", [{"max_steps": 3}, {"epochs": 0.05}, {"epochs": 0.3, "validations": 2}])
+def test_runs_that_end_within_an_epoch_are_validated_at_their_end(
+    targets_folder: Path, model_folder: str, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    config = TrainConfig(batch_size=4, dtype="float32", **settings)
+    facts = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config).facts
+    assert facts["validation"]["history"][-1]["step"] == facts["steps"] > 0
+
+
+# --- start models -------------------------------------------------------------------------------------------------
+
+
+def four_layers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    tiny_model(len(tokenizer), seed=5, layers=4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("layers", "kept"), [(2, [0, 3]), (3, [0, 1, 3]), ([1, 2], [1, 2]), (None, [0, 1, 2, 3])], ids=str
+)
+def test_chosen_layers_of_the_start_are_kept(
+    targets_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    model_folder: str,
+    tmp_path: Path,
+    layers: int | list[int] | None,
+    kept: list[int],
+) -> None:
+    """At a learning rate of 1e-12 no float32 weight moves visibly, so the saved memory is its start."""
+    init = four_layers(tokenizer, tmp_path / "init")
+    config = TrainConfig(layers=layers, max_steps=1, batch_size=2, learning_rate=1e-12, dtype="float32")
+    train_memory(targets_folder, init=init, base=model_folder, out=tmp_path / "m", config=config)
+    start, ours = weights(tmp_path / "init"), weights(tmp_path / "m")
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["num_hidden_layers"] == len(kept)
+    for new, old in enumerate(kept):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        torch.testing.assert_close(ours[name.format(new)], start[name.format(old)], atol=1e-9, rtol=0)
+    torch.testing.assert_close(ours["model.embed_tokens.weight"], start["model.embed_tokens.weight"], atol=1e-9, rtol=0)
+
+
+def test_a_fresh_start_has_the_configured_shape_and_other_weights(
+    targets_folder: Path, tokenizer: PreTrainedTokenizerFast, model_folder: str, tmp_path: Path
+) -> None:
+    init = four_layers(tokenizer, tmp_path / "init")
+    still = {"max_steps": 1, "batch_size": 2, "learning_rate": 1e-12, "dtype": "float32", "fresh": True}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        config = TrainConfig(layers=3, seed=seed, **still)
+        train_memory(targets_folder, init=init, base=model_folder, out=tmp_path / name, config=config)
+    first, second, third = (weights(tmp_path / name)["model.embed_tokens.weight"] for name in "abc")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["num_hidden_layers"] == 3
+    assert not torch.allclose(first, weights(tmp_path / "init")["model.embed_tokens.weight"], atol=1e-3)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, third)
+
+
+def test_further_training_arguments_reach_the_trainer(
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    original = trainer_module.MemoryTrainer.train
+
+    def train(self: Any, **kwargs: Any) -> Any:
+        seen.update(
+            adam_beta2=self.args.adam_beta2, batch=self.args.per_device_train_batch_size, logs=self.args.logging_steps
+        )
+        return original(self, **kwargs)
+
+    monkeypatch.setattr(trainer_module.MemoryTrainer, "train", train)
+    config = TrainConfig(trainer={"adam_beta2": 0.95, "logging_steps": 2}, **QUICK)
+    facts = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config).facts
+    assert seen == {"adam_beta2": 0.95, "batch": 4, "logs": 2}
+    assert [entry["step"] for entry in facts["training"]] == [2, 4]
+
+
+# --- interrupted and resumed --------------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    """Stands for Ctrl-C or a lost machine; unlike KeyboardInterrupt it cannot stop pytest itself."""
+
+
+def interrupt(step: int, data: Path, init: str, out: Path) -> None:
+    """Start the run `RESUMED` and stop it after `step`."""
+    original = trainer_module._TokenBar.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise Interrupted
+        original(self, args, state, control, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module._TokenBar, "on_step_end", on_step_end)
+        with pytest.raises(Interrupted):
+            train_memory(data, init=init, out=out, config=RESUMED)
+
+
+@pytest.fixture(scope="module")
+def dropout_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A start with dropout, so that a resumed run must restore random states too."""
+    folder = tmp_path_factory.mktemp("dropout") / "model"
+    torch.manual_seed(2)
+    config = tiny_config(len(tokenizer))
+    config.attention_dropout = 0.2
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+RESUMED = TrainConfig(max_steps=26, batch_size=4, dtype="float32", trainer={"eval_steps": 7, "save_steps": 7})
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(targets_folder: Path, dropout_model: str, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    out = tmp_path_factory.mktemp("uninterrupted") / "m"
+    return train_memory(targets_folder, init=dropout_model, out=out, config=RESUMED)
+
+
+@pytest.mark.parametrize("step", [3, 9, 23], ids=["before any checkpoint", "after the first", "after the third"])
+def test_an_interrupted_run_continued_gives_the_same_bytes(
+    targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path, step: int
+) -> None:
+    """Checkpoints lie between logs (steps 7, 14, 21 and 10, 20), so logged means must survive as well."""
+    interrupt(step, targets_folder, dropout_model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    there = sorted(p.name for p in (tmp_path / "m.partial" / "checkpoints").glob("*"))
+    assert ("checkpoint-7" in there or "checkpoint-14" in there) == (step > 7)
+    resumed = train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
+    assert resumed.payload == uninterrupted.payload
+    assert resumed.facts == uninterrupted.facts
+    assert resumed.hash == uninterrupted.hash
+    assert not (tmp_path / "m.partial").exists()
+
+
+def test_a_resumed_run_does_only_the_missing_steps(
+    targets_folder: Path, dropout_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupt(16, targets_folder, dropout_model, tmp_path / "m")
+    steps = []
+    original = trainer_module.MemoryTrainer.compute_loss
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(self.state.global_step)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module.MemoryTrainer, "compute_loss", counted)
+    train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
+    assert steps == list(range(14, 26))
+
+
+def test_half_written_checkpoints_are_passed_over(
+    targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path
+) -> None:
+    """A checkpoint without its last-written file is not used, whichever step it is of and however often it happens."""
+    for _ in range(2):
+        interrupt(16, targets_folder, dropout_model, tmp_path / "m")
+        half = tmp_path / "m.partial" / "checkpoints" / "checkpoint-14"
+        (half / "trainer_state.json").unlink()
+        (half / "model.safetensors").write_bytes(b"half")
+    assert (
+        train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED).hash == uninterrupted.hash
+    )
+
+
+def test_a_finished_run_is_left_alone_and_loads_no_model(
+    memory_folder: Path, targets_folder: Path, model_folder: str, forbid_models: None
+) -> None:
+    before = {p: p.stat().st_mtime_ns for p in memory_folder.rglob("*")}
+    config = TrainConfig(epochs=1, batch_size=4, dtype="float32")
+    manifest = train_memory(targets_folder, init=model_folder, out=memory_folder, config=config)
+    assert manifest.hash == read_manifest(memory_folder).hash
+    assert {p: p.stat().st_mtime_ns for p in memory_folder.rglob("*")} == before
+
+
+def test_another_run_into_the_same_folder_is_refused(
+    memory_folder: Path, targets_folder: Path, model_folder: str, forbid_models: None
+) -> None:
+    config = TrainConfig(epochs=2, batch_size=4, dtype="float32")
+    with pytest.raises(OutputExistsError, match=r"config\.epochs: 1\.0 there, 2\.0 here"):
+        train_memory(targets_folder, init=model_folder, out=memory_folder, config=config)
+
+
+# --- what stops it ------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_overflows_stops_the_run_and_names_the_step(
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+    original = trainer_module.MemoryTrainer.compute_loss
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        losses.append(float(loss.detach()))
+        return loss
+
+    monkeypatch.setattr(trainer_module.MemoryTrainer, "compute_loss", recorded)
+    config = TrainConfig(learning_rate=1e30, schedule="constant", warmup=0, max_steps=40, batch_size=2, dtype="float32")
+    with pytest.raises(TrainingError, match="the loss is not finite in step ") as caught:
+        train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config)
+    first = int((~np.isfinite(losses)).argmax()) + 1
+    assert 1 < first < 10
+    assert f"in step {first}; lower --learning-rate" in str(caught.value)
+    assert len(losses) == 10  # stopped at the next log
+    assert not (tmp_path / "m").exists()
+    assert not list((tmp_path / "m.partial" / "checkpoints").glob("checkpoint-*"))  # nothing poisoned to resume from
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_poisoned_weights_stop_the_run_before_its_first_checkpoint(
+    corpus_folder: Path,
+    unvalidated_corpus: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    model_folder: str,
+    tmp_path: Path,
+    validated: bool,
+) -> None:
+    model = tiny_model(len(tokenizer))
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "poisoned")
+    tokenizer.save_pretrained(tmp_path / "poisoned")
+    config = TrainConfig(kl_weight=0, batch_size=2, dtype="float32", max_steps=5)
+    data = corpus_folder if validated else unvalidated_corpus
+    with pytest.raises(TrainingError, match="not finite in step 1;"):
+        train_memory(data, init=str(tmp_path / "poisoned"), base=model_folder, out=tmp_path / "m", config=config)
+    assert not list((tmp_path / "m.partial" / "checkpoints").glob("checkpoint-*"))
+
+
+def test_a_gradient_that_overflows_stops_the_run(
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = trainer_module.MemoryTrainer.compute_loss
+
+    def finite_loss_infinite_gradient(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            model.decoder.lm_head.weight.register_hook(lambda grad: grad * torch.inf)
+        return loss
+
+    monkeypatch.setattr(trainer_module.MemoryTrainer, "compute_loss", finite_loss_infinite_gradient)
+    config = TrainConfig(max_steps=5, batch_size=2, dtype="float32", trainer={"logging_steps": 1})
+    with pytest.raises(TrainingError, match=r"gradient overflowed by step 4; lower --learning-rate"):
+        train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config)
+
+
+@pytest.mark.usefixtures("forbid_models")
+class TestRefusedBeforeAnyModelIsLoaded:
+    """Flags and manifests are enough to see that these cannot work; nothing is written either."""
+
+    @staticmethod
+    def refused(error: type[MemlmError], match: str, data: Path, init: str, out: Path, **settings: Any) -> None:
+        base = settings.pop("base", None)
+        with pytest.raises(error, match=match):
+            train_memory(data, init=init, base=base, out=out, config=TrainConfig(**settings))
+        assert not out.exists()
+        assert not out.with_name(out.name + ".partial").exists()
+
+    def test_a_corpus_without_targets_at_kl_weight_above_zero(
+        self, corpus_folder: Path, model_folder: str, tmp_path: Path
+    ) -> None:
+        self.refused(
+            ConfigError, "is a corpus without targets", corpus_folder, model_folder, tmp_path / "m", kl_weight=0.5
+        )
+
+    @pytest.mark.parametrize("role", ["init", "base"])
+    def test_another_tokenizer(
+        self, targets_folder: Path, model_folder: str, other_model: str, tmp_path: Path, role: str
+    ) -> None:
+        init, base = (other_model, model_folder) if role == "init" else (model_folder, other_model)
+        match = f"{role} .*different tokenizers"
+        self.refused(TokenizerMismatchError, match, targets_folder, init, tmp_path / "m", base=base)
+
+    @pytest.mark.parametrize("layers", [3, 0, [0, 2], [1, 0], []], ids=str)
+    def test_layers_that_the_start_does_not_have(
+        self, targets_folder: Path, model_folder: str, tmp_path: Path, layers: int | list[int]
+    ) -> None:
+        self.refused(ConfigError, "layers = ", targets_folder, model_folder, tmp_path / "m", layers=layers)
+
+    @pytest.mark.parametrize("dtype", ["float16", "float17"])
+    def test_a_dtype_that_cannot_be_trained_in(
+        self, targets_folder: Path, model_folder: str, tmp_path: Path, dtype: str
+    ) -> None:
+        self.refused(ConfigError, f"dtype = '{dtype}'", targets_folder, model_folder, tmp_path / "m", dtype=dtype)
+
+    def test_a_further_training_argument_that_does_not_exist(
+        self, targets_folder: Path, model_folder: str, tmp_path: Path
+    ) -> None:
+        self.refused(
+            ConfigError,
+            r"trainer\.adam_beta3.*did you mean 'adam_beta",
+            targets_folder,
+            model_folder,
+            tmp_path / "m",
+            trainer={"adam_beta3": 0.9},
+        )
+
+    def test_a_vocabulary_that_is_too_small(self, targets_folder: Path, model_folder: str, tmp_path: Path) -> None:
+        tiny_config(300).save_pretrained(tmp_path / "small")  # no tokenizer, so only the size can betray it
+        self.refused(
+            InputError, "token ids up to 319, outside the 300", targets_folder, str(tmp_path / "small"), tmp_path / "m"
+        )
+
+    def test_blocks_longer_than_the_start_can_read(
+        self, targets_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        config = tiny_config(len(tokenizer))
+        config.max_position_embeddings = 16
+        config.save_pretrained(tmp_path / "short")
+        self.refused(
+            ConfigError, "block_size = 32 .* above the 16", targets_folder, str(tmp_path / "short"), tmp_path / "m"
+        )
+
+    def test_a_model_that_is_not_there(self, targets_folder: Path, model_folder: str, tmp_path: Path) -> None:
+        for init, base in (("no/such", None), (model_folder, "no/such")):
+            self.refused(
+                MemlmError, "'no/such' cannot be loaded; tried", targets_folder, init, tmp_path / "m", base=base
+            )
+
+    def test_a_truncated_shard(self, targets_folder: Path, model_folder: str, tmp_path: Path) -> None:
+        folder = shutil.copytree(targets_folder, tmp_path / "t")
+        shard = folder / "train-00000.arrow"
+        shard.write_bytes(shard.read_bytes()[:-10])
+        self.refused(MemlmError, r"train-00000\.arrow has \d+ bytes", folder, model_folder, tmp_path / "m")
+
+
+@pytest.fixture(scope="session")
+def other_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The config of a model whose tokenizer has one token more; there are no weights to load."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    tiny_config(len(tokenizer) + 8).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    changed = AutoTokenizer.from_pretrained(folder)
+    changed.add_tokens(["asthmatic"])
+    changed.save_pretrained(folder)
+    return str(folder)
