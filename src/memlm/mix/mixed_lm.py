@@ -82,9 +82,13 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             base_name: Where the base came from, for `save_pretrained`.
 
         Raises:
-            ConfigError: A weight is missing or outside [0, 1], or the weights sum to more than 1.
+            ConfigError: A weight is missing or outside [0, 1], they sum to more than 1, or the window is too small.
         """
-        memories = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+        if memory_window is not None and memory_window < 2:
+            raise ConfigError(f"memory_window = {memory_window}: must be at least 2")
+        given = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+        # shallow copies share weights; vocabulary and window are this mixture's own, so mixtures can share a memory
+        memories = {name: copy.copy(part) for name, part in given.items()}
         sizes = [base.config.get_text_config().vocab_size, *(m.vocab_size for m in memories.values())]
         size = min(sizes) if vocab_size is None else min(vocab_size, *sizes)
         config = MixedLMConfig(
@@ -128,9 +132,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """
         memories = self.named_memories()
         if isinstance(mix_weight, Mapping):
-            weights = {name: float(weight) for name, weight in mix_weight.items()}
-            if weights.keys() != memories.keys():
-                raise ConfigError(f"mix_weight names {', '.join(weights)}; the memories are {', '.join(memories)}")
+            if mix_weight.keys() != memories.keys():
+                raise ConfigError(f"mix_weight names {', '.join(mix_weight)}; the memories are {', '.join(memories)}")
+            weights = {name: float(mix_weight[name]) for name in memories}
         elif mix_weight is not None:
             if len(memories) > 1:
                 raise ConfigError(f"mix_weight: give one weight per memory ({', '.join(memories)})")
