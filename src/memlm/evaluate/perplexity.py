@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.artifacts import open_stage, write_json
+from memlm.artifacts import check_output, open_stage, stage_identity, write_json
 from memlm.corpus.blocks import Corpus
 from memlm.datastore.build import check_vocabulary
 from memlm.errors import ConfigError, InputError
@@ -42,6 +42,7 @@ def evaluate_perplexity(
     Raises:
         InputError: The corpus has no test tokens, or no validation tokens to choose the weight on.
         TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
+        OutputExistsError: `out` holds something else.
     """
     config = config or EvaluateConfig()
     source = Corpus(corpus)
@@ -52,6 +53,8 @@ def evaluate_perplexity(
         raise InputError(f"corpus {corpus} has no validation tokens to choose mix_weight on; give --mix-weight")
     check_vocabulary(source, base)
     check_memory(source, memory)
+    if out is not None:
+        check_output(out, stage_identity("evaluation", **_identity(source, base, memory, config)))
     shared: dict[str, Any] = {"dtype": config.dtype, "batch_tokens": config.batch_tokens}
     base_scores = score_corpus(source, base, as_memory=False, **shared)
     memory_scores = score_corpus(source, memory, as_memory=True, **shared)
@@ -148,18 +151,19 @@ def by_label_frequency(label_count: NDArray[np.int64], parts: dict[str, NDArray[
     return rows
 
 
+def _identity(corpus: Corpus, base: str, memory: str, config: EvaluateConfig) -> dict[str, Any]:
+    return {
+        "config": config.model_dump(),
+        "inputs": {"corpus": corpus.manifest.hash, "base": model_identity(base), "memory": model_identity(memory)},
+        "tokenizer": corpus.manifest.tokenizer,
+    }
+
+
 def _write(
     out: str | Path, report: dict[str, Any], corpus: Corpus, base: str, memory: str, config: EvaluateConfig
 ) -> None:
-    inputs = {"corpus": corpus.manifest.hash, "base": model_identity(base), "memory": model_identity(memory)}
-    with open_stage(
-        out,
-        "evaluation",
-        config=config.model_dump(),
-        inputs=inputs,
-        tokenizer=corpus.manifest.tokenizer,
-        sources={"corpus": str(corpus.folder), "base": base, "memory": memory},
-    ) as stage:
+    sources = {"corpus": str(corpus.folder), "base": base, "memory": memory}
+    with open_stage(out, "evaluation", **_identity(corpus, base, memory, config), sources=sources) as stage:
         if stage.finished:
             return
         write_json(stage.path / "report.json", report)

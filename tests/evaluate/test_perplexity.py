@@ -1,0 +1,454 @@
+"""The report against plain forward passes, and what it must not depend on."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from memlm.artifacts import read_manifest
+from memlm.corpus.blocks import Corpus
+from memlm.corpus.build import build_corpus
+from memlm.corpus.config import CorpusConfig
+from memlm.errors import ConfigError, InputError, MemlmError, ModelError, OutputExistsError, TokenizerMismatchError
+from memlm.evaluate import perplexity as perplexity_module
+from memlm.evaluate.config import EvaluateConfig
+from memlm.evaluate.perplexity import DocumentSums, by_label_frequency, evaluate_perplexity, report_table
+from memlm.evaluate.scores import Scores, score_corpus
+from memlm.memory.protocol import MemorySettings
+
+EXACT = EvaluateConfig(dtype="float32", bootstrap=200)
+
+
+@pytest.fixture(scope="module")
+def report(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMLM_HOME", str(tmp_path_factory.mktemp("report-home")))
+        return evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def label_log_probs(folder: str | Path, corpus: Path, split: str, temperature: float = 1.0) -> list[np.ndarray]:
+    """By document: every token but the first, each from its own forward pass over the context the corpus defines.
+
+    The first block of a document gives its first 32 tokens; each further block ends 16 tokens later (stride: half a
+    block of 32) and predicts those 16 only.
+    """
+    tokens, offsets = np.load(corpus / f"{split}.tokens.npy"), np.load(corpus / f"{split}.offsets.npy")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found = []
+    for start, end in itertools.pairwise(offsets):
+        document = tokens[start:end]
+        values = []
+        first, stop, predict_from = 0, min(32, len(document)), 1
+        while True:
+            with torch.no_grad():
+                logits = model(torch.from_numpy(document[first:stop].astype(np.int64))[None]).logits[0, :, :320]
+            log_probs = (logits.double() / temperature).log_softmax(-1)
+            values += [float(log_probs[i - first - 1, document[i]]) for i in range(predict_from, stop)]
+            if stop == len(document):
+                break
+            predict_from, stop = stop, min(stop + 16, len(document))
+            first = stop - 32
+        found.append(np.array(values))
+    return found
+
+
+def test_the_report_equals_plain_forward_passes(
+    report: dict[str, Any], corpus_folder: Path, model_folder: str, memory_folder: Path
+) -> None:
+    """Our head and softmax run in float32 in other batches: 1e-5 relative; figures are rounded to 1e-4 of some 300."""
+    base = np.concatenate(label_log_probs(model_folder, corpus_folder, "test"))
+    memory = np.concatenate(label_log_probs(memory_folder, corpus_folder, "test"))
+    assert report["tokens"] == len(base) == 1094
+    assert report["documents"] == 9
+    assert report["base"]["perplexity"] == pytest.approx(np.exp(-base.mean()), rel=1e-5)
+    assert report["memory"]["perplexity"] == pytest.approx(np.exp(-memory.mean()), rel=1e-5)
+
+    validation = [
+        np.concatenate(label_log_probs(f, corpus_folder, "validation")) for f in (model_folder, memory_folder)
+    ]
+    grid = np.arange(101) / 100
+    curve = [np.exp(-np.log((1 - w) * np.exp(validation[0]) + w * np.exp(validation[1])).mean()) for w in grid]
+    np.testing.assert_allclose(report["validation"]["perplexities"], curve, rtol=1e-5)
+    weight = grid[int(np.argmin(curve))]
+    assert report["mixture"]["mix_weight"] == pytest.approx(weight)
+    mixture = np.log((1 - weight) * np.exp(base) + weight * np.exp(memory))
+    assert report["mixture"]["perplexity"] == pytest.approx(np.exp(-mixture.mean()), rel=1e-5)
+    assert report["ratio"]["perplexity"] == pytest.approx(np.exp(base.mean() - mixture.mean()), abs=1e-4)
+    assert report["validation"]["tokens"] == len(validation[0])
+
+
+def test_the_memorys_temperature_counts(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+    """A base as its own memory at temperature 3: the memory's figure is that of the softened model."""
+    folder = Path(shutil.copytree(model_folder, tmp_path / "memory"))
+    print_of = Corpus(corpus_folder).manifest.tokenizer
+    settings = MemorySettings(kind="decoder", vocab_size=320, memory_temperature=3.0, tokenizer=print_of)
+    (folder / "memory.json").write_text(settings.model_dump_json())
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(folder), config=EXACT)
+    soft = np.concatenate(label_log_probs(model_folder, corpus_folder, "test", temperature=3.0))
+    assert report["memory"]["perplexity"] == pytest.approx(np.exp(-soft.mean()), rel=1e-5)
+    assert report["memory"]["perplexity"] < 0.9 * report["base"]["perplexity"]  # a random model gains by softening
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 333])
+def test_figures_do_not_depend_on_batch_size(
+    report: dict[str, Any], corpus_folder: Path, model_folder: str, memory_folder: Path, batch_tokens: int
+) -> None:
+    config = EXACT.model_copy(update={"batch_tokens": batch_tokens})
+    other = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=config)
+    for name in ("base", "memory", "mixture"):
+        assert other[name]["perplexity"] == pytest.approx(report[name]["perplexity"], rel=1e-4)
+    assert other["tokens"] == report["tokens"]
+
+
+def test_the_same_call_gives_the_same_report(
+    report: dict[str, Any], corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path
+) -> None:
+    again = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    assert again == report
+
+
+# --- choice of the weight -----------------------------------------------------------------------------------------
+
+
+def scripted(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores where the memory hurts on validation text and helps on test text."""
+    source = Corpus(corpus)
+
+    def score_corpus(corpus: Corpus, model: str, *, as_memory: bool, **kwargs: Any) -> dict[str, Scores]:
+        level = {(False, "validation"): -2, (True, "validation"): -4, (False, "test"): -4, (True, "test"): -2}
+        scores = {}
+        for name in ("validation", "test"):
+            split = source.split(name)
+            label = np.full(split.n_positions, level[as_memory, name], np.float32)
+            scores[name] = Scores(
+                label=label,
+                entropy=label,
+                top1=label,
+                document=split.documents_of(np.arange(split.n_positions)),
+                label_count=np.ones(split.n_positions, np.int64),
+            )
+        return scores
+
+    monkeypatch.setattr(perplexity_module, "score_corpus", score_corpus)
+
+
+def test_mix_weight_is_chosen_on_validation_even_where_test_disagrees(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(corpus_folder, monkeypatch)
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder))
+    assert report["mixture"]["mix_weight"] == 0.0
+    assert report["mixture"]["mix_weight_from"] == "validation"
+    assert report["mixture"]["perplexity"] == report["base"]["perplexity"] == pytest.approx(np.exp(4), abs=1e-4)
+
+
+def test_a_given_mix_weight_is_used_and_named_as_given(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(corpus_folder, monkeypatch)
+    config = EvaluateConfig(mix_weight=0.25)
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=config)
+    assert (report["mixture"]["mix_weight"], report["mixture"]["mix_weight_from"]) == (0.25, "given")
+    expected = 1 / (0.75 * np.exp(-4) + 0.25 * np.exp(-2))
+    assert report["mixture"]["perplexity"] == pytest.approx(expected, abs=1e-4)
+    assert "mix_weight given" in report_table(report)
+
+
+# --- intervals and splits -----------------------------------------------------------------------------------------
+
+
+def test_intervals_hold_the_estimate(report: dict[str, Any]) -> None:
+    for name in ("base", "memory", "mixture", "ratio"):
+        low, high = report[name]["interval"]
+        assert low <= report[name]["perplexity"] <= high
+        assert low < high
+
+
+def test_a_document_is_resampled_as_a_whole() -> None:
+    """All tokens of a document agree here, so resampling tokens would give an interval about ten times narrower."""
+    document = np.repeat(np.arange(30), 100)
+    values = np.where(document % 2, -1.0, -3.0)
+    low, high = DocumentSums(document, EvaluateConfig(bootstrap=2000)).perplexity(values)["interval"]
+    # log perplexity is 2 with a standard error of 1 / sqrt(30) over documents; 4 standard errors wide, 20% for chance
+    assert np.log(high) - np.log(low) == pytest.approx(4 / np.sqrt(30), rel=0.2)
+
+
+def test_the_ratio_is_paired() -> None:
+    """Documents differ wildly and the gain is the same in all, so the ratio has no spread though its parts have."""
+    rng = np.random.default_rng(0)
+    document = np.repeat(np.arange(20), 10)
+    below = -rng.uniform(1, 9, 20)[document]
+    sums = DocumentSums(document, EvaluateConfig(bootstrap=500))
+    ratio = sums.ratio(below + 0.5, below)
+    assert ratio["perplexity"] == pytest.approx(np.exp(-0.5), abs=1e-4)
+    assert ratio["interval"] == [ratio["perplexity"]] * 2
+    low, high = sums.perplexity(below)["interval"]
+    assert high > 2 * low
+
+
+def test_longer_documents_weigh_more_in_the_estimate() -> None:
+    document = np.array([0] * 9 + [1])
+    found = DocumentSums(document, EvaluateConfig(bootstrap=0)).perplexity(np.array([-1.0] * 9 + [-11.0]))
+    assert found == {"perplexity": pytest.approx(np.exp(2), abs=1e-4), "interval": None}
+
+
+def test_intervals_are_drawn_by_the_seed(corpus_folder: Path, model_folder: str, memory_folder: Path) -> None:
+    def interval(seed: int) -> list[float]:
+        config = EXACT.model_copy(update={"seed": seed})
+        found = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=config)
+        return found["base"]["interval"]
+
+    assert interval(1) == interval(1) != interval(2)
+
+
+def test_without_resampling_there_is_no_interval(corpus_folder: Path, model_folder: str, memory_folder: Path) -> None:
+    config = EXACT.model_copy(update={"bootstrap": 0})
+    found = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=config)
+    assert found["base"]["interval"] is None
+    assert "95% interval" in report_table(found)
+
+
+def test_the_split_by_label_frequency_covers_all_tokens(
+    report: dict[str, Any], corpus_folder: Path, model_folder: str
+) -> None:
+    rows = report["by_label_frequency"]
+    assert sum(row["tokens"] for row in rows) == report["tokens"]
+    assert len(rows) > 2
+    total = sum(row["tokens"] * np.log(row["base"]) for row in rows) / report["tokens"]
+    assert np.exp(total) == pytest.approx(report["base"]["perplexity"], rel=1e-5)  # rows are rounded to 1e-4
+
+    train, test = Corpus(corpus_folder).split("train").labels(), Corpus(corpus_folder).split("test").labels()
+    counts = np.array([(train == label).sum() for label in test])
+    values = np.concatenate(label_log_probs(model_folder, corpus_folder, "test"))
+    for row in rows:
+        here = (counts >= row["from"]) & (counts < (row["below"] or np.inf))
+        assert here.sum() == row["tokens"]
+        assert row["base"] == pytest.approx(np.exp(-values[here].mean()), rel=1e-5)
+
+
+def test_frequencies_at_the_edges_fall_in_the_higher_group() -> None:
+    counts = np.array([0, 1, 9, 10, 99, 100, 999, 1000, 5000])
+    rows = by_label_frequency(counts, {"base": np.zeros(len(counts))})
+    assert [(row["from"], row["below"], row["tokens"]) for row in rows] == [
+        (0, 1, 1),
+        (1, 10, 2),
+        (10, 100, 2),
+        (100, 1000, 2),
+        (1000, None, 2),
+    ]
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_model(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+
+
+def test_each_model_scores_the_text_once(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    assert len(list((fresh_cache / "scores").glob("*/manifest.json"))) == 2
+    forbid_models(monkeypatch)
+    assert evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT) == first
+    other = EXACT.model_copy(update={"mix_weight": 0.5, "seed": 3})  # settings that change no score
+    evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=other)
+    with pytest.raises(AssertionError, match="a model was loaded"):  # one that does
+        evaluate_perplexity(
+            corpus_folder, base=model_folder, memory=str(memory_folder), config=EvaluateConfig(dtype="bfloat16")
+        )
+
+
+def test_scores_of_changed_weights_are_made_anew(
+    corpus_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, fresh_cache: Path
+) -> None:
+    folder = tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    found = []
+    for seed in (0, 1):
+        tiny_model(len(tokenizer), seed=seed).save_pretrained(folder)
+        scores = score_corpus(Corpus(corpus_folder), str(folder), as_memory=False, dtype="float32", batch_tokens=4096)
+        found.append(scores["test"].label)
+    assert not np.allclose(found[0], found[1], atol=0.1)
+
+
+def test_scores_hold_entropy_top1_document_and_label_frequency(corpus_folder: Path, model_folder: str) -> None:
+    corpus = Corpus(corpus_folder)
+    scores = score_corpus(corpus, model_folder, as_memory=False, dtype="float32", batch_tokens=4096)
+    assert set(scores) == {"validation", "test"}
+    test, split = scores["test"], corpus.split("test")
+    assert len(test.label) == len(test.entropy) == len(test.top1) == split.n_positions
+    np.testing.assert_array_equal(np.bincount(test.document), np.diff(split.offsets) - 1)
+    # the first document's first block, by a plain forward pass; float32 against float64 softmax
+    tokens = torch.from_numpy(split.tokens[:32].astype(np.int64))
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    with torch.no_grad():
+        log_probs = model(tokens[None]).logits[0, :-1, :320].double().log_softmax(-1)
+    np.testing.assert_allclose(test.entropy[:31], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-4)
+    np.testing.assert_allclose(test.top1[:31], log_probs.exp().amax(-1), rtol=1e-4)
+
+
+def test_a_damaged_score_file_is_named(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path
+) -> None:
+    evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    victim = next((fresh_cache / "scores").glob("*/test.label.npy"))
+    victim.write_bytes(victim.read_bytes()[:-4])
+    with pytest.raises(MemlmError, match=r"test\.label\.npy has \d+ bytes, its manifest says"):
+        evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_out_holds_the_report_and_a_plot(
+    report: dict[str, Any], corpus_folder: Path, model_folder: str, memory_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "e"
+    given = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), out=out, config=EXACT)
+    assert json.loads((out / "report.json").read_text()) == given == report
+    image = matplotlib.image.imread(out / "perplexity.png")
+    assert image.ndim == 3
+    assert image.shape[0] > 300
+    assert image.std() > 0.01  # something is drawn
+    manifest = read_manifest(out, "evaluation")
+    assert set(manifest.payload) == {"report.json", "perplexity.png"}
+    assert manifest.facts["mixture"] == report["mixture"]
+
+
+def test_a_plot_can_be_drawn_without_validation_text(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, unvalidated: Path, tmp_path: Path
+) -> None:
+    config = EvaluateConfig(dtype="float32", mix_weight=0.5, bootstrap=0)
+    evaluate_perplexity(unvalidated, base=model_folder, memory=str(memory_folder), out=tmp_path / "e", config=config)
+    assert matplotlib.image.imread(tmp_path / "e" / "perplexity.png").std() > 0.01
+    assert json.loads((tmp_path / "e" / "report.json").read_text())["validation"]["perplexities"] is None
+
+
+def test_without_out_nothing_is_written_outside_the_cache(
+    corpus_folder: Path,
+    model_folder: str,
+    memory_folder: Path,
+    tmp_path: Path,
+    fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+
+    def everything() -> dict[Path, int]:
+        roots = (corpus_folder.parent, Path(model_folder), tmp_path / "cwd")
+        return {p: p.stat().st_mtime_ns for root in roots for p in root.rglob("*")}
+
+    before = everything()
+    evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    assert everything() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "home"]
+    assert [p.name for p in fresh_cache.iterdir()] == ["scores"]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unvalidated(model_folder: str, documents: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus with test text and no validation text."""
+    out = tmp_path_factory.mktemp("unvalidated") / "c"
+    config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0, test_fraction=0.15)
+    build_corpus([documents], tokenizer=model_folder, out=out, config=config)
+    return out
+
+
+def test_a_corpus_without_validation_tokens_needs_a_given_weight(
+    unvalidated: Path, model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_models(monkeypatch)
+    with pytest.raises(InputError, match="no validation tokens to choose mix_weight on; give --mix-weight"):
+        evaluate_perplexity(unvalidated, base=model_folder, memory=str(memory_folder))
+
+
+def test_a_corpus_without_test_tokens_is_refused(
+    documents: str, model_folder: str, memory_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CorpusConfig(document_separator="\n\n", block_size=32, test_fraction=0)
+    build_corpus([documents], tokenizer=model_folder, out=tmp_path / "c", config=config)
+    forbid_models(monkeypatch)
+    with pytest.raises(InputError, match="no test tokens; build it with a larger --test-fraction"):
+        evaluate_perplexity(tmp_path / "c", base=model_folder, memory=str(memory_folder))
+
+
+def test_an_output_that_holds_something_else_is_refused_before_models_load(
+    corpus_folder: Path,
+    model_folder: str,
+    memory_folder: Path,
+    tmp_path: Path,
+    fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    forbid_models(monkeypatch)
+    for out in (tmp_path / "mine", corpus_folder):
+        with pytest.raises(OutputExistsError, match="choose another output or delete it"):
+            evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), out=out)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("role", ["base", "memory"])
+def test_models_that_cannot_be_used_are_refused_before_any_is_loaded(
+    corpus_folder: Path,
+    model_folder: str,
+    memory_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+) -> None:
+    forbid_models(monkeypatch)
+    good = {"base": model_folder, "memory": str(memory_folder)}
+    with pytest.raises(ModelError, match="'no/such' cannot be loaded; tried"):
+        evaluate_perplexity(corpus_folder, **{**good, role: "no/such"})
+
+    tiny_config(300).save_pretrained(tmp_path / "small")  # without tokenizer
+    with pytest.raises((InputError, ConfigError), match=r"outside the 300|fewer output rows"):
+        evaluate_perplexity(corpus_folder, **{**good, role: str(tmp_path / "small")})
+
+    tiny_config(328).save_pretrained(tmp_path / "other")
+    tokenizer.save_pretrained(tmp_path / "other")
+    changed = AutoTokenizer.from_pretrained(tmp_path / "other")
+    changed.add_tokens(["asthmatic"])
+    changed.save_pretrained(tmp_path / "other")
+    with pytest.raises(TokenizerMismatchError, match="320 and 321 tokens"):
+        evaluate_perplexity(corpus_folder, **{**good, role: str(tmp_path / "other")})
+
+
+def test_the_table_names_every_row(report: dict[str, Any]) -> None:
+    table = report_table(report)
+    for words in (
+        "base alone",
+        "memory alone",
+        f"mixture, weight {report['mixture']['mix_weight']:g}",
+        "1,094 test tokens",
+    ):
+        assert words in table
+    assert f"{report['base']['perplexity']:.2f}" in table
