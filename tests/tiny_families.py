@@ -1,4 +1,7 @@
-"""Tiny random models of families that place tokens and attend differently."""
+"""Tiny random models of families that place tokens and attend differently.
+
+Heads are not tied to embeddings: a tied random model mostly repeats its last token, whatever the cache does.
+"""
 
 from collections.abc import Callable
 
@@ -14,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+COMMON = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}
 
 
 def _llama(vocab_size: int) -> PreTrainedConfig:
@@ -26,15 +29,15 @@ def _llama(vocab_size: int) -> PreTrainedConfig:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        initializer_range=0.2,
-        **IDS,
+        initializer_range=0.4,
+        **COMMON,
     )
 
 
 def _gpt2(vocab_size: int) -> PreTrainedConfig:
     """Learned absolute positions, and few of them."""
     return GPT2Config(
-        vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=24, initializer_range=0.2, **IDS
+        vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=4, n_positions=24, initializer_range=0.4, **COMMON
     )
 
 
@@ -51,14 +54,14 @@ def _gemma3(vocab_size: int) -> PreTrainedConfig:
         sliding_window=6,
         layer_types=["sliding_attention", "full_attention"],
         max_position_embeddings=128,
-        initializer_range=0.2,
-        **IDS,
+        initializer_range=0.4,
+        **COMMON,
     )
 
 
 def _bloom(vocab_size: int) -> PreTrainedConfig:
     """Alibi: no position ids at all."""
-    return BloomConfig(vocab_size=vocab_size, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2, **IDS)
+    return BloomConfig(vocab_size=vocab_size, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4, **COMMON)
 
 
 def _opt(vocab_size: int) -> PreTrainedConfig:
@@ -71,8 +74,8 @@ def _opt(vocab_size: int) -> PreTrainedConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=64,
-        init_std=0.2,
-        **IDS,
+        init_std=0.4,
+        **COMMON,
     )
 
 

@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_lm import dense_distillation_loss, dense_targets, window_start, windowed_hidden
@@ -22,7 +21,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}  # see tests/memory/test_protocol.py
 
 
 def windowed(window: int | None, family: str = "llama") -> MemoryDecoder:
-    model = tiny_model(VOCAB + PADDING) if family == "llama" else family_model(family, VOCAB + PADDING)
+    model = family_model(family, VOCAB + PADDING)
     return MemoryDecoder(model, MemorySettings(kind="decoder", vocab_size=VOCAB, context_length=window))
 
 

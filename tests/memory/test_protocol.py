@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
 from tiny_families import family_model
 from torch import Tensor
 
@@ -16,8 +15,8 @@ from memlm.memory.protocol import Memory, MemoryCache, MemorySettings
 VOCAB, PADDING = 40, 5
 
 
-def decoder(window: int | None = None, family: str | None = None) -> MemoryDecoder:
-    model = tiny_model(VOCAB + PADDING) if family is None else family_model(family, VOCAB + PADDING)
+def decoder(window: int | None = None, family: str = "llama") -> MemoryDecoder:
+    model = family_model(family, VOCAB + PADDING)
     settings = MemorySettings(kind="decoder", vocab_size=VOCAB, context_length=window, memory_temperature=1.5)
     return MemoryDecoder(model, settings)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import tiny_model
 from reference_lm import mixed_probs, next_token_probs
 from tiny_families import FAMILIES, family_model
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ def tiny_memory(
         memory_temperature=1.25,
         mix_weight=weight,
     )
-    return MemoryDecoder(tiny_model(VOCAB + padding, seed=seed), settings)
+    return MemoryDecoder(family_model("llama", VOCAB + padding, seed=seed), settings)
 
 
 def mixed(mix_weight: float = 0.4, *, family: str = "llama", window: int | None = None) -> MixedLM:
@@ -90,7 +89,7 @@ def test_weight_one_gives_the_memory() -> None:
 
 
 def test_output_rows_beyond_the_shared_vocabulary_take_no_part() -> None:
-    base = tiny_model(VOCAB + 8)
+    base = family_model("llama", VOCAB + 8)
     memory = tiny_memory(padding=3)
     for model in (base, memory.decoder):
         with torch.no_grad():
@@ -106,8 +105,8 @@ def test_output_rows_beyond_the_shared_vocabulary_take_no_part() -> None:
 
 
 def test_the_smallest_vocabulary_is_shared_where_none_is_named() -> None:
-    assert MixedLM(tiny_model(VOCAB + 8), tiny_memory(padding=3), 0.5).vocab_size == VOCAB + 3
-    assert MixedLM(tiny_model(VOCAB), tiny_memory(padding=3), 0.5).vocab_size == VOCAB
+    assert MixedLM(family_model("llama", VOCAB + 8), tiny_memory(padding=3), 0.5).vocab_size == VOCAB + 3
+    assert MixedLM(family_model("llama", VOCAB), tiny_memory(padding=3), 0.5).vocab_size == VOCAB
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -313,15 +312,15 @@ def test_nothing_of_a_mixed_model_is_trained() -> None:
 
 def test_several_bases_share_one_memory_and_keep_their_own_settings() -> None:
     memory = tiny_memory(padding=5, window=8)
-    wide = MixedLM(tiny_model(VOCAB + 5), memory, 0.5)
-    narrow = MixedLM(tiny_model(VOCAB, seed=3), memory, 0.2, memory_window=4)
+    wide = MixedLM(family_model("llama", VOCAB + 5), memory, 0.5)
+    narrow = MixedLM(family_model("llama", VOCAB, seed=3), memory, 0.2, memory_window=4)
     shared = {p.data_ptr() for p in memory.parameters()}
     for model in (wide, narrow):
         assert {p.data_ptr() for p in model.memories.parameters()} == shared
     with torch.no_grad():
         found_wide, found_narrow = wide(some_tokens(1, 12)).logits, narrow(some_tokens(1, 12)).logits
-    fresh_wide = MixedLM(tiny_model(VOCAB + 5), tiny_memory(padding=5, window=8), 0.5)
-    fresh_narrow = MixedLM(tiny_model(VOCAB, seed=3), tiny_memory(padding=5, window=8), 0.2, memory_window=4)
+    fresh_wide = MixedLM(family_model("llama", VOCAB + 5), tiny_memory(padding=5, window=8), 0.5)
+    fresh_narrow = MixedLM(family_model("llama", VOCAB, seed=3), tiny_memory(padding=5, window=8), 0.2, memory_window=4)
     with torch.no_grad():
         torch.testing.assert_close(found_wide, fresh_wide(some_tokens(1, 12)).logits, rtol=0, atol=0)
         torch.testing.assert_close(found_narrow, fresh_narrow(some_tokens(1, 12)).logits, rtol=0, atol=0)

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import family_model
@@ -21,7 +20,7 @@ LENGTHS = [17, 2, 40, 9, 1, 23, 8]
 
 @pytest.fixture
 def voter() -> MemoryDecoder:
-    voter = as_voter(tiny_model(VOCAB + 8), VOCAB)
+    voter = as_voter(family_model("llama", VOCAB + 8), VOCAB)
     assert isinstance(voter, MemoryDecoder)
     return voter
 

@@ -96,7 +96,7 @@ class MemoryDecoder(Memory):
     @classmethod
     def load(cls, folder: str, settings: MemorySettings | None, **kwargs: Any) -> Self:
         """The memory in `folder`, or a plain causal LM as a memory where there are no settings."""
-        return cls(load_causal_lm(folder, **kwargs), settings)
+        return cls(load_causal_lm(folder, **kwargs), settings).eval()
 
     def save_weights(self, folder: Path) -> None:
         self.decoder.save_pretrained(folder)

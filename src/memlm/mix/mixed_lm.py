@@ -248,7 +248,10 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if isinstance(model_kwargs.get("past_key_values"), MixedCache) or generation_config.use_cache is False:
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
             return
         own: dict[str, Any] = {}
         cast(Any, self.base)._prepare_cache_for_generation(
