@@ -30,7 +30,7 @@ def dense_votes(
 def brute_neighbors(
     keys: np.ndarray, queries: np.ndarray, k: int, excluded: list[set[int]] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distances and ids of the k nearest keys of each query in float64, ties by id; `inf` and -1 where fewer."""
+    """Squared distances and ids of the k nearest keys of each query in float64; `inf` and -1 where there are fewer."""
     distances, ids = np.full((len(queries), k), np.inf), np.full((len(queries), k), -1)
     for q, query in enumerate(queries.astype(np.float64)):
         all_distances = [float(((key - query) ** 2).sum()) for key in keys.astype(np.float64)]

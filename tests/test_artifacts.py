@@ -75,13 +75,16 @@ def test_times_and_places_of_an_artifact_copied_into_another_stay_outside_its_ha
 
 
 def test_a_crashed_stage_goes_on_with_the_files_it_finished(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
+    def crash(out: Path) -> None:
         with open_stage(out, "corpus", **ASKED) as stage:
             stage.save_text("part/0.txt", "one")
             with stage.writing("part/1.txt") as temporary:
                 temporary.write_text("tw")
                 raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        crash(out)
     kept = partial_path(out) / "part/0.txt"
     before = kept.stat().st_mtime_ns
     assert not is_artifact(out)

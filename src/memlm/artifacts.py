@@ -108,6 +108,19 @@ def _replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
+    """The array in a `.npy` file of an artifact; `mapped` leaves it on disk.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    try:
+        return np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0][:80]
+        raise ArtifactError(f"{path} is no array ({reason}); rebuild the {path.parent.name} folder") from None
+
+
 def _is_half_written(path: Path) -> bool:
     return path.name.startswith(".") and path.name.endswith(".writing")
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from memlm.artifacts import Manifest, read_manifest
+from memlm.artifacts import Manifest, load_array, read_manifest
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ArtifactError
 from memlm.models.tokenizers import load_tokenizer
@@ -163,8 +163,8 @@ class Corpus:
         Raises:
             ArtifactError: Its files do not fit together.
         """
-        tokens = np.load(self.folder / f"{name}.tokens.npy", mmap_mode="r", allow_pickle=False)
-        offsets = np.load(self.folder / f"{name}.offsets.npy", allow_pickle=False)
+        tokens = load_array(self.folder / f"{name}.tokens.npy", mapped=True)
+        offsets = load_array(self.folder / f"{name}.offsets.npy")
         if tokens.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets[-1] != len(tokens):
             raise ArtifactError(f"{self.folder}: {name}.offsets.npy does not fit {name}.tokens.npy; rebuild the corpus")
         config = self.config

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,40 +80,96 @@ def read_documents(sources: list[str], config: CorpusConfig) -> Iterator[Documen
         texts = _read_file(path, config) if path.is_file() else _column(_dataset(source), config.text_column, source)
         label = path.name if path.is_file() else source
         for number, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise InputError(
+                    f"{source}: column {config.text_column!r} holds {type(text).__name__}, not text;"
+                    " name the right one with --text-column"
+                )
             text = text.strip()
             if text:
                 yield Document(f"{label}#{number}", text)
 
 
-def _read_file(path: Path, config: CorpusConfig) -> Iterator[str]:
-    kind = text_format(path)
-    with _open(path) as stream:
-        if kind == ".parquet":
-            yield from _parquet(stream, path, config.text_column)
-            return
-        try:
-            text = io.TextIOWrapper(stream, encoding=config.encoding, newline=None)
-        except LookupError:
-            raise InputError(f"encoding {config.encoding!r} is unknown") from None
-        try:
-            yield from (
-                _jsonl(text, path, config.text_column) if kind == ".jsonl" else _split(text, config.document_separator)
-            )
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path} is not {config.encoding} ({error.reason} 0x{error.object[error.start]:02x});"
-                " name its encoding with --encoding, such as --encoding latin-1"
-            ) from None
+def _read_file(path: Path, config: CorpusConfig) -> Iterator[Any]:
+    try:
+        with _open(path) as stream:
+            if text_format(path) == ".parquet":
+                yield from _parquet(stream, path, config.text_column)
+            else:
+                yield from _decoded(stream, path, config)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be decompressed: {error}") from None
+
+
+def _decoded(stream: IO[bytes], path: Path, config: CorpusConfig) -> Iterator[str]:
+    try:
+        text = io.TextIOWrapper(stream, encoding=config.encoding, newline=None)
+    except LookupError:
+        raise InputError(f"encoding {config.encoding!r} is unknown") from None
+    try:
+        with text:
+            if text_format(path) == ".jsonl":
+                yield from _jsonl(text, path, config.text_column)
+            else:
+                yield from _split(text, config.document_separator)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not {config.encoding} ({error.reason} 0x{error.object[error.start]:02x});"
+            " name its encoding with --encoding, such as --encoding latin-1"
+        ) from None
 
 
 def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.name.lower().endswith(".zst"):
+        return io.BufferedReader(_ZstdFile(path))
+    return path.open("rb")
+
+
+class _ZstdFile(io.RawIOBase):
+    """The content of a .zst file, all frames of it. zstandard's own reader ends quietly where a file was cut off."""
+
+    def __init__(self, path: Path) -> None:
         import zstandard
 
-        return zstandard.open(path, "rb")
-    return path.open("rb")
+        self._path = path
+        self._file = path.open("rb")
+        self._error = zstandard.ZstdError
+        self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
+        self._content = self._chunks()
+        self._rest = b""
+
+    def _chunks(self) -> Iterator[bytes]:
+        frame, packed = None, b""
+        while packed := packed or self._file.read(_CHUNK):
+            frame = frame or self._new_frame()
+            try:
+                yield frame.decompress(packed)
+            except self._error as error:
+                raise InputError(f"{self._path} cannot be decompressed: {error}") from None
+            packed = b""
+            if frame.eof:
+                packed, frame = frame.unused_data, None
+        if frame is not None:
+            raise InputError(f"{self._path} cannot be decompressed: it was cut off")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            chunk = next(self._content, None)
+            if chunk is None:
+                return 0
+            self._rest = chunk
+        count = min(len(buffer), len(self._rest))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _split(text: IO[str], separator: str | None) -> Iterator[str]:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memlm.artifacts import Manifest, Stage, open_stage, read_manifest
+from memlm.artifacts import Manifest, Stage, load_array, open_stage, read_manifest
 from memlm.corpus.blocks import Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys, tune_nprobe
@@ -181,7 +181,7 @@ def _save_index(stage: Stage, keys: Keys, config: DatastoreConfig) -> dict:
 
 def open_keys(folder: Path) -> Keys:
     """The keys in a datastore folder."""
-    shards = [np.load(p, mmap_mode="r", allow_pickle=False) for p in sorted((folder / "keys").glob("*.npy"))]
+    shards = [load_array(p, mapped=True) for p in sorted((folder / "keys").glob("*.npy"))]
     if not shards or any(s.ndim != 2 or s.dtype != np.float16 or s.shape[1] != shards[0].shape[1] for s in shards):
         raise ArtifactError(f"{folder}/keys holds no float16 shards of one width; rebuild the datastore")
     return Keys(shards)
@@ -216,7 +216,7 @@ class Datastore:
     @cached_property
     def values(self) -> NDArray[np.int32]:
         """`(N,)` the token that came next, per entry."""
-        return np.load(self.folder / "values.npy", mmap_mode="r", allow_pickle=False)
+        return load_array(self.folder / "values.npy", mapped=True)
 
     @cached_property
     def index(self) -> Index:

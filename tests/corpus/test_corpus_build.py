@@ -1,0 +1,240 @@
+import itertools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import sentences
+from reference import shared_ngrams
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from memlm.artifacts import Manifest, Stage, read_manifest
+from memlm.corpus import build as build_module
+from memlm.corpus.blocks import SPLITS, Corpus
+from memlm.corpus.build import build_corpus
+from memlm.corpus.config import CorpusConfig
+from memlm.errors import ConfigError, InputError, ModelError
+
+HALVES = {"document_separator": "\n\n", "validation_fraction": 0.25, "test_fraction": 0.25, "block_size": 16}
+
+
+@pytest.fixture
+def build(tmp_path: Path, model_folder: str):
+    """Builds a corpus of texts; the manifest, and each split's documents as tuples of token ids."""
+
+    def run(
+        texts: list[str], name: str = "corpus", **config: object
+    ) -> tuple[Manifest, dict[str, list[tuple[int, ...]]]]:
+        source = tmp_path / "documents.txt"
+        source.write_text("\n\n".join(texts), encoding="utf-8")
+        settings = CorpusConfig.parse({**HALVES, **config})
+        manifest = build_corpus([str(source)], tokenizer=model_folder, out=tmp_path / name, config=settings)
+        return manifest, contents(tmp_path / name)
+
+    return run
+
+
+def contents(folder: Path) -> dict[str, list[tuple[int, ...]]]:
+    corpus = Corpus(folder)
+    found = {}
+    for name in SPLITS:
+        split = corpus.split(name)
+        edges = split.offsets
+        found[name] = [tuple(split.tokens[a:b].tolist()) for a, b in itertools.pairwise(edges)]
+    return found
+
+
+def everything(splits: dict[str, list[tuple[int, ...]]]) -> list[tuple[int, ...]]:
+    return [document for documents in splits.values() for document in documents]
+
+
+def test_every_document_is_in_one_split_and_decodes_to_its_text(build, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = sentences(60, seed=3)
+    manifest, splits = build(texts)
+    assert all(splits.values())
+    assert sorted(tokenizer.decode(d, skip_special_tokens=True) for d in everything(splits)) == sorted(texts)
+    for name, documents in splits.items():
+        order = [texts.index(tokenizer.decode(d, skip_special_tokens=True)) for d in documents]
+        assert order == sorted(order)  # of reading
+        facts = manifest.facts["splits"][name]
+        assert facts["documents"] == len(documents)
+        assert facts["tokens"] == sum(map(len, documents))
+        assert facts["positions"] == sum(len(d) - 1 for d in documents)
+
+
+def test_adding_documents_moves_none(build) -> None:
+    texts = sentences(120, seed=4)
+    _, before = build(texts[:60], "before")
+    _, after = build([*texts[60:], *texts[:60]], "after")
+    for name in SPLITS:
+        assert set(before[name]) <= set(after[name])
+        assert len(after[name]) > len(before[name])
+
+
+def test_another_seed_draws_other_splits(build) -> None:
+    texts = sentences(60, seed=3)
+    _, first = build(texts, "a")
+    _, second = build(texts, "b", seed=1)
+    assert sorted(everything(first)) == sorted(everything(second))
+    assert set(first["test"]) != set(second["test"])
+
+
+def test_exact_repetitions_are_kept_once_where_they_stood_first(build) -> None:
+    texts = sentences(40, seed=5)
+    _, once = build(texts, "once")
+    manifest, twice = build([*texts, *texts[10:20], *texts[10:15]], "twice")
+    assert twice == once
+    assert manifest.facts["documents_read"] == 55
+    assert manifest.facts["documents_repeated"] == 15
+
+
+def test_documents_under_two_tokens_are_skipped_and_counted(build) -> None:
+    texts = sentences(30, seed=6)
+    _, expected = build(texts, "without", end_token="none")
+    manifest, found = build([*texts[:10], "a", *texts[10:], "q"], "with", end_token="none")
+    assert found == expected
+    assert manifest.facts["documents_too_short"] == 2
+    assert manifest.facts["documents_read"] == 32
+
+
+def test_no_document_at_all_is_an_error(build, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the corpus is empty: 0 documents were read"):
+        build([" ", "\n"])
+    with pytest.raises(InputError, match="the corpus is empty: 2 documents were read, none of two tokens"):
+        build(["a", "b"], "short", end_token="none")
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_limited_splits_are_filled_to_the_token_and_grow_by_whole_documents(build) -> None:
+    texts = sentences(60, seed=7)
+    _, whole = build(texts, "whole")
+    before: set[tuple[int, ...]] = set()
+    for limit in (20, 150, 151, 152, 600):
+        manifest, found = build(texts, f"limit-{limit}", max_tokens=limit, max_validation_tokens=33)
+        full = [d for d in found["train"] if d in whole["train"]]
+        cut = [d for d in found["train"] if d not in whole["train"]]
+        assert manifest.facts["splits"]["train"]["tokens"] in (limit, limit - 1)  # a single token would predict nothing
+        assert len(cut) <= 1
+        assert all(any(d == w[: len(d)] for w in whole["train"]) for d in cut)
+        assert before <= set(full)
+        before = set(full)
+        assert manifest.facts["splits"]["validation"]["tokens"] in (33, 32)
+        assert manifest.facts["splits"]["test"]["tokens"] in (limit // 10, limit // 10 - 1)
+    assert len(before) > 3
+
+
+def test_a_limit_above_what_is_there_changes_nothing(build) -> None:
+    texts = sentences(30, seed=7)
+    _, whole = build(texts, "whole")
+    _, limited = build(texts, "limited", max_tokens=10**6)
+    assert limited == whole
+
+
+def test_near_duplicates_across_splits_are_removed_and_others_kept(build) -> None:
+    rng = random.Random(8)
+    originals = [" ".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=60)) for _ in range(60)]
+    altered = [f"{text[:60]} X {text[60:]}" for text in originals]  # one letter put into the middle
+    texts = [*originals[:40], *altered[:40], *originals[40:]]
+    _, all_splits = build(texts, "all")
+    n, share = 8, 0.3
+    manifest, found = build(texts, "kept", near_duplicate_ngram=n, near_duplicate_overlap=share)
+
+    def distinct(documents: list, against: list) -> list:
+        return [d for d in documents if shared_ngrams(list(d), [list(o) for o in against], n) <= share]
+
+    validation = distinct(all_splits["validation"], all_splits["train"])
+    test = distinct(all_splits["test"], [*all_splits["train"], *validation])
+    assert found == {"train": all_splits["train"], "validation": validation, "test": test}
+    dropped = len(everything(all_splits)) - len(everything(found))
+    assert manifest.facts["documents_near_duplicate"] == dropped > 10
+    assert len(validation) > 3
+    assert len(test) > 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "first", "last"),
+    [
+        ({}, None, "</s>"),
+        ({"start_token": "bos"}, "<s>", "</s>"),
+        ({"start_token": "bos", "end_token": "none"}, "<s>", None),
+        ({"end_token": "none"}, None, None),
+        ({"start_token": "</s>", "end_token": "<pad>"}, "</s>", "<pad>"),
+    ],
+)
+def test_documents_start_and_end_with_the_tokens_asked_for(
+    build, tokenizer: PreTrainedTokenizerFast, settings: dict, first: str | None, last: str | None
+) -> None:
+    text = sentences(30, seed=9)
+    _, found = build(text, **settings)
+    ids = {tuple(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in text}
+    convert = tokenizer.convert_tokens_to_ids
+    head = [] if first is None else [convert(first)]
+    tail = [] if last is None else [convert(last)]
+    assert {(*head, *i, *tail) for i in ids} == set(everything(found))
+
+
+def test_auto_starts_with_bos_where_the_tokenizer_itself_does(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, documents: str
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    adding = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    adding.save_pretrained(tmp_path / "adding")
+    build_corpus([documents], tokenizer=str(tmp_path / "adding"), out=tmp_path / "c", config=CorpusConfig.parse(HALVES))
+    for document in everything(contents(tmp_path / "c")):
+        assert document[0] == tokenizer.bos_token_id
+        assert document[1] != tokenizer.bos_token_id
+        assert document[-1] == tokenizer.eos_token_id
+
+
+def test_a_token_that_the_tokenizer_lacks_is_refused(build) -> None:
+    with pytest.raises(ConfigError, match=r"end_token = '</S>' is no token of the tokenizer; did you mean '</s>'\?"):
+        build(sentences(5, seed=1), end_token="</S>")
+    with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+        build_corpus(["pyproject.toml.txt"], tokenizer="nobody/nothing", out="never")
+
+
+@pytest.mark.parametrize("stop_at", [2, 7, 14])
+def test_interrupted_tokenising_goes_on_to_the_same_bytes(
+    build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    texts = sentences(40, seed=10)
+    expected, _ = build(texts, "whole")
+    monkeypatch.setattr(build_module, "_SHARD_CHARACTERS", 1000)
+    saved: list[str] = []
+    save = Stage.save_array
+
+    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
+        if len(saved) == stop_at:
+            raise KeyboardInterrupt
+        saved.append(name)
+        save(stage, name, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "save_array", save_until)
+        with pytest.raises(KeyboardInterrupt):
+            build(texts, "resumed")
+    kept = sorted((tmp_path / "resumed.partial" / "raw").glob("*.names.txt"))
+    assert len(kept) == stop_at // 3  # three arrays a shard
+    times = [path.stat().st_mtime_ns for path in kept]
+    rewritten: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Stage, "save_text", lambda s, name, text, f=Stage.save_text: (rewritten.append(name), f(s, name, text))
+        )
+        resumed, _ = build(texts, "resumed")
+    assert len(times) == len(kept)
+    assert not {f"raw/{path.name}" for path in kept} & set(rewritten)
+    assert resumed.hash == expected.hash
+    assert resumed.payload == expected.payload
+    assert not (tmp_path / "resumed" / "raw").exists()
+
+
+def test_a_finished_corpus_is_not_made_again(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = sentences(20, seed=11)
+    first, _ = build(texts)
+    monkeypatch.setattr(build_module, "_tokenize", lambda *_: pytest.fail("tokenised again"))
+    again, _ = build(texts)
+    assert again == first == read_manifest(tmp_path / "corpus", "corpus")
