@@ -1,0 +1,255 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from memlm.artifacts import Manifest, Stage, read_manifest
+from memlm.corpus.blocks import Corpus
+from memlm.datastore.build import Datastore, build_datastore, shard_blocks
+from memlm.datastore.config import DatastoreConfig
+from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, TokenizerMismatchError
+
+# float32 activations of order 1, added up in another order, then rounded to float16 (half a step: 2**-11 of the value)
+HALF = {"rtol": 2**-10, "atol": 1e-4}
+
+
+def build(corpus: Path, teacher: str, out: Path, **config: object) -> Manifest:
+    settings = DatastoreConfig.parse({"dtype": "float32", "recall_k": 8, **config})
+    return build_datastore(corpus, teacher=teacher, out=out, config=settings)
+
+
+def all_keys(folder: Path) -> np.ndarray:
+    keys = Datastore(folder).keys
+    assert keys is not None
+    return keys.rows(0, len(keys))
+
+
+def test_keys_are_what_a_plain_hook_sees_and_values_what_comes_next(
+    datastore_folder: Path, corpus_folder: Path, model_folder: str
+) -> None:
+    split = Corpus(corpus_folder).split("train")
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    seen: list[torch.Tensor] = []
+    model.model.layers[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    keys, values = [], []
+    for block in (split[i] for i in range(len(split))):
+        with torch.no_grad():
+            model(input_ids=torch.from_numpy(block.input_ids.astype(np.int64))[None])  # alone, no padding
+        for place in np.flatnonzero(block.predicted):
+            keys.append(seen[-1][place - 1].numpy())
+            values.append(int(block.input_ids[place]))
+    store = Datastore(datastore_folder)
+    assert store.n_entries == len(keys) == split.n_positions
+    assert store.values.tolist() == values
+    np.testing.assert_allclose(all_keys(datastore_folder), np.stack(keys), **HALF)
+    assert np.stack(keys).std() > 0.1
+
+
+def test_the_manifest_tells_what_is_inside(datastore_folder: Path, corpus_folder: Path) -> None:
+    manifest = read_manifest(datastore_folder, "datastore")
+    split = Corpus(corpus_folder).split("train")
+    facts = manifest.facts
+    assert facts["entries"] == split.n_positions
+    assert facts["key_width"] == 32
+    assert facts["tap"] == "model.layers.1.mlp"
+    assert facts["distance"] == "squared L2"
+    assert facts["key_dtype"] == "float16"
+    assert facts["index"] == {"kind": "exact"}
+    assert facts["recall"] == {"k": 256, "value": 1.0}
+    assert manifest.inputs["corpus"] == read_manifest(corpus_folder).hash
+    assert not {"tap.txt", "manifest.json", "run.json"} & {Path(name).name for name in manifest.payload}
+    assert len([name for name in manifest.payload if name.startswith("keys/")]) > 1
+    assert Datastore(datastore_folder).corpus.manifest == Corpus(corpus_folder).manifest
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100])
+def test_keys_do_not_depend_on_the_batch(
+    corpus_folder: Path, model_folder: str, datastore_folder: Path, tmp_path: Path, batch_tokens: int
+) -> None:
+    build(corpus_folder, model_folder, tmp_path / "d", batch_tokens=batch_tokens)
+    np.testing.assert_allclose(all_keys(tmp_path / "d"), all_keys(datastore_folder), **HALF)
+
+
+def test_a_tap_may_be_named_or_missing(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+    manifest = build(corpus_folder, model_folder, tmp_path / "d", tap="model.layers.0.mlp.down_proj")
+    assert manifest.facts["tap"] == "model.layers.0.mlp.down_proj"
+    assert manifest.facts["key_width"] == 64  # the MLP's inner width
+    with pytest.raises(ModelError, match=r"tap 'model\.layers\.7\.mlp' does not exist"):
+        build(corpus_folder, model_folder, tmp_path / "e", tap="model.layers.7.mlp")
+
+
+@pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])
+def test_an_interrupted_pass_goes_on_to_the_same_bytes(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+) -> None:
+    config = {"shard_positions": 200, "index": index, "nlist": None if index == "exact" else 6}
+    whole = build(corpus_folder, model_folder, tmp_path / "whole", **config)
+    save, written = Stage.save_array, []
+
+    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(name)
+        save(stage, name, array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "save_array", save_until)
+        with pytest.raises(KeyboardInterrupt):
+            build(corpus_folder, model_folder, tmp_path / "resumed", **config)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
+    assert sorted(p.name for p in kept) == ["00000.npy", "00001.npy"]
+    with pytest.raises(ArtifactError, match="is not finished: run the command that makes it again"):
+        Datastore(tmp_path / "resumed")
+    resumed = build(corpus_folder, model_folder, tmp_path / "resumed", **config)
+    assert {p: (tmp_path / "resumed" / "keys" / p.name).stat().st_mtime_ns for p in kept} == kept
+    assert resumed.payload == whole.payload
+    assert resumed.hash == whole.hash
+    assert build(corpus_folder, model_folder, tmp_path / "resumed", **config) == resumed
+
+
+def test_shards_hold_whole_blocks_and_at_least_the_positions_asked_for(corpus_folder: Path) -> None:
+    split = Corpus(corpus_folder).split("train")
+    for size in (1, 50, 10**6):
+        shards = shard_blocks(split, size)
+        assert [first for first, _ in shards] == [0, *[end for _, end in shards[:-1]]]
+        assert shards[-1][1] == len(split)
+        counts = [int(split.position_starts[end] - split.position_starts[first]) for first, end in shards]
+        assert all(count >= size for count in counts[:-1])
+        largest = int(np.diff(split.position_starts).max())
+        assert all(count < size + largest for count in counts)
+
+
+def test_without_keys_only_codes_are_kept(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+    manifest = build(corpus_folder, model_folder, tmp_path / "d", keep_keys=False)
+    assert not (tmp_path / "d" / "keys").exists()
+    assert not [name for name in manifest.payload if name.startswith("keys")]
+    assert manifest.facts["index"]["kind"] == "ivf-pq"
+    assert manifest.facts["index"]["code_bytes"] == 32
+    assert 0.5 < manifest.facts["recall"]["value"] < 1.0  # of codes, not of the keys that are gone
+    store = Datastore(tmp_path / "d")
+    assert store.keys is None
+    distances, ids = store.index.search(np.zeros((2, 32), np.float32), 5)
+    assert np.isfinite(distances).all()
+    assert (ids >= 0).all()
+
+
+def test_approximate_indexes_say_their_recall(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+    manifest = build(corpus_folder, model_folder, tmp_path / "d", index="ivf-flat", nlist=16, recall_target=0.9)
+    assert manifest.facts["index"]["kind"] == "ivf-flat"
+    assert manifest.facts["recall"]["k"] == 8
+    assert 0.9 <= manifest.facts["recall"]["value"] <= 1.0
+    blind = build(corpus_folder, model_folder, tmp_path / "e", index="ivf-flat", nlist=16, nprobe=1)
+    assert blind.facts["index"]["nprobe"] == 1
+    assert blind.facts["recall"]["value"] < manifest.facts["recall"]["value"]
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_before_it_loads(
+    corpus_folder: Path, model_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    other = json.loads((tmp_path / "teacher" / "tokenizer.json").read_text())
+    vocabulary = other["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(
+        TokenizerMismatchError, match=r"corpus .* and model .*teacher have different tokenizers \(2 ids differ"
+    ):
+        build(corpus_folder, str(tmp_path / "teacher"), tmp_path / "d")
+    assert not list(tmp_path.glob("d*"))
+
+
+def test_token_ids_outside_the_teachers_vocabulary_are_refused(corpus_folder: Path, tmp_path: Path) -> None:
+    tiny_model(100).save_pretrained(tmp_path / "teacher")  # no tokenizer beside it
+    with pytest.raises(InputError, match=r"token ids up to 319, outside the 100 of model .*teacher"):
+        build(corpus_folder, str(tmp_path / "teacher"), tmp_path / "d")
+
+
+def test_a_teacher_without_tokenizer_is_used_where_its_vocabulary_fits(corpus_folder: Path, tmp_path: Path) -> None:
+    tiny_model(320, seed=1).save_pretrained(tmp_path / "teacher")
+    assert build(corpus_folder, str(tmp_path / "teacher"), tmp_path / "d").facts["entries"] > 0
+
+
+def test_a_teacher_that_is_not_there_is_named(corpus_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="'nobody/nothing' cannot be loaded; tried"):
+        build(corpus_folder, "nobody/nothing", tmp_path / "d")
+
+
+def test_an_activation_that_float16_cannot_hold_is_refused(
+    corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.model.layers[-1].post_attention_layernorm.weight.fill_(1e6)
+    model.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ModelError, match="an activation at the tap overflows float16"):
+        build(corpus_folder, str(tmp_path / "teacher"), tmp_path / "d")
+
+
+def test_another_teacher_or_setting_at_the_same_output_is_refused(
+    corpus_folder: Path, datastore_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    tiny_model(328, seed=1).save_pretrained(tmp_path / "teacher")
+    config = {"shard_positions": 300, "recall_k": 256}
+    assert build(corpus_folder, model_folder, datastore_folder, **config) == read_manifest(datastore_folder)
+    with pytest.raises(ArtifactError, match=r"was made otherwise \(inputs\.teacher"):
+        build(corpus_folder, str(tmp_path / "teacher"), datastore_folder, **config)
+    with pytest.raises(ArtifactError, match=r"was made otherwise \(config\.shard_positions: 300 there, 301 here"):
+        build(corpus_folder, model_folder, datastore_folder, **{**config, "shard_positions": 301})
+
+
+@pytest.fixture
+def copied(datastore_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(datastore_folder, tmp_path / "copy"))
+
+
+def test_a_missing_or_truncated_shard_of_keys_is_found(copied: Path) -> None:
+    shard = copied / "keys" / "00001.npy"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ArtifactError, match=r"keys/00001\.npy has \d+ bytes, its manifest says \d+"):
+        Datastore(copied)
+    shard.unlink()
+    with pytest.raises(ArtifactError, match=r"keys/00001\.npy is missing"):
+        Datastore(copied)
+
+
+def test_keys_overwritten_by_something_else_are_refused(copied: Path) -> None:
+    shard = copied / "keys" / "00001.npy"
+    size = shard.stat().st_size
+    shard.write_bytes(bytes(size))
+    with pytest.raises(ArtifactError, match=r"00001\.npy is no array"):
+        _ = Datastore(copied).keys
+    array = np.zeros((size - 128) // 4, np.float32)  # as many bytes, of another type and shape
+    np.save(shard, array)
+    assert shard.stat().st_size == size
+    with pytest.raises(ArtifactError, match="holds no float16 shards of one width"):
+        _ = Datastore(copied).keys
+
+
+def test_a_corpus_exchanged_inside_a_datastore_is_refused(copied: Path) -> None:
+    path = copied / "corpus" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "facts": {"vocab_size": 3}}))
+    with pytest.raises(ArtifactError, match="was made from another corpus than the one it holds"):
+        Datastore(copied)
+
+
+def test_codes_without_keys_need_a_fitting_index() -> None:
+    with pytest.raises(ConfigError, match="keep_keys false keeps codes only"):
+        DatastoreConfig.parse({"keep_keys": False, "index": "ivf-flat"})
+
+
+def test_the_hash_does_not_depend_on_where_the_corpus_lies(
+    corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    shutil.copytree(corpus_folder, tmp_path / "moved")
+    for file in ("manifest.json", "run.json"):
+        content = json.loads((tmp_path / "moved" / file).read_text())
+        changed = {"sources": {"documents": "elsewhere"}} if file == "manifest.json" else {"finished": 0}
+        (tmp_path / "moved" / file).write_text(json.dumps({**content, **changed}))
+    first = build(corpus_folder, model_folder, tmp_path / "a")
+    assert build(tmp_path / "moved", model_folder, tmp_path / "b").hash == first.hash

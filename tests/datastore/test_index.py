@@ -1,0 +1,192 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import brute_neighbors
+
+from memlm.datastore import index as index_module
+from memlm.datastore.config import DatastoreConfig
+from memlm.datastore.index import (
+    INDEX_FILE,
+    INDEXES,
+    ExactIndex,
+    Index,
+    Keys,
+    default_nlist,
+    measure_recall,
+    tune_nprobe,
+)
+from memlm.errors import ArtifactError, ConfigError
+
+# float32 distances of vectors of length 3 from float16 keys: faiss adds up |q|² + |k|² - 2qk, each about 10
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def clustered(entries: int, width: int, clusters: int = 20, seed: int = 0) -> np.ndarray:
+    """Float16 keys around some centres, as activations are."""
+    rng = np.random.default_rng(seed)
+    centres = rng.normal(size=(clusters, width))
+    return (centres[rng.integers(clusters, size=entries)] + 0.3 * rng.normal(size=(entries, width))).astype(np.float16)
+
+
+def build(kind: str, keys: Keys, **config: object) -> Index:
+    settings = DatastoreConfig.parse({"index": kind, **config})
+    built = INDEXES[kind].build(keys, settings)  # type: ignore[index]
+    tune_nprobe(built, keys, settings)
+    return built
+
+
+def shares(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.mean([len(set(f) & set(e)) / len(e) for f, e in zip(found, expected, strict=True)]))
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
+def test_keys_in_shards_read_like_one_array(sizes: list[int], data: st.DataObject) -> None:
+    whole = np.arange(sum(sizes) * 2, dtype=np.float16).reshape(-1, 2)
+    keys = Keys(np.split(whole, np.cumsum(sizes)[:-1]))
+    assert keys.shape == whole.shape
+    ids = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=6)), np.int64)
+    assert keys.gather(ids).tolist() == whole[ids].astype(np.float32).tolist()
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, len(whole) + 3))
+    assert keys.rows(start, stop).tolist() == whole[start:stop].tolist()
+    assert keys.rows(start, stop).dtype == np.float32
+    two_dimensional = np.zeros((2, 3), np.int64)
+    assert keys.gather(two_dimensional).shape == (2, 3, 2)
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_the_exact_index_equals_brute_force_across_blocks(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_BLOCK", 13)
+    monkeypatch.setattr(index_module, "_QUERIES", 4)
+    raw = clustered(60, 8)
+    queries = np.random.default_rng(1).normal(size=(11, 8)).astype(np.float32)
+    distances, ids = ExactIndex(Keys([raw[:25], raw[25:]])).search(queries, k)
+    expected, _ = brute_neighbors(raw, queries, k)
+    np.testing.assert_allclose(distances, expected, **CLOSE)
+    assert (np.diff(distances, axis=1) >= 0).all()
+    own = ((raw[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
+    np.testing.assert_allclose(distances, own, **CLOSE)  # each id has the distance that is told
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_more_neighbours_than_there_are_come_as_missing(kind: str) -> None:
+    raw = clustered(40, 8)
+    distances, ids = build(kind, Keys([raw]), nlist=2, nprobe=2, recall_k=5).search(raw[:3].astype(np.float32), 50)
+    assert distances.shape == ids.shape == (3, 50)
+    assert (ids[:, 40:] == -1).all()
+    assert np.isinf(distances[:, 40:]).all()
+    assert all(sorted(row[:40]) == list(range(40)) for row in ids.tolist())
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_no_queries_give_no_neighbours(kind: str) -> None:
+    raw = clustered(40, 8)
+    distances, ids = build(kind, Keys([raw]), nlist=2, recall_k=5).search(np.empty((0, 8), np.float32), 3)
+    assert distances.shape == ids.shape == (0, 3)
+
+
+def test_searching_every_list_of_ivf_flat_is_exact() -> None:
+    raw = clustered(600, 16)
+    keys = Keys([raw[:250], raw[250:]])
+    queries = raw[:50].astype(np.float32)
+    distances, ids = build("ivf-flat", keys, nlist=12, nprobe=12).search(queries, 20)
+    expected, expected_ids = ExactIndex(keys).search(queries, 20)
+    np.testing.assert_allclose(distances, expected, **CLOSE)
+    assert shares(ids, expected_ids) > 0.998  # neighbours at equal distance may change places at the end of a row
+    assert distances[:, 0].max() < 1e-3  # the key itself, kept in float16 without loss
+
+
+def test_ivf_pq_is_re_ranked_to_exact_distances_and_a_high_recall() -> None:
+    raw = clustered(800, 16)
+    keys = Keys([raw])
+    queries = raw[:60].astype(np.float32)
+    index = build("ivf-pq", keys, nlist=8, nprobe=8, code_bytes=4)
+    distances, ids = index.search(queries, 20)
+    _, exact = ExactIndex(keys).search(queries, 20)
+    assert shares(ids, exact) > 0.9
+    own = ((raw[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
+    np.testing.assert_allclose(distances, own, **CLOSE)
+    assert (np.diff(distances, axis=1) >= 0).all()
+    index.keys = None  # type: ignore[attr-defined]
+    assert shares(index.search(queries, 20)[1], exact) < shares(ids, exact)  # what re-ranking is for
+
+
+@pytest.mark.parametrize(("bytes_allowed", "kept"), [(64, 12), (5, 4), (1, 1)])
+def test_code_bytes_are_lowered_to_a_divisor_of_the_width(bytes_allowed: int, kept: int) -> None:
+    index = build("ivf-pq", Keys([clustered(300, 12)]), nlist=2, code_bytes=bytes_allowed, recall_k=5)
+    assert index.describe()["code_bytes"] == kept
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_a_saved_index_answers_as_before(kind: str, tmp_path: Path) -> None:
+    raw = clustered(300, 8)
+    keys = Keys([raw])
+    index = build(kind, keys, nlist=4, rerank_factor=3, recall_k=5)
+    index.save(tmp_path / INDEX_FILE)
+    loaded = INDEXES[kind].load(tmp_path, keys, index.describe())  # type: ignore[index]
+    assert loaded.describe() == index.describe()
+    for found, expected in zip(loaded.search(raw[:9], 6), index.search(raw[:9], 6), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
+    keys = Keys([clustered(300, 8)])
+    for name in ("a", "b"):
+        build("ivf-pq", keys, nlist=4, recall_k=5).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_the_default_nprobe_is_the_smallest_power_of_two_that_reaches_the_target() -> None:
+    keys = Keys([clustered(1500, 8, clusters=300)])
+    settings = DatastoreConfig(index="ivf-flat", nlist=40, recall_target=0.97, recall_k=20, recall_sample=100)
+    index = INDEXES["ivf-flat"].build(keys, settings)
+    recall = tune_nprobe(index, keys, settings)
+    chosen = index.describe()["nprobe"]
+    assert recall == measure_recall(index, keys, settings) >= 0.97
+    assert chosen in (2, 4, 8, 16, 32, 40)
+    index.index.nprobe = chosen // 2  # type: ignore[attr-defined]
+    assert measure_recall(index, keys, settings) < 0.97
+
+
+def test_recall_leaves_the_entry_itself_out() -> None:
+    class OnlyItself(ExactIndex):
+        def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            distances, ids = super()._search(queries, k)
+            ids[:, 1:] = -1
+            return distances, ids
+
+    keys = Keys([clustered(50, 8)])
+    settings = DatastoreConfig(recall_k=5)
+    assert measure_recall(ExactIndex(keys), keys, settings) == 1.0
+    assert measure_recall(OnlyItself(keys), keys, settings) == 0.0
+
+
+def test_recall_of_a_single_entry_is_one() -> None:
+    keys = Keys([clustered(1, 8)])
+    assert measure_recall(ExactIndex(keys), keys, DatastoreConfig()) == 1.0
+
+
+def test_the_index_is_chosen_by_size_unless_it_is_named() -> None:
+    assert [DatastoreConfig().index_kind(n) for n in (1000, 10**6, 10**8)] == ["exact", "ivf-flat", "ivf-pq"]
+    assert DatastoreConfig(index="ivf-pq").index_kind(1000) == "ivf-pq"
+    assert DatastoreConfig(keep_keys=False).index_kind(1000) == "ivf-pq"
+    assert default_nlist(10) == 1
+    assert default_nlist(10**6) == 4000
+
+
+def test_more_lists_than_entries_are_refused() -> None:
+    with pytest.raises(ConfigError, match="nlist = 60 is more than the datastore's 50 entries"):
+        build("ivf-flat", Keys([clustered(50, 8)]), nlist=60)
+
+
+def test_a_damaged_index_file_is_refused(tmp_path: Path) -> None:
+    index = build("ivf-flat", Keys([clustered(100, 8)]), nlist=2, recall_k=5)
+    index.save(tmp_path / INDEX_FILE)
+    (tmp_path / INDEX_FILE).write_bytes((tmp_path / INDEX_FILE).read_bytes()[:100])
+    with pytest.raises(ArtifactError, match=r"index\.faiss cannot be read"):
+        INDEXES["ivf-flat"].load(tmp_path, None, index.describe())
