@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
@@ -92,7 +93,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         sizes = [base.config.get_text_config().vocab_size, *(m.vocab_size for m in memories.values())]
         size = min(sizes) if vocab_size is None else min(vocab_size, *sizes)
         config = MixedLMConfig(
-            base=base_name or base.config.name_or_path or "",
+            base=_absolute(base_name or base.config.name_or_path or ""),
             base_revision=getattr(base.config, "_commit_hash", None),
             vocab_size=size,
             memory_window=memory_window,
@@ -291,6 +292,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """
         if isinstance(base_kwargs.get("config"), MixedLMConfig):  # AutoModel hands over the config it found
             base_kwargs.pop("config")
+        place = Path(base)
         base, memory, saved = _open_saved(str(base), memory)
         if saved is not None:
             mix_weight = saved.mix_weights if mix_weight is None else mix_weight
@@ -307,7 +309,10 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         for name, source in sources.items():
             loaded = source if isinstance(source, Memory) else load_memory(source, **memory_kwargs)
             memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
-        return cls(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
+        mixed = cls(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
+        if saved is not None and (place / GENERATION_CONFIG_NAME).is_file():
+            mixed.generation_config = GenerationConfig.from_pretrained(place)
+        return mixed
 
     def save_pretrained(self, save_directory: str | Path, *, include_base: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
         """Write references (with revisions), weights and the memories themselves.
@@ -316,7 +321,12 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             save_directory: Folder to write.
             include_base: Copy the base's weights too, so that the folder needs nothing else.
             kwargs: For the base's `save_pretrained`.
+
+        Raises:
+            ConfigError: The base came from no folder or hub id, and is not to be copied.
         """
+        if not self.config.base and not include_base:
+            raise ConfigError("the base came from no folder or hub id to refer to; save it too with include_base=True")
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config = copy.deepcopy(self.config)
@@ -343,6 +353,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: Always.
         """
         raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
+
+
+def _absolute(name: str) -> str:
+    """A folder's full path, so that a saved reference holds in another working folder; a hub id as it is."""
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 def _open_saved(
@@ -378,20 +393,25 @@ def check_tokenizers(
         TokenizerMismatchError: They differ; the message says in what.
         ModelError: Base or memory cannot be reached.
     """
-    options = {k: v for k, v in (base_kwargs or {}).items() if k in ("revision", "trust_remote_code")}
+    options, memory_options = _where_from(base_kwargs), _where_from(memory_kwargs)
     load_config(base, **options)
     ours = _tokenizer_of(base, **options)
     for name, source in memories.items():
-        settings = source.settings if isinstance(source, Memory) else read_settings(source)
+        revision = memory_options.get("revision")
+        settings = source.settings if isinstance(source, Memory) else read_settings(source, revision=revision)
         if ours is None or (settings is not None and settings.tokenizer == fingerprint(ours)):
             continue
         label = name if isinstance(source, Memory) else str(source)
-        theirs = None if isinstance(source, Memory) else _tokenizer_of(str(source))
+        theirs = None if isinstance(source, Memory) else _tokenizer_of(str(source), **memory_options)
         if theirs is not None:
             check_same(ours, theirs, f"base {base}", f"memory {label}")
         elif settings is not None and settings.tokenizer is not None:
             raise TokenizerMismatchError(f"base {base} and memory {label} have different tokenizers")
     return vocabulary_size(ours) if ours is not None else None
+
+
+def _where_from(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (kwargs or {}).items() if name in ("revision", "trust_remote_code")}
 
 
 def _tokenizer_of(source: str, **options: Any) -> PreTrainedTokenizerBase | None:

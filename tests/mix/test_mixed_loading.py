@@ -1,0 +1,383 @@
+"""MixedLM from folders, back to folders, and everything that is refused before weights are loaded."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import sentences, tiny_model
+from tiny_families import family_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from memlm import MixedLM, load_memory
+from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.protocol import MemorySettings
+from memlm.mix import mixed_lm
+from memlm.models.tokenizers import fingerprint
+
+
+def logits(model: Any) -> Tensor:
+    tokens = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test whose error must come before any weights are loaded."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("weights were loaded before the check")
+
+    monkeypatch.setattr(mixed_lm, "load_causal_lm", fail)
+    monkeypatch.setattr(mixed_lm, "load_memory", fail)
+
+
+@pytest.fixture(scope="session")
+def second_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Another model of the same tokenizer, its output layer not padded."""
+    folder = tmp_path_factory.mktemp("models") / "second"
+    tiny_model(len(tokenizer), seed=5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def other_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    words = sentences(50, seed=seed) if seed else ["zig zag zog quux jumps over lazy dogs"] * 50
+    core.train_from_iterator(words, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def folder_with(tokenizer: PreTrainedTokenizerFast | None, folder: Path, vocab_size: int = 340) -> str:
+    tiny_model(vocab_size, seed=9).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def test_three_lines_load_and_generate(
+    model_folder: str, memory_folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.6)
+    inputs = AutoTokenizer.from_pretrained(model_folder)("the memory reads", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False, eos_token_id=-1)
+    assert output.shape == (1, inputs["input_ids"].shape[1] + 5)
+    assert model.mix_weights == {"memory": 0.6}
+    assert model.vocab_size == len(tokenizer)
+    by_hand = MixedLM(
+        AutoModelForCausalLM.from_pretrained(model_folder), load_memory(memory_folder), 0.6, vocab_size=len(tokenizer)
+    )
+    torch.testing.assert_close(logits(model), logits(by_hand), rtol=0, atol=0)
+
+
+def test_a_missing_weight_is_what_the_memory_was_validated_with(model_folder: str, memory_folder: Path) -> None:
+    recorded = json.loads((memory_folder / "memory.json").read_text())["mix_weight"]
+    assert MixedLM.from_pretrained(model_folder, memory=memory_folder).mix_weights == {"memory": recorded}
+
+
+def test_a_missing_weight_that_nobody_recorded_is_an_error(model_folder: str, second_folder: str) -> None:
+    with pytest.raises(ConfigError, match="mix_weight is missing"):
+        MixedLM.from_pretrained(model_folder, memory=second_folder)
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("weight", [float("nan"), -0.5, 1.5, {"memory": 2.0}])
+def test_a_bad_weight_is_refused_before_work(model_folder: str, memory_folder: Path, weight: Any) -> None:
+    with pytest.raises(ConfigError, match=r"must be in \[0, 1\]"):
+        MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=weight)
+
+
+def test_the_same_memory_stands_beside_several_bases(
+    model_folder: str, second_folder: str, memory_folder: Path
+) -> None:
+    memory = load_memory(memory_folder)
+    first = MixedLM.from_pretrained(model_folder, memory=memory, mix_weight=0.5)
+    second = MixedLM.from_pretrained(second_folder, memory=memory, mix_weight=0.5)
+    for model, folder in ((first, model_folder), (second, second_folder)):
+        alone = MixedLM.from_pretrained(folder, memory=memory_folder, mix_weight=0.5)
+        torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=0)
+    assert {p.data_ptr() for p in first.memories.parameters()} == {p.data_ptr() for p in second.memories.parameters()}
+
+
+def test_dtype_goes_to_the_base_and_memory_keywords_to_the_memory(model_folder: str, memory_folder: Path) -> None:
+    both = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5, dtype=torch.bfloat16)
+    assert {p.dtype for p in both.parameters()} == {torch.bfloat16}
+    model = MixedLM.from_pretrained(
+        model_folder,
+        memory=memory_folder,
+        mix_weight=0.5,
+        dtype=torch.bfloat16,
+        memory_kwargs={"dtype": torch.float32},
+    )
+    assert {p.dtype for p in model.base.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in model.memories.parameters()} == {torch.float32}
+    assert logits(model).dtype == torch.float32
+    probs = logits(model).softmax(-1)
+    exact = logits(MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5)).softmax(-1)
+    assert (probs - exact).abs().max() < 0.05  # bfloat16 keeps 8 bits of logits that reach 8
+
+
+def test_further_keywords_go_to_the_base(
+    model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    load = mixed_lm.load_causal_lm
+
+    def spy(name: str, **kwargs: Any) -> Any:
+        seen.update(kwargs)
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(mixed_lm, "load_causal_lm", spy)
+    MixedLM.from_pretrained(
+        model_folder, memory=memory_folder, mix_weight=0.5, device_map="cpu", attn_implementation="eager"
+    )
+    assert seen == {"device_map": "cpu", "attn_implementation": "eager"}
+
+
+def test_the_revision_of_the_memory_is_the_one_that_is_checked(
+    model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[str | None] = []
+    read = mixed_lm.read_settings
+
+    def spy(source: Any, *, revision: str | None = None) -> Any:
+        checked.append(revision)
+        return read(source)
+
+    monkeypatch.setattr(mixed_lm, "read_settings", spy)
+    options = {"dtype": torch.float32, "revision": "v2"}
+    MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5, memory_kwargs=options)
+    assert checked == ["v2"]
+    assert options == {"dtype": torch.float32, "revision": "v2"}, "the caller's dictionary is left alone"
+
+
+def test_the_window_of_the_memory_can_be_named(model_folder: str, memory_folder: Path) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=1.0, memory_window=4)
+    with pytest.warns(UserWarning, match="longer than the memory's window of 4 tokens"):
+        narrow = logits(model)
+    wide = logits(MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=1.0))
+    torch.testing.assert_close(narrow[:, :4].softmax(-1), wide[:, :4].softmax(-1))
+    assert not torch.allclose(narrow[:, 4:].softmax(-1), wide[:, 4:].softmax(-1))
+
+
+def test_two_memories_come_by_name(model_folder: str, memory_folder: Path, second_folder: str) -> None:
+    memories = {"trained": memory_folder, "plain": load_memory(second_folder)}
+    model = MixedLM.from_pretrained(model_folder, memory=memories, mix_weight={"plain": 0.2, "trained": 0.3})
+    assert model.mix_weights == {"trained": 0.3, "plain": 0.2}
+    parts = [
+        MixedLM.from_pretrained(model_folder, memory=memory, mix_weight=1.0)
+        for memory in (memory_folder, second_folder)
+    ]
+    base = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.0)
+    expected = sum(
+        weight * logits(part).double().softmax(-1) for weight, part in zip((0.5, 0.3, 0.2), (base, *parts), strict=True)
+    )
+    torch.testing.assert_close(logits(model).double().softmax(-1), expected, rtol=1e-4, atol=1e-7)
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_tokenizers_of_different_sizes_are_refused(model_folder: str, tmp_path: Path) -> None:
+    other = folder_with(other_tokenizer(290, seed=1), tmp_path / "other")
+    with pytest.raises(TokenizerMismatchError, match=r"have different tokenizers \(320 and 290 tokens\)"):
+        MixedLM.from_pretrained(model_folder, memory=other, mix_weight=0.5)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_tokenizers_of_one_size_with_other_tokens_are_refused(model_folder: str, tmp_path: Path) -> None:
+    core = json.loads((Path(model_folder) / "tokenizer.json").read_text())
+    vocabulary = core["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(core)))
+    other = folder_with(swapped, tmp_path / "other")
+    with pytest.raises(TokenizerMismatchError, match=r"2 ids differ, the first is \d+: '[ab]' and '[ab]'"):
+        MixedLM.from_pretrained(model_folder, memory=other, mix_weight=0.5)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_trained_memory_of_another_tokenizer_is_refused_and_both_are_named(
+    memory_folder: Path, tmp_path: Path
+) -> None:
+    base = folder_with(other_tokenizer(290, seed=1), tmp_path / "base")
+    with pytest.raises(TokenizerMismatchError) as error:
+        MixedLM.from_pretrained(base, memory=memory_folder, mix_weight=0.5)
+    for part in (base, str(memory_folder), "290 and 320 tokens", "train one with this base's tokenizer"):
+        assert part in str(error.value)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_recorded_fingerprint_is_enough_to_refuse(memory_folder: Path, tmp_path: Path) -> None:
+    base = folder_with(other_tokenizer(290, seed=1), tmp_path / "base")
+    bare = tmp_path / "bare"
+    load_memory(memory_folder).save_pretrained(bare)  # no tokenizer beside it
+    with pytest.raises(TokenizerMismatchError, match="have different tokenizers"):
+        MixedLM.from_pretrained(base, memory=bare, mix_weight=0.5)
+    with pytest.raises(TokenizerMismatchError, match="have different tokenizers"):
+        MixedLM.from_pretrained(base, memory=load_memory(bare), mix_weight=0.5)
+
+
+def test_a_recorded_fingerprint_is_enough_to_accept(
+    model_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    settings = MemorySettings(kind="decoder", vocab_size=len(tokenizer), tokenizer=fingerprint(tokenizer))
+    MemoryDecoder(tiny_model(len(tokenizer)), settings).save_pretrained(tmp_path)
+    assert MixedLM.from_pretrained(model_folder, memory=tmp_path, mix_weight=0.5).vocab_size == len(tokenizer)
+
+
+def test_a_base_without_tokenizer_is_aligned_by_its_output_layer(memory_folder: Path, tmp_path: Path) -> None:
+    base = folder_with(None, tmp_path / "base", vocab_size=328)
+    model = MixedLM.from_pretrained(base, memory=memory_folder, mix_weight=0.5)
+    assert model.vocab_size == 320
+    assert logits(model).shape[-1] == 320
+
+
+# --- refusals -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_model_without_memory_is_refused(model_folder: str) -> None:
+    with pytest.raises(ConfigError, match=r"memory is missing: .* is a plain model"):
+        MixedLM.from_pretrained(model_folder)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_a_base_or_memory_that_is_not_there_is_named(model_folder: str, memory_folder: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "nothing")
+    with pytest.raises(ModelError, match="nothing"):
+        MixedLM.from_pretrained(missing, memory=memory_folder, mix_weight=0.5)
+    with pytest.raises(ModelError, match="nothing"):
+        MixedLM.from_pretrained(model_folder, memory=missing, mix_weight=0.5)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_another_stage_as_memory_is_refused(model_folder: str, corpus_folder: Path) -> None:
+    with pytest.raises(ArtifactError, match="is a corpus folder, expected memory"):
+        MixedLM.from_pretrained(model_folder, memory=corpus_folder, mix_weight=0.5)
+
+
+def test_a_mixed_model_is_not_pushed(model_folder: str, memory_folder: Path) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5)
+    with pytest.raises(NotImplementedError, match=r"push the memory: memlm\.push_to_hub"):
+        model.push_to_hub("me/mixed")
+
+
+# --- saving -------------------------------------------------------------------------------------------------------
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*.safetensors")}
+
+
+def test_a_saved_mixture_refers_to_its_base(model_folder: str, memory_folder: Path, tmp_path: Path) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5, memory_window=20)
+    model.set_mix_weight(0.3)
+    model.save_pretrained(tmp_path / "mixed")
+    assert names(tmp_path / "mixed") == {"memories/memory/model.safetensors"}
+    loaded = MixedLM.from_pretrained(tmp_path / "mixed")
+    assert loaded.mix_weights == {"memory": 0.3}
+    assert [memory.window for memory in loaded.named_memories().values()] == [20]
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+
+
+def test_a_saved_mixture_can_hold_its_base(model_folder: str, memory_folder: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(model_folder, tmp_path / "base"))
+    model = MixedLM.from_pretrained(base, memory=memory_folder, mix_weight=0.5)
+    model.save_pretrained(tmp_path / "mixed", include_base=True)
+    shutil.rmtree(base)
+    moved = Path(shutil.move(tmp_path / "mixed", tmp_path / "moved"))
+    assert names(moved) == {"memories/memory/model.safetensors", "base/model.safetensors"}
+    torch.testing.assert_close(logits(MixedLM.from_pretrained(moved)), logits(model), rtol=0, atol=0)
+    again = MixedLM.from_pretrained(moved)
+    again.save_pretrained(tmp_path / "again", include_base=True)
+    shutil.rmtree(moved)
+    torch.testing.assert_close(logits(MixedLM.from_pretrained(tmp_path / "again")), logits(model), rtol=0, atol=0)
+
+
+def test_a_mixture_of_two_memories_comes_back(
+    model_folder: str, memory_folder: Path, second_folder: str, tmp_path: Path
+) -> None:
+    memories = {"trained": memory_folder, "plain": second_folder}
+    model = MixedLM.from_pretrained(model_folder, memory=memories, mix_weight={"trained": 0.3, "plain": 0.2})
+    model.save_pretrained(tmp_path)
+    loaded = MixedLM.from_pretrained(tmp_path)
+    assert loaded.mix_weights == {"trained": 0.3, "plain": 0.2}
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)  # the sum may run in another order
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+def test_auto_classes_load_what_was_saved(
+    model_folder: str, memory_folder: Path, tmp_path: Path, include_base: bool
+) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5)
+    model.save_pretrained(tmp_path, include_base=include_base)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(loaded, MixedLM)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=0)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    text = "the memory reads a corpus"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text) == AutoTokenizer.from_pretrained(model_folder)(text)
+
+
+def test_a_saved_mixture_takes_another_weight_or_memory(
+    model_folder: str, memory_folder: Path, second_folder: str, tmp_path: Path
+) -> None:
+    MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5).save_pretrained(tmp_path)
+    assert MixedLM.from_pretrained(tmp_path, mix_weight=0.1).mix_weights == {"memory": 0.1}
+    other = MixedLM.from_pretrained(tmp_path, memory=second_folder, mix_weight=0.1)
+    expected = MixedLM.from_pretrained(model_folder, memory=second_folder, mix_weight=0.1)
+    torch.testing.assert_close(logits(other), logits(expected), rtol=0, atol=0)
+
+
+def test_generation_settings_come_back(model_folder: str, memory_folder: Path, tmp_path: Path) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5)
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path)
+    loaded = MixedLM.from_pretrained(tmp_path)
+    assert loaded.generate(torch.tensor([[5, 6]])).shape == (1, 5)
+
+
+def test_a_base_named_by_a_relative_path_is_found_from_elsewhere(
+    model_folder: str, memory_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(model_folder).parent)
+    model = MixedLM.from_pretrained(Path(model_folder).name, memory=memory_folder, mix_weight=0.5)
+    model.save_pretrained(tmp_path / "mixed")
+    monkeypatch.chdir(tmp_path)
+    torch.testing.assert_close(logits(MixedLM.from_pretrained("mixed")), logits(model), rtol=0, atol=0)
+
+
+def test_a_base_without_name_is_saved_with_its_weights_or_not_at_all(tmp_path: Path) -> None:
+    memory = MemoryDecoder(family_model("llama", 320, seed=1))
+    model = MixedLM(family_model("llama", 320), memory, 0.5)
+    with pytest.raises(ConfigError, match="include_base=True"):
+        model.save_pretrained(tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    model.save_pretrained(tmp_path / "whole", include_base=True)
+    torch.testing.assert_close(logits(MixedLM.from_pretrained(tmp_path / "whole")), logits(model), rtol=0, atol=0)
+
+
+def test_saving_leaves_the_model_as_it_was(model_folder: str, memory_folder: Path, tmp_path: Path) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5)
+    before = model.config.to_dict()
+    model.save_pretrained(tmp_path, include_base=True)
+    assert model.config.to_dict() == before
