@@ -92,16 +92,28 @@ def test_a_missing_weight_is_what_the_memory_was_validated_with(model_folder: st
     assert MixedLM.from_pretrained(model_folder, memory=memory_folder).mix_weights == {"memory": recorded}
 
 
+@pytest.mark.usefixtures("no_weights")
 def test_a_missing_weight_that_nobody_recorded_is_an_error(model_folder: str, second_folder: str) -> None:
     with pytest.raises(ConfigError, match="mix_weight is missing"):
         MixedLM.from_pretrained(model_folder, memory=second_folder)
 
 
 @pytest.mark.usefixtures("no_weights")
-@pytest.mark.parametrize("weight", [float("nan"), -0.5, 1.5, {"memory": 2.0}])
-def test_a_bad_weight_is_refused_before_work(model_folder: str, memory_folder: Path, weight: Any) -> None:
-    with pytest.raises(ConfigError, match=r"must be in \[0, 1\]"):
-        MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=weight)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mix_weight": float("nan")}, r"mix_weight = nan: must be in \[0, 1\]"),
+        ({"mix_weight": -0.5}, r"mix_weight = -0\.5: must be in \[0, 1\]"),
+        ({"mix_weight": {"memory": 1.5}}, r"mix_weight = 1\.5: must be in \[0, 1\]"),
+        ({"mix_weight": {"memroy": 0.5}}, "mix_weight names memroy; the memories are memory"),
+        ({"mix_weight": 0.5, "memory_window": 1}, "memory_window = 1: must be at least 2"),
+    ],
+)
+def test_bad_settings_are_refused_before_work(
+    model_folder: str, memory_folder: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MixedLM.from_pretrained(model_folder, memory=memory_folder, **options)
 
 
 def test_the_same_memory_stands_beside_several_bases(
@@ -164,7 +176,7 @@ def test_the_revision_of_the_memory_is_the_one_that_is_checked(
     monkeypatch.setattr(mixed_lm, "read_settings", spy)
     options = {"dtype": torch.float32, "revision": "v2"}
     MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5, memory_kwargs=options)
-    assert checked == ["v2"]
+    assert set(checked) == {"v2"}
     assert options == {"dtype": torch.float32, "revision": "v2"}, "the caller's dictionary is left alone"
 
 

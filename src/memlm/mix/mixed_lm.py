@@ -26,7 +26,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
 from memlm.memory.loading import load_memory, read_settings
-from memlm.memory.protocol import Memory
+from memlm.memory.protocol import Memory, MemorySettings
 from memlm.mix.cache import MixedCache
 from memlm.mix.mixture import check_weights, mix_log_probs
 from memlm.models.loading import load_causal_lm, load_config, resolve
@@ -85,8 +85,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: A weight is missing or outside [0, 1], they sum to more than 1, or the window is too small.
         """
-        if memory_window is not None and memory_window < 2:
-            raise ConfigError(f"memory_window = {memory_window}: must be at least 2")
+        _check_window(memory_window)
         given = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
         # shallow copies share weights; vocabulary and window are this mixture's own, so mixtures can share a memory
         memories = {name: copy.copy(part) for name, part in given.items()}
@@ -131,22 +130,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
         """
-        memories = self.named_memories()
-        if isinstance(mix_weight, Mapping):
-            if mix_weight.keys() != memories.keys():
-                raise ConfigError(f"mix_weight names {', '.join(mix_weight)}; the memories are {', '.join(memories)}")
-            weights = {name: float(mix_weight[name]) for name in memories}
-        elif mix_weight is not None:
-            if len(memories) > 1:
-                raise ConfigError(f"mix_weight: give one weight per memory ({', '.join(memories)})")
-            weights = dict.fromkeys(memories, float(mix_weight))
-        else:
-            recorded = {name: memory.settings.mix_weight for name, memory in memories.items()}
-            weights = {name: weight for name, weight in recorded.items() if weight is not None}
-            if len(weights) < len(memories):
-                raise ConfigError("mix_weight is missing: the memory records none that was best on validation data")
-        check_weights(list(weights.values()))
-        self._weights = weights
+        recorded = {name: memory.settings.mix_weight for name, memory in self.named_memories().items()}
+        self._weights: dict[str, float] = settle_weights(recorded, mix_weight)
         self.config.mix_weights = dict(self._weights)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -299,9 +284,10 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             memory_window = saved.memory_window if memory_window is None else memory_window
             base_kwargs.setdefault("revision", saved.base_revision)
         sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
-        weights = mix_weight if isinstance(mix_weight, Mapping) else dict.fromkeys(sources, mix_weight)
-        check_weights([w for w in weights.values() if w is not None])
         memory_kwargs = dict(memory_kwargs or {})
+        _check_window(memory_window)
+        settings = {name: _settings_of(source, memory_kwargs) for name, source in sources.items()}
+        settle_weights({name: found.mix_weight if found else None for name, found in settings.items()}, mix_weight)
         size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
         model = load_causal_lm(base, **base_kwargs)
         memory_kwargs.setdefault("dtype", model.dtype)
@@ -355,6 +341,46 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
 
 
+def settle_weights(
+    recorded: Mapping[str, float | None], mix_weight: float | Mapping[str, float] | None
+) -> dict[str, float]:
+    """Name to weight, in the order of the memories.
+
+    Args:
+        recorded: Per memory the weight that was best on its validation split, or None.
+        mix_weight: One weight for a single memory, one by name for each, or None for the recorded ones.
+
+    Raises:
+        ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
+    """
+    names = ", ".join(recorded)
+    if isinstance(mix_weight, Mapping):
+        if mix_weight.keys() != recorded.keys():
+            raise ConfigError(f"mix_weight names {', '.join(mix_weight)}; the memories are {names}")
+        weights = {name: float(mix_weight[name]) for name in recorded}
+    elif mix_weight is not None:
+        if len(recorded) > 1:
+            raise ConfigError(f"mix_weight: give one weight per memory ({names})")
+        weights = dict.fromkeys(recorded, float(mix_weight))
+    else:
+        weights = {name: weight for name, weight in recorded.items() if weight is not None}
+        if len(weights) < len(recorded):
+            raise ConfigError("mix_weight is missing: the memory records none that was best on validation data")
+    check_weights(list(weights.values()))
+    return weights
+
+
+def _settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
+    return (
+        source.settings if isinstance(source, Memory) else read_settings(source, revision=memory_kwargs.get("revision"))
+    )
+
+
+def _check_window(memory_window: int | None) -> None:
+    if memory_window is not None and memory_window < 2:
+        raise ConfigError(f"memory_window = {memory_window}: must be at least 2")
+
+
 def _absolute(name: str) -> str:
     """A folder's full path, so that a saved reference holds in another working folder; a hub id as it is."""
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
@@ -397,8 +423,7 @@ def check_tokenizers(
     load_config(base, **options)
     ours = _tokenizer_of(base, **options)
     for name, source in memories.items():
-        revision = memory_options.get("revision")
-        settings = source.settings if isinstance(source, Memory) else read_settings(source, revision=revision)
+        settings = _settings_of(source, memory_options)
         if ours is None or (settings is not None and settings.tokenizer == fingerprint(ours)):
             continue
         label = name if isinstance(source, Memory) else str(source)
