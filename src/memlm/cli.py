@@ -92,7 +92,10 @@ def _default_text(default: Any) -> str:
 
 def _from_text(name: str, value: Any) -> Any:
     if name == "document_separator":
-        return value.encode("raw_unicode_escape").decode("unicode_escape")
+        try:
+            return value.encode("raw_unicode_escape").decode("unicode_escape")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"--document-separator {value!r}: {error.reason}") from None
     if name == "layers":
         try:
             numbers = [int(part) for part in value.split(",")]
@@ -163,7 +166,7 @@ def corpus(
     documents: Annotated[
         list[str],
         typer.Argument(
-            metavar="DOCS...",
+            metavar="DOCS",
             help="Files (.txt .md .jsonl .parquet, also .gz .zst), folders, saved datasets, or dataset names"
             " NAME[:CONFIG[:SPLIT]].",
         ),
@@ -540,13 +543,14 @@ def version() -> None:
 def main() -> None:
     """The `memlm` command. A `MemlmError` becomes one line on stderr and exit code 2."""
     try:
-        app()
+        app(prog_name="memlm")
     except MemlmError as error:
         print(f"memlm: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nmemlm: stopped; the same command goes on where this one was", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # how typer passes Ctrl-C on
+            print("\nmemlm: stopped; the same command goes on where this one was", file=sys.stderr)
+        raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)

@@ -59,7 +59,7 @@ class Recipe:
             for key in values:
                 if key not in known:
                     raise ConfigError(f"unknown setting '{name}.{key}'{nearest(key, known)}")
-            self.places[name] = {key: values[key] for key in extra if key in values}
+            self.places[name] = {key: _place(name, key, values[key]) for key in extra if key in values}
             settings = {key: value for key, value in values.items() if key not in extra}
             self.configs[name] = config.parse(settings, f"{name}.")  # type: ignore[attr-defined]
         for name, key in (("corpus", "documents"), ("corpus", "tokenizer"), ("train", "init")):
@@ -69,6 +69,18 @@ class Recipe:
             raise ConfigError("datastore.teacher is missing: a model, or a teacher section that fine-tunes one")
         if "teacher" in sections and "init" not in self.places["teacher"]:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
+        for name in ("teacher", "twin"):
+            if name in sections and (kl_weight := self.configs[name].kl_weight) != 0:
+                raise ConfigError(f"{name}.kl_weight = {kl_weight:g}: a {name} is trained without targets, at 0")
+
+
+def _place(section: str, key: str, value: Any) -> Any:
+    """`value`, where it is a text, or for documents also a list of texts."""
+    several = key == "documents" and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+    if not isinstance(value, str) and not several:
+        wanted = "a path, or a list of paths" if key == "documents" else "a path, hub id or packaged name"
+        raise ConfigError(f"{section}.{key} = {value!r}: give {wanted}")
+    return value
 
 
 def data_path(place: str) -> str:
@@ -96,7 +108,11 @@ def run_recipe(
     from memlm.evaluate.perplexity import evaluate_perplexity
     from memlm.targets.build import build_targets
     from memlm.train.run import train_memory
+    from memlm.train.trainer import check_trainer_fields
 
+    for name in ("teacher", "train", "twin"):  # now, not after hours of other stages
+        if name in recipe.configs:
+            check_trainer_fields(recipe.configs[name], f"{name}.")
     out = Path(out)
     places, configs = recipe.places, recipe.configs
     documents = places["corpus"]["documents"]

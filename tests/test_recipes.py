@@ -1,0 +1,251 @@
+"""Recipes: every one in the repository parses; stages run once; settings are checked with the nearest known name."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from memlm.artifacts import read_manifest
+from memlm.config import read_recipe
+from memlm.errors import ConfigError, MemlmError, OutputExistsError
+from memlm.recipes import SECTIONS, Recipe, data_path, run_recipe, run_recipe_file
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def tiny(documents: str, model: str) -> dict[str, dict[str, Any]]:
+    """A recipe of all sections that runs in seconds."""
+    quick = {"dtype": "float32", "max_steps": 3, "batch_size": 4}
+    return {
+        "corpus": {"documents": documents, "tokenizer": model, "document_separator": "\n\n", "block_size": 32},
+        "teacher": {"init": model, **quick},
+        "datastore": {"dtype": "float32"},
+        "targets": {"k": 8, "target_temperature": 4.0},
+        "train": {"init": model, "layers": 1, **quick},
+        "twin": {"learning_rate": 1e-4},
+        "evaluate": {"dtype": "float32", "bootstrap": 10},
+    }
+
+
+def changed(sections: dict[str, dict[str, Any]], name: str, **values: Any) -> dict[str, dict[str, Any]]:
+    return {**sections, name: {**sections.get(name, {}), **values}}
+
+
+@pytest.fixture(scope="module")
+def whole(documents: str, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, list[str]]:
+    """Folder, reports and what was said, of a run of all stages."""
+    out = tmp_path_factory.mktemp("recipe") / "out"
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMLM_HOME", str(out.parent / "home"))
+        reports = run_recipe(tiny(documents, model_folder), out, say=said.append)
+    return out, reports, said
+
+
+def test_the_repository_has_recipes() -> None:
+    assert RECIPES
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_parses(path: Path) -> None:
+    recipe = Recipe(read_recipe(path))
+    assert recipe.configs["train"].kl_weight > 0
+    assert recipe.places["corpus"]["documents"]
+
+
+def test_all_stages_run_and_leave_folders_of_their_kind(whole: tuple[Path, dict, list[str]]) -> None:
+    out, reports, said = whole
+    kinds = {p.name: read_manifest(p).kind for p in out.iterdir()}
+    assert kinds == {
+        "corpus": "corpus",
+        "teacher": "memory",
+        "datastore": "datastore",
+        "targets": "targets",
+        "memory": "memory",
+        "twin": "memory",
+        "evaluation-memory": "evaluation",
+        "evaluation-twin": "evaluation",
+    }
+    assert set(reports) == {"memory", "twin"}
+    assert [line.split(" ")[0] for line in said] == [
+        *("corpus", "teacher", "datastore", "targets", "memory", "twin", "evaluation", "evaluation")
+    ]
+
+
+def test_the_fine_tuned_teacher_makes_the_keys(whole: tuple[Path, dict, list[str]]) -> None:
+    out = whole[0]
+    teacher = read_manifest(out / "teacher").hash
+    assert read_manifest(out / "datastore").inputs["teacher"] == f"memlm:{teacher}"
+
+
+def test_the_twin_differs_from_the_memory_in_kl_weight_and_what_its_section_says(
+    whole: tuple[Path, dict, list[str]],
+) -> None:
+    memory, twin = (read_manifest(whole[0] / name) for name in ("memory", "twin"))
+    differing = {key for key in memory.config if memory.config[key] != twin.config[key]}
+    assert differing == {"kl_weight", "learning_rate"}
+    assert (twin.config["kl_weight"], twin.config["learning_rate"]) == (0, 1e-4)
+    assert twin.inputs == memory.inputs
+
+
+def test_a_second_run_skips_every_stage(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, reports, _ = whole
+
+    def no_model(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    assert run_recipe(tiny(documents, model_folder), out) == reports
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "match"),
+    [
+        ("corpus", {"block_size": 16}, r"corpus exists .*config\.block_size: 32 there, 16 here"),
+        ("teacher", {"max_steps": 4}, r"teacher exists .*config\.max_steps: 3 there, 4 here"),
+        ("datastore", {"seed": 1}, r"datastore exists .*config\.seed: 0 there, 1 here"),
+        ("targets", {"k": 9}, r"targets exists .*config\.k: 8 there, 9 here"),
+        ("train", {"seed": 2}, r"memory exists .*config\.seed: 0 there, 2 here"),
+        ("twin", {"learning_rate": 1e-3}, r"twin exists .*config\.learning_rate: 0\.0001 there, 0\.001 here"),
+        ("evaluate", {"mix_weight": 0.5}, r"evaluation-memory exists .*config\.mix_weight: None there, 0\.5 here"),
+    ],
+)
+def test_a_changed_setting_into_the_same_folder_is_refused_with_the_difference(
+    whole: tuple[Path, dict, list[str]],
+    documents: str,
+    model_folder: str,
+    section: str,
+    values: dict[str, Any],
+    match: str,
+) -> None:
+    out = whole[0]
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(OutputExistsError, match=match):
+        run_recipe(changed(tiny(documents, model_folder), section, **values), out)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
+
+
+def test_a_recipe_file_runs_below_runs_under_its_own_name(
+    whole: tuple[Path, dict, list[str]],
+    documents: str,
+    model_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The finished folder stands where the run would write, so that being there means being found."""
+    out, reports, _ = whole
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
+    Path("runs").mkdir()
+    Path("runs/small.tiny").symlink_to(out, target_is_directory=True)
+    Path("small.tiny.yaml").write_text(yaml.safe_dump(tiny(documents, model_folder)))
+    said: list[str] = []
+    folder, found = run_recipe_file("small.tiny.yaml", overrides=["evaluate.bootstrap=10"], say=said.append)
+    assert folder == Path("runs/small.tiny")
+    assert {k: v["base"] for k, v in found.items()} == {k: v["base"] for k, v in reports.items()}
+    assert said[0] == "corpus -> runs/small.tiny/corpus"
+
+
+def test_documents_are_looked_for_below_memlm_data(
+    documents: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert data_path("corpus/a.txt") == "corpus/a.txt"  # perhaps the name of a dataset
+    (tmp_path / "data" / "corpus").mkdir(parents=True)
+    (tmp_path / "data" / "corpus" / "a.txt").touch()
+    assert data_path("corpus/a.txt") == "data/corpus/a.txt"
+    assert data_path(documents) == documents
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.txt").write_text(Path(documents).read_text())
+    monkeypatch.setenv("MEMLM_DATA", str(tmp_path / "elsewhere"))
+    assert data_path("corpus/a.txt") == "corpus/a.txt"
+    recipe = changed(tiny("b.txt", model_folder), "targets", k=100_000)  # stops once the corpus is there
+    with pytest.raises(ConfigError, match="k = 100000 is larger"):
+        run_recipe(recipe, tmp_path / "out")
+    assert read_manifest(tmp_path / "out" / "corpus").sources["documents"] == str(tmp_path / "elsewhere" / "b.txt")
+
+
+# --- what is refused before anything runs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "match"),
+    [
+        ("trian", {"epochs": 1}, "unknown section 'trian'; did you mean 'train'?"),
+        ("zzz", {}, "unknown section 'zzz'; known: corpus, datastore, "),
+        ("targets", {"target_temprature": 4}, "unknown setting 'targets.target_temprature'; did you mean 'target_temp"),
+        ("corpus", {"tokeniser": "x"}, "unknown setting 'corpus.tokeniser'; did you mean 'tokenizer'?"),
+        ("train", {"xyz": 1.0}, "unknown setting 'train.xyz'; known: accumulation, base, "),
+        ("targets", {"k": "many"}, "targets.k = 'many': input should be a valid integer"),
+        ("targets", {"k": 1.5}, "targets.k = 1.5: "),
+        ("targets", {"target_temperature": 0}, "targets.target_temperature = 0: input should be greater than 0"),
+        ("train", {"fresh": "perhaps"}, "train.fresh = 'perhaps': "),
+        ("train", {"schedule": "wavy"}, "train.schedule = 'wavy': "),
+        ("evaluate", {"mix_weight": 2}, "evaluate.mix_weight = 2: "),
+        ("corpus", {"documents": []}, r"corpus.documents = \[\]: give a path, or a list of paths"),
+        ("corpus", {"documents": ["a", 5]}, r"corpus.documents = \['a', 5\]: give a path"),
+        ("corpus", {"tokenizer": 5}, "corpus.tokenizer = 5: give a path, hub id or packaged name"),
+        ("teacher", {"kl_weight": 0.5}, r"teacher.kl_weight = 0\.5: a teacher is trained without targets"),
+        ("twin", {"kl_weight": 0.5}, r"twin.kl_weight = 0\.5: a twin is trained without targets"),
+        ("twin", {"init": "other"}, "unknown setting 'twin.init'"),
+        ("train", {"trainer": {"adam_beta3": 1}}, r"unknown setting 'train.trainer.adam_beta3'; did you mean 'adam_b"),
+        ("teacher", {"trainer": {"fdsp": 1}}, r"unknown setting 'teacher.trainer.fdsp'; did you mean 'fsdp'?"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_runs(
+    documents: str, model_folder: str, tmp_path: Path, section: str, values: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(ConfigError, match=match):
+        run_recipe(changed(tiny(documents, model_folder), section, **values), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("corpus", "documents"), ("corpus", "tokenizer"), ("train", "init"), ("teacher", "init")]
+)
+def test_missing_places_are_named(documents: str, model_folder: str, section: str, key: str) -> None:
+    sections = tiny(documents, model_folder)
+    del sections[section][key]
+    with pytest.raises(ConfigError, match=f"{section}.{key} is missing"):
+        Recipe(sections)
+
+
+def test_keys_need_a_teacher_from_somewhere(documents: str, model_folder: str) -> None:
+    sections = tiny(documents, model_folder)
+    del sections["teacher"]
+    with pytest.raises(ConfigError, match=r"datastore\.teacher is missing"):
+        Recipe(sections)
+    assert Recipe(changed(sections, "datastore", teacher=model_folder)).places["datastore"] == {"teacher": model_folder}
+
+
+def test_a_given_teacher_of_keys_wins_over_the_teacher_section(documents: str, model_folder: str) -> None:
+    recipe = Recipe(changed(tiny(documents, model_folder), "datastore", teacher="other"))
+    assert recipe.places["datastore"]["teacher"] == "other"
+
+
+def test_sections_of_the_caller_are_left_as_they_are(documents: str, model_folder: str, tmp_path: Path) -> None:
+    sections = tiny(documents, model_folder)
+    sections["targets"]["k"] = 100_000
+    del sections["datastore"]
+    with pytest.raises(MemlmError):
+        run_recipe(sections, tmp_path / "out")
+    assert "datastore" not in sections
+    assert sections["twin"] == {"learning_rate": 1e-4}
+
+
+def test_every_stage_setting_can_be_given_in_its_section(documents: str, model_folder: str) -> None:
+    """All defaults spelt out parse to the defaults, so every knob is a recipe field."""
+    sections = tiny(documents, model_folder)
+    for name, (config, _) in SECTIONS.items():
+        sections[name] = {**config().model_dump(), **sections[name]}
+    sections["teacher"]["kl_weight"] = sections["twin"]["kl_weight"] = 0
+    recipe = Recipe(sections)
+    assert recipe.configs["targets"].model_dump() == {**SECTIONS["targets"][0]().model_dump(), **sections["targets"]}
