@@ -87,7 +87,7 @@ def test_a_tap_may_be_named_or_missing(corpus_folder: Path, model_folder: str, t
 def test_an_interrupted_pass_goes_on_to_the_same_bytes(
     corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
 ) -> None:
-    config = {"shard_positions": 200, "index": index, "nlist": None if index == "exact" else 6}
+    config = {"shard_positions": 200, "index": index, "code_bytes": 4, "nlist": None if index == "exact" else 6}
     whole = build(corpus_folder, model_folder, tmp_path / "whole", **config)
     save, written = Stage.save_array, []
 
@@ -125,11 +125,11 @@ def test_shards_hold_whole_blocks_and_at_least_the_positions_asked_for(corpus_fo
 
 
 def test_without_keys_only_codes_are_kept(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
-    manifest = build(corpus_folder, model_folder, tmp_path / "d", keep_keys=False)
+    manifest = build(corpus_folder, model_folder, tmp_path / "d", keep_keys=False, code_bytes=17)
     assert not (tmp_path / "d" / "keys").exists()
     assert not [name for name in manifest.payload if name.startswith("keys")]
     assert manifest.facts["index"]["kind"] == "ivf-pq"
-    assert manifest.facts["index"]["code_bytes"] == 32
+    assert manifest.facts["index"]["code_bytes"] == 16
     assert 0.5 < manifest.facts["recall"]["value"] < 1.0  # of codes, not of the keys that are gone
     store = Datastore(tmp_path / "d")
     assert store.keys is None

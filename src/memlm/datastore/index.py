@@ -73,12 +73,15 @@ class Index(ABC):
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """As `search`, for a bounded number of queries."""
 
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(
+        self, queries: NDArray[np.float32], k: int, *, thorough: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """The nearest entries of each query.
 
         Args:
             queries: `(P, D)`.
             k: Neighbours wanted.
+            thorough: Leave no entry out to save time.
 
         Returns:
             Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there is no neighbour.
@@ -173,6 +176,16 @@ class IVFIndex(Index):
 
     def describe(self) -> dict[str, Any]:
         return {"nlist": self.index.nlist, "nprobe": self.index.nprobe, "rerank_factor": self.rerank_factor}
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, *, thorough: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        nprobe = self.index.nprobe
+        self.index.nprobe = self.index.nlist if thorough else nprobe
+        try:
+            return super().search(queries, k)
+        finally:
+            self.index.nprobe = nprobe
 
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         return self.index.search(queries, k)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -144,24 +145,33 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path) -
         for i, (first, end) in enumerate(shards):
             start, stop = int(split.position_starts[first]), int(split.position_starts[end])
             rows = table.slice(start, stop - start)
-            votes = _released_votes(rows, source.vocab_size, arrow)
+            votes = _released_votes(rows, source.vocab_size, arrow, start)
             _write_shard(stage, i, [split[b] for b in range(first, end)], votes)
         return _finish(stage, source, len(shards), {})
 
 
-def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path) -> SparseProbs:
+def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: int) -> SparseProbs:
     counts = rows["id_cnt"].to_numpy()
     ids = rows["token_id"].combine_chunks().flatten().to_numpy()
     probs = rows["prob"].combine_chunks().flatten().to_numpy().astype(np.float32)
-    if counts.sum() != len(ids) or len(ids) != len(probs) or (counts < 1).any():
+    lengths = [pc.list_value_length(rows[name]).to_numpy() for name in ("token_id", "prob")]
+    if any((counts != length).any() for length in lengths) or (counts < 1).any():
         raise InputError(f"{arrow}: id_cnt does not fit the lengths of token_id and prob")
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
-        raise InputError(f"{arrow}: token id {ids.max()} is outside the vocabulary of {vocab_size}")
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise InputError(f"{arrow}: token id {wrong} is outside the vocabulary of {vocab_size}")
     owner = np.repeat(np.arange(len(counts)), counts)
     sums = np.bincount(owner, weights=probs, minlength=len(counts))
-    normalised = torch.from_numpy((probs / sums[owner]).astype(np.float32))
+    bad = ~(np.isfinite(sums) & (sums > 0)) | (np.bincount(owner, weights=probs < 0, minlength=len(counts)) > 0)
+    if bad.any():
+        raise InputError(f"{arrow}: prob holds no distribution at position {start + int(bad.argmax())}")
+    order = np.lexsort((-probs, owner))  # likeliest first
+    normalised = (probs / sums[owner]).astype(np.float32)[order]
     return SparseProbs(
-        torch.from_numpy(counts.copy()).long(), torch.from_numpy(ids.copy()), normalised, torch.zeros(len(counts))
+        torch.from_numpy(counts.copy()).long(),
+        torch.from_numpy(ids[order]),
+        torch.from_numpy(normalised),
+        torch.zeros(len(counts)),
     )
 
 

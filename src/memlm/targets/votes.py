@@ -95,10 +95,10 @@ def search_neighbors(
     split = datastore.corpus.split("train")
     distances = np.full((len(queries), k), np.inf, np.float32)
     ids = np.full((len(queries), k), -1, np.int64)
-    rows, fetch = np.arange(len(queries)), k + (own is not None)
+    rows, fetch, thorough = np.arange(len(queries)), k + (own is not None), False
     while len(rows):
         fetch = min(fetch, datastore.n_entries)
-        found_distances, found = datastore.index.search(queries[rows], fetch)
+        found_distances, found = datastore.index.search(queries[rows], fetch, thorough=thorough)
         full = found[:, -1] >= 0
         if own is not None:
             excluded = found == own[rows, None]
@@ -109,10 +109,12 @@ def search_neighbors(
             found_distances = np.where(excluded, np.inf, found_distances)
             found = np.where(excluded, -1, found)
         order = np.argsort(found_distances, axis=1, kind="stable")[:, :k]
-        ids[rows] = np.take_along_axis(found, order, 1)
-        distances[rows] = np.take_along_axis(found_distances, order, 1)
+        ids[rows, : order.shape[1]] = np.take_along_axis(found, order, 1)
+        distances[rows, : order.shape[1]] = np.take_along_axis(found_distances, order, 1)
         short = ~np.isfinite(distances[rows, -1]) & full & (fetch < datastore.n_entries)
         rows, fetch = rows[short], fetch * 2
+        if not len(rows) and not thorough:  # an approximate index may have looked only where nothing is left
+            rows, fetch, thorough = np.flatnonzero(~np.isfinite(distances[:, 0])), k + (own is not None), True
     if not np.isfinite(distances[:, 0]).all():
         raise InputError(f"{datastore.folder}: a position has no neighbour left once its own document is excluded")
     return distances, ids
