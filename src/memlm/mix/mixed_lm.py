@@ -223,7 +223,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self, batch_size: int, base_cache: Cache | None = None) -> MixedCache:
         """An empty cache for `forward`; a dynamic one for the base unless another is given."""
-        base_cache = base_cache or DynamicCache(config=self.base.config.get_text_config(decoder=True))
+        if base_cache is None:
+            base_cache = DynamicCache(config=self.base.config.get_text_config(decoder=True))
         return MixedCache(base_cache, {name: m.new_cache(batch_size) for name, m in self.named_memories().items()})
 
     def _prepare_cache_for_generation(
@@ -234,15 +235,13 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-            return
-        own: dict[str, Any] = {}
+        given = model_kwargs.get("past_key_values") is not None
+        own: dict[str, Any] = model_kwargs if given else {}
         cast(Any, self.base)._prepare_cache_for_generation(
             generation_config, own, generation_mode, batch_size, max_cache_length
         )
+        if given or generation_config.use_cache is False:
+            return
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
 
