@@ -214,6 +214,21 @@ def test_outputs_as_a_tuple() -> None:
         assert torch.equal(model(some_tokens(1, 4), return_dict=False)[0], model(some_tokens(1, 4)).logits)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_and_attentions_of_the_base_are_given(family: str) -> None:
+    model = mixed(family=family)
+    model.base.set_attn_implementation("eager")  # others keep no attentions
+    options = {"output_hidden_states": True, "output_attentions": True}
+    with torch.no_grad():
+        found, expected = model(some_tokens(1, 5), **options), model.base(some_tokens(1, 5), **options)
+    assert found.hidden_states
+    assert found.attentions
+    for mine, theirs in zip(
+        found.hidden_states + found.attentions, expected.hidden_states + expected.attentions, strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
 def test_another_cache_is_refused() -> None:
     model = mixed()
     with pytest.raises(TypeError, match="past_key_values is a DynamicCache; a mixed model needs its own MixedCache"):

@@ -207,9 +207,10 @@ def test_a_prompt_read_in_chunks_gives_the_same(family: str, chunk: int) -> None
     assert found[1].tolist() == twin(model, prompt[1, 6:], 8)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_static_cache_of_the_base_gives_the_same(beams: int) -> None:
-    model = mixed()
+def test_a_static_cache_of_the_base_gives_the_same(family: str, beams: int) -> None:
+    model = mixed(family=family)
     options = {"max_new_tokens": 10, "num_beams": beams}
     prompt = some_tokens(2, 6)
     found = generate(model, prompt, cache_implementation="static", **options)

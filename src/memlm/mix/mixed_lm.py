@@ -105,7 +105,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         self.memories = nn.ModuleDict(memories)
         self.vocab_size = size
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
-        self._base_arguments = set(inspect.signature(base.forward).parameters)
+        parameters = inspect.signature(base.forward).parameters
+        self._base_arguments = set(parameters)
+        self._base_takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         for part in memories.values():
             part.settings = part.settings.model_copy(update={"vocab_size": size})
             if memory_window is not None:
@@ -182,8 +184,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         keep = slice(None) if isinstance(keep, int) else keep
 
-        inputs = {"attention_mask": attention_mask, "position_ids": position_ids, **kwargs}
+        inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
         inputs = {name: value for name, value in inputs.items() if value is not None and name in self._base_arguments}
+        inputs |= {n: value for n, value in kwargs.items() if n in self._base_arguments or self._base_takes_more}
         if past_key_values is not None:
             inputs["past_key_values"] = past_key_values.base
         if "logits_to_keep" in self._base_arguments:
