@@ -1,0 +1,133 @@
+"""The demo: its documents, its recipe, and the whole of it on a tiny model."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from conftest import sentences
+
+from memlm import demo
+from memlm.recipes import Recipe
+
+
+def test_documents_are_read_without_importing_the_packages() -> None:
+    """A fresh interpreter, in which only the demo's own imports are allowed to have happened."""
+    code = (
+        "import sys\n"
+        "from itertools import islice\n"
+        "from memlm import demo\n"
+        "before = set(sys.modules)\n"
+        "texts = list(islice(demo.docstrings(), 12))\n"
+        "print(len(texts), sorted(set(sys.modules) - before))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, _, modules = found.stdout.strip().partition(" ")
+    assert count == "12"
+    assert not re.search(r"'(torch|transformers)", modules), modules
+
+
+def test_documents_hold_a_modules_name_signatures_and_documentation() -> None:
+    texts = list(islice(demo.docstrings(), 40))
+    assert len(set(texts)) == len(texts) == 40
+    for text in texts:
+        name, blank, _ = text.split("\n", 2)
+        assert re.fullmatch(r"transformers(\.\w+)*", name)
+        assert blank == ""
+        assert demo._SHORTEST <= len(text) <= demo._LONGEST
+    assert any("\ndef " in text and "(self" in text for text in texts)
+
+
+def test_a_module_becomes_its_documented_definitions(tmp_path: Path) -> None:
+    long = "What it does, at length. " * 20
+    (tmp_path / "m.py").write_text(
+        f'"""{long}"""\n\n\nclass Box:\n    """Holds things."""\n\n    def put(self, thing: int = 3) -> None:\n'
+        '        """Put one in."""\n\n    def bare(self): ...\n'
+    )
+    text = demo._module_text("pack.m", tmp_path / "m.py")
+    assert text.startswith("pack.m\n\nWhat it does, at length.")
+    assert "class Box\nHolds things." in text
+    assert "def put(self, thing: int=3)\nPut one in." in text
+    assert "bare" not in text
+    (tmp_path / "broken.py").write_text("def (")
+    assert demo._module_text("pack.broken", tmp_path / "broken.py") == ""
+
+
+def test_the_recipe_of_the_demo_parses() -> None:
+    recipe = Recipe(demo.demo_recipe("docs.jsonl", 100_000))
+    assert recipe.configs["corpus"].max_tokens == 100_000
+    assert recipe.configs["corpus"].near_duplicate_ngram > 0
+    assert recipe.places["train"]["init"] == demo.MODEL
+
+
+@pytest.fixture(scope="module")
+def walked(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Folder, report and text of a demo on random documents of up to 360 words."""
+    folder = tmp_path_factory.mktemp("demo")
+
+    def docstrings() -> Iterator[str]:
+        parts = iter(sentences(480, seed=7))
+        while chunk := list(islice(parts, 6)):
+            yield " ".join(chunk)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMLM_HOME", str(folder / "home"))
+        patch.setattr(demo, "MODEL", model_folder)
+        patch.setattr(demo, "fetch", lambda name: Path(name))
+        patch.setattr(demo, "docstrings", docstrings)
+        said: list[str] = []
+        report, text = demo.run_demo(folder / "out", train_tokens=4000, say=said.append)
+        assert any("reading documentation strings" in line for line in said)
+        shutil.rmtree(folder / "home" / "scores")
+        patch.setattr(demo, "docstrings", lambda: pytest.fail("documents are read once"))
+        again, text_again = demo.run_demo(folder / "out", train_tokens=4000, say=said.append)
+        assert (again, text_again) == (report, text)
+        yield folder / "out", report, text
+
+
+def test_the_demo_ends_with_a_table(walked: tuple[Path, dict[str, Any], str]) -> None:
+    _, report, text = walked
+    for row in ("base alone", "memory alone", "mixture, weight"):
+        assert len(re.findall(rf"^{row}.* \d+\.\d\d +\d+\.\d\d to \d+\.\d\d$", text, re.MULTILINE)) == 1
+    assert f"{report['tokens']:,} test tokens" in text
+    assert "mix_weight chosen on validation" in text
+    assert f"{report['base']['perplexity']:.2f} with the base alone" in text
+
+
+def test_the_demo_shows_three_passages_with_lifted_and_sunk_tokens(walked: tuple[Path, dict[str, Any], str]) -> None:
+    text = walked[2]
+    gains = re.findall(r"^\[(helped most|typical|helped least)\] ([+-]\d+\.\d\d) nats a token", text, re.MULTILINE)
+    assert [title for title, _ in gains] == ["helped most", "typical", "helped least"]
+    values = [float(gain) for _, gain in gains]
+    assert values == sorted(values, reverse=True)
+    change = r"'.*?' \d+\.\d% -> \d+\.\d%"
+    assert len(re.findall(rf"^    lifted: {change}(, .*)?$", text, re.MULTILINE)) == 3
+    assert len(re.findall(rf"^    sank: {change}(, .*)?$", text, re.MULTILINE)) == 3
+    assert text.count("    | ") >= 3
+
+
+def test_the_demo_leaves_a_plot_and_a_command_that_fits(
+    walked: tuple[Path, dict[str, Any], str], model_folder: str
+) -> None:
+    out, report, text = walked
+    (plot,) = re.findall(r"^plot: (.*)$", text, re.MULTILINE)
+    assert matplotlib.image.imread(plot).std() > 0.01
+    (command,) = re.findall(r"^  (memlm generate .*)$", text, re.MULTILINE)
+    assert f"--base {model_folder} --memory {out / 'memory'}" in command
+    assert json.loads((out / "evaluation-memory" / "report.json").read_text())["base"] == report["base"]
+
+
+def test_the_demos_report_has_the_keys_the_command_line_promises(walked: tuple[Path, dict[str, Any], str]) -> None:
+    report = walked[1]
+    for name in ("base", "memory", "mixture"):
+        low, high = report[name]["interval"]
+        assert low <= report[name]["perplexity"] <= high
+    assert 0 <= report["mixture"]["mix_weight"] <= 1
+    assert report["tokens"] > 0
