@@ -106,7 +106,7 @@ def test_a_fresh_model_depends_on_the_seed_alone_and_leaves_the_generator() -> N
     assert len(block_list(first)[1]) == 2
     torch.testing.assert_close(logits(first), logits(second), rtol=0, atol=0)
     assert not torch.equal(logits(first), logits(other))
-    with pytest.raises(ConfigError, match="layers = 9: .* has 3"):
+    with pytest.raises(ConfigError, match=r"layers = 9: .* has 3"):
         fresh_model(family_config("llama"), 9, 0)
 
 

@@ -125,10 +125,10 @@ def test_votes_for_one_token_add_up() -> None:
 
 
 def test_huge_distances_and_tiny_temperatures_do_not_overflow() -> None:
-    distances = np.array([[1e30, 1e30, 3e38], [5e7, 5e7 + 4, 9e7]], np.float32)
-    votes = votes_of(distances, np.array([[0, 1, 2], [0, 1, 2]]), 1e-3)
-    assert votes.counts.tolist() == [2, 1]
-    np.testing.assert_allclose(dense(votes)[:, :2], [[0.5, 0.5], [1.0, 0.0]], rtol=1e-6)
+    distances = np.array([[1e30, 1e30, 3e38], [5e7, 5e7 + 4, 9e7], [3e38, 3e38, np.inf]], np.float32)
+    votes = votes_of(distances, np.array([[0, 1, 2]] * 3), 1e-3)
+    assert votes.counts.tolist() == [2, 1, 2]
+    np.testing.assert_allclose(dense(votes)[:, :2], [[0.5, 0.5], [1.0, 0.0], [0.5, 0.5]], rtol=1e-6)
 
 
 def test_what_float16_cannot_hold_is_lost_and_counted() -> None:
