@@ -280,6 +280,13 @@ def test_a_base_or_memory_that_is_not_there_is_named(model_folder: str, memory_f
 
 
 @pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", ["v1.0", "law/eu", "..", ""])
+def test_a_name_that_is_no_folder_name_is_refused(model_folder: str, memory_folder: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=r"memory name .*: use letters"):
+        MixedLM.from_pretrained(model_folder, memory={name: memory_folder}, mix_weight={name: 0.5})
+
+
+@pytest.mark.usefixtures("no_weights")
 def test_another_stage_as_memory_is_refused(model_folder: str, corpus_folder: Path) -> None:
     with pytest.raises(ArtifactError, match="is a corpus folder, expected memory"):
         MixedLM.from_pretrained(model_folder, memory=corpus_folder, mix_weight=0.5)

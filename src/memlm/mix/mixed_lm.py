@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self, cast
@@ -87,6 +88,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """
         _check_window(memory_window)
         given = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+        _check_names(given)
         # shallow copies share weights; vocabulary and window are this mixture's own, so mixtures can share a memory
         memories = {name: copy.copy(part) for name, part in given.items()}
         sizes = [base.config.get_text_config().vocab_size, *(m.vocab_size for m in memories.values())]
@@ -287,6 +289,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             base_kwargs.setdefault("revision", saved.base_revision)
         sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
         memory_kwargs = dict(memory_kwargs or {})
+        _check_names(sources)
         _check_window(memory_window)
         settings = {name: _settings_of(source, memory_kwargs) for name, source in sources.items()}
         settle_weights({name: found.mix_weight if found else None for name, found in settings.items()}, mix_weight)
@@ -376,6 +379,12 @@ def _settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> Memo
     return (
         source.settings if isinstance(source, Memory) else read_settings(source, revision=memory_kwargs.get("revision"))
     )
+
+
+def _check_names(memories: Mapping[str, object]) -> None:
+    for name in memories:
+        if not re.fullmatch(r"[\w-]+", name):  # names a module, and a folder where the mixture is saved
+            raise ConfigError(f"memory name {name!r}: use letters, digits, '_' and '-' only")
 
 
 def _check_window(memory_window: int | None) -> None:
