@@ -138,16 +138,20 @@ class _SparseCrossEntropy(torch.autograd.Function):
                 span = slice(edges[number], edges[number + 1])
                 target_at = places[owner[span] - start] + target_ids[span].long()
                 flat = logits.view(-1)
-                normaliser = torch.logsumexp(logits, 1)  # (C,)
-                to_labels = (normaliser - flat[label_at]).sum()
-                to_targets = (normaliser.sum() - (q[span] * flat[target_at]).sum()) if kl_weight > 0 else 0.0
+                at_labels, at_targets = flat[label_at].sum(), (q[span] * flat[target_at]).sum()
+                wanted = want_hidden or want_weight or want_bias
+                slope = 1 - (logits / softcap) ** 2 if softcap is not None and wanted else None
+                peak = logits.amax(1, keepdim=True)
+                total = logits.sub_(peak).exp_().sum(1, keepdim=True)  # in place: `logits` now holds exponentials
+                normaliser = (total.log() + peak).sum()
+                to_labels = normaliser - at_labels
+                to_targets = normaliser - at_targets if kl_weight > 0 else 0.0
                 soft += kl_weight * to_targets + (1 - kl_weight) * to_labels
                 label_score += to_labels
                 target_score += to_targets
-                if not (want_hidden or want_weight or want_bias):
+                if not wanted:
                     continue
-                slope = None if softcap is None else 1 - (logits / softcap) ** 2
-                grad = logits.sub_(normaliser[:, None]).exp_()  # (C, V) softmax
+                grad = logits.div_(total)  # (C, V) softmax
                 grad_flat = grad.view(-1)
                 grad_flat.index_add_(0, label_at, torch.full_like(label_at, kl_weight - 1, dtype=grad.dtype))
                 if kl_weight > 0:
