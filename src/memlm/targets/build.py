@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 
@@ -152,9 +151,10 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path) -
 
 def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: int) -> SparseProbs:
     counts = rows["id_cnt"].to_numpy()
-    ids = rows["token_id"].combine_chunks().flatten().to_numpy()
-    probs = rows["prob"].combine_chunks().flatten().to_numpy().astype(np.float32)
-    lengths = [pc.list_value_length(rows[name]).to_numpy() for name in ("token_id", "prob")]
+    token_ids, token_probs = rows["token_id"].combine_chunks(), rows["prob"].combine_chunks()
+    ids = token_ids.flatten().to_numpy()
+    probs = token_probs.flatten().to_numpy().astype(np.float32)
+    lengths = [np.diff(lists.offsets.to_numpy()) for lists in (token_ids, token_probs)]
     if any((counts != length).any() for length in lengths) or (counts < 1).any():
         raise InputError(f"{arrow}: id_cnt does not fit the lengths of token_id and prob")
     if len(ids) and (ids.min() < 0 or ids.max() >= vocab_size):
