@@ -28,7 +28,7 @@ types: .venv/ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: .venv/ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .

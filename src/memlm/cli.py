@@ -133,6 +133,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.showwarning = lambda message, *_, **__: _say(f"memlm: warning: {message}")
     with contextlib.suppress(ImportError):
         import datasets
 

@@ -47,6 +47,7 @@ def build_datastore(
         ModelError: The teacher cannot be loaded, or its tap is not found.
     """
     config = config or DatastoreConfig()
+    parse_dtype(config.dtype)
     source = Corpus(corpus)
     check_vocabulary(source, teacher)
     with open_stage(
