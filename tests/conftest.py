@@ -12,10 +12,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-WORDS = (
-    "the memory reads a corpus and votes on every next token while the frozen base keeps its weights so nothing is "
-    "lost doctors say that asthma makes breathing hard and inhalers help patients agree to terms of this contract hereby"
-).split()
+WORDS = [
+    *"the memory reads a corpus and votes on every next token while the frozen base keeps its weights".split(),
+    *"so nothing is lost doctors say that asthma makes breathing hard and inhalers help patients agree".split(),
+    *"to terms of this contract hereby".split(),
+]
 
 
 def sentences(count: int, seed: int) -> list[str]:

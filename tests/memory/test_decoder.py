@@ -13,6 +13,7 @@ from reference_lm import dense_distillation_loss, dense_targets, window_start, w
 from tiny_families import family_model
 from torch import Tensor
 
+from memlm.errors import ConfigError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
 
@@ -194,3 +195,11 @@ def test_rows_shorter_than_the_window_still_use_their_cache() -> None:
             warnings.simplefilter("ignore")
             memory.step(token, cache=kept)
     assert read == [1] * 16 + [9], "one token at a time, and half of the window again where it jumps"
+
+
+def test_a_window_cannot_be_longer_than_the_positions_it_has() -> None:
+    memory = MemoryDecoder(family_model("gpt2", VOCAB))
+    memory.set_window(20)
+    assert memory.window == 20
+    with pytest.raises(ConfigError, match="memory_window = 25: the memory has positions for 24 tokens"):
+        memory.set_window(25)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from memlm.corpus.blocks import IGNORE
+from memlm.errors import ConfigError
 from memlm.memory.loss import DistillationLoss, distillation_loss
 from memlm.memory.protocol import Memory, MemoryCache, MemorySettings
 from memlm.models.heads import find_head, label_log_probs
@@ -137,6 +138,12 @@ class MemoryDecoder(Memory):
 
     def new_cache(self, batch_size: int) -> DecoderCache:
         return DecoderCache(batch_size, self.decoder.device)
+
+    def set_window(self, tokens: int) -> None:
+        longest = getattr(self.decoder.config.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and tokens > longest:
+            raise ConfigError(f"memory_window = {tokens}: the memory has positions for {longest} tokens")
+        self.window = tokens
 
     def window_starts(self, places: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """First token that is visible to the token at each place, both counted without padding."""

@@ -72,6 +72,13 @@ class Memory(nn.Module, ABC):
     def vocab_size(self) -> int:
         return self.settings.vocab_size
 
+    def set_window(self, tokens: int) -> None:
+        """Let the memory look back so many tokens; memories without a window ignore it.
+
+        Raises:
+            ConfigError: It cannot look back that far.
+        """
+
     @property
     def context_length(self) -> int | None:
         return self.settings.context_length

@@ -113,7 +113,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         for part in memories.values():
             part.settings = part.settings.model_copy(update={"vocab_size": size})
             if memory_window is not None:
-                part.window = memory_window  # type: ignore[assignment]
+                part.set_window(memory_window)
         self.set_mix_weight(mix_weight)
         self.requires_grad_(False).eval()
 

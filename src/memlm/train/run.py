@@ -109,8 +109,7 @@ def train_memory(
         memory.save_pretrained(stage.path)
         rows.tokenizer.save_pretrained(stage.path)
         stage.save_text(CARD_FILE, memory_card(memory.settings, facts, stage.sources, config.model_dump()))
-        stage.remove("checkpoints")
-        return stage.finish(facts)
+        return stage.finish(facts, intermediate=("checkpoints",))
 
 
 def _check(rows: TrainingData, init: str, config: TrainConfig) -> None:
