@@ -516,7 +516,7 @@ def _shorten(value: Any) -> str:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("memlm-demo"),
-    train_tokens: Annotated[int, typer.Option(min=2000, help="Training tokens; time grows with them.")] = 100_000,
+    train_tokens: Annotated[int, typer.Option(min=2000, help="Training tokens; time grows with them.")] = 60_000,
     as_json: Json = False,
 ) -> None:
     """Walk the whole road in some minutes on two CPU cores: from documentation strings to a table of what was gained.

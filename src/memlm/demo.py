@@ -61,13 +61,14 @@ def demo_recipe(documents: str, train_tokens: int) -> dict[str, dict[str, Any]]:
             "documents": [documents],
             "tokenizer": MODEL,
             "block_size": 256,
+            "stride": 192,
             "max_tokens": train_tokens,
             "near_duplicate_ngram": 24,
             "near_duplicate_overlap": 0.1,
         },
         "datastore": {"teacher": MODEL},
         "targets": {"k": 256, "target_temperature": 4.0},
-        "train": {"init": MODEL, "epochs": 1, "learning_rate": 2e-4, "batch_size": 8},
+        "train": {"init": MODEL, "epochs": 1, "learning_rate": 1e-4, "batch_size": 4},
     }
 
 
