@@ -20,9 +20,9 @@ from memlm.recipes import run_recipe
 
 PACKAGES = ("transformers", "torch")
 MODEL = "smollm2"
-_LONGEST = 6000  # characters of one module, so that no module fills the corpus
+_LONGEST = 2000  # characters of one module, so that no module fills the corpus
 _SHORTEST = 300
-_SHARE = 0.2  # of all modules, chosen by the hash of their names: parsing all takes a minute and is not needed
+_SHARE = 0.3  # of all modules, chosen by the hash of their names: parsing all takes a minute and is not needed
 _PASSAGE_TOKENS = 48
 
 
@@ -63,6 +63,8 @@ def demo_recipe(documents: str, train_tokens: int) -> dict[str, dict[str, Any]]:
             "block_size": 256,
             "stride": 192,
             "max_tokens": train_tokens,
+            "max_validation_tokens": train_tokens // 8,
+            "max_test_tokens": train_tokens // 6,
             "near_duplicate_ngram": 24,
             "near_duplicate_overlap": 0.1,
         },
@@ -149,7 +151,8 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
             f"[{title}] {means[document]:+.2f} nats a token in this document",
             _indented(str(tokenizer.decode(labels[window]))),
         ]
-        order = window[np.argsort(-gain[window])]
+        change = np.exp(mixed[window]) - np.exp(base.label[window])  # of the probability of the token that came
+        order = window[np.argsort(-change)]
         for word, chosen in (("lifted", order[:4]), ("sank", order[::-1][:3])):
             moved = [
                 f"{tokenizer.decode(labels[p])!r} {np.exp(base.label[p]):.1%} -> {np.exp(mixed[p]):.1%}" for p in chosen

@@ -1,6 +1,7 @@
 """Models that come as files inside Python packages, for machines that reach no model hub."""
 
 import contextlib
+import io
 import shutil
 import subprocess
 import sys
@@ -99,10 +100,8 @@ def _convert(folder: Path, target: Path) -> None:
     """Expand `model.gguf` into a bfloat16 checkpoint; transformers reads GGUF but does not save what it read."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    try:
+    with contextlib.redirect_stderr(io.StringIO()):  # transformers' bars, one of which no setting turns off
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
         quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
         settings = quantized.config.to_dict()
@@ -113,5 +112,3 @@ def _convert(folder: Path, target: Path) -> None:
         model.generation_config = quantized.generation_config
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
-    finally:
-        logging.enable_progress_bar()
