@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from reference import brute_neighbors, dense_votes
 
 from memlm.corpus.blocks import Split
+from memlm.datastore.build import Datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import ExactIndex, Index, IVFFlatIndex, Keys
 from memlm.errors import InputError
@@ -149,17 +150,19 @@ def test_a_target_mass_of_one_keeps_every_token_that_float16_can_hold() -> None:
     assert int(votes.counts) == k
 
 
-def datastore(keys: np.ndarray, lengths: list[int], index: Index | None = None) -> SimpleNamespace:
+def datastore(keys: np.ndarray, lengths: list[int], index: Index | None = None) -> Datastore:
     """What `search_neighbors` needs of a datastore whose documents predict as many tokens as `lengths` says."""
     offsets = np.cumsum([0, *[n + 1 for n in lengths]]).astype(np.int64)
     split = Split(np.zeros(offsets[-1], np.int32), offsets, block_size=8, step=4, cross_documents=False)
     assert split.n_positions == len(keys)
-    return SimpleNamespace(
+    store = object.__new__(Datastore)  # a real one is read from a folder
+    store.__dict__.update(
         corpus=SimpleNamespace(split=lambda name: split),
         index=index or ExactIndex(Keys([keys])),
         n_entries=len(keys),
         folder="d",
     )
+    return store
 
 
 class Scripted(Index):

@@ -56,7 +56,7 @@ def build_datastore(
         config=config.model_dump(),
         inputs={"corpus": source.manifest.hash, "teacher": model_identity(teacher)},
         tokenizer=source.manifest.tokenizer,
-        sources={"corpus": str(corpus), "teacher": teacher},
+        sources={**source.manifest.sources, "corpus": str(corpus), "teacher": teacher},
     ) as stage:
         if stage.finished:
             return read_manifest(out, "datastore")
