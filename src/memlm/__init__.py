@@ -34,7 +34,20 @@ _HOMES = {
     "build_targets": "targets.build",
     "train_memory": "train.run",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "Corpus",
+    "Datastore",
+    "MemoryDecoder",
+    "MixedLM",
+    "__version__",
+    "build_corpus",
+    "build_datastore",
+    "build_targets",
+    "evaluate_perplexity",
+    "load_memory",
+    "push_to_hub",
+    "train_memory",
+]
 
 
 def __getattr__(name: str) -> Any:

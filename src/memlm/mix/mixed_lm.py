@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from jaxtyping import Int
@@ -249,6 +249,10 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             return
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
+
+    if TYPE_CHECKING:  # GenerationMixin binds it to a protocol that type checkers do not find fulfilled
+
+        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
 
     # --- loading and saving -------------------------------------------------------------------------------------
 
