@@ -183,7 +183,10 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     if curve["perplexities"]:
         axes.plot(curve["mix_weights"], curve["perplexities"], color="#1f5fa8")
-        axes.set_yscale("log")
+        if max(curve["perplexities"]) > 5 * min(curve["perplexities"]):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
     weight = report["mixture"]["mix_weight"]
     axes.axvline(weight, color="#b0413e", linestyle="--", linewidth=1)
     axes.annotate(
