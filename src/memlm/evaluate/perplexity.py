@@ -178,6 +178,7 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     curve = report["validation"]
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
@@ -186,7 +187,8 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
         if max(curve["perplexities"]) > 5 * min(curve["perplexities"]):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter("{x:g}")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
     weight = report["mixture"]["mix_weight"]
     axes.axvline(weight, color="#b0413e", linestyle="--", linewidth=1)
     axes.annotate(
