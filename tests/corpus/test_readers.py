@@ -175,3 +175,9 @@ def test_the_digest_of_sources_changes_with_their_bytes_and_names_alone(tmp_path
     assert source_digest([str(tmp_path / "b" / "x.txt")]) == first
     (tmp_path / "b" / "x.txt").write_text("else")
     assert source_digest([str(tmp_path / "b" / "x.txt")]) != first
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbffirst")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "second"}\n')
+    assert read(tmp_path / "a.txt", tmp_path / "b.jsonl") == ["first", "second"]

@@ -103,7 +103,8 @@ def _read_file(path: Path, config: CorpusConfig) -> Iterator[Any]:
 
 def _decoded(stream: IO[bytes], path: Path, config: CorpusConfig) -> Iterator[str]:
     try:
-        text = io.TextIOWrapper(stream, encoding=config.encoding, newline=None)
+        encoding = "utf-8-sig" if config.encoding.lower() in ("utf-8", "utf8") else config.encoding  # drops a mark
+        text = io.TextIOWrapper(stream, encoding=encoding, newline=None)
     except LookupError:
         raise InputError(f"encoding {config.encoding!r} is unknown") from None
     try:
