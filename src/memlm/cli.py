@@ -127,8 +127,10 @@ def _quiet() -> None:
     """Leave stderr to our own bars and errors."""
     import warnings
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # it tells of every retry; what failed in the end is our own error
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
