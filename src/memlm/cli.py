@@ -38,6 +38,15 @@ app.add_typer(evaluate_app, name="evaluate")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Model = "path, hub id, or a packaged name such as smollm2"
+Base = Annotated[str, typer.Option(help=f"Frozen base: {Model}.")]
+MemoryFolder = Annotated[str, typer.Option(help="Memory folder or hub id.")]
+MixWeight = Annotated[
+    float | None, typer.Option(help="Weight of the memory in [0, 1]; default what it was validated with.")
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
 
 # --- options from settings ----------------------------------------------------------------------------------------
@@ -308,7 +317,7 @@ def _memory_line(facts: dict[str, Any]) -> str:
 @with_settings(EvaluateConfig)
 def perplexity(
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")],
-    base: Annotated[str, typer.Option(help=f"Frozen base: {Model}.")],
+    base: Base,
     memory: Annotated[str, typer.Option(help="Memory folder or hub id; any causal LM of the same tokenizer will do.")],
     config: EvaluateConfig,
     out: Annotated[
@@ -333,17 +342,15 @@ def perplexity(
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
-    base: Annotated[str, typer.Option(help=f"Frozen base: {Model}.")],
-    memory: Annotated[str, typer.Option(help="Memory folder or hub id.")],
-    mix_weight: Annotated[
-        float | None, typer.Option(help="Weight of the memory in [0, 1]; default what it was validated with.")
-    ] = None,
+    base: Base,
+    memory: MemoryFolder,
+    mix_weight: MixWeight = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 40,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")] = False,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Generate text with a base and a memory.
@@ -399,16 +406,14 @@ def _generate(
 
 @app.command()
 def chat(
-    base: Annotated[str, typer.Option(help=f"Frozen base: {Model}.")],
-    memory: Annotated[str, typer.Option(help="Memory folder or hub id.")],
-    mix_weight: Annotated[
-        float | None, typer.Option(help="Weight of the memory in [0, 1]; default what it was validated with.")
-    ] = None,
+    base: Base,
+    memory: MemoryFolder,
+    mix_weight: MixWeight = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 200,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")] = 0.9,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")] = "auto",
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
 ) -> None:
     """Talk to a base and a memory. `/weight 0.3` changes mix_weight, `/clear` starts anew, an empty line ends.
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from memlm.artifacts import Manifest, load_array, read_manifest
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ArtifactError
-from memlm.models.tokenizers import load_tokenizer
+from memlm.models.tokenizers import check_reads, load_tokenizer
 
 SPLITS = ("train", "validation", "test")
 IGNORE = -100  # transformers' mark for a token that is not predicted
@@ -156,6 +156,10 @@ class Corpus:
     def vocab_size(self) -> int:
         """Ids the tokenizer can give are below it."""
         return int(self.manifest.facts["vocab_size"])
+
+    def check_read_by(self, model: str) -> None:
+        """Nothing, where `model` can read this corpus's token ids; `check_reads` says what is raised otherwise."""
+        check_reads(model, self.tokenizer, self.vocab_size, data=f"corpus {self.folder}", label=f"model {model}")
 
     def split(self, name: str) -> Split:
         """One of `SPLITS`.

@@ -13,17 +13,14 @@ from memlm.artifacts import Manifest, Stage, load_array, open_stage, read_manife
 from memlm.corpus.blocks import Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys, tune_nprobe
-from memlm.errors import ArtifactError, InputError, ModelError
+from memlm.errors import ArtifactError, ModelError
 from memlm.models.loading import (
     default_device,
     load_causal_lm,
-    load_config,
     model_identity,
     parse_dtype,
-    resolve,
 )
 from memlm.models.taps import TapReader, find_tap, get_module
-from memlm.models.tokenizers import check_same, load_tokenizer
 from memlm.progress import progress_bar
 
 _CORPUS_PAYLOAD = "corpus"
@@ -49,7 +46,7 @@ def build_datastore(
     config = config or DatastoreConfig()
     parse_dtype(config.dtype)
     source = Corpus(corpus)
-    check_vocabulary(source, teacher)
+    source.check_read_by(teacher)
     with open_stage(
         out,
         "datastore",
@@ -77,26 +74,6 @@ def build_datastore(
             **_save_index(stage, keys, config),
         }
         return stage.finish(facts, intermediate=("tap.txt", *(() if config.keep_keys else ("keys",))))
-
-
-def check_vocabulary(corpus: Corpus, model: str) -> None:
-    """Nothing, where `model` can read the corpus's token ids; looks at configs only, before weights are loaded.
-
-    Raises:
-        TokenizerMismatchError: The model comes with another tokenizer.
-        InputError: The model has no tokenizer, and too small a vocabulary.
-    """
-    try:
-        tokenizer = load_tokenizer(resolve(model))
-    except ModelError:
-        tokenizer = None
-    if tokenizer is not None:
-        check_same(corpus.tokenizer, tokenizer, f"corpus {corpus.folder}", f"model {model}")
-    size = load_config(model).get_text_config().vocab_size
-    if size < corpus.vocab_size:
-        raise InputError(
-            f"corpus {corpus.folder} has token ids up to {corpus.vocab_size - 1}, outside the {size} of model {model}"
-        )
 
 
 def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig) -> str:

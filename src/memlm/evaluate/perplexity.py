@@ -8,7 +8,6 @@ from numpy.typing import NDArray
 
 from memlm.artifacts import check_output, open_stage, stage_identity, write_json
 from memlm.corpus.blocks import Corpus
-from memlm.datastore.build import check_vocabulary
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.scores import score_corpus
@@ -51,7 +50,7 @@ def evaluate_perplexity(
         raise InputError(f"corpus {corpus} has no test tokens; build it with a larger --test-fraction")
     if config.mix_weight is None and not splits["validation"]["positions"]:
         raise InputError(f"corpus {corpus} has no validation tokens to choose mix_weight on; give --mix-weight")
-    check_vocabulary(source, base)
+    source.check_read_by(base)
     check_memory(source, memory)
     if out is not None:
         check_output(out, stage_identity("evaluation", **_identity(source, base, memory, config)))
@@ -100,7 +99,7 @@ def check_memory(corpus: Corpus, memory: str) -> None:
     """
     settings = read_settings(memory)
     if settings is None or settings.tokenizer != corpus.manifest.tokenizer:
-        check_vocabulary(corpus, memory)
+        corpus.check_read_by(memory)
     elif load_config(memory).get_text_config().vocab_size < corpus.vocab_size:
         raise ConfigError(
             f"memory {memory} has fewer output rows than the {corpus.vocab_size} token ids of {corpus.folder}"

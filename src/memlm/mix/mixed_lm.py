@@ -19,7 +19,6 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -31,7 +30,7 @@ from memlm.memory.protocol import Memory, MemorySettings
 from memlm.mix.cache import MixedCache
 from memlm.mix.mixture import check_weights, mix_log_probs
 from memlm.models.loading import load_causal_lm, load_config, resolve
-from memlm.models.tokenizers import check_same, fingerprint, load_tokenizer, vocabulary_size
+from memlm.models.tokenizers import check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 
 MemorySource = str | Path | Memory
 
@@ -436,13 +435,13 @@ def check_tokenizers(
     """
     options, memory_options = _where_from(base_kwargs), _where_from(memory_kwargs)
     load_config(base, **options)
-    ours = _tokenizer_of(base, **options)
+    ours = find_tokenizer(base, **options)
     for name, source in memories.items():
         settings = _settings_of(source, memory_options)
         if ours is None or (settings is not None and settings.tokenizer == fingerprint(ours)):
             continue
         label = name if isinstance(source, Memory) else str(source)
-        theirs = None if isinstance(source, Memory) else _tokenizer_of(str(source), **memory_options)
+        theirs = None if isinstance(source, Memory) else find_tokenizer(str(source), **memory_options)
         if theirs is not None:
             check_same(ours, theirs, f"base {base}", f"memory {label}")
         elif settings is not None and settings.tokenizer is not None:
@@ -452,13 +451,6 @@ def check_tokenizers(
 
 def _where_from(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in (kwargs or {}).items() if name in ("revision", "trust_remote_code")}
-
-
-def _tokenizer_of(source: str, **options: Any) -> PreTrainedTokenizerBase | None:
-    try:
-        return load_tokenizer(resolve(source), **options)
-    except ModelError:
-        return None
 
 
 AutoConfig.register(MixedLMConfig.model_type, MixedLMConfig)

@@ -5,7 +5,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memlm.artifacts import digest
-from memlm.errors import ModelError, TokenizerMismatchError
+from memlm.errors import InputError, ModelError, TokenizerMismatchError
+from memlm.models.loading import load_config, resolve
 
 _PROBE = (
     "Hello, world!  Two  spaces\n\n\tand a tab. don't I'LL we've 1234567890 3.14 1,000 naïve Ünïcödé "
@@ -26,6 +27,37 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason})") from None
+
+
+def find_tokenizer(model: str, **options: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with a model (path, hub id or packaged name); None where it comes with none."""
+    try:
+        return load_tokenizer(resolve(model), **options)
+    except ModelError:
+        return None
+
+
+def check_reads(model: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, data: str, label: str) -> None:
+    """Nothing, where `model` can read token ids of `tokenizer`; looks at configs only, before weights are loaded.
+
+    Args:
+        model: Path, hub id or packaged name. One without a tokenizer will do if its vocabulary is large enough.
+        tokenizer: What made the token ids.
+        vocab_size: The ids are below it.
+        data: What an error calls the folder of the token ids.
+        label: What an error calls the model.
+
+    Raises:
+        TokenizerMismatchError: The model comes with another tokenizer.
+        InputError: Its vocabulary is too small.
+        ModelError: It cannot be reached.
+    """
+    size = load_config(model).get_text_config().vocab_size
+    own = find_tokenizer(model)
+    if own is not None:
+        check_same(tokenizer, own, data, label)
+    if size < vocab_size:
+        raise InputError(f"{data} has token ids up to {vocab_size - 1}, outside the {size} of {label}")
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -18,7 +18,7 @@ from memlm.corpus.blocks import IGNORE, Block, Corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ArtifactError, ConfigError
 from memlm.mix.scoring import Blocks
-from memlm.models.tokenizers import load_tokenizer
+from memlm.models.tokenizers import check_reads, load_tokenizer
 
 
 class TrainingData:
@@ -62,6 +62,10 @@ class TrainingData:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(str(self.folder / "tokenizer"))
+
+    def check_read_by(self, model: str, role: str) -> None:
+        """Nothing, where `model`, called `role` in an error, can read these token ids; else as `check_reads`."""
+        check_reads(model, self.tokenizer, self.vocab_size, data=str(self.folder), label=f"{role} {model}")
 
     @cached_property
     def train(self) -> "Rows":

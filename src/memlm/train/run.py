@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from memlm.artifacts import Manifest, open_stage, partial_path, read_manifest
-from memlm.errors import ConfigError, InputError, ModelError
+from memlm.errors import ConfigError
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
@@ -23,9 +23,7 @@ from memlm.models.loading import (
     load_config,
     model_identity,
     parse_dtype,
-    resolve,
 )
-from memlm.models.tokenizers import check_same, load_tokenizer
 from memlm.progress import progress_bar
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData
@@ -55,7 +53,7 @@ def train_memory(
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
     base = base or init
     _check(rows, init, config)
-    _check_vocabulary(rows, base, "base")
+    rows.check_read_by(base, "base")
     device = default_device()
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
@@ -113,7 +111,7 @@ def train_memory(
 
 
 def _check(rows: TrainingData, init: str, config: TrainConfig) -> None:
-    _check_vocabulary(rows, init, "init")
+    rows.check_read_by(init, "init")
     text_config = load_config(init).get_text_config()
     if config.layers is not None:
         chosen_layers(config.layers, text_config.num_hidden_layers)
@@ -121,20 +119,6 @@ def _check(rows: TrainingData, init: str, config: TrainConfig) -> None:
     if longest and rows.corpus_config.block_size > longest:
         raise ConfigError(
             f"block_size = {rows.corpus_config.block_size} of {rows.folder} is above the {longest} of {init}"
-        )
-
-
-def _check_vocabulary(rows: TrainingData, model: str, role: str) -> None:
-    size = load_config(model).get_text_config().vocab_size
-    try:
-        tokenizer = load_tokenizer(resolve(model))
-    except ModelError:
-        tokenizer = None  # a model without tokenizer is fine where its vocabulary is large enough
-    if tokenizer is not None:
-        check_same(rows.tokenizer, tokenizer, str(rows.folder), f"{role} {model}")
-    if size < rows.vocab_size:
-        raise InputError(
-            f"{rows.folder} has token ids up to {rows.vocab_size - 1}, outside the {size} of {role} {model}"
         )
 
 
