@@ -20,7 +20,7 @@ from memlm.models.loading import (
     model_identity,
     parse_dtype,
 )
-from memlm.models.taps import TapReader, find_tap, get_module
+from memlm.models.taps import TapReader, resolve_tap
 from memlm.progress import progress_bar
 
 _CORPUS_PAYLOAD = "corpus"
@@ -100,10 +100,7 @@ def load_teacher(teacher: str, config: DatastoreConfig) -> tuple[PreTrainedModel
     """The teacher on the default device, and the tap in force."""
     device = default_device()
     model = load_causal_lm(teacher, dtype=parse_dtype(config.dtype, device)).to(device)  # type: ignore[arg-type]
-    if config.tap == "auto":
-        return model, find_tap(model)
-    get_module(model, config.tap)
-    return model, config.tap
+    return model, resolve_tap(model, config.tap)
 
 
 def shard_blocks(split: Split, shard_positions: int) -> list[tuple[int, int]]:

@@ -13,7 +13,8 @@ class DatastoreConfig(StageConfig):
     """How a teacher's activations become keys and an index over them."""
 
     tap: str = "auto"
-    """Path of the module whose input is the key, such as model.layers.29.mlp; auto finds the last block's MLP."""
+    """Path of the module whose input is the key, such as model.layers.29.mlp; or a share of the depth, such as 0.7, for
+    that block's MLP; auto finds the last block's."""
     dtype: str = "auto"
     """Precision of the teacher pass: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
     batch_tokens: int = Field(default=4096, ge=1)

@@ -2,15 +2,18 @@
 
 import contextlib
 import difflib
+import re
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from memlm.errors import ModelError
+from memlm.errors import ConfigError, ModelError
 from memlm.models.loading import block_list
 
 
@@ -22,20 +25,45 @@ def _matrices(module: nn.Module) -> int:
     return sum(1 for p in module.parameters() if p.ndim > 1)
 
 
-def find_tap(model: PreTrainedModel) -> str:
-    """Path of the last block's MLP, whose input becomes the key.
+def resolve_tap(model: PreTrainedModel, tap: str) -> str:
+    """The module path that a tap setting stands for.
 
-    A short probe records in which order the last block calls its children. The first that holds weight matrices mixes
+    Args:
+        tap: A module path; a share of the depth in (0, 1] such as `0.7`; or `auto`, the same as `1.0`.
+
+    Raises:
+        ModelError: The module does not exist, or no MLP is found at that depth.
+        ConfigError: A share of the depth outside (0, 1].
+    """
+    if tap == "auto":
+        return find_tap(model)
+    if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tap):
+        get_module(model, tap)
+        return tap
+    depth = float(tap)
+    if not 0 < depth <= 1:
+        raise ConfigError(f"tap = {tap}: a share of the depth must be in (0, 1]")
+    return find_tap(model, depth)
+
+
+def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
+    """Path of a block's MLP, whose input is read; the last block's unless told otherwise.
+
+    A short probe records in which order the block calls its children. The first that holds weight matrices mixes
     tokens (attention); the next is the MLP, or its first projection where the block has no MLP module of its own. No
     table of model names is used.
+
+    Args:
+        depth: Share of the blocks that lie before the tap, its own block included, in (0, 1].
 
     Raises:
         ModelError: The block is not built that way; the message names `--tap`.
 
-    Source: `last_ffn_input` of the released code, found there by a table of three models.
+    Source: `last_ffn_input` of the released code, found there by a table of three models; the depth, MLP Memory, §5.5.
     """
     list_name, blocks = block_list(model)
-    last = blocks[-1]
+    number = max(1, round(depth * len(blocks))) - 1
+    last = blocks[number]
     called: list[str] = []
     handles = [
         child.register_forward_pre_hook(lambda *_, name=name: called.append(name))
@@ -50,7 +78,7 @@ def find_tap(model: PreTrainedModel) -> str:
     children = dict(last.named_children())
     heavy = [name for name in dict.fromkeys(called) if _matrices(children[name])]
     refusal = (
-        f"no MLP was found in the last block of {type(model).__name__} (it calls {', '.join(called) or 'no child'});"
+        f"no MLP was found in block {number} of {type(model).__name__} (it calls {', '.join(called) or 'no child'});"
         " name the module whose input is to be read with --tap"
     )
     if len(heavy) < 2 or _matrices(children[heavy[0]]) < 2:
@@ -60,7 +88,7 @@ def find_tap(model: PreTrainedModel) -> str:
         rows, columns = next(p.shape for p in mlp.parameters() if p.ndim > 1)
         if rows == columns:
             raise ModelError(refusal)
-    return f"{list_name}.{len(blocks) - 1}.{heavy[1]}"
+    return f"{list_name}.{number}.{heavy[1]}"
 
 
 def get_module(model: nn.Module, tap: str) -> nn.Module:
@@ -74,6 +102,51 @@ def get_module(model: nn.Module, tap: str) -> nn.Module:
         near = difflib.get_close_matches(tap, modules, n=3, cutoff=0.4)
         raise ModelError(f"tap {tap!r} does not exist in {type(model).__name__}; nearest: {', '.join(near) or 'none'}")
     return modules[tap]
+
+
+def tap_width(model: PreTrainedModel, tap: str) -> int:
+    """Width of the activations at `tap`: what its first matrix reads, else the model's hidden size.
+
+    Raises:
+        ModelError: There is no such module.
+    """
+    for module in get_module(model, tap).modules():
+        if isinstance(module, nn.Linear):
+            return module.in_features
+        if isinstance(module, Conv1D):
+            return module.nx
+    return model.config.get_text_config().hidden_size
+
+
+def _module_input(args: tuple, kwargs: dict) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
+
+
+@contextlib.contextmanager
+def capture(model: PreTrainedModel, taps: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What goes into each tap during the forward passes of a `with` block; the hooks are gone afterwards.
+
+    Costs nothing but a reference per tap: nothing is copied and no other layer's activations are kept.
+
+    Yields:
+        Tap to `(B, T, D)`, filled in when the model runs.
+
+    Raises:
+        ModelError: A tap does not exist.
+    """
+    found: dict[str, Tensor] = {}
+    handles = []
+    try:
+        for tap in taps:
+
+            def keep(module: nn.Module, args: tuple, kwargs: dict, tap: str = tap) -> None:
+                found[tap] = _module_input(args, kwargs)
+
+            handles.append(get_module(model, tap).register_forward_pre_hook(keep, with_kwargs=True))
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class TapReader:
@@ -96,23 +169,23 @@ class TapReader:
         self._captured = None
 
     def _capture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self._captured = tensors[0].detach()
+        self._captured = _module_input(args, kwargs)
         raise _ForwardStoppedError
 
     @torch.no_grad()
-    def read(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    def read(self, input_ids: Int[Tensor, "B T"], **inputs: Any) -> Float[Tensor, "B T D"]:
         """Activations at the tap.
 
         Args:
             input_ids: Right padding is harmless, for attention is causal; ignore what comes back for it.
+            inputs: Further arguments of the model's body, such as a cache; layers behind the tap never see them.
 
         Raises:
             ModelError: The forward pass never calls the tap.
         """
         self._captured = None
         with contextlib.suppress(_ForwardStoppedError):
-            self.model.base_model(input_ids=input_ids, use_cache=False)
+            self.model.base_model(input_ids=input_ids, **{"use_cache": False, **inputs})
         if self._captured is None:
             raise ModelError(f"the tapped module of {type(self.model).__name__} is never called in a forward pass")
         activations, self._captured = self._captured, None
