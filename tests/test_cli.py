@@ -25,6 +25,7 @@ COMMANDS = [
     ("datastore",),
     ("targets",),
     ("train",),
+    ("adapt",),
     ("evaluate", "perplexity"),
     ("generate",),
     ("chat",),
@@ -193,6 +194,22 @@ def test_each_stage_says_in_words_what_it_made(
     assert (found.code, found.err) == (0, "")
     assert "base alone" in found.out
     assert "1,094 test tokens of 9 documents; mix_weight chosen on validation" in found.out
+
+
+def test_adapt_names_the_command_to_go_on_with(
+    memlm: Callable[..., Result], memory_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    AutoTokenizer.from_pretrained(memory_folder).train_new_from_iterator(["asthma"], 300).save_pretrained(other)
+    command = ("adapt", memory_folder, "--tokenizer", other, "--out", tmp_path / "m2")
+    found = memlm(*command)
+    assert (found.code, found.err) == (0, "")
+    assert f"memlm train TARGETS --init {tmp_path / 'm2'} --base {other} --epochs 0.1 --out" in found.out
+    assert ok(memlm(*command, "--json"))["tokens"]["shared"] > 200
+    assert "not trained since it was given a new tokenizer" in memlm("info", tmp_path / "m2").out
+    found = memlm("adapt", memory_folder, "--tokenizer", memory_folder, "--out", tmp_path / "m3")
+    assert (found.code, len(found.err.splitlines())) == (2, 1)
+    assert "use it as it is" in found.err
 
 
 def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:

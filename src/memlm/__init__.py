@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from memlm.datastore.build import Datastore as Datastore
     from memlm.datastore.build import build_datastore as build_datastore
     from memlm.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
+    from memlm.memory.adapt import adapt_memory as adapt_memory
     from memlm.memory.card import push_to_hub as push_to_hub
     from memlm.memory.decoder import MemoryDecoder as MemoryDecoder
     from memlm.memory.loading import load_memory as load_memory
@@ -27,6 +28,7 @@ _HOMES = {
     "Datastore": "datastore.build",
     "build_datastore": "datastore.build",
     "evaluate_perplexity": "evaluate.perplexity",
+    "adapt_memory": "memory.adapt",
     "push_to_hub": "memory.card",
     "MemoryDecoder": "memory.decoder",
     "load_memory": "memory.loading",
@@ -40,6 +42,7 @@ __all__ = [
     "MemoryDecoder",
     "MixedLM",
     "__version__",
+    "adapt_memory",
     "build_corpus",
     "build_datastore",
     "build_targets",

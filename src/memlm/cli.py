@@ -20,6 +20,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError, MemlmError
 from memlm.evaluate.config import EvaluateConfig
+from memlm.memory.adapt_config import AdaptConfig
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
 
@@ -303,7 +304,8 @@ def train(
 
 
 def _memory_line(facts: dict[str, Any]) -> str:
-    line = f"{facts['parameters']:,} parameters, {facts['steps']:,} steps"
+    line = f"{facts['parameters']:,} parameters"
+    line += f", {facts['steps']:,} steps" if "steps" in facts else ", not trained since it was given a new tokenizer"
     if "validation" in facts:
         best = facts["validation"]["best"]
         line += (
@@ -329,6 +331,35 @@ def perplexity(
 
     Each model scores the text once; the scores are kept in the cache ($MEMLM_HOME/scores), every mixture is computed
     from them.
+@app.command()
+@with_settings(AdaptConfig)
+def adapt(
+    memory: Annotated[str, typer.Argument(metavar="MEMORY", help="Memory folder or hub id; a Memory Decoder.")],
+    tokenizer: Annotated[str, typer.Option(help=f"The other tokenizer: {Model}.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    config: AdaptConfig,
+    as_json: Json = False,
+) -> None:
+    """Carry a memory to bases of another tokenizer: new rows of embeddings and head, the body stays.
+
+    A token that both tokenizers have keeps its rows, any other starts from the mean of its pieces. Then make targets
+    with a teacher of the other tokenizer and train on; a tenth of the original epochs is the paper's measure.
+
+    Example: memlm adapt m/ --tokenizer OTHER --out m2/
+    """
+    _quiet()
+    from memlm.memory.adapt import adapt_memory, tokens_line
+
+    manifest = adapt_memory(memory, tokenizer=tokenizer, out=out, config=config)
+    epochs = f" --epochs {manifest.facts['epochs_ahead']:g}" if "epochs_ahead" in manifest.facts else ""
+    lines = [
+        f"{out}: {manifest.facts['parameters']:,} parameters; tokens {tokens_line(manifest.facts['tokens'])}",
+        f"next: memlm train TARGETS --init {out} --base {tokenizer}{epochs} --out FOLDER",
+        f"  where corpus, datastore and TARGETS are made with {tokenizer}, or a teacher of its tokenizer",
+    ]
+    _print(_summary(out, manifest), as_json, "\n".join(lines))
+
+
 
     Example: memlm evaluate perplexity c/ --base smollm2 --memory m/ --json
     """

@@ -1,0 +1,183 @@
+"""The adapt stage: a Memory Decoder for one tokenizer to the start of one for another."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from memlm.artifacts import Manifest, is_artifact, open_stage, read_manifest
+from memlm.errors import ConfigError
+from memlm.memory.adapt_config import AdaptConfig
+from memlm.memory.card import CARD_FILE
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.loading import load_memory, read_settings
+from memlm.models.loading import model_identity, resolve
+from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
+from memlm.models.vocabularies import Alignment, align_vocabularies
+
+_CARD = """---
+library_name: memlm
+tags:
+- memlm
+- memory-decoder
+---
+
+# A memory on its way to another tokenizer
+
+This is not a language model, and not yet a memory to be used: its rows of embeddings and head are new, and it was not
+trained since. Go on with `memlm train TARGETS --init THIS_FOLDER`, on targets of a teacher with the new tokenizer.
+
+| | |
+|---|---|
+| memory | {memory} |
+| tokenizer | {tokenizer} |
+| parameters | {parameters:,} |
+| tokens | {tokens} |
+"""
+
+
+def adapt_memory(memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None) -> Manifest:
+    """Give a Memory Decoder the vocabulary of another tokenizer, and write it to `out`, to be trained on.
+
+    Its body stays. A token that both vocabularies have keeps its rows, any other gets the mean of its pieces' rows
+    under the old tokenizer. It votes well only after `train_memory(targets, init=out)`, with targets of a teacher of
+    the new tokenizer.
+
+    Args:
+        memory: What `memlm train` wrote, a hub id of one, or any causal LM.
+        tokenizer: The other tokenizer: a model's path, hub id or packaged name.
+        out: Folder to write.
+        config: Default settings if None.
+
+    Raises:
+        ConfigError: It has that tokenizer already, or is no Memory Decoder.
+        ModelError: The memory or the tokenizer cannot be reached.
+        OutputExistsError: `out` holds something else.
+
+    Source: Memory Decoder, cross-vocabulary adaptation (arXiv:2508.09874), which draws all rows at random.
+    """
+    config = config or AdaptConfig()
+    name = str(memory)
+    settings = read_settings(name)
+    if settings is not None and settings.kind != MemoryDecoder.kind:
+        raise ConfigError(
+            f"memory {name} is of kind {settings.kind!r}: only a Memory Decoder can be carried to another tokenizer;"
+            " make this one anew with a model of that tokenizer"
+        )
+    old, new = load_tokenizer(resolve(name)), load_tokenizer(resolve(tokenizer))
+    if fingerprint(old) == fingerprint(new):
+        raise ConfigError(f"memory {name} has the tokenizer of {tokenizer} already; use it as it is")
+    with open_stage(
+        out,
+        "memory",
+        config=config.model_dump(),
+        inputs={"memory": model_identity(name)},
+        tokenizer=fingerprint(new),
+        sources={"memory": name, "tokenizer": tokenizer},
+    ) as stage:
+        if stage.finished:
+            return read_manifest(out, "memory")
+        source = load_memory(name)
+        assert isinstance(source, MemoryDecoder)
+        tokens = replace_vocabulary(source.decoder, old, new, config)
+        changed = {"vocab_size": vocabulary_size(new), "tokenizer": fingerprint(new)}
+        unknown = {"mix_weight": None, "validated_with": None}  # they were chosen with the old tokenizer's base
+        adapted = MemoryDecoder(source.decoder, source.settings.model_copy(update=changed | unknown))
+        facts = {
+            "parameters": sum(p.numel() for p in adapted.parameters()),
+            "tokens": tokens,
+            **_epochs(name, config),
+        }
+        adapted.save_pretrained(stage.path)
+        new.save_pretrained(stage.path)
+        stage.save_text(CARD_FILE, _card(facts, stage.sources))
+        return stage.finish(facts)
+
+
+def tokens_line(tokens: dict[str, int]) -> str:
+    """Where the rows of the new tokens come from, in words."""
+    words = {
+        "shared": "of the same token",
+        "role": "of the token of the same role",
+        "pieces": "the mean of their pieces",
+        "bytes": "the mean of their bytes",
+        "unknown": "the mean of all",
+        "random": "random",
+    }
+    parts = [f"{tokens[name]:,} {text}" for name, text in words.items() if tokens.get(name)]
+    return f"{tokens['total']:,}, their rows: {', '.join(parts)}"
+
+
+def _card(facts: dict[str, Any], sources: dict[str, str]) -> str:
+    return _CARD.format(**sources, parameters=facts["parameters"], tokens=tokens_line(facts["tokens"]))
+
+
+def _epochs(memory: str, config: AdaptConfig) -> dict[str, float]:
+    """How long the memory was trained, and how long training should go on; nothing where that is not known."""
+    folder = resolve(memory)
+    facts = read_manifest(folder).facts if is_artifact(folder) else {}
+    original = facts.get("original_epochs", facts.get("epochs"))
+    return {} if original is None else {"original_epochs": original, "epochs_ahead": round(original * config.budget, 4)}
+
+
+@torch.no_grad()
+def replace_vocabulary(
+    model: PreTrainedModel, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, config: AdaptConfig
+) -> dict[str, int]:
+    """Give `model` rows for the tokens of `new` in place of those of `old`.
+
+    Embeddings and head change, each from its own rows where they are not tied, and the ids of BOS, EOS and padding.
+    Output rows beyond the old tokenizer's ids are padding and are left out of every mean.
+
+    Returns:
+        New tokens, `total` and by where their rows come from.
+    """
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(embeddings.weight, Tensor)
+    assert head is not None  # else it could not be a Memory Decoder
+    size = vocabulary_size(new)
+    if config.rows == "random":
+        std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+        generator = torch.Generator().manual_seed(config.seed)
+        counts = {"random": size}
+
+        def rows(table: Float[Tensor, "V D"]) -> Float[Tensor, "V2 D"]:
+            return (torch.randn(size, table.shape[1], generator=generator) * std).to(table)
+    else:
+        used = min(vocabulary_size(old), len(embeddings.weight))
+        alignment = align_vocabularies(old, new, old_rows=used)
+        counts = alignment.counts
+
+        def rows(table: Float[Tensor, "V D"]) -> Float[Tensor, "V2 D"]:
+            return mean_rows(table[:used], alignment)
+
+    inputs = rows(embeddings.weight)
+    outputs = inputs if head.weight is embeddings.weight else rows(head.weight)  # type: ignore[arg-type]
+    bias: Any = getattr(head, "bias", None)
+    if bias is not None:
+        bias = torch.zeros_like(bias[:1]).expand(size) if config.rows == "random" else rows(bias[:, None])[:, 0]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    model.get_input_embeddings().weight.copy_(inputs)  # type: ignore[operator]
+    head = model.get_output_embeddings()
+    head.weight.copy_(outputs)  # type: ignore[union-attr, operator]
+    if bias is not None:
+        head.bias.copy_(bias)  # type: ignore[union-attr, operator]
+    ids = {f"{role}_token_id": getattr(new, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    for settings in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+        for name, value in ids.items():
+            setattr(settings, name, value)
+    model.generation_config = GenerationConfig(**ids)  # anything else it said of ids was of the old vocabulary
+    return {"total": size, **counts}
+
+
+def mean_rows(table: Float[Tensor, "V D"], alignment: Alignment) -> Float[Tensor, "V2 D"]:
+    """For each new token the mean of its pieces' rows in `table`; of all rows where it has no pieces."""
+    counts = torch.tensor([len(pieces) for pieces in alignment.pieces])
+    ids = torch.tensor([id_ for pieces in alignment.pieces for id_ in pieces])
+    found = embedding_bag(ids, table.float(), counts.cumsum(0) - counts, mode="mean")
+    found[counts == 0] = table.float().mean(0)
+    return found.to(table.dtype)

@@ -1,0 +1,44 @@
+"""Tiny tokenizers beside conftest's byte-level one: sentencepiece's spelling, and the same tokens under other ids."""
+
+import json
+from collections.abc import Iterable
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def sentencepiece_like(texts: Iterable[str], *, vocab_size: int = 400) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as Llama 2 has it: ▁ for spaces, one put in front of a text, and byte tokens as a fallback."""
+    core = Tokenizer(models.BPE())
+    core.normalizer = _normalizer()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 259, show_progress=False)
+    core.train_from_iterator((text[:40] for text in texts), trainer)
+    learnt = json.loads(core.to_str())["model"]
+    tokens = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), *learnt["vocab"]]
+    vocabulary = {token: id_ for id_, token in enumerate(tokens)}
+    merges = [tuple(merge) for merge in learnt["merges"]]
+    core = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = _normalizer()
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+def permuted(tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
+    """The tokenizer with its ids shuffled, and the new id of each old one."""
+    settings = json.loads(tokenizer.backend_tokenizer.to_str())
+    ids = np.random.default_rng(seed).permutation(len(tokenizer))
+    settings["model"]["vocab"] = {token: int(ids[id_]) for token, id_ in settings["model"]["vocab"].items()}
+    for token in settings["added_tokens"]:
+        token["id"] = int(ids[token["id"]])
+    roles = {role: getattr(tokenizer, role) for role in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    core = Tokenizer.from_str(json.dumps(settings))
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{k: v for k, v in roles.items() if v is not None}), ids
