@@ -18,6 +18,8 @@ from transformers.utils import logging
 
 from memlm.artifacts import MANIFEST
 from memlm.cli import app, main
+from memlm.corpus.build import build_corpus
+from memlm.corpus.config import CorpusConfig
 
 COMMANDS = [
     ("fetch",),
@@ -176,6 +178,17 @@ def test_the_road_by_hand(
     assert set(answer) == {"prompt", "text", "mix_weight"}
     assert answer["prompt"] == "What is asthma?"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "d", "documents.txt", "m", "t", "teacher"]
+
+
+def test_extending_says_how_much_was_reused(
+    memlm: Callable[..., Result], corpus_folder: Path, datastore_folder: Path, tmp_path: Path
+) -> None:
+    found = memlm("datastore", corpus_folder, "--extend", datastore_folder, "--out", tmp_path / "d2")
+    assert (found.code, found.err) == (0, "")
+    assert found.out.splitlines()[1] == (
+        f"  5,560 entries (54 documents) from {datastore_folder}, 0 entries (0 documents) read by the teacher;"
+        " 0 entries (0 documents) left out"
+    )
 
 
 def test_each_stage_says_in_words_what_it_made(
@@ -457,6 +470,22 @@ def other_tokenizer(w: World) -> str:
     return str(folder)
 
 
+def extending(w: World, *arguments: Any, corpus: Path | None = None) -> tuple[Any, ...]:
+    return ("datastore", corpus or w.corpus, "--extend", w.datastore, "--out", w.tmp / "out", *arguments)
+
+
+def extended_by_another_teacher(w: World) -> tuple[Any, ...]:
+    folder = shutil.copytree(w.model, w.tmp / "teacher")
+    (folder / "model.safetensors").write_bytes(b"other")
+    return extending(w, "--teacher", folder)
+
+
+def extended_by_other_blocks(w: World) -> tuple[Any, ...]:
+    settings = CorpusConfig(document_separator="\n\n", block_size=24)
+    build_corpus([w.documents], tokenizer=w.model, out=w.tmp / "c2", config=settings)
+    return extending(w, corpus=w.tmp / "c2")
+
+
 def taken_by_a_file(w: World) -> tuple[Any, ...]:
     (w.tmp / "out").write_text("years of work")
     return w.corpus_of(w.documents)
@@ -566,6 +595,13 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
         r"unfinished run of something else \(kind: 'corpus' there",
     ),
     "unreachable teacher": (lambda w: w.datastore_of(w.corpus, "no/such"), "model 'no/such' cannot be loaded; tried: "),
+    "no teacher": (lambda w: ("datastore", w.corpus, "--out", w.tmp / "out"), "teacher is missing: give --teacher, "),
+    "extending by another teacher": (extended_by_another_teacher, "is not the model that made datastore .*; give that"),
+    "extending by other blocks": (extended_by_other_blocks, "c2 has block_size 24, datastore .* 32; make the corpus"),
+    "extending in another precision": (
+        lambda w: extending(w, "--dtype", "bfloat16"),
+        "dtype = 'bfloat16', but datastore .* has keys made with 'float32'; leave out --dtype",
+    ),
     "unreachable memory": (lambda w: w.evaluate(memory="no/such"), "'no/such' cannot be loaded; tried: "),
     "unreachable tokenizer": (
         lambda w: ("corpus", w.documents, "--tokenizer", "no/such", "--out", w.tmp / "out"),

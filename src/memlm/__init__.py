@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from memlm.corpus.blocks import Corpus as Corpus
     from memlm.corpus.build import build_corpus as build_corpus
-    from memlm.datastore.build import Datastore as Datastore
     from memlm.datastore.build import build_datastore as build_datastore
+    from memlm.datastore.store import Datastore as Datastore
     from memlm.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
     from memlm.memory.adapt import adapt_memory as adapt_memory
     from memlm.memory.card import push_to_hub as push_to_hub
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Corpus": "corpus.blocks",
     "build_corpus": "corpus.build",
-    "Datastore": "datastore.build",
+    "Datastore": "datastore.store",
     "build_datastore": "datastore.build",
     "evaluate_perplexity": "evaluate.perplexity",
     "adapt_memory": "memory.adapt",

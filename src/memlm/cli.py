@@ -7,6 +7,7 @@ runs.
 import contextlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -21,7 +22,7 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError, MemlmError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.memory.adapt_config import AdaptConfig
-from memlm.targets.config import TargetsConfig
+from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 
 app = typer.Typer(
@@ -40,9 +41,21 @@ app.add_typer(evaluate_app, name="evaluate")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Model = "path, hub id, or a packaged name such as smollm2"
 Base = Annotated[str, typer.Option(help=f"Frozen base: {Model}.")]
-MemoryFolder = Annotated[str, typer.Option(help="Memory folder or hub id.")]
-MixWeight = Annotated[
-    float | None, typer.Option(help="Weight of the memory in [0, 1]; default what it was validated with.")
+Memories = Annotated[
+    list[str],
+    typer.Option(
+        "--memory",
+        metavar="[NAME=]MEMORY",
+        help="Memory folder or hub id, or a datastore for live retrieval; several by name, such as law=m1/ bio=m2/.",
+    ),
+]
+MixWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mix-weight",
+        metavar="[NAME=]WEIGHT",
+        help="Weight of a memory in [0, 1], by name where there are several; default what it was validated with.",
+    ),
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
@@ -53,8 +66,17 @@ Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")
 # --- options from settings ----------------------------------------------------------------------------------------
 
 
-def with_settings(cls: type[StageConfig], *, leave_out: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """Decorate a command whose last parameter is `config` so that every field of `cls` is an option of it."""
+def with_settings(
+    cls: type[StageConfig], *, leave_out: tuple[str, ...] = (), into: str = "config", optional: bool = False
+) -> Callable[[Callable], Callable]:
+    """Decorate a command so that every field of `cls` is an option of it.
+
+    Args:
+        cls: Settings; a field's docstring is the option's help.
+        leave_out: Fields that are no options.
+        into: The command's parameter that gets the settings.
+        optional: Give None where no option was given, instead of the defaults.
+    """
 
     def decorate(command: Callable) -> Callable:
         fields = {name: field for name, field in cls.model_fields.items() if name not in leave_out}
@@ -63,9 +85,9 @@ def with_settings(cls: type[StageConfig], *, leave_out: tuple[str, ...] = ()) ->
         def run(**values: Any) -> None:
             given = {name: values.pop(name) for name in fields}
             settings = {name: _from_text(name, value) for name, value in given.items() if value is not None}
-            command(**values, config=cls.parse(settings))
+            command(**values, **{into: cls.parse(settings) if settings or not optional else None})
 
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != "config"]
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
         options = [
             inspect.Parameter(
                 name,
@@ -215,9 +237,14 @@ def corpus(
 @with_settings(DatastoreConfig)
 def datastore(
     corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")],
-    teacher: Annotated[str, typer.Option(help=f"Model whose activations become keys: {Model}.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     config: DatastoreConfig,
+    teacher: Annotated[
+        str | None, typer.Option(help=f"Model whose activations become keys: {Model}. Default with --extend: its own.")
+    ] = None,
+    extend: Annotated[
+        str | None, typer.Option(metavar="DATASTORE", help="Datastore whose documents need not be read again.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a teacher over the training split; keep a key and the next token of every position, and an index over them.
@@ -225,18 +252,29 @@ def datastore(
     A key is the input of the last block's MLP. The head is never computed. An interrupted run goes on at its first
     missing shard.
 
+    With --extend the corpus holds old and new documents together, and only the new ones are read. Settings not given
+    are those of that datastore. An approximate index keeps its training unless another --nlist, --code-bytes or --seed
+    is given; its recall is measured again.
+
     Example: memlm datastore c/ --teacher smollm2 --out d/
+
+    Example: memlm datastore c2/ --extend d/ --out d2/
     """
     _quiet()
     from memlm.datastore.build import build_datastore
 
-    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config)
+    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config, extend=extend)
     facts = manifest.facts
     text = (
         f"{out}: {facts['entries']:,} entries of width {facts['key_width']} from {facts['tap']};"
         f" {facts['index']['kind']} index,"
         f" recall@{facts['recall']['k']} {facts['recall']['value']:.3f}"
     )
+    if extend is not None:
+        parts = {
+            name: f"{n['entries']:,} entries ({n['documents']:,} documents)" for name, n in facts["extended"].items()
+        }
+        text += f"\n  {parts['reused']} from {extend}, {parts['read']} read by the teacher; {parts['dropped']} left out"
     _print(_summary(out, manifest), as_json, text)
 
 
@@ -280,11 +318,23 @@ def train(
     data: Annotated[
         str, typer.Argument(metavar="TARGETS", help="Folder that memlm targets wrote; a corpus at --kl-weight 0.")
     ],
-    init: Annotated[str, typer.Option(help=f"Start model: {Model}.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     config: TrainConfig,
+    init: Annotated[
+        str | None,
+        typer.Option(help=f"Start model of a decoder: {Model}; or a memory of the kind to go on with."),
+    ] = None,
     base: Annotated[
-        str | None, typer.Option(help=f"Base whose mixture is validated: {Model}. Default: --init.")
+        str | None,
+        typer.Option(help=f"Base whose mixture is validated, and which an mlp reads: {Model}. Default: --init."),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASTORE",
+            help="For an mlp: datastore of that base, whose keys are its activations at the tap; default the base runs"
+            " inside every step.",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -295,11 +345,13 @@ def train(
     checkpoint. Further fields of TrainingArguments can be set in a recipe (train.trainer).
 
     Example: memlm train t/ --init smollm2 --layers 10 --epochs 2 --learning-rate 5e-4 --out m/
+
+    Example: memlm train t/ --kind mlp --base smollm2 --activations d/ --out mlp/
     """
     _quiet()
     from memlm.train.run import train_memory
 
-    manifest = train_memory(data, init=init, base=base, out=out, config=config)
+    manifest = train_memory(data, init=init, base=base, activations=activations, out=out, config=config)
     _print(_summary(out, manifest), as_json, f"{out}: {_memory_line(manifest.facts)}")
 
 
@@ -315,22 +367,6 @@ def _memory_line(facts: dict[str, Any]) -> str:
     return line
 
 
-@evaluate_app.command()
-@with_settings(EvaluateConfig)
-def perplexity(
-    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")],
-    base: Base,
-    memory: Annotated[str, typer.Option(help="Memory folder or hub id; any causal LM of the same tokenizer will do.")],
-    config: EvaluateConfig,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Test perplexity of base, memory and mixture, with intervals; mix_weight is chosen on the validation split.
-
-    Each model scores the text once; the scores are kept in the cache ($MEMLM_HOME/scores), every mixture is computed
-    from them.
 @app.command()
 @with_settings(AdaptConfig)
 def adapt(
@@ -360,22 +396,49 @@ def adapt(
     _print(_summary(out, manifest), as_json, "\n".join(lines))
 
 
+@evaluate_app.command()
+@with_settings(EvaluateConfig)
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
+def perplexity(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")],
+    base: Base,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="Memory folder or hub id, a datastore (live kNN-LM), or any causal LM of the same tokenizer."
+        ),
+    ],
+    config: EvaluateConfig,
+    retrieval: RetrievalConfig | None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Test perplexity of base, memory and mixture, with intervals; mix_weight is chosen on the validation split.
+
+    Each model scores the text once; the scores are kept in the cache ($MEMLM_HOME/scores), every mixture is computed
+    from them.
 
     Example: memlm evaluate perplexity c/ --base smollm2 --memory m/ --json
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory d/ --k 256 --target-temperature 4
     """
     _quiet()
     from memlm.evaluate.perplexity import evaluate_perplexity, report_table
 
-    report = evaluate_perplexity(corpus, base=base, memory=memory, out=out, config=config)
+    report = evaluate_perplexity(corpus, base=base, memory=memory, out=out, config=config, retrieval=retrieval)
     _print(report, as_json, report_table(report))
 
 
 @app.command()
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
-    memory: MemoryFolder,
-    mix_weight: MixWeight = None,
+    memory: Memories,
+    retrieval: RetrievalConfig | None,
+    mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 40,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -384,27 +447,71 @@ def generate(
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Generate text with a base and a memory.
+    """Generate text with a base and one or more memories.
 
     Example: memlm generate "What is asthma?" --base smollm2 --memory m/ --max-new-tokens 40
+
+    Example: memlm generate "The court" --base smollm2 --memory law=m1/ --memory bio=m2/ --mix-weight law=0.3
+    --mix-weight bio=0.4
     """
     _quiet()
-    model, tokenizer = _mixed(base, memory, mix_weight, dtype)
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
     if chat_template:
         prompt = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
     text = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=not as_json)
-    _print({"prompt": prompt, "text": text, "mix_weight": next(iter(model.mix_weights.values()))}, as_json)
+    weights = model.mix_weights
+    shown = next(iter(weights.values())) if list(weights) == [_UNNAMED] else weights
+    _print({"prompt": prompt, "text": text, "mix_weight": shown}, as_json)
 
 
-def _mixed(base: str, memory: str, mix_weight: float | None, dtype: str) -> tuple[Any, Any]:
+_UNNAMED = "memory"
+
+
+def _by_name(values: list[str], option: str) -> dict[str, str]:
+    """`NAME=VALUE` options as a dictionary; a single value without a name is called `memory`."""
+    named = {}
+    for value in values:
+        match = re.fullmatch(r"([\w-]+)=(.*)", value, re.DOTALL)
+        if match is None and len(values) > 1:
+            raise ConfigError(f"{option} {value!r}: with several memories write {option} NAME=VALUE for each")
+        name, value = match.groups() if match is not None else (_UNNAMED, value)
+        if name in named:
+            raise ConfigError(f"{option} names {name!r} twice")
+        named[name] = value
+    return named
+
+
+def _weights_by_name(values: list[str] | None, memories: dict[str, str]) -> dict[str, float] | None:
+    if not values:
+        return None
+    named = _by_name(values, "--mix-weight")
+    if list(named) == [_UNNAMED] and len(memories) == 1:
+        named = dict.fromkeys(memories, named[_UNNAMED])
+    try:
+        return {name: float(weight) for name, weight in named.items()}
+    except ValueError:
+        raise ConfigError(f"--mix-weight {' '.join(values)}: give a number in [0, 1]") from None
+
+
+def _mixed(
+    base: str, memory: list[str], mix_weight: list[str] | None, dtype: str, retrieval: RetrievalConfig | None = None
+) -> tuple[Any, Any]:
+    memories = _by_name(memory, "--memory")
+    weights = _weights_by_name(mix_weight, memories)
     from memlm.mix.mixed_lm import MixedLM
     from memlm.models.loading import default_device, parse_dtype, resolve
     from memlm.models.tokenizers import load_tokenizer
 
     device = default_device()
-    model = MixedLM.from_pretrained(base, memory=memory, mix_weight=mix_weight, dtype=parse_dtype(dtype, device))
+    model = MixedLM.from_pretrained(
+        base,
+        memory=memories,
+        mix_weight=weights,
+        dtype=parse_dtype(dtype, device),
+        memory_kwargs={"retrieval": retrieval},
+    )
     model.to(device)  # type: ignore[arg-type]
     return model, load_tokenizer(resolve(base))
 
@@ -438,15 +545,16 @@ def _generate(
 @app.command()
 def chat(
     base: Base,
-    memory: MemoryFolder,
-    mix_weight: MixWeight = None,
+    memory: Memories,
+    mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 200,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     seed: Seed = 0,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk to a base and a memory. `/weight 0.3` changes mix_weight, `/clear` starts anew, an empty line ends.
+    """Talk to a base and its memories. `/weight 0.3` (`/weight law=0.3 bio=0.1`) changes mix_weight, `/clear` starts
+    anew, an empty line ends.
 
     Example: memlm chat --base smollm2 --memory m/
     """
@@ -454,7 +562,9 @@ def chat(
     model, tokenizer = _mixed(base, memory, mix_weight, dtype)
     if tokenizer.chat_template is None:
         _say("this tokenizer has no chat template; turns are joined as plain text")
-    _say(f"mix_weight {next(iter(model.mix_weights.values())):g}; /weight W, /clear, empty line ends")
+    names = list(model.mix_weights)
+    weights = ", ".join(f"{'' if names == [_UNNAMED] else name + '='}{w:g}" for name, w in model.mix_weights.items())
+    _say(f"mix_weight {weights}; /weight W, /clear, empty line ends")
     turns: list[dict[str, str]] = []
     for line in _lines():
         if line == "/clear":
@@ -462,8 +572,8 @@ def chat(
             continue
         if line.startswith("/weight"):
             try:
-                model.set_mix_weight(float(line.removeprefix("/weight")))
-            except (ValueError, ConfigError) as error:
+                model.set_mix_weight(_weights_by_name(line.removeprefix("/weight").split(), model.mix_weights))
+            except ConfigError as error:
                 _say(f"error: {error}")
             continue
         turns.append({"role": "user", "content": line})

@@ -126,8 +126,8 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     split, tokenizer = corpus.split("test"), corpus.tokenizer
     settings = report["run"]["config"]
     shared = {"dtype": settings["dtype"], "batch_tokens": settings["batch_tokens"]}
-    base: Scores = score_corpus(corpus, report["run"]["base"], as_memory=False, **shared)["test"]
-    memory = score_corpus(corpus, report["run"]["memory"], as_memory=True, **shared)["test"]
+    base: Scores = score_corpus(corpus, report["run"]["base"], beside=None, **shared)["test"]
+    memory = score_corpus(corpus, report["run"]["memory"], beside=report["run"]["base"], **shared)["test"]
     mixed = mixture_label_log_probs(base.label, memory.label, report["mixture"]["mix_weight"])
     gain = mixed - base.label
     counts = np.bincount(base.document)

@@ -12,7 +12,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError
 from memlm.evaluate.config import EvaluateConfig
-from memlm.targets.config import TargetsConfig
+from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 
 SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
@@ -20,11 +20,20 @@ SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "teacher": (TrainConfig, {"init": "start model; the section fine-tunes a teacher, kl_weight is 0"}),
     "datastore": (DatastoreConfig, {"teacher": "model; default the teacher section's"}),
     "targets": (TargetsConfig, {}),
-    "train": (TrainConfig, {"init": "start model", "base": "validated with; default init"}),
+    "train": (
+        TrainConfig,
+        {
+            "init": "start model; an mlp memory needs none",
+            "base": "validated with, and read by an mlp; default init",
+            "activations": "for an mlp: a datastore of the base, `datastore` for the recipe's own; default online",
+        },
+    ),
     "twin": (TrainConfig, {}),
+    "retrieval": (RetrievalConfig, {}),
     "evaluate": (EvaluateConfig, {"base": "model"}),
 }
 """Section name to its settings and what it takes besides."""
+KINDS_THAT_READ_THE_BASE = {"mlp"}
 
 
 class Recipe:
@@ -45,7 +54,7 @@ class Recipe:
             sections.setdefault(name, {})
         if "twin" in sections:  # what the train section says, without targets
             sections["twin"] = {
-                **{k: v for k, v in sections["train"].items() if k not in ("init", "base")},
+                **{k: v for k, v in sections["train"].items() if k not in SECTIONS["train"][1]},
                 "kl_weight": 0,
                 **sections["twin"],
             }
@@ -62,7 +71,8 @@ class Recipe:
             self.places[name] = {key: _place(name, key, values[key]) for key in extra if key in values}
             settings = {key: value for key, value in values.items() if key not in extra}
             self.configs[name] = config.parse(settings, f"{name}.")  # type: ignore[attr-defined]
-        for name, key in (("corpus", "documents"), ("corpus", "tokenizer"), ("train", "init")):
+        needed = "base" if KINDS_THAT_READ_THE_BASE & {self.configs["train"].kind} else "init"
+        for name, key in (("corpus", "documents"), ("corpus", "tokenizer"), ("train", needed)):
             if key not in self.places[name]:
                 raise ConfigError(f"{name}.{key} is missing: {SECTIONS[name][1][key]}")
         if "teacher" not in self.places["datastore"] and "teacher" not in sections:
@@ -100,7 +110,7 @@ def run_recipe(
         say: Told what starts, a line a stage.
 
     Returns:
-        Row name (`memory`, `twin`) to the report of `evaluate_perplexity`.
+        Row name (`memory`, `twin`, `retrieval`) to the report of `evaluate_perplexity`.
     """
     recipe = Recipe({name: dict(values) for name, values in sections.items()})
     from memlm.corpus.build import build_corpus
@@ -118,7 +128,10 @@ def run_recipe(
     documents = places["corpus"]["documents"]
     documents = [data_path(d) for d in ([documents] if isinstance(documents, str) else documents)]
     folder = {name: out / name for name in ("corpus", "teacher", "datastore", "targets", "memory", "twin")}
-    init, base = places["train"]["init"], places["train"].get("base", places["train"]["init"])
+    init, base = places["train"].get("init"), places["train"].get("base") or places["train"]["init"]
+    activations = places["train"].get("activations")
+    activations = folder["datastore"] if activations == "datastore" else activations
+    shared = {"init": init, "base": base, "activations": activations}
 
     def stage(name: str) -> None:
         say(f"{name} -> {folder[name]}")
@@ -134,12 +147,13 @@ def run_recipe(
     stage("targets")
     build_targets(folder["datastore"], out=folder["targets"], config=configs["targets"])
     stage("memory")
-    train_memory(folder["targets"], init=init, base=base, out=folder["memory"], config=configs["train"])
+    train_memory(folder["targets"], out=folder["memory"], config=configs["train"], **shared)
     if "twin" in configs:
         stage("twin")
-        train_memory(folder["targets"], init=init, base=base, out=folder["twin"], config=configs["twin"])
+        train_memory(folder["targets"], out=folder["twin"], config=configs["twin"], **shared)
     reports = {}
-    for row in ("memory", "twin"):
+    folder["retrieval"] = folder["datastore"]
+    for row in ("memory", "twin", "retrieval"):
         if row == "memory" or row in configs:
             say(f"evaluation of {row} -> {out / f'evaluation-{row}'}")
             reports[row] = evaluate_perplexity(
@@ -148,6 +162,7 @@ def run_recipe(
                 memory=str(folder[row]),
                 out=out / f"evaluation-{row}",
                 config=configs.get("evaluate"),
+                retrieval=configs.get("retrieval") if row == "retrieval" else None,
             )
     return reports
 

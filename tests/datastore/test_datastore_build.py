@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.artifacts import Manifest, Stage, read_manifest
 from memlm.corpus.blocks import Corpus
-from memlm.datastore.build import Datastore, build_datastore, shard_blocks
+from memlm.datastore.build import build_datastore, shard_blocks
 from memlm.datastore.config import DatastoreConfig
+from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, TokenizerMismatchError
 
 # float32 activations of order 1, added up in another order, then rounded to float16 (half a step: 2**-11 of the value)

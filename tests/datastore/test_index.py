@@ -13,6 +13,7 @@ from memlm.datastore.index import (
     INDEXES,
     ExactIndex,
     Index,
+    IVFIndex,
     Keys,
     default_nlist,
     measure_recall,
@@ -182,6 +183,42 @@ def test_the_index_is_chosen_by_size_unless_it_is_named() -> None:
 def test_more_lists_than_entries_are_refused() -> None:
     with pytest.raises(ConfigError, match="nlist = 60 is more than the datastore's 50 entries"):
         build("ivf-flat", Keys([clustered(50, 8)]), nlist=60)
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+@pytest.mark.parametrize("added", [0, 150])
+def test_an_extended_index_is_what_its_training_gives_for_the_new_keys(
+    kind: str, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index_module, "_BLOCK", 64)
+    rng = np.random.default_rng(3)
+    before = clustered(300, 8)
+    stays = rng.random(300) < 0.7
+    after = np.concatenate([before[stays], clustered(added, 8, seed=1)])
+    order = rng.permutation(len(after))  # where each of them stands from now on
+    keys = Keys([np.empty_like(after)])
+    keys._shards[0][order] = after
+    new_ids = np.full(300, -1)
+    new_ids[stays] = order[: stays.sum()]
+    settings = DatastoreConfig(nlist=6, code_bytes=4, nprobe=6)
+    index = INDEXES[kind].build(Keys([before]), settings)  # type: ignore[index]
+    index.extend(keys, new_ids, settings)
+    expected = INDEXES[kind].build(Keys([before]), settings)  # type: ignore[index]
+    for each in (index, expected):
+        if isinstance(each, IVFIndex):
+            each.keys = None  # distances of the codes
+    if isinstance(expected, IVFIndex):
+        expected.index.reset()  # the training stays
+        expected.index.add(keys.rows(0, len(keys)))
+    else:
+        expected = ExactIndex(keys)
+    queries = clustered(20, 8, seed=2).astype(np.float32)
+    found, wanted = (each.search(queries, len(keys) + 2) for each in (index, expected))
+    for (distances, ids), (there, its_ids) in zip(zip(*found, strict=True), zip(*wanted, strict=True), strict=True):
+        by_id, by_its_id = np.argsort(ids, kind="stable"), np.argsort(its_ids, kind="stable")
+        assert ids[by_id].tolist() == [-1, -1, *range(len(keys))]
+        # equal codes have equal distances wherever they stand in their list, but for the last bits of vector code
+        np.testing.assert_allclose(distances[by_id], there[by_its_id], rtol=1e-5, atol=1e-5)
 
 
 def test_a_damaged_index_file_is_refused(tmp_path: Path) -> None:

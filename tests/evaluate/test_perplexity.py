@@ -130,12 +130,12 @@ def scripted(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores where the memory hurts on validation text and helps on test text."""
     source = Corpus(corpus)
 
-    def score_corpus(corpus: Corpus, model: str, *, as_memory: bool, **kwargs: Any) -> dict[str, Scores]:
+    def score_corpus(corpus: Corpus, model: str, *, beside: str | None, **kwargs: Any) -> dict[str, Scores]:
         level = {(False, "validation"): -2, (True, "validation"): -4, (False, "test"): -4, (True, "test"): -2}
         scores = {}
         for name in ("validation", "test"):
             split = source.split(name)
-            label = np.full(split.n_positions, level[as_memory, name], np.float32)
+            label = np.full(split.n_positions, level[beside is not None, name], np.float32)
             scores[name] = Scores(
                 label=label,
                 entropy=label,
@@ -287,14 +287,14 @@ def test_scores_of_changed_weights_are_made_anew(
     found = []
     for seed in (0, 1):
         tiny_model(len(tokenizer), seed=seed).save_pretrained(folder)
-        scores = score_corpus(Corpus(corpus_folder), str(folder), as_memory=False, dtype="float32", batch_tokens=4096)
+        scores = score_corpus(Corpus(corpus_folder), str(folder), beside=None, dtype="float32", batch_tokens=4096)
         found.append(scores["test"].label)
     assert not np.allclose(found[0], found[1], atol=0.1)
 
 
 def test_scores_hold_entropy_top1_document_and_label_frequency(corpus_folder: Path, model_folder: str) -> None:
     corpus = Corpus(corpus_folder)
-    scores = score_corpus(corpus, model_folder, as_memory=False, dtype="float32", batch_tokens=4096)
+    scores = score_corpus(corpus, model_folder, beside=None, dtype="float32", batch_tokens=4096)
     assert set(scores) == {"validation", "test"}
     test, split = scores["test"], corpus.split("test")
     assert len(test.label) == len(test.entropy) == len(test.top1) == split.n_positions

@@ -117,7 +117,6 @@ def test_random_rows_have_the_models_spread_and_depend_on_the_seed_alone(
         counts = replace_vocabulary(model, tokenizer, other, AdaptConfig(rows="random", seed=seed))
         assert counts == {"total": len(other), "random": len(other)}
         head = model.get_output_embeddings()
-        assert not head.bias.any()
         return {"in": model.get_input_embeddings().weight.detach(), "out": head.weight.detach()}
 
     first, again, third = rows(0), rows(0), rows(1)

@@ -45,7 +45,7 @@ def shared() -> MemoryDecoder:
 
 def shared_with(window: int) -> MemoryDecoder:
     """One memory for all examples of a property; making one takes longer than an example."""
-    shared().window = window
+    shared().set_window(window)
     return shared()
 
 
@@ -128,7 +128,7 @@ def test_settings_come_from_the_config_where_none_are_given() -> None:
 @given(st.integers(2, 40), st.integers(0, 200))
 def test_the_window_jumps_by_half_of_itself_when_it_is_full(window: int, place: int) -> None:
     memory = shared_with(window)
-    start = int(memory.window_starts(torch.tensor([place]))[0])
+    start = int(memory.reader.window_starts(torch.tensor([place]))[0])
     assert start == window_start(place, window)
     assert 1 <= place - start + 1 <= window
     assert place < window or place - start + 1 > window - window // 2

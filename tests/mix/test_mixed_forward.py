@@ -355,7 +355,7 @@ def test_the_window_can_be_set_for_a_mixture() -> None:
 
 def tiny_memory_with(window: int) -> MemoryDecoder:
     memory = tiny_memory(window=20)
-    memory.window = window
+    memory.set_window(window)
     return memory
 
 

@@ -14,8 +14,9 @@ from memlm.artifacts import Manifest, Stage, read_manifest
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
-from memlm.datastore.build import Datastore, build_datastore
+from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
+from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError
 from memlm.targets import build as build_module
 from memlm.targets.build import build_targets, import_released

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from reference import brute_neighbors, dense_votes
 
 from memlm.corpus.blocks import Split
-from memlm.datastore.build import Datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import ExactIndex, Index, IVFFlatIndex, Keys
+from memlm.datastore.store import Datastore
 from memlm.errors import InputError
 from memlm.targets.votes import SparseProbs, neighbor_votes, search_neighbors
 
@@ -168,7 +168,7 @@ def datastore(keys: np.ndarray, lengths: list[int], index: Index | None = None) 
 class Scripted(Index):
     """Returns one ranking, cut to the length asked for, whatever the query."""
 
-    build = save = load = describe = None  # type: ignore[assignment]
+    build = extend = save = load = describe = None  # type: ignore[assignment]
 
     def __init__(self, distances: list[float], ids: list[int]) -> None:
         self.ranking = np.array([distances], np.float32), np.array([ids], np.int64)

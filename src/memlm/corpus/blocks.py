@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,24 @@ class Block:
     def labels(self) -> NDArray[np.int64]:
         """`(T,)` the token where it is predicted here, `IGNORE` elsewhere."""
         return np.where(self.predicted, self.input_ids, IGNORE).astype(np.int64)
+
+
+class Blocks(Protocol):
+    """Blocks of tokens with labels, such as a `Split`."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens in each block."""
+        ...
+
+    @property
+    def position_starts(self) -> NDArray[np.int64]:
+        """`(blocks + 1,)` the first position of each block, and the number of positions."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Block: ...
 
 
 class Split:
@@ -105,9 +124,13 @@ class Split:
         """`(blocks,)` tokens in each block."""
         return self._windows[:, 1] - self._windows[:, 0]
 
-    @cached_property
+    @property
     def position_starts(self) -> NDArray[np.int64]:
         """`(blocks + 1,)` the first position of each block, and the number of positions."""
+        return self._position_starts
+
+    @cached_property
+    def _position_starts(self) -> NDArray[np.int64]:
         predict_from = self._windows[:, 2]
         firsts = np.searchsorted(self.offsets[:-1], predict_from, side="left")  # document starts before that token
         return np.append(predict_from - firsts, self.n_positions)

@@ -1,7 +1,8 @@
 """The datastore stage: a teacher reads the training split and leaves keys, values and an index."""
 
 import shutil
-from functools import cached_property
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memlm.artifacts import Manifest, Stage, load_array, open_stage, read_manifest
-from memlm.corpus.blocks import Corpus, Split, length_batches
+from memlm.artifacts import Manifest, Stage, open_stage, read_manifest
+from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
-from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys, tune_nprobe
-from memlm.errors import ArtifactError, ModelError
+from memlm.datastore.extend import Extension
+from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
+from memlm.datastore.store import CORPUS_PAYLOAD, open_keys
+from memlm.errors import ConfigError, ModelError
 from memlm.models.loading import (
     default_device,
     load_causal_lm,
@@ -23,46 +26,67 @@ from memlm.models.loading import (
 from memlm.models.taps import TapReader, resolve_tap
 from memlm.progress import progress_bar
 
-_CORPUS_PAYLOAD = "corpus"
-
 
 def build_datastore(
-    corpus: str | Path, *, teacher: str, out: str | Path, config: DatastoreConfig | None = None
+    corpus: str | Path,
+    *,
+    teacher: str | None = None,
+    out: str | Path,
+    config: DatastoreConfig | None = None,
+    extend: str | Path | None = None,
 ) -> Manifest:
     """Run `teacher` over the training split of `corpus` and write keys, values and index to `out`.
 
     The folder holds a copy of the corpus's token files, so it can be used, moved and shared alone.
 
+    With `extend` only the documents that this datastore does not know are read. What comes out is the datastore that
+    the whole corpus would give; an approximate index keeps its training, and its recall is measured again.
+
     Args:
-        corpus: Folder of the corpus stage.
-        teacher: Path, hub id or packaged name of any causal LM with the corpus's tokenizer.
+        corpus: Folder of the corpus stage; with `extend`, of old and new documents together.
+        teacher: Path, hub id or packaged name of any causal LM with the corpus's tokenizer. None: the one that made
+            `extend`.
         out: Folder to write; resumed where an earlier run stopped.
-        config: Default settings if None.
+        config: Default settings if None. With `extend`, settings that were not given are those of that datastore.
+        extend: Folder of the datastore of a smaller corpus.
 
     Raises:
         TokenizerMismatchError: The teacher has another tokenizer than the corpus.
         ModelError: The teacher cannot be loaded, or its tap is not found.
+        ConfigError: Neither `teacher` nor `extend` is given, or a setting contradicts the extended datastore.
+        ArtifactError: The corpus or the teacher does not fit the extended datastore.
+        InputError: The corpus shares no training document with the extended datastore.
     """
-    config = config or DatastoreConfig()
-    parse_dtype(config.dtype)
     source = Corpus(corpus)
+    extension = None if extend is None else Extension(extend, source)
+    config = config or DatastoreConfig()
+    if extension is not None:
+        config, teacher = extension.settings(config), teacher or extension.store.teacher
+    if teacher is None:
+        raise ConfigError("teacher is missing: give --teacher, the model whose activations become keys, or --extend")
+    parse_dtype(config.dtype)
     source.check_read_by(teacher)
+    identity = model_identity(teacher)
+    inputs, sources = {"corpus": source.manifest.hash, "teacher": identity}, {"corpus": str(corpus), "teacher": teacher}
+    if extension is not None:
+        extension.check_teacher(teacher, identity)
+        inputs["extended"], sources["extended"] = extension.store.manifest.hash, str(extend)
     with open_stage(
         out,
         "datastore",
         config=config.model_dump(),
-        inputs={"corpus": source.manifest.hash, "teacher": model_identity(teacher)},
+        inputs=inputs,
         tokenizer=source.manifest.tokenizer,
-        sources={**source.manifest.sources, "corpus": str(corpus), "teacher": teacher},
+        sources={**source.manifest.sources, **sources},
     ) as stage:
         if stage.finished:
             return read_manifest(out, "datastore")
-        if not stage.has(f"{_CORPUS_PAYLOAD}/manifest.json"):
-            stage.remove(_CORPUS_PAYLOAD)
+        if not stage.has(f"{CORPUS_PAYLOAD}/manifest.json"):
+            stage.remove(CORPUS_PAYLOAD)
             shutil.copytree(source.folder, stage.path / ".corpus", dirs_exist_ok=True)
-            (stage.path / ".corpus").rename(stage.path / _CORPUS_PAYLOAD)
+            (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
         split = source.split("train")
-        tap = _save_keys(stage, split, teacher, config)
+        tap = _save_keys(stage, split, teacher, config, extension)
         stage.save_array("values.npy", split.labels())
         keys = open_keys(stage.path)
         facts = {
@@ -71,26 +95,41 @@ def build_datastore(
             "tap": tap,
             "distance": "squared L2",
             "key_dtype": "float16",
-            **_save_index(stage, keys, config),
+            **_save_index(stage, keys, config, extension),
         }
+        if extension is not None:
+            facts["extended"] = extension.facts
         return stage.finish(facts, intermediate=("tap.txt", *(() if config.keep_keys else ("keys",))))
 
 
-def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig) -> str:
+def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig, extension: Extension | None) -> str:
     """Write `keys/NNNNN.npy`, one per run of blocks, and return the tap."""
     shards = shard_blocks(split, config.shard_positions)
     missing = [i for i in range(len(shards)) if not stage.has(f"keys/{i:05d}.npy")]
     if not missing and stage.has("tap.txt"):
         return (stage.path / "tap.txt").read_text().strip()
-    model, tap = load_teacher(teacher, config)
+    to_read = {i: np.arange(*shards[i]) for i in missing}
+    if extension is not None:
+        to_read = {i: blocks[extension.is_new(blocks)] for i, blocks in to_read.items()}
+        config = config.model_copy(update={"tap": extension.tap})
+    if extension is None or any(map(len, to_read.values())):
+        model, tap = load_teacher(teacher, config)
+    else:
+        model, tap = None, extension.tap
     stage.save_text("tap.txt", tap + "\n")
     total = split.n_positions
     done = total - sum(
         int(split.position_starts[b1] - split.position_starts[b0]) for b0, b1 in (shards[i] for i in missing)
     )
-    with progress_bar(total, "teacher pass", initial=done) as bar, TapReader(model, tap) as reader:
+    opened = nullcontext() if model is None else TapReader(model, tap)
+    with progress_bar(total, "teacher pass", initial=done) as bar, opened as reader:
         for i in missing:
-            keys = read_keys(reader, split, *shards[i], batch_tokens=config.batch_tokens)
+            keys = None
+            if reader is not None and len(to_read[i]):
+                keys = read_keys(reader, split, to_read[i], batch_tokens=config.batch_tokens)
+            if extension is not None:
+                keys = extension.complete(keys, *split.position_starts[list(shards[i])])
+            assert keys is not None  # without an extension every block is read
             stage.save_array(f"keys/{i:05d}.npy", keys)
             bar.update(len(keys))
     return tap
@@ -114,37 +153,46 @@ def shard_blocks(split: Split, shard_positions: int) -> list[tuple[int, int]]:
     return shards
 
 
-def read_keys(reader: TapReader, split: Split, first: int, end: int, *, batch_tokens: int) -> NDArray[np.float16]:
-    """Keys of all positions that blocks `first` to `end` predict, in the order of positions.
+def read_keys(
+    reader: TapReader, split: Blocks, blocks: Sequence[int] | NDArray[np.int64], *, batch_tokens: int
+) -> NDArray[np.float16]:
+    """Keys of all positions that these blocks predict, block after block.
+
+    Args:
+        blocks: Which blocks, at least one.
 
     Raises:
         ModelError: An activation does not fit float16.
     """
-    base = int(split.position_starts[first])
+    numbers = np.asarray(blocks)
+    starts = np.append(0, np.cumsum(np.diff(split.position_starts)[numbers]))
     out: NDArray[np.float16] | None = None
     device = reader.model.device
-    for batch in length_batches(split.lengths[first:end], batch_tokens):
-        blocks = [split[first + int(i)] for i in batch]
-        longest = max(len(b.input_ids) for b in blocks)
-        padded = np.stack([np.pad(b.input_ids, (0, longest - len(b.input_ids))) for b in blocks])
+    for batch in length_batches(split.lengths[numbers], batch_tokens):
+        read = [split[int(numbers[i])] for i in batch]
+        longest = max(len(b.input_ids) for b in read)
+        padded = np.stack([np.pad(b.input_ids, (0, longest - len(b.input_ids))) for b in read])
         activations = reader.read(torch.from_numpy(padded).long().to(device))
-        for row, block in zip(activations, blocks, strict=True):
+        for row, i, block in zip(activations, batch, read, strict=True):
             before = torch.from_numpy(np.flatnonzero(block.predicted) - 1).to(device)
             keys = row[before].half().cpu().numpy()
             if not np.isfinite(keys).all():
                 raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
             if out is None:
-                out = np.empty((int(split.position_starts[end]) - base, keys.shape[1]), np.float16)
-            out[block.first_position - base : block.first_position - base + len(keys)] = keys
-    assert out is not None  # shards hold at least one block, blocks at least one position
+                out = np.empty((int(starts[-1]), keys.shape[1]), np.float16)
+            out[starts[i] : starts[i] + len(keys)] = keys
+    assert out is not None  # there is at least one block, and blocks have at least one position
     return out
 
 
-def _save_index(stage: Stage, keys: Keys, config: DatastoreConfig) -> dict:
+def _save_index(stage: Stage, keys: Keys, config: DatastoreConfig, extension: Extension | None) -> dict:
     kind = config.index_kind(len(keys))
     if stage.has(INDEX_FILE):
         stage.remove(INDEX_FILE)  # training restarts whole
-    index = INDEXES[kind].build(keys, config)
+    if extension is not None and extension.fits_index(kind, config):
+        index = extension.index(keys, config)
+    else:
+        index = INDEXES[kind].build(keys, config)
     if not config.keep_keys and hasattr(index, "keys"):
         index.keys = None  # type: ignore[attr-defined]
     recall = tune_nprobe(index, keys, config)
@@ -152,48 +200,3 @@ def _save_index(stage: Stage, keys: Keys, config: DatastoreConfig) -> dict:
         with stage.writing(INDEX_FILE) as temporary:
             index.save(temporary)
     return {"index": index.describe(), "recall": {"k": min(config.recall_k, len(keys) - 1), "value": round(recall, 4)}}
-
-
-def open_keys(folder: Path) -> Keys:
-    """The keys in a datastore folder."""
-    shards = [load_array(p, mapped=True) for p in sorted((folder / "keys").glob("*.npy"))]
-    if not shards or any(s.ndim != 2 or s.dtype != np.float16 or s.shape[1] != shards[0].shape[1] for s in shards):
-        raise ArtifactError(f"{folder}/keys holds no float16 shards of one width; rebuild the datastore")
-    return Keys(shards)
-
-
-class Datastore:
-    """A datastore folder, opened."""
-
-    def __init__(self, folder: str | Path) -> None:
-        """
-        Raises:
-            ArtifactError: The folder is no complete datastore.
-        """
-        self.folder = Path(folder)
-        self.manifest = read_manifest(folder, "datastore")
-        self.config = DatastoreConfig.parse(self.manifest.config, "datastore.")
-        self.corpus = Corpus(self.folder / _CORPUS_PAYLOAD)
-        if self.corpus.manifest.hash != self.manifest.inputs["corpus"]:
-            raise ArtifactError(f"{folder} was made from another corpus than the one it holds; rebuild it")
-        self.n_entries = int(self.manifest.facts["entries"])
-
-    @property
-    def teacher(self) -> str:
-        """Where the teacher was found."""
-        return self.manifest.sources["teacher"]
-
-    @cached_property
-    def keys(self) -> Keys | None:
-        """The kept keys; None where only codes were kept."""
-        return open_keys(self.folder) if self.config.keep_keys else None
-
-    @cached_property
-    def values(self) -> NDArray[np.int32]:
-        """`(N,)` the token that came next, per entry."""
-        return load_array(self.folder / "values.npy", mapped=True)
-
-    @cached_property
-    def index(self) -> Index:
-        settings = self.manifest.facts["index"]
-        return INDEXES[settings["kind"]].load(self.folder, self.keys, settings)

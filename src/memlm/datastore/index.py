@@ -32,10 +32,10 @@ class Keys:
         """Keys `start` to `stop`, widened to float32."""
         return self.gather(np.arange(start, min(stop, len(self))))
 
-    def gather(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The keys with these ids, `(*ids.shape, D)` float32."""
+    def gather(self, ids: NDArray[np.int64], dtype: type[np.floating] = np.float32) -> NDArray[Any]:
+        """The keys with these ids, `(*ids.shape, D)`."""
         flat = ids.reshape(-1)
-        out = np.empty((len(flat), self.shape[1]), np.float32)
+        out = np.empty((len(flat), self.shape[1]), dtype)
         shard_of = np.searchsorted(self._starts, flat, side="right") - 1
         for shard in np.unique(shard_of):
             here = shard_of == shard
@@ -57,6 +57,17 @@ class Index(ABC):
         """An index over `keys`."""
 
     @abstractmethod
+    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+        """Go over to `keys`, whose training an approximate index does without.
+
+        Args:
+            keys: Those of the entries that stay and of further ones.
+            new_ids: `(entries so far,)` what each entry is called from now on; -1 where it goes. An entry of `keys`
+                that is not among them is new.
+            config: Settings of the search, as for `build`; what a training decides stays as it is.
+        """
+
+    @abstractmethod
     def save(self, path: Path) -> None:
         """Write what `load` needs beside the keys; nothing where the keys are enough."""
 
@@ -64,6 +75,14 @@ class Index(ABC):
     @abstractmethod
     def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
         """The index in a datastore folder; `settings` is what `describe` gave."""
+
+    def set_nprobe(self, nprobe: int) -> None:
+        """Search so many inverted lists.
+
+        Raises:
+            ConfigError: The index has none.
+        """
+        raise ConfigError(f"nprobe = {nprobe}: an index of kind {self.describe()['kind']} has no lists to choose from")
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -104,6 +123,9 @@ class ExactIndex(Index):
     @classmethod
     def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
         return cls(keys)
+
+    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+        self.keys = keys
 
     def save(self, path: Path) -> None:
         pass
@@ -162,6 +184,22 @@ class IVFIndex(Index):
         index.nprobe = min(config.nprobe or 8, nlist)
         return cls(index, keys, config.rerank_factor)
 
+    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+        index: Any = self.index  # its stubs do not know what the Python wrappers add
+        index.remove_ids(faiss.IDSelectorBitmap(np.packbits(new_ids < 0, bitorder="little")))  # type: ignore[call-arg]
+        for number in range(index.nlist):
+            if size := index.invlists.list_size(number):
+                ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)  # the list's own memory
+                ids[:] = new_ids[ids]
+        is_new = np.ones(len(keys), bool)
+        is_new[new_ids[new_ids >= 0]] = False
+        added = np.flatnonzero(is_new)
+        for start in range(0, len(added), _BLOCK):
+            ids = added[start : start + _BLOCK]
+            index.add_with_ids(keys.gather(ids), ids)
+        index.nprobe = min(config.nprobe or 8, index.nlist)
+        self.keys, self.rerank_factor = keys, config.rerank_factor
+
     def save(self, path: Path) -> None:
         faiss.write_index(self.index, str(path))
 
@@ -173,6 +211,9 @@ class IVFIndex(Index):
             raise ArtifactError(f"{folder / INDEX_FILE} cannot be read: {str(error).splitlines()[0][:120]}") from None
         index.nprobe = settings["nprobe"]
         return cls(index, keys, settings["rerank_factor"])
+
+    def set_nprobe(self, nprobe: int) -> None:
+        self.index.nprobe = min(nprobe, self.index.nlist)
 
     def describe(self) -> dict[str, Any]:
         return {"nlist": self.index.nlist, "nprobe": self.index.nprobe, "rerank_factor": self.rerank_factor}

@@ -8,18 +8,26 @@ from numpy.typing import NDArray
 
 from memlm.artifacts import check_output, open_stage, stage_identity, write_json
 from memlm.corpus.blocks import Corpus
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.scores import score_corpus
 from memlm.memory.loading import read_settings
 from memlm.mix.scoring import GRID, best_mix_weight, mixture_label_log_probs, perplexity_curve
-from memlm.models.loading import load_config, model_identity
+from memlm.models.loading import model_identity
+from memlm.models.tokenizers import ADVICE
+from memlm.targets.config import RetrievalConfig
 
 _FREQUENCY_EDGES = (0, 1, 10, 100, 1000)
 
 
 def evaluate_perplexity(
-    corpus: str | Path, *, base: str, memory: str, out: str | Path | None = None, config: EvaluateConfig | None = None
+    corpus: str | Path,
+    *,
+    base: str,
+    memory: str,
+    out: str | Path | None = None,
+    config: EvaluateConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
 ) -> dict[str, Any]:
     """Test perplexity of base, memory alone and their mixture.
 
@@ -29,14 +37,16 @@ def evaluate_perplexity(
     Args:
         corpus: Folder of the corpus stage.
         base: Path, hub id or packaged name.
-        memory: Folder or hub id of a memory, or any causal LM of the same tokenizer.
+        memory: Folder or hub id of a memory, a datastore (live kNN-LM), or any causal LM of the same tokenizer.
         out: Folder for `report.json` and a plot; none is written if None.
         config: Default settings if None.
+        retrieval: How a datastore is searched; the defaults if None.
 
     Returns:
         `base`, `memory` and `mixture`, each with `perplexity` and `interval` (95%, documents resampled); `mixture` has
         `mix_weight` too. Further `tokens`, `ratio` (mixture over base, paired), `validation` (the curve that the weight
-        was chosen on), `by_label_frequency`, and what was run.
+        was chosen on), `by_label_frequency`, and what was run. An infinite perplexity, as a retriever
+        has alone, is None.
 
     Raises:
         InputError: The corpus has no test tokens, or no validation tokens to choose the weight on.
@@ -53,10 +63,10 @@ def evaluate_perplexity(
     source.check_read_by(base)
     check_memory(source, memory)
     if out is not None:
-        check_output(out, stage_identity("evaluation", **_identity(source, base, memory, config)))
+        check_output(out, stage_identity("evaluation", **_identity(source, base, memory, config, retrieval)))
     shared: dict[str, Any] = {"dtype": config.dtype, "batch_tokens": config.batch_tokens}
-    base_scores = score_corpus(source, base, as_memory=False, **shared)
-    memory_scores = score_corpus(source, memory, as_memory=True, **shared)
+    base_scores = score_corpus(source, base, beside=None, **shared)
+    memory_scores = score_corpus(source, memory, beside=base, retrieval=retrieval, **shared)
 
     weight, curve = config.mix_weight, None
     if "validation" in base_scores:
@@ -81,11 +91,13 @@ def evaluate_perplexity(
     report["validation"] = {
         "tokens": splits["validation"]["positions"],
         "mix_weights": GRID.round(4).tolist(),
-        "perplexities": None if curve is None else curve.round(4).tolist(),
+        "perplexities": None if curve is None else [_finite(value) for value in curve],
     }
     report["run"] = {"corpus": str(corpus), "base": base, "memory": memory, "config": config.model_dump()}
+    if retrieval is not None:
+        report["run"]["retrieval"] = retrieval.model_dump()
     if out is not None:
-        _write(out, report, source, base, memory, config)
+        _write(out, report, source, base, memory, config, retrieval)
     return report
 
 
@@ -98,9 +110,11 @@ def check_memory(corpus: Corpus, memory: str) -> None:
         ModelError: It cannot be reached.
     """
     settings = read_settings(memory)
-    if settings is None or settings.tokenizer != corpus.manifest.tokenizer:
+    if settings is None or (settings.tokenizer != corpus.manifest.tokenizer and settings.kind == "decoder"):
         corpus.check_read_by(memory)
-    elif load_config(memory).get_text_config().vocab_size < corpus.vocab_size:
+    elif settings.tokenizer != corpus.manifest.tokenizer:
+        raise TokenizerMismatchError(f"corpus {corpus.folder} and memory {memory} have different tokenizers; {ADVICE}")
+    elif settings.vocab_size < corpus.vocab_size:
         raise ConfigError(
             f"memory {memory} has fewer output rows than the {corpus.vocab_size} token ids of {corpus.folder}"
         )
@@ -118,17 +132,20 @@ class DocumentSums:
 
     def _means(self, log_probs: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         sums = np.bincount(self._document, weights=-log_probs)
+        if not np.isfinite(sums).all():
+            return np.inf, np.full(len(self._draws), np.inf)
         drawn = self._draws @ self._counts
         return float(sums.sum() / self._counts.sum()), (self._draws @ sums) / np.maximum(drawn, 1)
 
     @staticmethod
     def _interval(values: NDArray[np.float64]) -> list[float] | None:
-        return np.quantile(values, [0.025, 0.975]).round(4).tolist() if len(values) else None
+        there = len(values) and np.isfinite(values).all()
+        return np.quantile(values, [0.025, 0.975]).round(4).tolist() if there else None
 
     def perplexity(self, log_probs: NDArray[np.float64]) -> dict[str, Any]:
         """Perplexity and its 95% interval."""
         mean, drawn = self._means(log_probs)
-        return {"perplexity": round(float(np.exp(mean)), 4), "interval": self._interval(np.exp(drawn))}
+        return {"perplexity": _finite(np.exp(mean)), "interval": self._interval(np.exp(drawn))}
 
     def ratio(self, above: NDArray[np.float64], below: NDArray[np.float64]) -> dict[str, Any]:
         """Perplexity of `above` over that of `below`, and its 95% interval."""
@@ -146,23 +163,36 @@ def by_label_frequency(label_count: NDArray[np.int64], parts: dict[str, NDArray[
         here = (label_count >= low) & (label_count < (high if high is not None else np.inf))
         if here.any():
             row: dict[str, Any] = {"from": low, "below": high, "tokens": int(here.sum())}
-            rows.append(row | {name: round(float(np.exp(-values[here].mean())), 4) for name, values in parts.items()})
+            rows.append(row | {name: _finite(np.exp(-values[here].mean())) for name, values in parts.items()})
     return rows
 
 
-def _identity(corpus: Corpus, base: str, memory: str, config: EvaluateConfig) -> dict[str, Any]:
+def _finite(perplexity: float) -> float | None:
+    """Rounded for a report; None for infinity, which JSON has not."""
+    return round(float(perplexity), 4) if np.isfinite(perplexity) else None
+
+
+def _identity(
+    corpus: Corpus, base: str, memory: str, config: EvaluateConfig, retrieval: RetrievalConfig | None
+) -> dict[str, Any]:
     return {
-        "config": config.model_dump(),
+        "config": config.model_dump() | ({"retrieval": retrieval.model_dump()} if retrieval is not None else {}),
         "inputs": {"corpus": corpus.manifest.hash, "base": model_identity(base), "memory": model_identity(memory)},
         "tokenizer": corpus.manifest.tokenizer,
     }
 
 
 def _write(
-    out: str | Path, report: dict[str, Any], corpus: Corpus, base: str, memory: str, config: EvaluateConfig
+    out: str | Path,
+    report: dict[str, Any],
+    corpus: Corpus,
+    base: str,
+    memory: str,
+    config: EvaluateConfig,
+    retrieval: RetrievalConfig | None,
 ) -> None:
     sources = {"corpus": str(corpus.folder), "base": base, "memory": memory}
-    with open_stage(out, "evaluation", **_identity(corpus, base, memory, config), sources=sources) as stage:
+    with open_stage(out, "evaluation", **_identity(corpus, base, memory, config, retrieval), sources=sources) as stage:
         if stage.finished:
             return
         write_json(stage.path / "report.json", report)
@@ -181,9 +211,11 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
 
     curve = report["validation"]
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    if curve["perplexities"]:
-        axes.plot(curve["mix_weights"], curve["perplexities"], color="#1f5fa8")
-        if max(curve["perplexities"]) > 5 * min(curve["perplexities"]):
+    values = [value for value in curve["perplexities"] or [] if value is not None]
+    if values:
+        there = [w for w, value in zip(curve["mix_weights"], curve["perplexities"], strict=True) if value is not None]
+        axes.plot(there, values, color="#1f5fa8")
+        if max(values) > 5 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -196,13 +228,17 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("mix_weight (0: base alone, 1: memory alone)")
     axes.set_ylabel("validation perplexity")
     axes.set_title(
-        f"test: base {report['base']['perplexity']:.2f}, memory {report['memory']['perplexity']:.2f},"
-        f" mixture {report['mixture']['perplexity']:.2f}",
+        f"test: base {_number(report['base']['perplexity'])}, memory {_number(report['memory']['perplexity'])},"
+        f" mixture {_number(report['mixture']['perplexity'])}",
         fontsize=10,
     )
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)
+
+
+def _number(perplexity: float | None) -> str:
+    return "infinite" if perplexity is None else f"{perplexity:.2f}"
 
 
 def report_table(report: dict[str, Any]) -> str:
@@ -214,7 +250,7 @@ def report_table(report: dict[str, Any]) -> str:
             name, f"mixture, weight {report['mixture']['mix_weight']:g}"
         )
         interval = "" if row["interval"] is None else "   {:.2f} to {:.2f}".format(*row["interval"])
-        lines.append(f"{label:<24}{row['perplexity']:>12.2f}{interval}")
+        lines.append(f"{label:<24}{_number(row['perplexity']):>12}{interval}")
     chosen = "chosen on validation" if report["mixture"]["mix_weight_from"] == "validation" else "given"
     lines.append(f"{report['tokens']:,} test tokens of {report['documents']:,} documents; mix_weight {chosen}")
     lines.append("")
@@ -225,7 +261,8 @@ def report_table(report: dict[str, Any]) -> str:
             if row["below"] is None
             else ("never" if row["from"] == 0 else f"{row['from']:,} to {row['below'] - 1:,} times")
         )
-        lines.append(f"{span:<24}{row['tokens']:>9,}{row['base']:>10.2f}{row['memory']:>10.2f}{row['mixture']:>10.2f}")
+        numbers = "".join(f"{_number(row[name]):>10}" for name in ("base", "memory", "mixture"))
+        lines.append(f"{span:<24}{row['tokens']:>9,}{numbers}")
     return "\n".join(lines)
 
 

@@ -1,17 +1,24 @@
 """The scores artefact: what one model thinks of every label of a corpus's held-out splits, computed once."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from memlm.artifacts import cache_dir, digest, open_stage
 from memlm.corpus.blocks import Corpus
-from memlm.memory.loading import load_memory
-from memlm.mix.scoring import COLUMNS, as_voter, score
+from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.protocol import Memory
+from memlm.memory.retrieval import RetrievalSettings
+from memlm.mix.scoring import COLUMNS, as_voter, live_activations, score
 from memlm.models.loading import default_device, load_causal_lm, model_identity, parse_dtype
 from memlm.progress import progress_bar
+from memlm.targets.config import RetrievalConfig
 
 SCORED_SPLITS = ("validation", "test")
 
@@ -33,16 +40,25 @@ class Scores:
 
 
 def score_corpus(
-    corpus: Corpus, model: str, *, as_memory: bool, dtype: str, batch_tokens: int, out: str | Path | None = None
+    corpus: Corpus,
+    model: str,
+    *,
+    beside: str | None,
+    dtype: str,
+    batch_tokens: int,
+    retrieval: RetrievalConfig | None = None,
+    out: str | Path | None = None,
 ) -> dict[str, Scores]:
     """Scores of `model` on the validation and test split; read back where they were computed before.
 
     Args:
         corpus: What to score.
         model: Base or memory: path, hub id or packaged name.
-        as_memory: Whether the folder's memory settings (temperature, context) apply.
+        beside: The base, where `model` is a memory: its settings (temperature, context) then apply, and a memory with
+            a tap reads that base. None: `model` is a base.
         dtype: `float32`, `bfloat16`, `float16` or `auto`.
         batch_tokens: Tokens in one forward pass.
+        retrieval: Neighbours and temperature of a datastore; the defaults if None.
         out: Folder of the artefact; in the cache if None.
 
     Returns:
@@ -50,8 +66,18 @@ def score_corpus(
     """
     device = default_device()
     precision = parse_dtype(dtype, device)
-    config = {"dtype": str(precision).removeprefix("torch."), "as_memory": as_memory, "batch_tokens": batch_tokens}
+    settings = read_settings(model) if beside is not None else None
+    config: dict[str, Any] = {
+        "dtype": str(precision).removeprefix("torch."),
+        "as_memory": beside is not None,
+        "batch_tokens": batch_tokens,
+    }
     inputs = {"corpus": corpus.manifest.hash, "model": model_identity(model)}
+    if settings is not None and settings.tap is not None:
+        assert beside is not None
+        inputs["base"] = model_identity(beside)
+    if isinstance(settings, RetrievalSettings):
+        config["retrieval"] = (retrieval or settings.retrieval).model_dump()
     folder = Path(out) if out is not None else cache_dir() / "scores" / digest([config, inputs])[:32]
     splits = {name: corpus.split(name) for name in SCORED_SPLITS}
     splits = {name: split for name, split in splits.items() if split.n_positions}
@@ -60,16 +86,16 @@ def score_corpus(
         folder, "scores", config=config, inputs=inputs, tokenizer=corpus.manifest.tokenizer, sources=sources
     ) as stage:
         if not stage.finished:
-            if as_memory:
-                voter = load_memory(model, dtype=precision).to(device)
-                voter.settings = voter.settings.model_copy(update={"vocab_size": corpus.vocab_size})
-            else:
-                voter = as_voter(load_causal_lm(model, dtype=precision).to(device), corpus.vocab_size)  # type: ignore[arg-type]
+            voter, base = _load(model, beside, retrieval, precision, corpus.vocab_size)
             counts = np.bincount(corpus.split("train").labels(), minlength=corpus.vocab_size)
             total = sum(split.n_positions for split in splits.values())
-            with progress_bar(total, f"scoring {'memory' if as_memory else 'base'}") as bar:
+            with contextlib.ExitStack() as open_now:
+                bar = open_now.enter_context(progress_bar(total, f"scoring {'base' if beside is None else 'memory'}"))
+                activations = None
+                if base is not None and voter.tap is not None:
+                    activations = open_now.enter_context(live_activations(base, voter.tap))
                 for name, split in splits.items():
-                    found = score(voter, split, batch_tokens=batch_tokens, progress=bar.update)
+                    found = score(voter, split, activations=activations, batch_tokens=batch_tokens, progress=bar.update)
                     columns = found | {
                         "document": split.documents_of(np.arange(split.n_positions)),
                         "label_count": counts[split.labels()],
@@ -82,3 +108,19 @@ def score_corpus(
         split: Scores(**{c: np.load(folder / f"{split}.{c}.npy", allow_pickle=False) for c in names})
         for split in splits
     }
+
+
+def _load(
+    model: str, beside: str | None, retrieval: RetrievalConfig | None, dtype: torch.dtype, vocab_size: int
+) -> tuple[Memory, PreTrainedModel | None]:
+    """What gives the scores, and the base that it reads, where it reads one."""
+    device = default_device()
+    if beside is None:
+        return as_voter(load_causal_lm(model, dtype=dtype).to(device), vocab_size), None  # type: ignore[arg-type]
+    voter = load_memory(model, base=beside, retrieval=retrieval, dtype=dtype).to(device)
+    voter.settings = voter.settings.model_copy(update={"vocab_size": vocab_size})
+    if voter.tap is None:
+        return voter, None
+    base: PreTrainedModel = load_causal_lm(beside, dtype=dtype).to(device)  # type: ignore[arg-type]
+    voter.check_base(base)
+    return voter, base

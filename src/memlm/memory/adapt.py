@@ -1,11 +1,12 @@
 """The adapt stage: a Memory Decoder for one tokenizer to the start of one for another."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,48 +137,48 @@ def replace_vocabulary(
     Returns:
         New tokens, `total` and by where their rows come from.
     """
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert isinstance(embeddings.weight, Tensor)
-    assert head is not None  # else it could not be a Memory Decoder
     size = vocabulary_size(new)
-    if config.rows == "random":
-        std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
-        generator = torch.Generator().manual_seed(config.seed)
-        counts = {"random": size}
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert isinstance(embeddings, Tensor)
+    assert isinstance(head, nn.Linear)
+    make_rows, counts = _row_maker(model, old, new, config)
+    inputs = make_rows(embeddings)
+    outputs = inputs if head.weight is embeddings else make_rows(head.weight)
+    bias = None if head.bias is None else make_rows(head.bias[:, None])[:, 0]
 
-        def rows(table: Float[Tensor, "V D"]) -> Float[Tensor, "V2 D"]:
-            return (torch.randn(size, table.shape[1], generator=generator) * std).to(table)
-    else:
-        used = min(vocabulary_size(old), len(embeddings.weight))
-        alignment = align_vocabularies(old, new, old_rows=used)
-        counts = alignment.counts
-
-        def rows(table: Float[Tensor, "V D"]) -> Float[Tensor, "V2 D"]:
-            return mean_rows(table[:used], alignment)
-
-    inputs = rows(embeddings.weight)
-    outputs = inputs if head.weight is embeddings.weight else rows(head.weight)  # type: ignore[arg-type]
-    bias: Any = getattr(head, "bias", None)
-    if bias is not None:
-        bias = torch.zeros_like(bias[:1]).expand(size) if config.rows == "random" else rows(bias[:, None])[:, 0]
     model.resize_token_embeddings(size, mean_resizing=False)
-    model.get_input_embeddings().weight.copy_(inputs)  # type: ignore[operator]
     head = model.get_output_embeddings()
-    head.weight.copy_(outputs)  # type: ignore[union-attr, operator]
+    assert isinstance(head, nn.Linear)
+    model.get_input_embeddings().weight.copy_(inputs)  # type: ignore[operator]
+    head.weight.copy_(outputs)
     if bias is not None:
-        head.bias.copy_(bias)  # type: ignore[union-attr, operator]
+        head.bias.copy_(bias)
     ids = {f"{role}_token_id": getattr(new, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    for settings in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+    for settings in (model.config, model.config.get_text_config()):
         for name, value in ids.items():
             setattr(settings, name, value)
     model.generation_config = GenerationConfig(**ids)  # anything else it said of ids was of the old vocabulary
     return {"total": size, **counts}
 
 
+def _row_maker(
+    model: PreTrainedModel, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, config: AdaptConfig
+) -> tuple[Callable[[Tensor], Tensor], dict[str, int]]:
+    """What turns a table of old rows into one of new rows, and the new tokens by where their rows come from."""
+    size = vocabulary_size(new)
+    if config.rows == "random":
+        std = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+        generator = torch.Generator().manual_seed(config.seed)
+        return lambda table: (torch.randn(size, table.shape[1], generator=generator) * std).to(table), {"random": size}
+    used = min(vocabulary_size(old), len(model.get_input_embeddings().weight))  # type: ignore[arg-type]
+    alignment = align_vocabularies(old, new, old_rows=used)
+    return lambda table: mean_rows(table[:used], alignment), alignment.counts
+
+
 def mean_rows(table: Float[Tensor, "V D"], alignment: Alignment) -> Float[Tensor, "V2 D"]:
     """For each new token the mean of its pieces' rows in `table`; of all rows where it has no pieces."""
     counts = torch.tensor([len(pieces) for pieces in alignment.pieces])
-    ids = torch.tensor([id_ for pieces in alignment.pieces for id_ in pieces])
+    ids = torch.tensor([id_ for pieces in alignment.pieces for id_ in pieces], dtype=torch.long)
     found = embedding_bag(ids, table.float(), counts.cumsum(0) - counts, mode="mean")
     found[counts == 0] = table.float().mean(0)
     return found.to(table.dtype)

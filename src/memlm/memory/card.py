@@ -13,7 +13,7 @@ _TEMPLATE = """---
 library_name: memlm
 tags:
 - memlm
-- memory-decoder
+- {tag}
 ---
 
 # A memory for frozen language models
@@ -27,14 +27,14 @@ from memlm import MixedLM
 model = MixedLM.from_pretrained("{base}", memory="THIS_FOLDER_OR_HUB_ID", mix_weight={weight})
 ```
 
-Any causal language model with the same tokenizer can stand in for the base.
+{serves}
 
 ## From what
 
 | | |
 |---|---|
 | kind | {kind}, {parameters:,} parameters |
-| start model | {init} |
+| start | {start} |
 | teacher | {teacher} |
 | corpus | {documents}; {tokens:,} training tokens of {count:,} documents |
 | targets | {targets} |
@@ -72,7 +72,9 @@ def memory_card(
         weight=settings.mix_weight if settings.mix_weight is not None else 0.5,
         kind=settings.kind,
         parameters=facts["parameters"],
-        init=f"{sources['init']}{_layers(config)}",
+        tag={"decoder": "memory-decoder", "mlp": "mlp-memory"}.get(settings.kind, settings.kind),
+        serves=_serves(settings, sources),
+        start=_start(config, sources),
         teacher=sources.get("teacher", "none"),
         documents=sources.get("documents", "unknown"),
         tokens=train["tokens"],
@@ -85,6 +87,18 @@ def memory_card(
         context=settings.context_length,
         figures=_figures(facts, sources),
     )
+
+
+def _serves(settings: MemorySettings, sources: dict[str, str]) -> str:
+    if settings.tap is None:
+        return "Any causal language model with the same tokenizer can stand in for the base."
+    return f"It reads `{settings.tap}` of {sources['base']} and serves this base alone."
+
+
+def _start(config: dict[str, Any], sources: dict[str, str]) -> str:
+    if "init" in sources:
+        return f"{sources['init']}{_layers(config)}"
+    return "fresh" if config["head"] == "random" else "fresh, head of the base where the widths are equal"
 
 
 def _layers(config: dict[str, Any]) -> str:

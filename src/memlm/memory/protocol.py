@@ -2,13 +2,19 @@
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
+import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from memlm.config import StageConfig
+from memlm.errors import ConfigError
+from memlm.memory.config import StartConfig
+from memlm.memory.loss import DistillationLoss
+from memlm.targets.votes import SparseProbs
 
 SETTINGS_FILE = "memory.json"
 
@@ -30,6 +36,8 @@ class MemorySettings(StageConfig):
     """Fingerprint of the tokenizer whose ids it votes on."""
     validated_with: str | None = None
     """The base that mix_weight was chosen with."""
+    tap: str | None = None
+    """Base module whose input it reads; None: it reads tokens only."""
 
 
 class MemoryCache(ABC):
@@ -52,16 +60,37 @@ class MemoryCache(ABC):
         """Forget all tokens."""
 
 
+class NoCache(MemoryCache):
+    """The cache of a memory that looks at nothing but the base's hidden state."""
+
+    def crop(self, tokens: int) -> None:
+        pass
+
+    def select(self, rows: Int[Tensor, "B2"]) -> None:
+        pass
+
+    def repeat(self, times: int) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+Votes = Tensor | SparseProbs
+"""Log-probs `(B, T, V)` in float32, or sparse distributions of B * T positions in reading order."""
+
+
 class Memory(nn.Module, ABC):
     """A model that stands beside a frozen base and votes on the next token.
 
-    `step` runs the body and extends the cache; `votes` runs the head where asked.
+    `step` reads tokens (or the base's activations) and extends the cache; `votes` runs the head where asked.
     """
 
     kind: ClassVar[str]
-    tap: str | None = None
-    """Base module whose input it reads; None: tokens only."""
-    can_draft: bool = False
+    settings_class: ClassVar[type[MemorySettings]] = MemorySettings
+    reads_base: ClassVar[bool] = False
+    """Whether every such memory has a tap."""
+    can_draft: ClassVar[bool] = False
     """Whether it can propose tokens without the base."""
 
     def __init__(self, settings: MemorySettings) -> None:
@@ -71,6 +100,23 @@ class Memory(nn.Module, ABC):
     @property
     def vocab_size(self) -> int:
         return self.settings.vocab_size
+
+    @property
+    def tap(self) -> str | None:
+        """Base module whose input it reads; None: tokens only."""
+        return self.settings.tap
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; the CPU for a memory without weights."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def check_base(self, base: PreTrainedModel) -> None:
+        """Nothing, where the memory can stand beside `base`.
+
+        Raises:
+            ModelError: It reads activations that `base` does not have.
+        """
 
     def set_window(self, tokens: int) -> None:
         """Let the memory look back so many tokens; memories without a window ignore it.
@@ -105,8 +151,11 @@ class Memory(nn.Module, ABC):
         """
 
     @abstractmethod
-    def votes(self, state: Any, keep: slice | Tensor) -> Float[Tensor, "B T2 V"]:
-        """Log-probs of the next token after the places in `keep`, in float32, the memory's temperature applied."""
+    def votes(self, state: Any, keep: slice | Tensor) -> Votes:
+        """The next token's distribution after the places in `keep`, the memory's temperature applied.
+
+        A parametric memory gives normalised log-probs in float32, a retriever sparse probabilities.
+        """
 
     @abstractmethod
     def label_log_probs(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
@@ -119,9 +168,76 @@ class Memory(nn.Module, ABC):
             `label` and `entropy` (nats), `top1`; each `(P,)` float32 on the CPU. Logits exist for a chunk at a time.
         """
 
+    # --- training; a memory that is not trained leaves these ------------------------------------------------------
+
+    @classmethod
+    def check_start(cls, config: StartConfig, *, init: str | None, goes_on: bool, block_size: int) -> None:
+        """Nothing, where a memory can start like this; looks at configs only, before any weights are loaded.
+
+        Args:
+            config: What is asked for.
+            init: Start model, or memory to go on with.
+            goes_on: Whether `init` is a memory of this kind.
+            block_size: Tokens it will see at a time in training.
+
+        Raises:
+            ConfigError: A setting is missing, contradicts another, or does not fit init or base.
+        """
+        raise ConfigError(f"kind = {cls.kind!r}: such a memory is not trained")
+
+    @classmethod
+    def start(
+        cls, config: StartConfig, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
+    ) -> Self:
+        """An untrained memory in float32.
+
+        Args:
+            config: What is asked for; `check_start` found it good.
+            settings: What every kind records.
+            init: Start model.
+            base: The loaded base.
+            seed: Of random weights.
+        """
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        kl_weight: float,
+        activations: Float[Tensor, "P D"] | None = None,
+        target_counts: Int[Tensor, "P"] | None = None,
+        target_ids: Int[Tensor, "S"] | None = None,
+        target_probs: Float[Tensor, "S"] | None = None,
+    ) -> DistillationLoss:
+        """The distillation loss of a batch, summed over its positions.
+
+        Args:
+            input_ids: Padded on the right with anything.
+            labels: `input_ids` where a token is predicted, -100 elsewhere; shifted here, as transformers does.
+            kl_weight: In [0, 1].
+            activations: The base's at `tap`, of the places that predict, in reading order; None where `tap` is None.
+            target_counts, target_ids, target_probs: Targets of the predicted tokens in reading order.
+        """
+        raise NotImplementedError
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str, settings: Any, *, base: str | None = None, **kwargs: Any) -> Self:
+        """The memory at a path or hub id, in evaluation mode.
+
+        Args:
+            source: Folder or hub id.
+            settings: Of `settings_class`; None for a folder of transformers.
+            base: Name of the base that it will stand beside, where that is known.
+            kwargs: As `load_memory` takes them.
+        """
+
     @abstractmethod
     def save_weights(self, folder: Path) -> None:
-        """Write weights as safetensors, and their config."""
+        """Write weights as safetensors, and their config; nothing where there are none."""
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the memory to `folder`: weights, config and `memory.json`."""

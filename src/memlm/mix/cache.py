@@ -3,6 +3,7 @@
 import torch
 from transformers import Cache
 
+from memlm.errors import ConfigError
 from memlm.memory.protocol import MemoryCache
 
 
@@ -12,6 +13,16 @@ class MixedCache(Cache):
     def __init__(self, base: Cache, memories: dict[str, MemoryCache]) -> None:
         self.base = base
         self.memories = memories
+
+    def of(self, name: str) -> MemoryCache:
+        """The cache of one memory.
+
+        Raises:
+            ConfigError: The memory was added later.
+        """
+        if name not in self.memories:
+            raise ConfigError(f"the cache is older than memory {name!r}; start a new one after adding a memory")
+        return self.memories[name]
 
     @property
     def layers(self) -> list:  # type: ignore[override]

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -26,13 +26,16 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
 from memlm.memory.loading import load_memory, read_settings
-from memlm.memory.protocol import Memory, MemorySettings
+from memlm.memory.protocol import Memory, MemorySettings, Votes
 from memlm.mix.cache import MixedCache
 from memlm.mix.mixture import check_weights, mix_log_probs
 from memlm.models.loading import load_causal_lm, load_config, resolve
-from memlm.models.tokenizers import check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
+from memlm.models.taps import capture
+from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 
 MemorySource = str | Path | Memory
+MixWeight = float | Sequence[float] | Tensor
+"""One weight, or one per row of a batch."""
 
 
 class MixedLMConfig(PreTrainedConfig):
@@ -88,14 +91,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         _check_window(memory_window)
         given = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
         _check_names(given)
-        # shallow copies share weights; vocabulary and window are this mixture's own, so mixtures can share a memory
-        memories = {name: copy.copy(part) for name, part in given.items()}
-        sizes = [base.config.get_text_config().vocab_size, *(m.vocab_size for m in memories.values())]
-        size = min(sizes) if vocab_size is None else min(vocab_size, *sizes)
+        size = base.config.get_text_config().vocab_size
         config = MixedLMConfig(
             base=_absolute(base_name or base.config.name_or_path or ""),
             base_revision=getattr(base.config, "_commit_hash", None),
-            vocab_size=size,
+            vocab_size=size if vocab_size is None else min(size, vocab_size),
             memory_window=memory_window,
         )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -103,18 +103,27 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         config._attn_implementation = "eager"  # has no attention of its own; the base keeps what it was loaded with
         super().__init__(config)
         self.base: PreTrainedModel = base
-        self.memories = nn.ModuleDict(memories)
-        self.vocab_size = size
+        self.memories = nn.ModuleDict()
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
         parameters = inspect.signature(base.forward).parameters
         self._base_arguments = set(parameters)
         self._base_takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        for part in memories.values():
-            part.settings = part.settings.model_copy(update={"vocab_size": size})
-            if memory_window is not None:
-                part.set_window(memory_window)
+        self._weights: dict[str, float] = {}
+        for name, part in given.items():
+            self._adopt(name, part)
         self.set_mix_weight(mix_weight)
         self.requires_grad_(False).eval()
+
+    def _adopt(self, name: str, memory: Memory) -> None:
+        """Put a memory beside the base; the vocabulary becomes what all parts share."""
+        memory.check_base(self.base)
+        # a shallow copy shares weights; vocabulary and window are this mixture's own, so mixtures can share a memory
+        self.memories[name] = part = copy.copy(memory)
+        if self.config.memory_window is not None:
+            part.set_window(self.config.memory_window)
+        self.config.vocab_size = min(self.config.vocab_size, memory.vocab_size)
+        for part in self.named_memories().values():
+            part.settings = part.settings.model_copy(update={"vocab_size": self.config.vocab_size})
 
     # --- the parts ----------------------------------------------------------------------------------------------
 
@@ -128,14 +137,64 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         return dict(self._weights)
 
     def set_mix_weight(self, mix_weight: float | Mapping[str, float] | None) -> None:
-        """Change the weight of the memory, or of each by name, from the next forward pass on.
+        """Change the weight of the memory, or of some by name, from the next forward pass on.
+
+        Args:
+            mix_weight: In [0, 1] each; what the memories were validated with if None. Memories that are not named
+                keep theirs.
 
         Raises:
             ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
         """
         recorded = {name: memory.settings.mix_weight for name, memory in self.named_memories().items()}
-        self._weights: dict[str, float] = settle_weights(recorded, mix_weight)
+        present = self._weights if mix_weight is not None else {}
+        self._weights = settle_weights(recorded | present, mix_weight)
         self.config.mix_weights = dict(self._weights)
+
+    def add_memory(self, name: str, memory: MemorySource, mix_weight: float | None = None, **kwargs: Any) -> None:
+        """Put one more memory beside the base.
+
+        Args:
+            name: A new one: letters, digits, `_` and `-`.
+            memory: Folder, hub id or loaded memory.
+            mix_weight: In [0, 1]; what it was validated with if None.
+            kwargs: For loading it: `dtype` (default the base's), `revision` …
+
+        Raises:
+            ConfigError: The name is taken, or the weights would sum to more than 1.
+            TokenizerMismatchError: It has another tokenizer than the base.
+        """
+        _check_names([name])
+        if name in self.memories:
+            raise ConfigError(f"memory name {name!r} is taken; remove that memory first")
+        settings = _settings_of(memory, kwargs)
+        recorded = {**self._weights, name: settings.mix_weight if settings else None}
+        weights = settle_weights(recorded, {} if mix_weight is None else {name: mix_weight})
+        if self.config.base:
+            check_tokenizers(self.config.base, {name: memory}, {"revision": self.config.base_revision}, kwargs)
+        if not isinstance(memory, Memory):
+            memory = load_memory(memory, base=self.config.base or None, **{"dtype": self.base.dtype, **kwargs})
+        self._adopt(name, memory.to(self.base.device))
+        self.requires_grad_(False).eval()
+        self._weights = weights
+        self.config.mix_weights = dict(weights)
+
+    def remove_memory(self, name: str) -> None:
+        """Take a memory away; the base gets its weight.
+
+        Raises:
+            ConfigError: There is no such memory.
+        """
+        if name not in self.memories:
+            raise ConfigError(f"no memory is called {name!r}; the memories are {', '.join(self.memories)}")
+        del self.memories[name]
+        del self._weights[name]
+        self.config.mix_weights = dict(self._weights)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that base and memories share are below it."""
+        return self.config.vocab_size
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -158,6 +217,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
+        mix_weight: MixWeight | Mapping[str, MixWeight] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Mixed logits of the next token.
@@ -170,10 +230,15 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             labels: Gives `loss`, the mean cross-entropy of the mixture; -100 is ignored; shifted here.
             use_cache: Whether to return a cache; default false, unless `past_key_values` is given.
             logits_to_keep: Only the last so many places, or these places; 0 means all.
+            mix_weight: For this call only, a number or one per row of the batch, by name where there are several
+                memories; `generate` passes it on. Where rows are fewer than the batch's, as with beams, each stands
+                for as many neighbours.
             kwargs: Passed to the base where its `forward` knows them.
 
         Raises:
             TypeError: `past_key_values` is not a `MixedCache`.
+            ConfigError: A weight is outside [0, 1], they sum to more than 1, or do not fit the batch; or the cache is
+                older than a memory.
         """
         if past_key_values is not None and not isinstance(past_key_values, MixedCache):
             raise TypeError(
@@ -192,17 +257,23 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             inputs["past_key_values"] = past_key_values.base
         if "logits_to_keep" in self._base_arguments:
             inputs["logits_to_keep"] = logits_to_keep
-        output = self.base(input_ids=input_ids, use_cache=use_cache, return_dict=True, **inputs)
+        weights = self._weights_of_call(mix_weight, len(input_ids))
+        memories = self.named_memories()
+        taps = {memory.tap for memory in memories.values() if memory.tap is not None}
+        with capture(self.base, taps) as activations:
+            output = self.base(input_ids=input_ids, use_cache=use_cache, return_dict=True, **inputs)
         logits = output.logits if "logits_to_keep" in inputs else output.logits[:, keep]
         logits = logits[..., : self.vocab_size].float()
 
         new_mask = attention_mask[:, -input_ids.shape[1] :].bool() if attention_mask is not None else None
         votes = []
-        for name, memory in self.named_memories().items():
-            cache = past_key_values.memories[name] if past_key_values is not None else None
-            state = memory.step(input_ids, attention_mask=new_mask, cache=cache)
+        for name, memory in memories.items():
+            cache = past_key_values.of(name) if past_key_values is not None else None
+            found = activations.get(memory.tap or "")
+            found = found.reshape(*input_ids.shape, -1) if found is not None else None
+            state = memory.step(input_ids, found, attention_mask=new_mask, cache=cache)
             votes.append(memory.votes(state, keep).to(logits.device))
-        logits = self._mix(logits, votes)
+        logits = self._mix(logits, votes, weights)
 
         loss = None
         if labels is not None:
@@ -218,9 +289,19 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def _mix(self, logits: Tensor, votes: list[Tensor]) -> Tensor:
-        weights = list(self._weights.values())
-        if not any(weights):
+    def _weights_of_call(
+        self, mix_weight: MixWeight | Mapping[str, MixWeight] | None, rows: int
+    ) -> list[float] | list[float | Tensor]:
+        """One weight per memory; a tensor `(B, 1)` where rows differ."""
+        if mix_weight is None:
+            return list(self._weights.values())
+        given = settle_weights(self._weights, mix_weight).values()
+        return [
+            _for_rows(weight, rows).to(self.base.device) if isinstance(weight, Tensor) else weight for weight in given
+        ]
+
+    def _mix(self, logits: Tensor, votes: list[Votes], weights: Sequence[float | Tensor]) -> Tensor:
+        if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return logits
         normaliser = torch.logsumexp(logits, -1, keepdim=True)
         return mix_log_probs(logits - normaliser, votes, weights) + normaliser
@@ -273,7 +354,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             memory: Folder, hub id or loaded memory, or name to any of these; may be left out for a saved folder.
             mix_weight: In [0, 1]; what the memory was validated with if None.
             memory_window: Tokens a memory may look back; what it was trained with if None.
-            memory_kwargs: For loading the memory: `dtype` (default the base's), `device_map`, `revision` …
+            memory_kwargs: For loading the memory: `dtype` (default the base's), `device_map`, `revision`, `retrieval` …
             base_kwargs: For loading the base: `dtype`, `device_map`, `quantization_config`, `revision`,
                 `trust_remote_code` …
 
@@ -301,7 +382,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         memory_kwargs.setdefault("dtype", model.dtype)
         memories = {}
         for name, source in sources.items():
-            loaded = source if isinstance(source, Memory) else load_memory(source, **memory_kwargs)
+            loaded = source if isinstance(source, Memory) else load_memory(source, base=base, **memory_kwargs)
             memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
         mixed = cls(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
         if saved is not None and (place / GENERATION_CONFIG_NAME).is_file():
@@ -350,32 +431,46 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
 
 def settle_weights(
-    recorded: Mapping[str, float | None], mix_weight: float | Mapping[str, float] | None
-) -> dict[str, float]:
-    """Name to weight, in the order of the memories.
+    present: Mapping[str, float | None], mix_weight: MixWeight | Mapping[str, MixWeight] | None
+) -> dict[str, Any]:
+    """Name to weight, in the order of the memories: a number, or a tensor `(rows,)`.
 
     Args:
-        recorded: Per memory the weight that was best on its validation split, or None.
-        mix_weight: One weight for a single memory, one by name for each, or None for the recorded ones.
+        present: Per memory the weight in force where none is given, or None.
+        mix_weight: One weight for a single memory, or some by name; each a number or one per row.
 
     Raises:
         ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
     """
-    names = ", ".join(recorded)
-    if isinstance(mix_weight, Mapping):
-        if mix_weight.keys() != recorded.keys():
-            raise ConfigError(f"mix_weight names {', '.join(mix_weight)}; the memories are {names}")
-        weights = {name: float(mix_weight[name]) for name in recorded}
-    elif mix_weight is not None:
-        if len(recorded) > 1:
-            raise ConfigError(f"mix_weight: give one weight per memory ({names})")
-        weights = dict.fromkeys(recorded, float(mix_weight))
-    else:
-        weights = {name: weight for name, weight in recorded.items() if weight is not None}
-        if len(weights) < len(recorded):
-            raise ConfigError("mix_weight is missing: the memory records none that was best on validation data")
+    names = ", ".join(present)
+    if mix_weight is None:
+        mix_weight = {}
+    elif not isinstance(mix_weight, Mapping):
+        if len(present) != 1:
+            raise ConfigError(f"mix_weight: give one weight per memory ({names or 'there is none'})")
+        mix_weight = dict.fromkeys(present, mix_weight)
+    if unknown := [name for name in mix_weight if name not in present]:
+        raise ConfigError(f"mix_weight names {', '.join(unknown)}; the memories are {names}")
+    weights: dict[str, Any] = {}
+    for name, there in present.items():
+        weight = mix_weight.get(name, there)
+        if weight is None:
+            raise ConfigError(f"mix_weight of {name!r} is missing: the memory records none from validation data")
+        weights[name] = float(weight) if isinstance(weight, int | float) else torch.as_tensor(weight).float()
+        if isinstance(weights[name], Tensor) and weights[name].ndim == 0:
+            weights[name] = float(weights[name])
+    rows = {len(weight) for weight in weights.values() if isinstance(weight, Tensor)}
+    if len(rows) > 1:
+        raise ConfigError(f"mix_weight: the memories have weights for {' and '.join(map(str, sorted(rows)))} rows")
     check_weights(list(weights.values()))
     return weights
+
+
+def _for_rows(weight: Tensor, rows: int) -> Tensor:
+    """`(rows, 1)` from weights of as many rows, or of those that were each repeated, as beams are."""
+    if not len(weight) or rows % len(weight):
+        raise ConfigError(f"mix_weight: {len(weight)} weights for a batch of {rows} rows")
+    return weight.repeat_interleave(rows // len(weight))[:, None]
 
 
 def _settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
@@ -384,7 +479,7 @@ def _settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> Memo
     )
 
 
-def _check_names(memories: Mapping[str, object]) -> None:
+def _check_names(memories: Iterable[str]) -> None:
     for name in memories:
         if not re.fullmatch(r"[\w-]+", name):  # names a module, and a folder where the mixture is saved
             raise ConfigError(f"memory name {name!r}: use letters, digits, '_' and '-' only")
@@ -445,7 +540,7 @@ def check_tokenizers(
         if theirs is not None:
             check_same(ours, theirs, f"base {base}", f"memory {label}")
         elif settings is not None and settings.tokenizer is not None:
-            raise TokenizerMismatchError(f"base {base} and memory {label} have different tokenizers")
+            raise TokenizerMismatchError(f"base {base} and memory {label} have different tokenizers; {ADVICE}")
     return vocabulary_size(ours) if ours is not None else None
 
 

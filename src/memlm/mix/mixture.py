@@ -8,39 +8,77 @@ from jaxtyping import Float
 from torch import Tensor
 
 from memlm.errors import ConfigError
+from memlm.targets.votes import SparseProbs
+
+Weight = float | Tensor
+"""One weight, or one per row of a batch."""
 
 
-def check_weights(weights: Sequence[float]) -> None:
-    """Nothing, where each weight is in [0, 1] and their sum is at most 1.
+def check_weights(weights: Sequence[Weight]) -> None:
+    """Nothing, where each weight is in [0, 1] and their sum, in every row, is at most 1.
 
     Raises:
         ConfigError: Otherwise.
     """
-    for weight in weights:
-        if not 0 <= weight <= 1:  # also false for NaN
-            raise ConfigError(f"mix_weight = {weight}: must be in [0, 1]")
-    if sum(weights) > 1 + 1e-6:
-        raise ConfigError(f"mix_weight: the weights {', '.join(map(str, weights))} sum to {sum(weights):g}, above 1")
+    rows = max((len(weight) for weight in weights if isinstance(weight, Tensor)), default=1)
+    for row in range(rows):
+        here = [float(weight[row]) if isinstance(weight, Tensor) else weight for weight in weights]
+        place = f" in row {row}" if rows > 1 else ""
+        for weight in here:
+            if not 0 <= weight <= 1:  # also false for NaN
+                raise ConfigError(f"mix_weight = {weight:g}{place}: must be in [0, 1]")
+        if sum(here) > 1 + 1e-6:
+            numbers = ", ".join(f"{weight:g}" for weight in here)
+            raise ConfigError(f"mix_weight: the weights {numbers}{place} sum to {sum(here):g}, above 1")
 
 
 def mix_log_probs(
-    base: Float[Tensor, "... V"], memories: Sequence[Float[Tensor, "... V"]], weights: Sequence[float]
+    base: Float[Tensor, "... V"], memories: Sequence[Float[Tensor, "... V"] | SparseProbs], weights: Sequence[Weight]
 ) -> Float[Tensor, "... V"]:
     """`log((1 - sum(w)) * p_base + sum(w_m * p_m))` from log-probs.
 
-    A component of weight 0 is left out, so weights 0 and 1 give the other component exactly.
+    A component of weight 0 is left out, so weights 0 and 1 give the other component exactly. A sparse component is
+    added where it has probability; no dense row of it exists.
 
     Args:
         base: Normalised log-probs of the base.
-        memories: Normalised log-probs of each memory.
-        weights: One per memory; the base gets the rest.
+        memories: Normalised log-probs of each memory, or its sparse probabilities at the same places in reading order.
+        weights: One per memory, a number or a tensor that broadcasts against `base` without its last axis; the base
+            gets the rest.
 
     Source: Memory Decoder, eq. 7 (arXiv:2508.09874); MLP Memory, eq. 7 (arXiv:2508.01832).
     """
-    rest = max(0.0, 1.0 - sum(weights))
+    rest = 1.0 - sum(weights)
+    rest = rest.clamp(min=0) if isinstance(rest, Tensor) else max(0.0, rest)
     parts = [(base, rest), *zip(memories, weights, strict=True)]
-    weighted = [part + math.log(weight) if weight < 1 else part for part, weight in parts if weight > 0]
-    mixed = weighted[0]
-    for part in weighted[1:]:
-        mixed = torch.logaddexp(mixed, part)
+    mixed = None
+    for part, weight in parts:
+        if isinstance(part, SparseProbs) or (not isinstance(weight, Tensor) and weight == 0):
+            continue
+        weighted = part + _log(weight) if isinstance(weight, Tensor) or weight < 1 else part
+        mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
+    if mixed is None:
+        mixed = torch.full_like(base, -math.inf)
+    sparse = [(part, weight) for part, weight in parts if isinstance(part, SparseProbs)]
+    mixed = mixed.clone() if sparse and mixed is base else mixed
+    for part, weight in sparse:
+        if isinstance(weight, Tensor) or weight > 0:
+            _add_sparse(mixed, part, weight)
     return mixed
+
+
+def _log(weight: Weight) -> float | Tensor:
+    return weight.log()[..., None] if isinstance(weight, Tensor) else math.log(weight)
+
+
+def _add_sparse(mixed: Tensor, part: SparseProbs, weight: Weight) -> None:
+    """Add `weight * part` to the probabilities whose logarithms `mixed` holds, in place."""
+    owner = torch.arange(len(part.counts), device=mixed.device).repeat_interleave(part.counts)
+    added = part.probs.log()
+    if isinstance(weight, Tensor):
+        added = added + weight.expand(mixed.shape[:-1]).reshape(-1).log()[owner]
+    else:
+        added = added + math.log(weight)
+    at = owner * mixed.shape[-1] + part.ids.long()
+    flat = mixed.view(-1)
+    flat[at] = torch.logaddexp(flat[at], added)

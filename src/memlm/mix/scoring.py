@@ -1,31 +1,20 @@
 """Per-token scores: how likely each component finds the label. Mixtures, tables and gates read them, no model twice."""
 
-from collections.abc import Callable
-from typing import Protocol
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.corpus.blocks import IGNORE, Block, length_batches
+from memlm.corpus.blocks import IGNORE, Block, Blocks, length_batches
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import Memory, MemorySettings
+from memlm.models.taps import TapReader
 
 COLUMNS = ("label", "entropy", "top1")
-
-
-class Blocks(Protocol):
-    """Blocks of tokens with labels, such as a `Split`."""
-
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each block."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Block: ...
 
 
 def as_voter(base: PreTrainedModel, vocab_size: int) -> Memory:
@@ -33,9 +22,39 @@ def as_voter(base: PreTrainedModel, vocab_size: int) -> Memory:
     return MemoryDecoder(base, MemorySettings(kind="decoder", vocab_size=vocab_size))
 
 
+ReadActivations = Callable[[list[Block], Tensor], Tensor]
+"""From blocks and their tokens `(B, T)`, padded on the right, to activations `(B, T, D)`."""
+
+
+@contextlib.contextmanager
+def live_activations(base: PreTrainedModel, tap: str) -> Iterator[ReadActivations]:
+    """Activations of the base, which runs up to the tap."""
+    with TapReader(base, tap) as reader:
+        yield lambda blocks, tokens: reader.read(tokens.to(base.device))
+
+
+def stored_activations(keys: NDArray[np.float16]) -> ReadActivations:
+    """Activations read before, `(P, D)` in the order of positions; zeros where nothing is predicted."""
+
+    def read(blocks: list[Block], tokens: Tensor) -> Tensor:
+        out = torch.zeros(*tokens.shape, keys.shape[1], dtype=torch.float16)
+        for row, block in enumerate(blocks):
+            before = np.flatnonzero(block.predicted) - 1
+            first = block.first_position
+            out[row, before] = torch.from_numpy(np.array(keys[first : first + len(before)]))
+        return out
+
+    return read
+
+
 @torch.inference_mode()
 def score(
-    voter: Memory, blocks: Blocks, *, batch_tokens: int = 4096, progress: Callable[[int], object] = lambda tokens: None
+    voter: Memory,
+    blocks: Blocks,
+    *,
+    activations: ReadActivations | None = None,
+    batch_tokens: int = 4096,
+    progress: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, NDArray[np.float32]]:
     """What `voter` thinks of every label in `blocks`, in the order of blocks and of tokens in them.
 
@@ -44,13 +63,14 @@ def score(
     Args:
         voter: A memory, or a base from `as_voter`.
         blocks: What to score.
+        activations: Where a memory with a tap gets the base's.
         batch_tokens: Tokens in one forward pass, padding included.
         progress: Told how many labels were scored.
 
     Returns:
         Per column of `COLUMNS` an array `(P,)`: log-prob of the label and entropy (nats), top-1 probability.
     """
-    device = next(voter.parameters()).device
+    device = voter.device
     pieces: dict[int, dict[str, NDArray[np.float32]]] = {}
     for batch in length_batches(blocks.lengths, batch_tokens):
         members = [blocks[int(i)] for i in batch]
@@ -59,7 +79,9 @@ def score(
         labels = np.full(tokens.shape, IGNORE, np.int64)
         for row, block in enumerate(members):
             labels[row, : len(block.input_ids) - 1] = block.labels[1:]
-        state = voter.step(torch.from_numpy(tokens).long().to(device))
+        batch_ids = torch.from_numpy(tokens).long()
+        found_activations = activations(members, batch_ids) if activations is not None else None
+        state = voter.step(batch_ids.to(device), found_activations)
         found = voter.label_log_probs(state, torch.from_numpy(labels).to(device))
         counts = (labels != IGNORE).sum(1)
         edges = np.cumsum([0, *counts])

@@ -56,6 +56,27 @@ def load_causal_lm(name: str, *, dtype: torch.dtype | str = "auto", **kwargs: An
         raise _unreachable(name, source, error) from None
 
 
+def find_file(source: str, name: str, revision: str | None = None) -> Path | None:
+    """The local path of one file of a folder or hub repository; None where the place exists without it.
+
+    Raises:
+        ModelError: Neither a folder nor a hub repository can be reached.
+    """
+    folder = Path(resolve(source))
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(source, name, revision=revision))
+    except EntryNotFoundError:
+        return None
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"memory {source!r} cannot be loaded; tried: no such folder; as a hub id: {reason}") from None
+
+
 def _unreachable(name: str, source: str, error: Exception) -> ModelError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     tried = [f"no folder {name!r} here" if not Path(source).exists() else f"folder {source!r}"]

@@ -13,6 +13,11 @@ _PROBE = (
     "def f(x):\n    return x**2  # comment\nΑθήνα Москва 北京 東京 서울 القاهرة नमस्ते 🙂 http://a.b/c?d=e&f=%20"
 )
 
+ADVICE = (
+    "a memory votes on token ids, so both must share them: train one with this base's tokenizer, or carry a Memory"
+    " Decoder over with memlm adapt"
+)
+
 
 def load_tokenizer(
     source: str, *, revision: str | None = None, trust_remote_code: bool = False
@@ -86,8 +91,7 @@ def check_same(
     if fingerprint(first) == fingerprint(second):
         return
     raise TokenizerMismatchError(
-        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); a memory votes"
-        f" on token ids, so both must share them: train one with this base's tokenizer"
+        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); {ADVICE}"
     )
 
 

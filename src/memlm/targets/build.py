@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from memlm.artifacts import Manifest, Stage, file_digest, open_stage, read_manifest
 from memlm.corpus.blocks import Block, Corpus, Split
-from memlm.datastore.build import Datastore, load_teacher, read_keys, shard_blocks
-from memlm.errors import ArtifactError, ConfigError, InputError
-from memlm.models.loading import model_identity
+from memlm.datastore.build import load_teacher, read_keys, shard_blocks
+from memlm.datastore.store import Datastore
+from memlm.errors import ConfigError, InputError
 from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
 from memlm.targets.config import TargetsConfig
-from memlm.targets.votes import SparseProbs, neighbor_votes, search_neighbors
+from memlm.targets.votes import SparseProbs, retrieve
 
 TRAIN_SCHEMA = pa.schema(
     {
@@ -58,10 +58,8 @@ def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConf
         raise ConfigError(
             f"k = {config.k} is larger than the {store.n_entries - 1} other entries of datastore {datastore}; lower --k"
         )
-    if not store.config.keep_keys and model_identity(store.teacher) != store.manifest.inputs["teacher"]:
-        raise ArtifactError(
-            f"{datastore} kept no keys, and {store.teacher!r} is no longer the teacher that made it; rebuild it"
-        )
+    if not store.config.keep_keys:
+        store.check_teacher()
     with open_stage(
         out,
         "targets",
@@ -83,18 +81,7 @@ def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConf
                 votes = []
                 for chunk in queries(first, end):
                     own = np.arange(start, start + len(chunk))
-                    distances, ids = search_neighbors(
-                        store, chunk, own, k=config.k, exclude_document=config.exclude_document
-                    )
-                    values = np.where(ids >= 0, store.values[np.maximum(ids, 0)], 0)
-                    votes.append(
-                        neighbor_votes(
-                            torch.from_numpy(distances),
-                            torch.from_numpy(values.astype(np.int32)),
-                            target_temperature=config.target_temperature,
-                            target_mass=config.target_mass,
-                        )
-                    )
+                    votes.append(retrieve(store, chunk, own, **config.model_dump()))
                     start += len(chunk)
                     bar.update(len(chunk))
                 _write_shard(stage, i, [split[b] for b in range(first, end)], _concatenate(votes))
@@ -200,7 +187,7 @@ def _queries(store: Datastore, split: Split) -> Iterator[Any]:
     with TapReader(model, store.manifest.facts["tap"]) as reader:
 
         def recomputed(first: int, end: int) -> Iterator[NDArray[np.float32]]:
-            keys = read_keys(reader, split, first, end, batch_tokens=store.config.batch_tokens)
+            keys = read_keys(reader, split, range(first, end), batch_tokens=store.config.batch_tokens)
             for start in range(0, len(keys), _POSITIONS_AT_ONCE):
                 yield keys[start : start + _POSITIONS_AT_ONCE].astype(np.float32)
 

@@ -5,13 +5,25 @@ from pydantic import Field
 from memlm.config import StageConfig
 
 
-class TargetsConfig(StageConfig):
-    """How neighbours become soft targets."""
+class NeighborConfig(StageConfig):
+    """How neighbours vote."""
 
     k: int = Field(default=1024, ge=1)
-    """Neighbours kept per position, self-matches already removed."""
+    """Neighbours per position, self-matches already removed."""
     target_temperature: float = Field(default=16.0, gt=0)
     """Divides squared L2 distances before the softmax; higher is flatter. τ in the papers."""
+
+
+class RetrievalConfig(NeighborConfig):
+    """How a live retrieval memory searches its datastore."""
+
+    nprobe: int | None = Field(default=None, ge=1)
+    """Inverted lists searched; default what the datastore was tuned to."""
+
+
+class TargetsConfig(NeighborConfig):
+    """How neighbours become soft targets."""
+
     exclude_document: bool = False
     """Leave out neighbours from the position's own document too, not only the position itself."""
     target_mass: float = Field(default=0.999, gt=0, le=1)

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlm.datastore.build import Datastore
+from memlm.datastore.store import Datastore
 from memlm.errors import InputError
 
 
@@ -24,6 +24,17 @@ class SparseProbs:
     probs: Float[Tensor, "S"]
     lost_mass: Float[Tensor, "P"]
     """Probability of the tokens left out, before the rest was renormalised."""
+
+    def to(self, device: torch.device) -> "SparseProbs":
+        """The same on another device."""
+        return SparseProbs(*(part.to(device) for part in (self.counts, self.ids, self.probs, self.lost_mass)))
+
+    def dense(self, vocab_size: int) -> Float[Tensor, "P {vocab_size}"]:
+        """As rows of probabilities."""
+        owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
+        out = torch.zeros(len(self.counts), vocab_size, dtype=self.probs.dtype, device=self.ids.device)
+        out[owner, self.ids.long()] = self.probs
+        return out
 
 
 def neighbor_votes(
@@ -118,3 +129,27 @@ def search_neighbors(
     if not np.isfinite(distances[:, 0]).all():
         raise InputError(f"{datastore.folder}: a position has no neighbour left once its own document is excluded")
     return distances, ids
+
+
+def retrieve(
+    datastore: Datastore,
+    queries: NDArray[np.float32],
+    own: NDArray[np.int64] | None,
+    *,
+    k: int,
+    target_temperature: float,
+    target_mass: float = 1.0,
+    exclude_document: bool = False,
+) -> SparseProbs:
+    """The votes of each query's neighbours: what targets are made of, and what live retrieval says.
+
+    Arguments and errors as in `search_neighbors` and `neighbor_votes`.
+    """
+    distances, ids = search_neighbors(datastore, queries, own, k=k, exclude_document=exclude_document)
+    values = np.where(ids >= 0, datastore.values[np.maximum(ids, 0)], 0).astype(np.int32)
+    return neighbor_votes(
+        torch.from_numpy(distances),
+        torch.from_numpy(values),
+        target_temperature=target_temperature,
+        target_mass=target_mass,
+    )

@@ -4,18 +4,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from memlm.config import StageConfig
+from memlm.memory.config import StartConfig
 
 
-class TrainConfig(StageConfig):
-    """How a memory is trained."""
+class TrainConfig(StartConfig):
+    """What a memory starts as, and how it is trained."""
 
     kl_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of the KL to the targets, β in the paper; the LM loss gets the rest. 0 is plain fine-tuning."""
-    layers: int | list[int] | None = None
-    """Blocks of the start model to keep: how many (half from the front, half from the back) or which; default all."""
-    fresh: bool = False
-    """Start from random weights with the start model's config instead of its weights."""
     epochs: float = Field(default=2.0, gt=0)
     """Passes over the training blocks."""
     max_steps: int | None = Field(default=None, ge=1)

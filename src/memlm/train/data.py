@@ -1,6 +1,6 @@
 """Training rows, from a targets folder or straight from a corpus, and how they become batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from memlm.artifacts import Manifest, read_manifest
-from memlm.corpus.blocks import IGNORE, Block, Corpus
+from memlm.corpus.blocks import IGNORE, Block, Blocks, Corpus, Split
 from memlm.corpus.config import CorpusConfig
+from memlm.datastore.index import Keys
 from memlm.errors import ArtifactError, ConfigError
-from memlm.mix.scoring import Blocks
 from memlm.models.tokenizers import check_reads, load_tokenizer
 
 
@@ -44,6 +44,11 @@ class TrainingData:
     @property
     def _is_corpus(self) -> bool:
         return self.manifest.kind == "corpus"
+
+    @property
+    def corpus_hash(self) -> str:
+        """Of the corpus manifest."""
+        return self.manifest.hash if self._is_corpus else self.manifest.facts["corpus"]["hash"]
 
     @property
     def vocab_size(self) -> int:
@@ -81,9 +86,12 @@ class TrainingData:
 
 
 class Rows(Dataset):
-    """Training rows: dictionaries of arrays. `lengths` are the tokens in each."""
+    """Training rows: dictionaries of arrays."""
 
     lengths: NDArray[np.int64]
+    """Tokens in each row."""
+    position_starts: NDArray[np.int64]
+    """`(rows + 1,)` the first position that each row predicts, and the number of positions."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -92,9 +100,10 @@ class Rows(Dataset):
 class CorpusRows(Rows):
     """Blocks of a corpus, without targets."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, blocks: Split) -> None:
         self._blocks = blocks
         self.lengths = blocks.lengths
+        self.position_starts = blocks.position_starts
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         block = self._blocks[index]
@@ -108,6 +117,7 @@ class TargetRows(Rows):
         self._table = _open_arrow(shards)
         self._with_targets = with_targets
         self.lengths = _list_lengths(self._table, "input_ids")
+        self.position_starts = _starts(self._table, "target_counts", self.lengths, lambda counts: counts > 0)
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         row = self._table[index]
@@ -126,19 +136,33 @@ class TargetRows(Rows):
         }
 
 
+class WithActivations(Rows):
+    """Rows with the base's activations at the places that predict, read from a datastore's keys."""
+
+    def __init__(self, rows: Rows, keys: Keys) -> None:
+        self._rows = rows
+        self._keys = keys
+        self.lengths, self.position_starts = rows.lengths, rows.position_starts
+
+    def __getitem__(self, index: int) -> dict[str, NDArray]:
+        return self._rows[index] | {"activations": self._keys.rows(*self.position_starts[index : index + 2])}
+
+
 class ArrowBlocks:
     """The validation blocks of a targets folder."""
 
     def __init__(self, path: Path) -> None:
         self._table = _open_arrow([path])
         self.lengths = _list_lengths(self._table, "input_ids")
+        self.position_starts = _starts(self._table, "labels", self.lengths, lambda labels: labels != IGNORE)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Block:
         row = self._table[index]
-        return Block(row["input_ids"].astype(np.int32), row["labels"] != IGNORE, 0)
+        first = int(self.position_starts[index])
+        return Block(row["input_ids"].astype(np.int32), row["labels"] != IGNORE, first)
 
 
 def _open_arrow(paths: list[Path]) -> datasets.Dataset:
@@ -153,11 +177,24 @@ def _list_lengths(table: datasets.Dataset, column: str) -> NDArray[np.int64]:
     return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [np.empty(0)]).astype(np.int64)
 
 
+def _starts(
+    table: datasets.Dataset,
+    column: str,
+    lengths: NDArray[np.int64],
+    predicted: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
+) -> NDArray[np.int64]:
+    """`(rows + 1,)` positions before each row, from a list column with an entry per token."""
+    chunks = table.data.column(column).chunks
+    flags = np.concatenate([np.empty(0, bool), *(predicted(chunk.flatten().to_numpy()) for chunk in chunks)])
+    return np.concatenate([[0], flags.cumsum()])[np.concatenate([[0], lengths.cumsum()])]
+
+
 def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
     """Rows as one batch: tokens padded on the right, targets of all predicted tokens one after another.
 
     Returns:
-        `input_ids` and `labels` (B, T); with targets `target_counts` (P,), `target_ids` and `target_probs` (S,).
+        `input_ids` and `labels` (B, T); with targets `target_counts` (P,), `target_ids` and `target_probs` (S,); with
+        stored activations `activations` (P, D).
     """
     longest = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -166,7 +203,7 @@ def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
         input_ids[i, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"].astype(np.int64))
         labels[i, : len(row["labels"])] = torch.as_tensor(row["labels"].astype(np.int64))
     batch = {"input_ids": input_ids, "labels": labels}
-    for name in ("target_counts", "target_ids", "target_probs"):
+    for name in ("target_counts", "target_ids", "target_probs", "activations"):
         if name in rows[0]:
             batch[name] = torch.from_numpy(np.concatenate([row[name] for row in rows]))
     return batch

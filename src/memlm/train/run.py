@@ -1,5 +1,6 @@
-"""The train stage: rows and a start model to a memory folder."""
+"""The train stage: rows and a start to a memory folder."""
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -8,52 +9,68 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from memlm.artifacts import Manifest, open_stage, partial_path, read_manifest
-from memlm.errors import ConfigError
+from memlm.artifacts import Manifest, Stage, load_array, open_stage, partial_path, read_manifest
+from memlm.config import nearest
+from memlm.corpus.blocks import Blocks
+from memlm.datastore.build import read_keys
+from memlm.datastore.store import Datastore
+from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError
 from memlm.memory.card import CARD_FILE, memory_card
-from memlm.memory.decoder import MemoryDecoder
-from memlm.memory.protocol import MemorySettings
-from memlm.mix.scoring import as_voter, score
-from memlm.models.loading import (
-    chosen_layers,
-    default_device,
-    fresh_model,
-    keep_layers,
-    load_causal_lm,
-    load_config,
-    model_identity,
-    parse_dtype,
-)
+from memlm.memory.loading import KINDS, load_memory, read_settings
+from memlm.memory.protocol import Memory, MemorySettings
+from memlm.mix.scoring import ReadActivations, as_voter, score, stored_activations
+from memlm.models.loading import default_device, load_causal_lm, model_identity, parse_dtype
+from memlm.models.taps import TapReader
+from memlm.models.tokenizers import ADVICE
 from memlm.progress import progress_bar
 from memlm.train.config import TrainConfig
-from memlm.train.data import TrainingData
+from memlm.train.data import TrainingData, WithActivations
 from memlm.train.trainer import MemoryTrainer, last_whole_checkpoint, training_arguments
+
+_HELD_OUT = "validation-activations.npy"
 
 
 def train_memory(
-    data: str | Path, *, init: str, out: str | Path, base: str | None = None, config: TrainConfig | None = None
+    data: str | Path,
+    *,
+    out: str | Path,
+    init: str | None = None,
+    base: str | None = None,
+    activations: str | Path | None = None,
+    config: TrainConfig | None = None,
 ) -> Manifest:
-    """Train a Memory Decoder and write it to `out`, with its card.
+    """Train a memory and write it to `out`, with its card.
 
     With `kl_weight` 0 this is plain fine-tuning: it makes a teacher, or the twin that a memory is compared with.
 
     Args:
         data: Folder of the targets stage; at `kl_weight` 0 a corpus will do.
-        init: Start model: path, hub id or packaged name.
         out: Folder to write; an interrupted run goes on at its last whole checkpoint.
-        base: Base whose mixture with the memory is validated; `init` if None.
+        init: Start model of a Memory Decoder (path, hub id or packaged name), or a memory of the kind to go on with.
+        base: Base whose mixture with the memory is validated, and which an MLP memory reads; `init` if None.
+        activations: Datastore whose keys are the base's activations at the tap, for an MLP memory; None: the frozen
+            base runs inside every step.
         config: Default settings if None.
 
     Raises:
-        ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist.
+        ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist; a
+            setting does not fit the kind.
         TokenizerMismatchError: `init` or `base` has another tokenizer than `data`.
+        ArtifactError: `activations` are of another corpus, base or tap.
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
     config = config or TrainConfig()
+    if config.kind not in KINDS:
+        raise ConfigError(f"kind = {config.kind!r}{nearest(config.kind, KINDS)}")
+    kind = KINDS[config.kind]
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
-    base = base or init
-    _check(rows, init, config)
+    goes_on = _goes_on(rows, init, config)
+    kind.check_start(config, init=init, goes_on=goes_on, block_size=rows.corpus_config.block_size)
+    if base is None and (init is None or kind.reads_base):
+        raise ConfigError("base is missing: name the model that the memory will stand beside (--base)")
+    base = base or str(init)
     rows.check_read_by(base, "base")
+    store = _stored_activations(rows, base, activations, config) if activations is not None else None
     device = default_device()
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
@@ -68,36 +85,56 @@ def train_memory(
         use_cpu=device.type == "cpu",
         validate=validation is not None,
     )
-    with open_stage(
-        out,
-        "memory",
-        config=config.model_dump(),
-        inputs={"data": rows.manifest.hash, "init": model_identity(init), "base": model_identity(base)},
-        tokenizer=rows.manifest.tokenizer,
-        sources={**rows.manifest.sources, "data": str(data), "init": init, "base": base},
-    ) as stage:
+    inputs = {"data": rows.manifest.hash, "base": model_identity(base)}
+    sources = {**rows.manifest.sources, "data": str(data), "base": base}
+    if init is not None:
+        inputs["init"], sources["init"] = model_identity(init), init
+    if store is not None:
+        inputs["activations"], sources["activations"] = store.manifest.hash, str(activations)
+    with (
+        open_stage(
+            out,
+            "memory",
+            config=config.model_dump(),
+            inputs=inputs,
+            tokenizer=rows.manifest.tokenizer,
+            sources=sources,
+        ) as stage,
+        contextlib.ExitStack() as open_now,
+    ):
         if stage.finished:
             return read_manifest(out, "memory")
-        base_scores = _base_scores(rows, base, dtype, config.batch_tokens) if validation is not None else None
+        base_model: PreTrainedModel = load_causal_lm(base, dtype=dtype).to(device)  # type: ignore[arg-type]
         torch.manual_seed(config.seed)
-        memory = MemoryDecoder(
-            _start_model(init, config).float(),
-            MemorySettings(
-                kind="decoder",
-                vocab_size=rows.vocab_size,
-                context_length=rows.corpus_config.block_size,
-                tokenizer=rows.manifest.tokenizer,
-            ),
-        )
+        memory = _start(rows, init, goes_on, base_model, config)
+        if store is not None and store.manifest.facts["tap"] != memory.tap:
+            raise ArtifactError(
+                f"activations {activations} were read at {store.manifest.facts['tap']}, the memory reads {memory.tap}"
+            )
+        scores = held_out = reader = None
+        if validation is not None:
+            scores = _base_scores(validation, base_model, rows.vocab_size, config.batch_tokens)
+        if memory.tap is not None:
+            reader = open_now.enter_context(TapReader(base_model, memory.tap))
+            if validation is not None:
+                held_out = _held_out_activations(stage, validation, reader, config.batch_tokens)
         trainer = MemoryTrainer(
             memory,
             arguments,
-            rows=rows.train,
+            rows=WithActivations(rows.train, store.keys)
+            if store is not None and store.keys is not None
+            else rows.train,
             kl_weight=config.kl_weight,
             validation=validation,
-            base_scores=base_scores,
+            base_scores=scores,
+            validation_activations=held_out,
             batch_tokens=config.batch_tokens,
+            online=reader if store is None else None,
         )
+        del base_model
+        if store is not None:
+            open_now.close()
+            reader = None  # the base's memory is free for training
         trainer.train(resume_from_checkpoint=last_whole_checkpoint(stage.path / "checkpoints"))
         facts = _facts(trainer, rows, memory, config)
         best = facts["validation"]["best"] if validation is not None else {}
@@ -107,35 +144,69 @@ def train_memory(
         memory.save_pretrained(stage.path)
         rows.tokenizer.save_pretrained(stage.path)
         stage.save_text(CARD_FILE, memory_card(memory.settings, facts, stage.sources, config.model_dump()))
-        return stage.finish(facts, intermediate=("checkpoints",))
+        return stage.finish(facts, intermediate=("checkpoints", _HELD_OUT))
 
 
-def _check(rows: TrainingData, init: str, config: TrainConfig) -> None:
-    rows.check_read_by(init, "init")
-    text_config = load_config(init).get_text_config()
-    if config.layers is not None:
-        chosen_layers(config.layers, text_config.num_hidden_layers)
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest and rows.corpus_config.block_size > longest:
-        raise ConfigError(
-            f"block_size = {rows.corpus_config.block_size} of {rows.folder} is above the {longest} of {init}"
+def _goes_on(rows: TrainingData, init: str | None, config: TrainConfig) -> bool:
+    """Whether `init` is a memory of the kind to train; checks that it reads the data's token ids in any case."""
+    there = read_settings(init) if init is not None else None
+    if init is not None and (there is None or there.kind == "decoder"):
+        rows.check_read_by(init, "init")
+    if there is None:
+        return False
+    if there.kind != config.kind:
+        raise ConfigError(f"init = {init!r} is a memory of kind {there.kind}; add --kind {there.kind}")
+    if there.tokenizer != rows.manifest.tokenizer:
+        raise TokenizerMismatchError(f"{rows.folder} and init {init} have different tokenizers; {ADVICE}")
+    return True
+
+
+def _stored_activations(rows: TrainingData, base: str, activations: str | Path, config: TrainConfig) -> Datastore:
+    """The datastore of `activations`, checked but for its tap, which only the loaded base tells."""
+    if not KINDS[config.kind].reads_base:
+        raise ConfigError(f"activations: a memory of kind {config.kind} reads no base; leave --activations out")
+    store = Datastore(activations)
+    if not store.config.keep_keys:
+        raise ArtifactError(f"activations {activations}: the datastore kept no keys; train online, without them")
+    if store.corpus.manifest.hash != rows.corpus_hash:
+        raise ArtifactError(f"activations {activations} are of another corpus than {rows.folder}")
+    if store.manifest.inputs["teacher"] != model_identity(base):
+        raise ArtifactError(f"activations {activations} are of {store.teacher}, not of base {base}")
+    return store
+
+
+def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrainedModel, config: TrainConfig) -> Memory:
+    """The memory before its training, in float32."""
+    shared = {
+        "vocab_size": rows.vocab_size,
+        "context_length": rows.corpus_config.block_size,
+        "tokenizer": rows.manifest.tokenizer,
+    }
+    if goes_on and config.layers is None and not config.fresh:
+        assert init is not None
+        memory = load_memory(init, dtype=torch.float32)
+        memory.check_base(base)
+        memory.settings = memory.settings.model_copy(
+            update={**shared, "vocab_size": min(rows.vocab_size, memory.vocab_size)}
         )
+        return memory
+    settings = MemorySettings(kind=config.kind, **shared)
+    return KINDS[config.kind].start(config, settings, init=init, base=base, seed=config.seed).float()
 
 
-def _start_model(init: str, config: TrainConfig) -> PreTrainedModel:
-    if config.fresh:
-        return fresh_model(load_config(init), config.layers, config.seed)
-    model = load_causal_lm(init, dtype=torch.float32)
-    return model if config.layers is None else keep_layers(model, config.layers)
+def _base_scores(validation: Blocks, base: PreTrainedModel, vocab_size: int, batch_tokens: int) -> Any:
+    with progress_bar(int(validation.lengths.sum()), "base on validation") as bar:
+        return score(as_voter(base, vocab_size), validation, batch_tokens=batch_tokens, progress=bar.update)["label"]
 
 
-def _base_scores(rows: TrainingData, base: str, dtype: torch.dtype, batch_tokens: int) -> Any:
-    model = as_voter(load_causal_lm(base, dtype=dtype).to(default_device()), rows.vocab_size)  # type: ignore[arg-type]
-    with progress_bar(int(rows.validation.lengths.sum()), "base on validation") as bar:
-        return score(model, rows.validation, batch_tokens=batch_tokens, progress=bar.update)["label"]
+def _held_out_activations(stage: Stage, validation: Blocks, reader: TapReader, batch_tokens: int) -> ReadActivations:
+    """The base's activations on the validation blocks, read once and kept on disk while the stage runs."""
+    if not stage.has(_HELD_OUT):
+        stage.save_array(_HELD_OUT, read_keys(reader, validation, range(len(validation)), batch_tokens=batch_tokens))
+    return stored_activations(load_array(stage.path / _HELD_OUT, mapped=True))
 
 
-def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: MemoryDecoder, config: TrainConfig) -> dict[str, Any]:
+def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory, config: TrainConfig) -> dict[str, Any]:
     validated = [entry for entry in trainer.state.log_history if "eval_mixture_perplexity" in entry]
     history = [
         {

@@ -17,9 +17,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import get_last_checkpoint
 
 from memlm.config import nearest
+from memlm.corpus.blocks import IGNORE, Blocks
 from memlm.errors import ConfigError, TrainingError
-from memlm.memory.decoder import MemoryDecoder
-from memlm.mix.scoring import Blocks, best_mix_weight, score
+from memlm.memory.protocol import Memory
+from memlm.mix.scoring import ReadActivations, best_mix_weight, score
+from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
 from memlm.train.config import TrainConfig
 from memlm.train.data import LengthGroupedSampler, Rows, collate
@@ -94,14 +96,16 @@ class MemoryTrainer(Trainer):
 
     def __init__(
         self,
-        memory: MemoryDecoder,
+        memory: Memory,
         args: TrainingArguments,
         *,
         rows: Rows,
         kl_weight: float,
         validation: Blocks | None,
         base_scores: NDArray[np.float32] | None,
+        validation_activations: ReadActivations | None,
         batch_tokens: int,
+        online: TapReader | None = None,
     ) -> None:
         """
         Args:
@@ -111,8 +115,12 @@ class MemoryTrainer(Trainer):
             kl_weight: In [0, 1].
             validation: Held-out blocks; None: no validation.
             base_scores: The base's label log-probs on them.
+            validation_activations: Where a memory with a tap gets the base's on them.
             batch_tokens: Tokens in one forward pass of validation.
+            online: Reads the frozen base inside the step, for a memory with a tap whose rows hold no activations.
         """
+        self._online = online
+        self._validation_activations = validation_activations
         self._rows = rows
         self._kl_weight = kl_weight
         self._validation = validation
@@ -146,8 +154,11 @@ class MemoryTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        predicted = inputs["labels"][:, 1:] != IGNORE
+        if self._online is not None:
+            inputs = inputs | {"activations": self._online.read(inputs["input_ids"])[:, :-1][predicted]}
         found = model(**inputs, kl_weight=self._kl_weight)
-        positions = (inputs["labels"][:, 1:] != -100).sum()
+        positions = predicted.sum()
         loss = found.loss / (num_items_in_batch if num_items_in_batch is not None else positions)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # undo the mean that data parallelism takes
@@ -180,7 +191,12 @@ class MemoryTrainer(Trainer):
         memory = self.accelerator.unwrap_model(self.model)
         memory.eval()
         with self.compute_loss_context_manager():
-            scores = score(memory, self._validation, batch_tokens=self._batch_tokens)["label"]
+            scores = score(
+                memory,
+                self._validation,
+                activations=self._validation_activations,
+                batch_tokens=self._batch_tokens,
+            )["label"]
         weight, mixture = best_mix_weight(self._base_scores, scores)
         metrics = {
             "eval_memory_perplexity": float(np.exp(-scores.astype(np.float64).mean())),

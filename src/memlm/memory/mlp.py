@@ -1,0 +1,392 @@
+"""MLP Memory: blocks without attention that turn the base's hidden state into a retriever's distribution."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import safetensors.torch
+import torch
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
+
+from memlm.config import StageConfig
+from memlm.corpus.blocks import IGNORE
+from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.memory.config import StartConfig
+from memlm.memory.loss import DistillationLoss, distillation_loss
+from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache
+from memlm.models.heads import Head, find_head, label_log_probs
+from memlm.models.loading import block_list, find_file
+from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
+
+WEIGHTS_FILE = "model.safetensors"
+SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
+"""Layers, width and FFN width of the paper's GPT-2 memories."""
+_DEFAULT_LAYERS = 8
+_STD = 0.02  # of random matrices, as in transformers
+
+
+class FFNStyle(StageConfig):
+    """How a family of models builds its feed-forward blocks."""
+
+    gated: bool
+    """`down(act(gate(x)) * up(x))` instead of `down(act(up(x)))`."""
+    bias: bool
+    """Whether the matrices have biases."""
+    norm: Literal["layer", "rms"]
+    """LayerNorm, or RMSNorm."""
+    norm_eps: float = Field(gt=0)
+    """Added to the variance."""
+    activation: str
+    """A name that transformers knows."""
+
+
+class MLPSettings(MemorySettings):
+    """What the folder of an MLP memory says."""
+
+    input_width: int = Field(ge=1)
+    """Width of the activations it reads."""
+    base_blocks: int = Field(ge=1)
+    """Transformer blocks of the base it was made for."""
+    layers: int = Field(ge=1, le=10_000)
+    """Blocks."""
+    width: int = Field(ge=1)
+    """Width of the blocks."""
+    ffn_width: int = Field(ge=1)
+    """Inner width of a block's FFN."""
+    style: FFNStyle
+    """How the blocks are built."""
+
+
+def make_norm(style: FFNStyle, width: int) -> nn.Module:
+    """A norm of this style."""
+    return (nn.RMSNorm if style.norm == "rms" else nn.LayerNorm)(width, eps=style.norm_eps)
+
+
+class MLPBlock(nn.Module):
+    """`x + FFN(norm(x))`.
+
+    Source: the released code of MLP Memory (its figure draws the norm behind the sum).
+    """
+
+    def __init__(self, width: int, ffn_width: int, style: FFNStyle) -> None:
+        super().__init__()
+        self.norm = make_norm(style, width)
+        self.gate = nn.Linear(width, ffn_width, bias=style.bias) if style.gated else None
+        self.up = nn.Linear(width, ffn_width, bias=style.bias)
+        self.down = nn.Linear(ffn_width, width, bias=style.bias)
+        self.act = ACT2FN[style.activation]
+
+    def forward(self, x: Float[Tensor, "... D"]) -> Float[Tensor, "... D"]:
+        h = self.norm(x)
+        h = self.act(self.up(h)) if self.gate is None else self.act(self.gate(h)) * self.up(h)
+        return x + self.down(h)
+
+
+class MLPMemory(Memory):
+    """Blocks of norm and FFN over one hidden state of the base per token, and a head of their own.
+
+    No attention, no positions, no cache; it belongs to the base that it was trained with.
+
+    Source: MLP Memory (arXiv:2508.01832).
+    """
+
+    kind = "mlp"
+    reads_base = True
+    settings_class = MLPSettings
+    settings: MLPSettings
+
+    def __init__(self, settings: MLPSettings) -> None:
+        """Random weights; the FFNs start at zero, so the untrained memory is a norm and a head.
+
+        Raises:
+            ConfigError: The activation is unknown.
+        """
+        super().__init__(settings)
+        style, width = settings.style, settings.width
+        if style.activation not in ACT2FN:
+            raise ConfigError(f"style.activation = {style.activation!r}: transformers has no such activation")
+        self.input = nn.Linear(settings.input_width, width) if settings.input_width != width else None
+        self.blocks = nn.ModuleList(MLPBlock(width, settings.ffn_width, style) for _ in range(settings.layers))
+        self.norm = make_norm(style, width)
+        self.output = nn.Linear(width, settings.vocab_size, bias=False)
+        self.head = Head(self.output)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+        for block in self.blocks:
+            nn.init.zeros_(block.down.weight)  # type: ignore[union-attr]
+
+    # --- loading and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, source: str, settings: MLPSettings, *, base: str | None = None, **kwargs: Any) -> Self:
+        """
+        Args:
+            kwargs: `dtype` (default: as stored), `revision`, `device_map` (one device).
+
+        Raises:
+            ArtifactError: Weights are missing, damaged, or of other shapes than the settings say.
+        """
+        path = find_file(source, WEIGHTS_FILE, kwargs.get("revision"))
+        if path is None:
+            raise ArtifactError(f"{source} has no {WEIGHTS_FILE}")
+        try:
+            state = safetensors.torch.load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        with torch.device("meta"):
+            memory = cls(settings)
+        check_state(memory, state, str(path))
+        memory.load_state_dict(state, assign=True)
+        dtype, device = kwargs.get("dtype", "auto"), kwargs.get("device_map")
+        memory.to(dtype=None if dtype == "auto" else dtype, device=None if device in (None, "auto") else device)
+        return memory.eval()
+
+    def save_weights(self, folder: Path) -> None:
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        safetensors.torch.save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def check_base(self, base: PreTrainedModel) -> None:
+        assert self.tap is not None
+        get_module(base, self.tap)
+        blocks, width = len(block_list(base)[1]), tap_width(base, self.tap)
+        ours = self.settings.base_blocks, self.settings.input_width
+        if (blocks, width) != ours:
+            raise ModelError(
+                f"the MLP memory reads {self.tap} of a base with {ours[0]} blocks, {ours[1]} wide; this"
+                f" {type(base).__name__} has {blocks}, {width} wide: train one for it (memlm train --kind mlp)"
+            )
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_start(cls, config: StartConfig, *, init: str | None, goes_on: bool, block_size: int) -> None:
+        if config.fresh:
+            raise ConfigError("fresh = true: only a memory of kind decoder has it; an mlp starts fresh without --init")
+        if isinstance(config.layers, list):
+            raise ConfigError(f"layers = {config.layers}: an mlp memory takes a number of blocks")
+        sizes = {name: getattr(config, name) for name in ("layers", "width", "ffn_width")}
+        given = [f"{name} = {value}" for name, value in sizes.items() if value is not None]
+        if config.like is not None and given:
+            raise ConfigError(f"like = {config.like!r} and {given[0]}: give one of them")
+        if init is not None and not goes_on:
+            raise ConfigError(f"init = {init!r}: an mlp memory starts fresh, or from another mlp memory's folder")
+        given += [f"{name} = {value!r}" for name in ("like", "head", "tap") if (value := getattr(config, name))]
+        if goes_on and given:
+            raise ConfigError(f"{given[0]}: --init {init} decides it")
+
+    @classmethod
+    def start(
+        cls, config: StartConfig, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
+    ) -> Self:
+        tap = resolve_tap(base, config.tap or "1.0")
+        input_width = tap_width(base, tap)
+        style, own_ffn_width = ffn_style(base)
+        layers, width, ffn_width = SIZES.get(config.like or "", (None, None, None))
+        width = width or config.width or input_width
+        layers = layers or config.layers or _DEFAULT_LAYERS
+        assert isinstance(layers, int)
+        if ffn_width is None:
+            ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
+        own = MLPSettings(
+            **{**settings.model_dump(), "kind": cls.kind, "tap": tap},
+            input_width=input_width,
+            base_blocks=len(block_list(base)[1]),
+            layers=layers,
+            width=width,
+            ffn_width=ffn_width,
+            style=style,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            memory = cls(own)
+        fits = width == base.config.get_text_config().hidden_size
+        if config.head == "base" and not fits:
+            raise ConfigError(f"head = 'base': the memory is {width} wide, the base's head is not")
+        if config.head != "random" and fits:
+            memory.take_head(base)
+        return memory
+
+    @torch.no_grad()
+    def take_head(self, base: PreTrainedModel) -> None:
+        """Copy the base's output layer, and what its final norm multiplies by and adds."""
+        head = find_head(base)
+        self.output.weight.copy_(head.weight[: self.vocab_size].float() * head.scale)
+        norm = _final_norm(base)
+        if norm is None:
+            return
+        ones = torch.ones(1, self.settings.width, device=base.device, dtype=base.dtype)
+        if self.settings.style.norm == "rms":
+            self.norm.weight.copy_(norm(ones)[0].float())  # type: ignore[operator]
+        elif isinstance(norm, nn.LayerNorm) and norm.weight is not None:
+            self.norm.weight.copy_(norm.weight.float())  # type: ignore[operator]
+            if norm.bias is not None:
+                self.norm.bias.copy_(norm.bias.float())  # type: ignore[operator]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        kl_weight: float,
+        activations: Float[Tensor, "P D"] | None = None,
+        target_counts: Int[Tensor, "P"] | None = None,
+        target_ids: Int[Tensor, "S"] | None = None,
+        target_probs: Float[Tensor, "S"] | None = None,
+    ) -> DistillationLoss:
+        assert activations is not None
+        return distillation_loss(
+            self.body(activations),
+            labels[:, 1:][labels[:, 1:] != IGNORE],
+            self.head,
+            kl_weight=kl_weight,
+            vocab_size=self.vocab_size,
+            target_counts=target_counts,
+            target_ids=target_ids,
+            target_probs=target_probs,
+        )
+
+    def body(self, activations: Float[Tensor, "... D"]) -> Float[Tensor, "... W"]:
+        """What the head reads."""
+        x = activations.to(self.output.weight.dtype)
+        x = self.input(x) if self.input is not None else x
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    # --- inference ------------------------------------------------------------------------------------------------
+
+    def new_cache(self, batch_size: int) -> NoCache:
+        return NoCache()
+
+    def step(
+        self,
+        tokens: Int[Tensor, "B T"],
+        activations: Float[Tensor, "B T D"] | None = None,
+        attention_mask: Bool[Tensor, "B T"] | None = None,
+        cache: MemoryCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The activations as they are: no token looks at another, so `votes` runs the blocks too, where asked only.
+
+        Raises:
+            ModelError: There are no activations, or of another width.
+        """
+        return check_activations(activations, self.settings.input_width, "an MLP memory").to(self.device)
+
+    def votes(self, state: Float[Tensor, "B T D"], keep: slice | Tensor) -> Float[Tensor, "B T2 V"]:
+        logits = self.head(self.body(state[:, keep]))[..., : self.vocab_size].float()
+        return (logits / self.settings.memory_temperature).log_softmax(-1)
+
+    def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        there = labels != IGNORE
+        return label_log_probs(
+            self.body(state[there]),
+            labels[there],
+            self.head,
+            vocab_size=self.vocab_size,
+            temperature=self.settings.memory_temperature,
+        )
+
+
+def check_state(memory: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Nothing, where `state` holds exactly the tensors of `memory`.
+
+    Raises:
+        ArtifactError: Tensors are missing, too many, or of another shape; the first is named.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in memory.state_dict().items()}
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise ArtifactError(f"{where} lacks {len(missing)} tensors, the first is {missing[0]}")
+    if extra := sorted(state.keys() - wanted.keys()):
+        raise ArtifactError(f"{where} holds {len(extra)} tensors that the memory has not, the first is {extra[0]}")
+    for name, shape in wanted.items():
+        if tuple(state[name].shape) != shape:
+            raise ArtifactError(f"{where}: {name} has shape {tuple(state[name].shape)}, the settings say {shape}")
+
+
+def check_activations(activations: Tensor | None, width: int, reader: str) -> Tensor:
+    """The activations, where they are there and `width` wide.
+
+    Raises:
+        ModelError: They are not.
+    """
+    if activations is None:
+        raise ModelError(f"{reader} reads the base's activations; there are none")
+    if activations.shape[-1] != width:
+        raise ModelError(f"{reader} reads activations {width} wide; the base's are {activations.shape[-1]} wide")
+    return activations
+
+
+# --- the base's own style ---------------------------------------------------------------------------------------------
+
+
+def ffn_style(base: PreTrainedModel) -> tuple[FFNStyle, int]:
+    """How the base builds its FFNs, and their inner width; read off the modules of its last block.
+
+    Where the block has no plain MLP, as with experts, the norm decides: RMSNorm goes with a gated FFN.
+    """
+    _, blocks = block_list(base)
+    width = base.config.get_text_config().hidden_size
+    norm = _block_norm(blocks[-1], width)
+    kind = _norm_kind(norm, width)
+    eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 1e-5
+    mlp = get_module(base, find_tap(base))
+    shapes = [_in_out(module) for module in mlp.modules() if isinstance(module, nn.Linear | Conv1D)]
+    bias = next((m.bias is not None for m in mlp.modules() if isinstance(m, nn.Linear | Conv1D)), False)
+    plain = len(shapes) in (2, 3) and shapes[0][0] == width
+    if plain:
+        fused = len(shapes) == 2 and shapes[0][1] == 2 * shapes[1][0]  # gate and up in one matrix
+        gated, ffn_width = len(shapes) == 3 or fused, shapes[-1][0]
+    elif len(shapes) == 1:  # the first of two projections that stand in the block itself
+        gated, ffn_width = False, shapes[0][1]
+    else:
+        gated, ffn_width = kind == "rms", 4 * width
+    activation = _activation_name(mlp, base.config.get_text_config())
+    return FFNStyle(gated=gated, bias=bias, norm=kind, norm_eps=eps, activation=activation), ffn_width
+
+
+def _in_out(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    return (module.in_features, module.out_features) if isinstance(module, nn.Linear) else (module.nx, module.nf)
+
+
+def _is_norm(module: nn.Module, width: int) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.shape == (width,) for p in parameters) and not list(module.children())
+
+
+def _block_norm(block: nn.Module, width: int) -> nn.Module | None:
+    return next((module for module in block.modules() if _is_norm(module, width)), None)
+
+
+def _final_norm(base: PreTrainedModel) -> nn.Module | None:
+    """The last norm of the body that lies outside its blocks."""
+    inside = {id(module) for module in block_list(base)[1].modules()}
+    width = base.config.get_text_config().hidden_size
+    norms = [m for m in base.base_model.modules() if id(m) not in inside and _is_norm(m, width)]
+    return norms[-1] if norms else None
+
+
+@torch.no_grad()
+def _norm_kind(norm: nn.Module | None, width: int) -> Literal["layer", "rms"]:
+    """A LayerNorm does not see a constant added to its input; an RMSNorm does."""
+    if norm is None:
+        return "rms"
+    weight = next(norm.parameters())
+    x = torch.linspace(-1, 1, width, device=weight.device, dtype=weight.dtype)[None]
+    return "layer" if torch.allclose(norm(x), norm(x + 1), atol=0.05) else "rms"
+
+
+def _activation_name(mlp: nn.Module, config: Any) -> str:
+    for name in ("hidden_activation", "hidden_act", "activation_function"):
+        value = getattr(config, name, None)
+        if isinstance(value, str) and value in ACT2FN:
+            return value
+    known = {type(ACT2FN[name]): name for name in reversed(list(ACT2FN))}
+    return next((known[type(module)] for module in mlp.modules() if type(module) in known), "gelu")

@@ -1,0 +1,233 @@
+"""Live retrieval: a datastore as a memory, which is what kNN-LM is."""
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlm.artifacts import MANIFEST
+from memlm.corpus.blocks import IGNORE
+from memlm.datastore.build import load_teacher
+from memlm.datastore.store import Datastore
+from memlm.errors import ArtifactError, ModelError
+from memlm.memory.mlp import check_activations
+from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache
+from memlm.memory.reading import WindowedReader, longest_context
+from memlm.models.loading import model_identity
+from memlm.models.taps import TapReader, get_module, tap_width
+from memlm.targets.config import RetrievalConfig
+from memlm.targets.votes import SparseProbs, retrieve, search_neighbors
+
+_POSITIONS_AT_ONCE = 4096
+
+
+class RetrievalSettings(MemorySettings):
+    """Which datastore a live retrieval memory searches, and how."""
+
+    datastore: str
+    """Its folder."""
+    datastore_hash: str
+    """Content hash of its manifest."""
+    retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
+    """Neighbours and temperature."""
+
+
+def datastore_settings(folder: str | Path, config: RetrievalConfig | None = None) -> RetrievalSettings:
+    """The settings of a memory that searches the datastore in `folder`.
+
+    Raises:
+        ArtifactError: The folder is no complete datastore.
+    """
+    store = Datastore(folder)
+    return RetrievalSettings(
+        kind=RetrievalMemory.kind,
+        vocab_size=store.corpus.vocab_size,
+        tokenizer=store.manifest.tokenizer,
+        tap=store.manifest.facts["tap"],
+        datastore=str(Path(folder).resolve()),
+        datastore_hash=store.manifest.hash,
+        retrieval=config or RetrievalConfig(),
+    )
+
+
+class RetrievalMemory(Memory):
+    """The distribution that targets are made of, at inference: neighbours of the hidden state vote for their tokens.
+
+    It reads the base's activations where the base is the datastore's teacher, and otherwise runs the teacher itself,
+    with a cache of its own.
+
+    Source: kNN-LM (arXiv:1911.00172).
+    """
+
+    kind = "retrieval"
+    settings_class = RetrievalSettings
+    settings: RetrievalSettings
+
+    def __init__(
+        self,
+        datastore: str | Path | RetrievalSettings,
+        config: RetrievalConfig | None = None,
+        *,
+        teacher: PreTrainedModel | None = None,
+    ) -> None:
+        """
+        Args:
+            datastore: Folder of the datastore stage, or the settings of an earlier memory.
+            config: Neighbours, temperature and nprobe.
+            teacher: Run beside the base; None: the base is the teacher, and its activations are read.
+
+        Raises:
+            ArtifactError: The datastore is gone, incomplete, or another than the settings name.
+            ConfigError: nprobe is given and the index has none.
+        """
+        settings = datastore if isinstance(datastore, RetrievalSettings) else datastore_settings(datastore, config)
+        store_tap = settings.tap
+        if teacher is not None:
+            settings = settings.model_copy(update={"tap": None})
+        super().__init__(settings)
+        self.store = Datastore(settings.datastore)
+        if self.store.manifest.hash != settings.datastore_hash:
+            raise ArtifactError(f"datastore {settings.datastore} is another than when this memory was saved")
+        if settings.retrieval.nprobe is not None:
+            self.store.index.set_nprobe(settings.retrieval.nprobe)
+        self._seen = self._state_on_disk()
+        self.teacher = teacher
+        self.reader = None
+        if teacher is not None:
+            tap = str(self.store.manifest.facts["tap"] if store_tap is None else store_tap)
+            self.reader = WindowedReader(teacher, longest_context(teacher.config), _read_at(teacher, tap))
+
+    @classmethod
+    def load(cls, source: str, settings: RetrievalSettings, *, base: str | None = None, **kwargs: Any) -> Self:
+        """
+        Args:
+            base: Reads this base's activations where it is the datastore's teacher; else the teacher is loaded.
+            kwargs: Ignored, for the teacher must run as it ran for the keys.
+
+        Raises:
+            ArtifactError: The teacher is no longer the model that made the keys.
+        """
+        store = Datastore(settings.datastore)
+        tap = str(store.manifest.facts["tap"])
+        if base is not None and model_identity(base) == store.manifest.inputs["teacher"]:
+            return cls(settings.model_copy(update={"tap": tap})).eval()
+        store.check_teacher()
+        teacher, _ = load_teacher(store.teacher, store.config)
+        return cls(settings.model_copy(update={"tap": tap}), teacher=teacher).eval()
+
+    def save_weights(self, folder: Path) -> None:
+        pass  # the settings name the datastore
+
+    def check_base(self, base: PreTrainedModel) -> None:
+        if self.tap is None:
+            return
+        get_module(base, self.tap)
+        width = tap_width(base, self.tap)
+        if width != self.width:
+            raise ModelError(
+                f"datastore {self.store.folder} holds keys {self.width} wide, {self.tap} of this"
+                f" {type(base).__name__} is {width} wide: its teacher was {self.store.teacher}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Width of the keys."""
+        return int(self.store.manifest.facts["key_width"])
+
+    # --- inference ------------------------------------------------------------------------------------------------
+
+    def new_cache(self, batch_size: int) -> MemoryCache:
+        return self.reader.new_cache(batch_size) if self.reader is not None else NoCache()
+
+    def step(
+        self,
+        tokens: Int[Tensor, "B T"],
+        activations: Float[Tensor, "B T D"] | None = None,
+        attention_mask: Bool[Tensor, "B T"] | None = None,
+        cache: MemoryCache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The queries: the base's activations, or the teacher's.
+
+        Raises:
+            ModelError: There are no activations, or of another width.
+        """
+        if self.reader is not None:
+            return self.reader.step(tokens, attention_mask, cache)
+        return check_activations(activations, self.width, f"datastore {self.store.folder}")
+
+    def votes(self, state: Float[Tensor, "B T D"], keep: slice | Tensor) -> SparseProbs:
+        return self.retrieve(state[:, keep].flatten(0, 1)).to(state.device)
+
+    def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        there = labels != IGNORE
+        queries, wanted = state[there], labels[there].cpu()
+        parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": []}
+        for start in range(0, len(queries), _POSITIONS_AT_ONCE):
+            found = self.retrieve(queries[start : start + _POSITIONS_AT_ONCE])
+            rows = len(found.counts)
+            owner = torch.arange(rows).repeat_interleave(found.counts)
+            hit = found.ids == wanted[start : start + rows][owner]
+            parts["label"].append(torch.zeros(rows).index_add_(0, owner, found.probs * hit).log())
+            parts["entropy"].append(-torch.zeros(rows).index_add_(0, owner, torch.xlogy(found.probs, found.probs)))
+            parts["top1"].append(found.probs[found.counts.cumsum(0) - found.counts])
+        return {name: torch.cat(tensors) if tensors else torch.empty(0) for name, tensors in parts.items()}
+
+    # --- the search -----------------------------------------------------------------------------------------------
+
+    def retrieve(
+        self, queries: Float[Tensor, "P D"], own: NDArray[np.int64] | None = None, *, exclude_document: bool = False
+    ) -> SparseProbs:
+        """The neighbours' votes for each query.
+
+        Args:
+            queries: Activations of the teacher.
+            own: `(P,)` entry ids of the queries, left out of their neighbours; None for text outside the datastore.
+            exclude_document: Leave out all entries of the query's document as well.
+
+        Raises:
+            ArtifactError: The datastore was changed or deleted since it was opened.
+            ModelError: An activation does not fit float16.
+        """
+        config = self.settings.retrieval
+        k = min(config.k, self.store.n_entries)
+        return retrieve(
+            self.store,
+            self._as_keys(queries),
+            own,
+            k=k,
+            target_temperature=config.target_temperature,
+            exclude_document=exclude_document,
+        )
+
+    def neighbors(self, queries: Float[Tensor, "P D"], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; errors as `retrieve`."""
+        return search_neighbors(self.store, self._as_keys(queries), None, k=min(k, self.store.n_entries))
+
+    def _as_keys(self, queries: Float[Tensor, "P D"]) -> NDArray[np.float32]:
+        if self._state_on_disk() != self._seen:
+            raise ArtifactError(f"datastore {self.store.folder} was changed or deleted while in use; load it again")
+        keys = queries.half()  # as stored keys are
+        if not torch.isfinite(keys).all():
+            raise ModelError("an activation at the tap overflows float16 (or is NaN)")
+        return keys.float().cpu().numpy()
+
+    def _state_on_disk(self) -> tuple[int, int] | None:
+        try:
+            found = (self.store.folder / MANIFEST).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+
+def _read_at(teacher: PreTrainedModel, tap: str) -> Any:
+    def run(input_ids: Tensor, **inputs: Any) -> Tensor:
+        with TapReader(teacher, tap) as reader:
+            return reader.read(input_ids, **inputs)
+
+    return run
