@@ -1,6 +1,6 @@
 """What a memory carried to another tokenizer is worth: adapted and from scratch at a tenth of the budget, and in full.
 
-A memory of SmolLM2's vocabulary is carried to stories15M (Llama-2 vocabulary) on the same documents. Rows that come out:
+A memory of SmolLM2's vocabulary is carried to stories15M (Llama-2 vocabulary) on the same documents. Rows of the table:
 
 | row | start | budget |
 |---|---|---|
@@ -27,7 +27,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-from benchmarks.stories import stories
+from benchmarks.stories import check
 from memlm import adapt_memory, build_corpus, build_datastore, build_targets, evaluate_perplexity, train_memory
 from memlm.artifacts import library_versions
 from memlm.corpus.config import CorpusConfig
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(settings: argparse.Namespace) -> dict[str, Any]:
     """Every stage, and the figures of all rows."""
-    out, base = settings.out, stories()
+    out, base = settings.out, check()["folder"]
 
     def stage(name: str) -> Path:
         print(f"{name} -> {out / name}", file=sys.stderr)

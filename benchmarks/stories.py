@@ -146,11 +146,11 @@ def read_tokenizer(data: bytes) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def check() -> dict[str, object]:
-    """What shows that weights and tokenizer were read rightly: texts come back, and a story goes on as one.
+def check() -> dict[str, str]:
+    """The folder, and a story that it tells; checked that texts come back from their tokens.
 
     Raises:
-        AssertionError: A text does not come back from its tokens.
+        AssertionError: One does not.
     """
     folder = stories()
     tokenizer, model = load_tokenizer(folder), load_causal_lm(folder)
@@ -161,7 +161,7 @@ def check() -> dict[str, object]:
     with torch.no_grad():
         inputs = {"input_ids": torch.tensor([[1]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
         ids = model.generate(**inputs, max_new_tokens=60, do_sample=False, pad_token_id=0)  # type: ignore[operator]
-    return {"folder": folder, "story": tokenizer.decode(ids[0], skip_special_tokens=True)}
+    return {"folder": folder, "story": str(tokenizer.decode(ids[0], skip_special_tokens=True))}
 
 
 if __name__ == "__main__":
