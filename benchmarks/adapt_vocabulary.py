@@ -31,7 +31,7 @@ from benchmarks.stories import check
 from memlm import adapt_memory, build_corpus, build_datastore, build_targets, evaluate_perplexity, train_memory
 from memlm.artifacts import library_versions
 from memlm.corpus.config import CorpusConfig
-from memlm.memory.adapt_config import AdaptConfig
+from memlm.memory.config import AdaptConfig
 from memlm.recipes import data_path
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig

@@ -21,7 +21,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError, MemlmError
 from memlm.evaluate.config import EvaluateConfig
-from memlm.memory.adapt_config import AdaptConfig
+from memlm.memory.config import AdaptConfig
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 

@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,8 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError, ModelError, OutputExistsError
 from memlm.memory.adapt import replace_vocabulary
-from memlm.memory.adapt_config import AdaptConfig
+from memlm.memory.config import AdaptConfig
+from memlm.memory.mlp import FFNStyle, MLPSettings
 from memlm.models.tokenizers import fingerprint
 from memlm.models.vocabularies import align_vocabularies
 from memlm.targets.config import TargetsConfig
@@ -265,18 +265,15 @@ def test_other_content_in_the_output_is_left_alone(memory_folder: Path, other_fo
         adapt_memory(memory_folder, tokenizer=other_folder, out=shutil.copytree(memory_folder, tmp_path / "copy"))
 
 
-@pytest.mark.parametrize("kind", ["mlp", "retrieval"])
-def test_another_kind_of_memory_is_refused(
-    kind: str, memory_folder: Path, other_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Settings:
-        pass
-
-    found: Any = Settings()
-    found.kind = kind
-    monkeypatch.setattr("memlm.memory.adapt.read_settings", lambda source: found)
-    with pytest.raises(ConfigError, match=rf"is of kind '{kind}': only a Memory Decoder can be carried"):
-        adapt_memory(memory_folder, tokenizer=other_folder, out=tmp_path / "out")
+def test_other_kinds_of_memories_are_refused(datastore_folder: Path, other_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "mlp").mkdir()
+    style = FFNStyle(gated=True, bias=False, norm="rms", norm_eps=1e-6, activation="silu")
+    widths = {"input_width": 32, "width": 32, "ffn_width": 64}
+    settings = MLPSettings(kind="mlp", vocab_size=320, base_blocks=2, layers=1, style=style, **widths)
+    (tmp_path / "mlp" / "memory.json").write_text(settings.model_dump_json())
+    for kind, folder in (("mlp", tmp_path / "mlp"), ("retrieval", datastore_folder)):
+        with pytest.raises(ConfigError, match=rf"is of kind '{kind}': only a Memory Decoder can be carried"):
+            adapt_memory(folder, tokenizer=other_folder, out=tmp_path / "out")
 
 
 def test_a_model_with_fewer_rows_than_tokens_is_carried_over(

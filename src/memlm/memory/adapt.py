@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from memlm.artifacts import Manifest, is_artifact, open_stage, read_manifest
 from memlm.errors import ConfigError
-from memlm.memory.adapt_config import AdaptConfig
 from memlm.memory.card import CARD_FILE
+from memlm.memory.config import AdaptConfig
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_settings
 from memlm.models.loading import model_identity, resolve

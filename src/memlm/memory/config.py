@@ -1,4 +1,4 @@
-"""Settings of what a memory starts as; light, for the command line reads them."""
+"""Settings of what a memory starts as, and of how it changes its tokenizer; light, for the command line reads them."""
 
 from typing import Literal
 
@@ -30,3 +30,15 @@ class StartConfig(StageConfig):
     head: Literal["base", "random"] | None = None
     """mlp: start of the output layer: the base's, with its final norm, or random as in the paper; default the base's
     where the widths are equal."""
+
+
+class AdaptConfig(StageConfig):
+    """How a memory gets the vocabulary of another tokenizer."""
+
+    rows: Literal["pieces", "random"] = "pieces"
+    """New rows of embeddings and head: pieces (shared tokens keep theirs, others get the mean of their pieces under the
+    old tokenizer), or random, as in the paper."""
+    budget: float = Field(default=0.1, gt=0)
+    """Share of the epochs it was trained for that training should go on for; no more than a note of how to go on."""
+    seed: int = Field(default=0, ge=0)
+    """Draws random rows."""
