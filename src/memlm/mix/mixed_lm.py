@@ -4,11 +4,12 @@ import copy
 import inspect
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -50,6 +51,18 @@ class MixedLMConfig(PreTrainedConfig):
     mix_weights: dict | None = None
     memory_window: int | None = None
     vocab_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Components:
+    """What base and memories say of the next token at the same places."""
+
+    output: Any
+    """The base's own."""
+    logits: Float[Tensor, "B T V"]
+    """The base's in float32, over the shared vocabulary."""
+    votes: dict[str, Votes]
+    """Per memory."""
 
 
 class MixedLM(PreTrainedModel, GenerationMixin):
@@ -247,33 +260,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         use_cache = use_cache if use_cache is not None else past_key_values is not None
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(len(input_ids))
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        keep = slice(None) if isinstance(keep, int) else keep
-
-        inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
-        inputs = {name: value for name, value in inputs.items() if value is not None and name in self._base_arguments}
-        inputs |= {n: value for n, value in kwargs.items() if n in self._base_arguments or self._base_takes_more}
-        if past_key_values is not None:
-            inputs["past_key_values"] = past_key_values.base
-        if "logits_to_keep" in self._base_arguments:
-            inputs["logits_to_keep"] = logits_to_keep
         weights = self._weights_of_call(mix_weight, len(input_ids))
-        memories = self.named_memories()
-        taps = {memory.tap for memory in memories.values() if memory.tap is not None}
-        with capture(self.base, taps) as activations:
-            output = self.base(input_ids=input_ids, use_cache=use_cache, return_dict=True, **inputs)
-        logits = output.logits if "logits_to_keep" in inputs else output.logits[:, keep]
-        logits = logits[..., : self.vocab_size].float()
-
-        new_mask = attention_mask[:, -input_ids.shape[1] :].bool() if attention_mask is not None else None
-        votes = []
-        for name, memory in memories.items():
-            cache = past_key_values.of(name) if past_key_values is not None else None
-            found = activations.get(memory.tap or "")
-            found = found.reshape(*input_ids.shape, -1) if found is not None else None
-            state = memory.step(input_ids, found, attention_mask=new_mask, cache=cache)
-            votes.append(memory.votes(state, keep).to(logits.device))
-        logits = self._mix(logits, votes, weights)
+        parts = self.components(
+            input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, use_cache=use_cache, **kwargs
+        )
+        logits = self._mix(parts.logits, list(parts.votes.values()), weights)
 
         loss = None
         if labels is not None:
@@ -284,10 +275,54 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
+            hidden_states=parts.output.hidden_states,
+            attentions=parts.output.attentions,
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def components(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: MixedCache | None = None,
+        logits_to_keep: int | Tensor = 0,
+        *,
+        use_cache: bool = False,
+        **kwargs: Any,
+    ) -> Components:
+        """What base and memories say of the next token, each for itself.
+
+        Args:
+            input_ids, attention_mask, position_ids, logits_to_keep, kwargs: As `forward` takes them.
+            cache: Extended by `input_ids`; None: they are all there is.
+            use_cache: Passed to the base.
+        """
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
+        keep = slice(None) if isinstance(keep, int) else keep
+
+        inputs: dict[str, Any] = {"attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = {name: value for name, value in inputs.items() if value is not None and name in self._base_arguments}
+        inputs |= {n: value for n, value in kwargs.items() if n in self._base_arguments or self._base_takes_more}
+        if cache is not None:
+            inputs["past_key_values"] = cache.base
+        if "logits_to_keep" in self._base_arguments:
+            inputs["logits_to_keep"] = logits_to_keep
+        memories = self.named_memories()
+        taps = {memory.tap for memory in memories.values() if memory.tap is not None}
+        with capture(self.base, taps) as activations:
+            output = self.base(input_ids=input_ids, use_cache=use_cache, return_dict=True, **inputs)
+        logits = output.logits if "logits_to_keep" in inputs else output.logits[:, keep]
+        logits = logits[..., : self.vocab_size].float()
+
+        mask = attention_mask[:, -input_ids.shape[1] :].bool() if attention_mask is not None else None
+        votes = {}
+        for name, memory in memories.items():
+            found = activations_for(memory, activations, input_ids)
+            memory_cache = cache.of(name) if cache is not None else None
+            state = memory.step(input_ids, found, attention_mask=mask, cache=memory_cache)
+            votes[name] = memory.votes(state, keep).to(logits.device)
+        return Components(output, logits, votes)
 
     def _weights_of_call(
         self, mix_weight: MixWeight | Mapping[str, MixWeight] | None, rows: int
@@ -428,6 +463,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: Always.
         """
         raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
+
+
+def activations_for(
+    memory: Memory, captured: Mapping[str, Tensor], input_ids: Int[Tensor, "B T"]
+) -> Float[Tensor, "B T D"] | None:
+    """What `memory` reads of the base, from `capture` around a pass over `input_ids`; None where it reads tokens."""
+    found = captured.get(memory.tap or "")
+    return found.reshape(*input_ids.shape, -1) if found is not None else None  # some models flatten rows
 
 
 def settle_weights(
