@@ -109,7 +109,7 @@ def test_the_list_of_commands_here_is_complete() -> None:
 
 def test_options_carry_their_fields_docstring_and_default(memlm: Callable[..., Result]) -> None:
     text = " ".join(memlm("targets", "--help").out.split())
-    assert "Neighbours kept per position, self-matches already removed. [default: 1024]" in text
+    assert "Neighbours per position, self-matches already removed. [default: 1024]" in text
     assert "--exclude-document" in text
     assert "τ in the papers" in text
 
@@ -258,7 +258,7 @@ def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path) ->
     )
     assert found.code == 0
     assert len(found.out.splitlines()) >= 2  # an answer per turn
-    assert "mix_weight = 7.0: must be in [0, 1]" in found.err
+    assert "mix_weight = 7: must be in [0, 1]" in found.err
     assert "no chat template" in found.err
     assert "Traceback" not in found.err
 

@@ -12,6 +12,7 @@ from memlm.artifacts import read_manifest
 from memlm.errors import ArtifactError
 from memlm.memory.card import memory_card
 from memlm.memory.protocol import MemorySettings
+from memlm.train.config import TrainConfig
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def test_card_says_from_what_how_good_and_how_to_load(card: str, memory_folder: 
 
 
 FACTS = {"corpus": {"splits": {"train": {"tokens": 1234567, "documents": 9}}}, "parameters": 5, "epochs": 2.0}
-CONFIG = {"kl_weight": 0.0, "learning_rate": 5e-4, "seed": 0, "fresh": False, "layers": None}
+CONFIG = TrainConfig(kl_weight=0.0).model_dump()
 
 
 def test_card_of_plain_fine_tuning_without_validation_says_so() -> None:
@@ -59,15 +60,29 @@ def test_card_of_plain_fine_tuning_without_validation_says_so() -> None:
 @pytest.mark.parametrize(
     ("layers", "fresh", "expected"),
     [
-        (None, False, "| start model | i |"),
-        (3, False, "| start model | i (3 layers) |"),
-        ([0, 4], True, "| start model | i (2 layers, random weights) |"),
+        (None, False, "| start | i |"),
+        (3, False, "| start | i (3 layers) |"),
+        ([0, 4], True, "| start | i (2 layers, random weights) |"),
     ],
 )
 def test_card_says_what_was_kept_of_the_start_model(layers: Any, fresh: bool, expected: str) -> None:
     config = {**CONFIG, "layers": layers, "fresh": fresh}
     settings = MemorySettings(kind="decoder", vocab_size=9)
     assert expected in memory_card(settings, FACTS, {"base": "b", "init": "i"}, config)
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [(None, "| start | fresh, head of the base where the widths are equal |"), ("random", "| start | fresh |")],
+)
+def test_card_of_a_memory_that_reads_its_base_names_the_only_one_it_serves(head: str | None, expected: str) -> None:
+    settings = MemorySettings(kind="mlp", vocab_size=9, tap="model.layers.2.mlp")
+    card = memory_card(settings, FACTS, {"base": "b"}, {**CONFIG, "kind": "mlp", "head": head})
+    assert "mlp-memory" in front_matter(card)["tags"]
+    assert "It reads `model.layers.2.mlp` of b and serves this base alone." in card
+    assert "Any causal language model" not in card
+    assert "| kind | mlp, 5 parameters |" in card
+    assert expected in card
 
 
 class Hub:

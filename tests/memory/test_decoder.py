@@ -64,7 +64,7 @@ def test_forward_gives_the_dense_loss_of_a_padded_batch(kl_weight: float) -> Non
     ids = torch.cat([torch.randperm(VOCAB, generator=rng)[:count] for count in counts.tolist()]).int()
     probs = torch.rand(len(ids), generator=rng) + 0.1
 
-    found = memory(tokens, labels, kl_weight, counts, ids, probs)
+    found = memory(tokens, labels, kl_weight, target_counts=counts, target_ids=ids, target_probs=probs)
     found.loss.backward()
     gradient = memory.decoder.model.layers[0].mlp.up_proj.weight.grad.clone()
     memory.zero_grad()

@@ -196,7 +196,8 @@ def test_the_checkpoint_with_the_best_mixture_is_kept_not_the_best_memory(
     ]
     seen: list[dict[str, torch.Tensor]] = []
 
-    def scripted_score(memory: Any, blocks: Any, *, batch_tokens: int) -> dict[str, np.ndarray]:
+    def scripted_score(memory: Any, blocks: Any, *, activations: Any, batch_tokens: int) -> dict[str, np.ndarray]:
+        assert activations is None, "a decoder reads tokens only"
         seen.append({name: tensor.clone() for name, tensor in memory.decoder.state_dict().items()})
         return {"label": scripted[len(seen) - 1]}
 
