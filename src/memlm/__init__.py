@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memlm.memory.card import push_to_hub as push_to_hub
     from memlm.memory.decoder import MemoryDecoder as MemoryDecoder
     from memlm.memory.loading import load_memory as load_memory
+    from memlm.mix.explain import explain as explain
     from memlm.mix.mixed_lm import MixedLM as MixedLM
     from memlm.targets.build import build_targets as build_targets
     from memlm.train.run import train_memory as train_memory
@@ -32,6 +33,7 @@ _HOMES = {
     "push_to_hub": "memory.card",
     "MemoryDecoder": "memory.decoder",
     "load_memory": "memory.loading",
+    "explain": "mix.explain",
     "MixedLM": "mix.mixed_lm",
     "build_targets": "targets.build",
     "train_memory": "train.run",
@@ -47,6 +49,7 @@ __all__ = [
     "build_datastore",
     "build_targets",
     "evaluate_perplexity",
+    "explain",
     "load_memory",
     "push_to_hub",
     "train_memory",

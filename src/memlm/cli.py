@@ -466,6 +466,44 @@ def generate(
     _print({"prompt": prompt, "text": text, "mix_weight": shown}, as_json)
 
 
+@app.command()
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
+def explain(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    base: Base,
+    memory: Memories,
+    retrieval: RetrievalConfig | None,
+    datastore: Annotated[
+        str | None,
+        typer.Option(help="Datastore folder that snippets come from; default a live retrieval memory's own."),
+    ] = None,
+    mix_weight: MixWeights = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
+    neighbors: Annotated[int, typer.Option(min=0, help="Snippets per token.")] = 3,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer greedily; per token, what base, memory and mixture thought of it and where the corpus has its like.
+
+    A snippet is a place of the training split whose context is near, with document and squared distance. That is
+    evidence of what the corpus says in such places, not proof that it caused the token.
+
+    Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --datastore d/
+    """
+    _quiet()
+    from dataclasses import asdict
+
+    from memlm.mix.explain import check_datastore, explain, explanation_text
+    from memlm.models.loading import resolve
+    from memlm.models.tokenizers import load_tokenizer
+
+    if datastore is not None:
+        check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
+    found = explain(model, tokenizer, prompt, datastore=datastore, max_new_tokens=max_new_tokens, neighbors=neighbors)
+    _print(asdict(found), as_json, explanation_text(found))
+
+
 _UNNAMED = "memory"
 
 

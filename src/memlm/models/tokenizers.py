@@ -81,9 +81,14 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_same(
-    first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase, first_name: str, second_name: str
+    first: PreTrainedTokenizerBase,
+    second: PreTrainedTokenizerBase,
+    first_name: str,
+    second_name: str,
+    *,
+    advice: str = ADVICE,
 ) -> None:
-    """Nothing, where both tokenizers give the same ids.
+    """Nothing, where both tokenizers give the same ids; `advice` is the end of the message where they do not.
 
     Raises:
         TokenizerMismatchError: They do not; the message says in what.
@@ -91,7 +96,7 @@ def check_same(
     if fingerprint(first) == fingerprint(second):
         return
     raise TokenizerMismatchError(
-        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); {ADVICE}"
+        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); {advice}"
     )
 
 

@@ -1,0 +1,22 @@
+"""Why a base and a memory say what they say: per token, who wanted it and which places of the corpus are near.
+
+Run: python examples/explain.py BASE MEMORY DATASTORE "What is asthma?"
+"""
+
+import sys
+
+from memlm import MixedLM, explain
+from memlm.models.loading import resolve
+from memlm.models.tokenizers import load_tokenizer
+
+base, memory, datastore, prompt = sys.argv[1:5]
+model = MixedLM.from_pretrained(base, memory=memory)
+explanation = explain(model, load_tokenizer(resolve(base)), prompt, datastore=datastore)
+
+for token in explanation.tokens:
+    gain = token.mixture_prob - token.base_prob
+    print(f"{token.text!r}: base {token.base_prob:.3f}, memory {gain:+.3f}; the base alone: {token.base_choice!r}")
+    for near in token.neighbors:
+        place = f"{near.before}«{near.token}»{near.after}"
+        print(f"    {near.document}, squared distance {near.distance:.0f}: {place!r}")
+print(explanation.note)  # near neighbours are evidence, not cause

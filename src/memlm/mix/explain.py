@@ -1,0 +1,296 @@
+"""Provenance: what base, memory and mixture thought of each generated token, and where the corpus has its like."""
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from memlm.datastore.store import Datastore
+from memlm.errors import ConfigError, InputError
+from memlm.memory.loading import load_memory
+from memlm.memory.protocol import Votes
+from memlm.memory.retrieval import RetrievalMemory
+from memlm.mix.mixed_lm import MixedLM, activations_for
+from memlm.mix.mixture import mix_log_probs
+from memlm.models.taps import capture
+from memlm.models.tokenizers import check_same
+from memlm.targets.votes import SparseProbs
+
+EVIDENCE = "Near neighbours are evidence of what the corpus says in such places, not proof that they caused the token."
+NO_SNIPPETS = "No snippets: give the datastore (--datastore) that holds the corpus."
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A place of the training corpus whose context is near the one that a token was generated in."""
+
+    document: str
+    """Name of its document."""
+    distance: float
+    """Squared L2 between the keys of both contexts."""
+    before: str
+    """Text before the token, within the document."""
+    token: str
+    """What came next there."""
+    after: str
+    """Text after the token, within the document."""
+    entry: int
+    """Entry id in the datastore."""
+
+
+@dataclass(frozen=True)
+class ExplainedToken:
+    """What was thought of one generated token, given all text before it; probabilities over the shared vocabulary."""
+
+    text: str
+    """`�` where the token is a part of a character."""
+    token_id: int
+    base_prob: float
+    memory_probs: dict[str, float]
+    """Per memory."""
+    mixture_prob: float
+    base_choice: str
+    """The likeliest token of the base alone."""
+    base_choice_prob: float
+    """Its probability under the base."""
+    neighbors: list[Neighbor]
+    """Nearest first."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A greedy answer, token by token."""
+
+    prompt: str
+    text: str
+    mix_weights: dict[str, float]
+    """Per memory; the base gets the rest."""
+    tokens: list[ExplainedToken]
+    """An end token, which `text` leaves out, included."""
+    note: str
+    """How to read the neighbours, or how to get them."""
+
+
+@torch.inference_mode()
+def explain(
+    model: MixedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    datastore: str | Path | RetrievalMemory | None = None,
+    max_new_tokens: int = 20,
+    neighbors: int = 3,
+    snippet_tokens: int = 12,
+) -> Explanation:
+    """Answer greedily; say per token what each component thought of it, and where the corpus has contexts like it.
+
+    The neighbours are evidence of what the corpus says in such places, not the cause of the token.
+
+    Args:
+        model: A base and its memories, with the weights in force.
+        tokenizer: The one they share.
+        prompt: Text to go on from.
+        datastore: Folder, or an opened one, whose corpus the snippets come from; the model's own where it retrieves,
+            if None. It reads the base's activations where the base is its teacher, and else runs its teacher.
+        max_new_tokens: At least 1.
+        neighbors: Per token; 0 for none.
+        snippet_tokens: Shown on each side of a neighbour's token at most.
+
+    Raises:
+        ConfigError: A number is out of range.
+        InputError: The prompt has no tokens.
+        ArtifactError: The folder is no datastore, or its teacher is no longer the model that made it.
+        TokenizerMismatchError: The datastore was made with another tokenizer.
+        ModelError: Its teacher cannot be reached, or the base's activations do not fit its keys.
+    """
+    numbers = {
+        "max_new_tokens": (max_new_tokens, 1),
+        "neighbors": (neighbors, 0),
+        "snippet_tokens": (snippet_tokens, 0),
+    }
+    for name, (value, least) in numbers.items():
+        if value < least:
+            raise ConfigError(f"{name} = {value}: must be at least {least}")
+    memory = _searched(model, tokenizer, datastore)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    read = inputs["input_ids"].shape[1]
+    if not read:
+        raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
+    sequence = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+    )
+    answer = sequence[0, read:]
+
+    tap = memory.tap if memory is not None else None
+    with capture(model.base, [tap] if tap is not None else []) as activations:
+        parts = model.components(sequence[:, :-1], logits_to_keep=len(answer))
+    base = parts.logits.log_softmax(-1)
+    mixture = mix_log_probs(base, list(parts.votes.values()), list(model.mix_weights.values()))
+    base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)
+    memory_probs = {name: _probs_of(answer, votes) for name, votes in parts.votes.items()}
+    choices = base[0].max(-1)
+    near: list[list[Neighbor]] = [[] for _ in answer]
+    if memory is not None and neighbors:
+        states = memory.step(sequence[:, :-1], activations_for(memory, activations, sequence[:, :-1]))
+        near = _neighbors(memory, tokenizer, states[0, read - 1 :], neighbors, snippet_tokens)
+
+    texts = _texts(tokenizer, sequence[0, :read].tolist(), *answer[:, None].tolist())[1:]
+    tokens = [
+        ExplainedToken(
+            text=texts[i],
+            token_id=token_id,
+            base_prob=base_probs[i],
+            memory_probs={name: probs[i] for name, probs in memory_probs.items()},
+            mixture_prob=mixture_probs[i],
+            base_choice=_decode(tokenizer, [int(choices.indices[i])]),
+            base_choice_prob=float(choices.values[i].exp()),
+            neighbors=near[i],
+        )
+        for i, token_id in enumerate(answer.tolist())
+    ]
+    return Explanation(
+        prompt=prompt,
+        text=str(tokenizer.decode(answer, skip_special_tokens=True)),
+        mix_weights=model.mix_weights,
+        tokens=tokens,
+        note=EVIDENCE if memory is not None else NO_SNIPPETS,
+    )
+
+
+def check_datastore(datastore: str | Path | RetrievalMemory, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Nothing, where `datastore` holds token ids of `tokenizer`; loads no weights.
+
+    Raises:
+        ArtifactError: The folder is no complete datastore.
+        TokenizerMismatchError: It was made with another tokenizer.
+    """
+    store = datastore.store if isinstance(datastore, RetrievalMemory) else Datastore(datastore)
+    advice = "build a corpus and a datastore with this model's tokenizer"
+    check_same(tokenizer, store.corpus.tokenizer, "the model", f"datastore {store.folder}", advice=advice)
+
+
+def _searched(
+    model: MixedLM, tokenizer: PreTrainedTokenizerBase, datastore: str | Path | RetrievalMemory | None
+) -> RetrievalMemory | None:
+    """The memory whose datastore is searched; None where there is none."""
+    if datastore is None:
+        return next((memory for memory in model.named_memories().values() if isinstance(memory, RetrievalMemory)), None)
+    check_datastore(datastore, tokenizer)
+    memory = datastore if isinstance(datastore, RetrievalMemory) else load_memory(datastore, base=model.config.base)
+    assert isinstance(memory, RetrievalMemory)
+    memory.check_base(model.base)
+    return memory.to(model.device)
+
+
+def _probs_of(tokens: Int[Tensor, "T"], votes: Votes) -> list[float]:
+    """The probability of each token, from votes at the places before them."""
+    places = torch.arange(len(tokens), device=tokens.device)
+    if isinstance(votes, SparseProbs):
+        owner = places.repeat_interleave(votes.counts)
+        hits = votes.probs * (votes.ids == tokens[owner])
+        return torch.zeros(len(tokens), device=tokens.device).index_add_(0, owner, hits).tolist()
+    return votes[0, places, tokens].exp().tolist()
+
+
+def _neighbors(
+    memory: RetrievalMemory,
+    tokenizer: PreTrainedTokenizerBase,
+    queries: Float[Tensor, "T D"],
+    count: int,
+    snippet_tokens: int,
+) -> list[list[Neighbor]]:
+    """The nearest entries of each query as places in the corpus."""
+    corpus = memory.store.corpus
+    split, names = corpus.split("train"), corpus.document_names("train")
+    distances, entries = memory.neighbors(queries, count)
+    documents = split.documents_of(entries)
+
+    def neighbor(distance: float, entry: int, document: int) -> Neighbor:
+        place = int(split.token_indices(entry, entry + 1)[0])
+        start, end = split.offsets[document : document + 2].tolist()
+        first, last = max(start, place - snippet_tokens), min(end, place + 1 + snippet_tokens)
+        runs = (split.tokens[first:place], split.tokens[place : place + 1], split.tokens[place + 1 : last])
+        before, token, after = _texts(tokenizer, *(run.tolist() for run in runs))
+        return Neighbor(names[document], distance, before, token, after, entry)
+
+    return [
+        [neighbor(*found) for found in zip(*row, strict=True) if np.isfinite(found[0])]
+        for row in zip(distances.tolist(), entries.tolist(), documents.tolist(), strict=True)
+    ]
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase, *runs: list[int]) -> list[str]:
+    """The text of each run of tokens after those before it, for a run decoded alone may lose its first space."""
+    texts, read, text = [], [], ""
+    for run in runs:
+        read += run
+        longer = _decode(tokenizer, read)
+        texts.append(longer[len(text) :] if longer.startswith(text) else _decode(tokenizer, run))
+        text = longer
+    return texts
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+# --- as text ----------------------------------------------------------------------------------------------------------
+
+_WIDTH = 100
+_TOKEN, _DOCUMENT = 20, 24
+
+
+def explanation_text(explanation: Explanation) -> str:
+    """The explanation as lines of text: per token its probabilities, and its neighbours below."""
+    names = list(explanation.mix_weights)
+    columns = ["base", *names, "mixture"]
+    widths = [max(8, len(name) + 2) for name in columns]
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
+    lines = [
+        f"{_one_line(explanation.prompt)} {_one_line(explanation.text)}",
+        f"mix_weight: {weights}",
+        "",
+        f"{'token':<{_TOKEN}}"
+        + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
+        + "   likeliest for the base alone",
+    ]
+    if any(token.neighbors for token in explanation.tokens):
+        lines.append("    squared distance, document, and the place in it: «what came next there»")
+    for token in explanation.tokens:
+        probs = (token.base_prob, *(token.memory_probs[name] for name in names), token.mixture_prob)
+        lines.append(
+            f"{_clip(repr(token.text), _TOKEN):<{_TOKEN}}"
+            + "".join(f"{prob:>{width}.4f}" for prob, width in zip(probs, widths, strict=True))
+            + f"   {_clip(repr(token.base_choice), _TOKEN)} {token.base_choice_prob:.4f}"
+        )
+        lines += [_neighbor_line(neighbor) for neighbor in token.neighbors]
+    return "\n".join([*lines, "", textwrap.fill(explanation.note, _WIDTH)])
+
+
+def _neighbor_line(neighbor: Neighbor) -> str:
+    name = neighbor.document if len(neighbor.document) <= _DOCUMENT else "…" + neighbor.document[1 - _DOCUMENT :]
+    line = f"    {neighbor.distance:>10.1f}  {name:<{_DOCUMENT}}  "
+    token = _one_line(neighbor.token)
+    bare = token.strip() or token
+    gap = " " if token.startswith(" ") and bare != token else ""
+    before, after = _one_line(neighbor.before) + gap, _one_line(neighbor.after)
+    room = max(0, _WIDTH - len(line) - len(bare) - 2)
+    before = before if len(before) <= room // 2 else "…" + before[len(before) - room // 2 + 1 :]
+    return f"{line}{before}«{bare}»{_clip(after, room - len(before))}"
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"\s*\n\s*", "⏎", text))
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(0, length - 1)] + "…"
+
+
+__all__ = ["ExplainedToken", "Explanation", "Neighbor", "check_datastore", "explain", "explanation_text"]
