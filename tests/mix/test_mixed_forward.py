@@ -259,10 +259,10 @@ def test_weights_by_name_may_come_in_any_order() -> None:
     ("weights", "message"),
     [
         ({"law": 0.7, "medicine": 0.5}, "sum to 1.2, above 1"),
-        ({"law": 0.7}, "mix_weight names law; the memories are law, medicine"),
-        ({"law": 0.7, "medicin": 0.1}, "mix_weight names law, medicin; the memories are law, medicine"),
-        (0.5, "give one weight per memory"),
-        (None, "mix_weight is missing"),
+        ({"law": 0.7}, "mix_weight of 'medicine' is missing: the memory records none from validation data; give one"),
+        ({"law": 0.7, "medicin": 0.1}, "mix_weight names medicin; the memories are law, medicine"),
+        (0.5, r"give one weight per memory \(law, medicine\), by name"),
+        (None, "mix_weight of 'law' is missing: "),
     ],
 )
 def test_bad_weights_of_two_memories_are_refused(weights: dict[str, float], message: str) -> None:
@@ -283,7 +283,7 @@ def test_a_weight_out_of_range_is_refused_and_changes_nothing(weight: float) -> 
 def test_a_missing_weight_is_the_recorded_one_or_an_error() -> None:
     base = family_model("llama", VOCAB)
     assert MixedLM(base, tiny_memory(weight=0.35)).mix_weights == {"memory": 0.35}
-    with pytest.raises(ConfigError, match="mix_weight is missing"):
+    with pytest.raises(ConfigError, match="mix_weight of 'memory' is missing: "):
         MixedLM(base, tiny_memory())
 
 

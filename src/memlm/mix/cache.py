@@ -1,26 +1,31 @@
 """One cache for a mixed model: the base's and every memory's, moved together."""
 
+import weakref
+from collections.abc import Mapping
+
 import torch
 from transformers import Cache
 
 from memlm.errors import ConfigError
-from memlm.memory.protocol import MemoryCache
+from memlm.memory.protocol import Memory, MemoryCache
 
 
 class MixedCache(Cache):
     """The base's cache and the memories'. Crop, reorder, repeat and select act on all of them."""
 
-    def __init__(self, base: Cache, memories: dict[str, MemoryCache]) -> None:
+    def __init__(self, base: Cache, memories: Mapping[str, Memory], batch_size: int) -> None:
         self.base = base
-        self.memories = memories
+        self.memories = {name: memory.new_cache(batch_size) for name, memory in memories.items()}
+        # weak, so that a deep copy of the cache copies no memory
+        self._made_for = {name: weakref.ref(memory) for name, memory in memories.items()}
 
-    def of(self, name: str) -> MemoryCache:
+    def of(self, name: str, memory: Memory) -> MemoryCache:
         """The cache of one memory.
 
         Raises:
-            ConfigError: The memory was added later.
+            ConfigError: The memory was added later, perhaps in place of another of that name.
         """
-        if name not in self.memories:
+        if name not in self.memories or self._made_for[name]() is not memory:
             raise ConfigError(f"the cache is older than memory {name!r}; start a new one after adding a memory")
         return self.memories[name]
 

@@ -104,11 +104,12 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         _check_window(memory_window)
         given = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
         _check_names(given)
-        size = base.config.get_text_config().vocab_size
+        size = int(base.config.get_text_config().vocab_size)
+        size = size if vocab_size is None else min(size, vocab_size)
         config = MixedLMConfig(
             base=_absolute(base_name or base.config.name_or_path or ""),
             base_revision=getattr(base.config, "_commit_hash", None),
-            vocab_size=size if vocab_size is None else min(size, vocab_size),
+            vocab_size=size,
             memory_window=memory_window,
         )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -122,19 +123,27 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         self._base_arguments = set(parameters)
         self._base_takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
         self._weights: dict[str, float] = {}
+        self._base_vocab_size = size
+        self._vocab_sizes: dict[str, int] = {}
         for name, part in given.items():
             self._adopt(name, part)
         self.set_mix_weight(mix_weight)
         self.requires_grad_(False).eval()
 
     def _adopt(self, name: str, memory: Memory) -> None:
-        """Put a memory beside the base; the vocabulary becomes what all parts share."""
+        """Put a memory beside the base."""
         memory.check_base(self.base)
         # a shallow copy shares weights; vocabulary and window are this mixture's own, so mixtures can share a memory
-        self.memories[name] = part = copy.copy(memory)
+        part = copy.copy(memory)
         if self.config.memory_window is not None:
             part.set_window(self.config.memory_window)
-        self.config.vocab_size = min(self.config.vocab_size, memory.vocab_size)
+        self.memories[name] = part
+        self._vocab_sizes[name] = memory.vocab_size
+        self._share_vocabulary()
+
+    def _share_vocabulary(self) -> None:
+        """Make the vocabulary what all parts share."""
+        self.config.vocab_size = min([self._base_vocab_size, *self._vocab_sizes.values()])
         for part in self.named_memories().values():
             part.settings = part.settings.model_copy(update={"vocab_size": self.config.vocab_size})
 
@@ -176,6 +185,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: The name is taken, or the weights would sum to more than 1.
             TokenizerMismatchError: It has another tokenizer than the base.
+            ModelError: It cannot be reached, or reads activations that the base does not have.
         """
         _check_names([name])
         if name in self.memories:
@@ -187,7 +197,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             check_tokenizers(self.config.base, {name: memory}, {"revision": self.config.base_revision}, kwargs)
         if not isinstance(memory, Memory):
             memory = load_memory(memory, base=self.config.base or None, **{"dtype": self.base.dtype, **kwargs})
-        self._adopt(name, memory.to(self.base.device))
+        self._adopt(name, memory if "device_map" in kwargs else memory.to(self.base.device))
         self.requires_grad_(False).eval()
         self._weights = weights
         self.config.mix_weights = dict(weights)
@@ -199,9 +209,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             ConfigError: There is no such memory.
         """
         if name not in self.memories:
-            raise ConfigError(f"no memory is called {name!r}; the memories are {', '.join(self.memories)}")
-        del self.memories[name]
-        del self._weights[name]
+            raise ConfigError(f"no memory is called {name!r}; the memories are {', '.join(self.memories) or 'none'}")
+        del self.memories[name], self._weights[name], self._vocab_sizes[name]
+        self._share_vocabulary()
         self.config.mix_weights = dict(self._weights)
 
     @property
@@ -309,6 +319,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if "logits_to_keep" in self._base_arguments:
             inputs["logits_to_keep"] = logits_to_keep
         memories = self.named_memories()
+        caches = {name: cache.of(name, memory) if cache is not None else None for name, memory in memories.items()}
         taps = {memory.tap for memory in memories.values() if memory.tap is not None}
         with capture(self.base, taps) as activations:
             output = self.base(input_ids=input_ids, use_cache=use_cache, return_dict=True, **inputs)
@@ -319,8 +330,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         votes = {}
         for name, memory in memories.items():
             found = activations_for(memory, activations, input_ids)
-            memory_cache = cache.of(name) if cache is not None else None
-            state = memory.step(input_ids, found, attention_mask=mask, cache=memory_cache)
+            state = memory.step(input_ids, found, attention_mask=mask, cache=caches[name])
             votes[name] = memory.votes(state, keep).to(logits.device)
         return Components(output, logits, votes)
 
@@ -330,22 +340,23 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """One weight per memory; a tensor `(B, 1)` where rows differ."""
         if mix_weight is None:
             return list(self._weights.values())
-        given = settle_weights(self._weights, mix_weight).values()
-        return [
-            _for_rows(weight, rows).to(self.base.device) if isinstance(weight, Tensor) else weight for weight in given
-        ]
+        given = settle_weights(self._weights, mix_weight, per_row=True).values()
+        return [_for_rows(weight, rows) if isinstance(weight, Tensor) else weight for weight in given]
 
     def _mix(self, logits: Tensor, votes: list[Votes], weights: Sequence[float | Tensor]) -> Tensor:
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return logits
+        weights = [weight.to(logits.device) if isinstance(weight, Tensor) else weight for weight in weights]
         normaliser = torch.logsumexp(logits, -1, keepdim=True)
-        return mix_log_probs(logits - normaliser, votes, weights) + normaliser
+        mixed = mix_log_probs(logits - normaliser, votes, weights) + normaliser
+        total = sum(weights)
+        return torch.where(total[..., None] == 0, logits, mixed) if isinstance(total, Tensor) else mixed
 
     def new_cache(self, batch_size: int, base_cache: Cache | None = None) -> MixedCache:
         """An empty cache for `forward`; a dynamic one for the base unless another is given."""
         if base_cache is None:
             base_cache = DynamicCache(config=self.base.config.get_text_config(decoder=True))
-        return MixedCache(base_cache, {name: m.new_cache(batch_size) for name, m in self.named_memories().items()})
+        return MixedCache(base_cache, self.named_memories(), batch_size)
 
     def _prepare_cache_for_generation(
         self,
@@ -402,11 +413,13 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             base_kwargs.pop("config")
         place = Path(base)
         base, memory, saved = _open_saved(str(base), memory)
+        sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
         if saved is not None:
-            mix_weight = saved.mix_weights if mix_weight is None else mix_weight
+            if mix_weight is None or isinstance(mix_weight, Mapping):
+                kept = {name: weight for name, weight in (saved.mix_weights or {}).items() if name in sources}
+                mix_weight = kept | dict(mix_weight or {})
             memory_window = saved.memory_window if memory_window is None else memory_window
             base_kwargs.setdefault("revision", saved.base_revision)
-        sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
         memory_kwargs = dict(memory_kwargs or {})
         _check_names(sources)
         _check_window(memory_window)
@@ -474,13 +487,17 @@ def activations_for(
 
 
 def settle_weights(
-    present: Mapping[str, float | None], mix_weight: MixWeight | Mapping[str, MixWeight] | None
+    present: Mapping[str, float | None],
+    mix_weight: MixWeight | Mapping[str, MixWeight] | None,
+    *,
+    per_row: bool = False,
 ) -> dict[str, Any]:
     """Name to weight, in the order of the memories: a number, or a tensor `(rows,)`.
 
     Args:
         present: Per memory the weight in force where none is given, or None.
-        mix_weight: One weight for a single memory, or some by name; each a number or one per row.
+        mix_weight: One weight for a single memory, or some by name.
+        per_row: Whether a weight may be one per row of a batch.
 
     Raises:
         ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
@@ -490,18 +507,22 @@ def settle_weights(
         mix_weight = {}
     elif not isinstance(mix_weight, Mapping):
         if len(present) != 1:
-            raise ConfigError(f"mix_weight: give one weight per memory ({names or 'there is none'})")
+            raise ConfigError(f"mix_weight: give one weight per memory ({names or 'there is none'}), by name")
         mix_weight = dict.fromkeys(present, mix_weight)
     if unknown := [name for name in mix_weight if name not in present]:
-        raise ConfigError(f"mix_weight names {', '.join(unknown)}; the memories are {names}")
+        raise ConfigError(f"mix_weight names {', '.join(unknown)}; the memories are {names or 'none'}")
     weights: dict[str, Any] = {}
     for name, there in present.items():
         weight = mix_weight.get(name, there)
         if weight is None:
-            raise ConfigError(f"mix_weight of {name!r} is missing: the memory records none from validation data")
-        weights[name] = float(weight) if isinstance(weight, int | float) else torch.as_tensor(weight).float()
-        if isinstance(weights[name], Tensor) and weights[name].ndim == 0:
-            weights[name] = float(weights[name])
+            raise ConfigError(
+                f"mix_weight of {name!r} is missing: the memory records none from validation data; give one"
+            )
+        shape = tuple(torch.as_tensor(weight).shape)
+        if len(shape) > int(per_row):
+            allowed = "a number, or one per row" if per_row else "a number; one per row is for a single call"
+            raise ConfigError(f"mix_weight of {name!r} has shape {shape}: give {allowed}")
+        weights[name] = torch.as_tensor(weight).float() if shape else float(weight)  # type: ignore[arg-type]
     rows = {len(weight) for weight in weights.values() if isinstance(weight, Tensor)}
     if len(rows) > 1:
         raise ConfigError(f"mix_weight: the memories have weights for {' and '.join(map(str, sorted(rows)))} rows")
@@ -526,6 +547,8 @@ def _check_names(memories: Iterable[str]) -> None:
     for name in memories:
         if not re.fullmatch(r"[\w-]+", name):  # names a module, and a folder where the mixture is saved
             raise ConfigError(f"memory name {name!r}: use letters, digits, '_' and '-' only")
+        if hasattr(nn.ModuleDict(), name):
+            raise ConfigError(f"memory name {name!r} is what torch calls something of its own; take another")
 
 
 def _check_window(memory_window: int | None) -> None:

@@ -20,16 +20,17 @@ def check_weights(weights: Sequence[Weight]) -> None:
     Raises:
         ConfigError: Otherwise.
     """
-    rows = max((len(weight) for weight in weights if isinstance(weight, Tensor)), default=1)
+    numbers = [weight.tolist() if isinstance(weight, Tensor) else weight for weight in weights]
+    rows = max((len(weight) for weight in numbers if isinstance(weight, list)), default=1)
     for row in range(rows):
-        here = [float(weight[row]) if isinstance(weight, Tensor) else weight for weight in weights]
+        here = [weight[row] if isinstance(weight, list) else weight for weight in numbers]
         place = f" in row {row}" if rows > 1 else ""
         for weight in here:
             if not 0 <= weight <= 1:  # also false for NaN
                 raise ConfigError(f"mix_weight = {weight:g}{place}: must be in [0, 1]")
         if sum(here) > 1 + 1e-6:
-            numbers = ", ".join(f"{weight:g}" for weight in here)
-            raise ConfigError(f"mix_weight: the weights {numbers}{place} sum to {sum(here):g}, above 1")
+            listed = ", ".join(f"{weight:g}" for weight in here)
+            raise ConfigError(f"mix_weight: the weights {listed}{place} sum to {sum(here):g}, above 1")
 
 
 def mix_log_probs(
@@ -60,7 +61,9 @@ def mix_log_probs(
     if mixed is None:
         mixed = torch.full_like(base, -math.inf)
     sparse = [(part, weight) for part, weight in parts if isinstance(part, SparseProbs)]
-    mixed = mixed.clone() if sparse and mixed is base else mixed
+    if sparse:  # added in place, but not to what was given
+        given = any(mixed is part for part, _ in parts)
+        mixed = mixed.clone(memory_format=torch.contiguous_format) if given else mixed.contiguous()
     for part, weight in sparse:
         if isinstance(weight, Tensor) or weight > 0:
             _add_sparse(mixed, part, weight)
