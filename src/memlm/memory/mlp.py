@@ -152,6 +152,7 @@ class MLPMemory(Memory):
 
     def save_weights(self, folder: Path) -> None:
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        state["output.weight"] = state["output.weight"][: self.vocab_size].clone()  # a mixture may have narrowed it
         safetensors.torch.save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
 
     def check_base(self, base: PreTrainedModel) -> None:

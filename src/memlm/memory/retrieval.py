@@ -162,7 +162,7 @@ class RetrievalMemory(Memory):
         return check_activations(activations, self.width, f"datastore {self.store.folder}")
 
     def votes(self, state: Float[Tensor, "B T D"], keep: slice | Tensor) -> SparseProbs:
-        return self.retrieve(state[:, keep].flatten(0, 1)).to(state.device)
+        return self.retrieve(state[:, keep].flatten(0, 1)).below(self.vocab_size).to(state.device)
 
     def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         there = labels != IGNORE

@@ -29,6 +29,20 @@ class SparseProbs:
         """The same on another device."""
         return SparseProbs(*(part.to(device) for part in (self.counts, self.ids, self.probs, self.lost_mass)))
 
+    def below(self, vocab_size: int) -> "SparseProbs":
+        """The same without tokens from `vocab_size` on, renormalised; a position that has no others keeps nothing."""
+        inside = self.ids < vocab_size
+        if bool(inside.all()):
+            return self
+        owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
+        kept = torch.zeros_like(self.lost_mass).index_add_(0, owner, self.probs * inside)
+        return SparseProbs(
+            counts=torch.zeros_like(self.counts).index_add_(0, owner, inside.to(self.counts.dtype)),
+            ids=self.ids[inside],
+            probs=(self.probs / kept[owner])[inside],
+            lost_mass=1 - (1 - self.lost_mass) * kept,
+        )
+
     def dense(self, vocab_size: int) -> Float[Tensor, "P {vocab_size}"]:
         """As rows of probabilities."""
         owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
