@@ -507,12 +507,12 @@ def explain(
 _UNNAMED = "memory"
 
 
-def _by_name(values: list[str], option: str) -> dict[str, str]:
-    """`NAME=VALUE` options as a dictionary; a single value without a name is called `memory`."""
+def _by_name(values: list[str], option: str, memories: int) -> dict[str, str]:
+    """`NAME=VALUE` options as a dictionary; beside a single memory, a value without a name is called `memory`."""
     named = {}
     for value in values:
         match = re.fullmatch(r"([\w-]+)=(.*)", value, re.DOTALL)
-        if match is None and len(values) > 1:
+        if match is None and memories > 1:
             raise ConfigError(f"{option} {value!r}: with several memories write {option} NAME=VALUE for each")
         name, value = match.groups() if match is not None else (_UNNAMED, value)
         if name in named:
@@ -524,7 +524,7 @@ def _by_name(values: list[str], option: str) -> dict[str, str]:
 def _weights_by_name(values: list[str] | None, memories: dict[str, str]) -> dict[str, float] | None:
     if not values:
         return None
-    named = _by_name(values, "--mix-weight")
+    named = _by_name(values, "--mix-weight", len(memories))
     if list(named) == [_UNNAMED] and len(memories) == 1:
         named = dict.fromkeys(memories, named[_UNNAMED])
     try:
@@ -536,7 +536,7 @@ def _weights_by_name(values: list[str] | None, memories: dict[str, str]) -> dict
 def _mixed(
     base: str, memory: list[str], mix_weight: list[str] | None, dtype: str, retrieval: RetrievalConfig | None = None
 ) -> tuple[Any, Any]:
-    memories = _by_name(memory, "--memory")
+    memories = _by_name(memory, "--memory", len(memory))
     weights = _weights_by_name(mix_weight, memories)
     from memlm.mix.mixed_lm import MixedLM
     from memlm.models.loading import default_device, parse_dtype, resolve
@@ -581,9 +581,11 @@ def _generate(
 
 
 @app.command()
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
 def chat(
     base: Base,
     memory: Memories,
+    retrieval: RetrievalConfig | None,
     mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 200,
     temperature: Temperature = 0.7,
@@ -597,7 +599,7 @@ def chat(
     Example: memlm chat --base smollm2 --memory m/
     """
     _quiet()
-    model, tokenizer = _mixed(base, memory, mix_weight, dtype)
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
     if tokenizer.chat_template is None:
         _say("this tokenizer has no chat template; turns are joined as plain text")
     names = list(model.mix_weights)
