@@ -183,7 +183,7 @@ def test_documents_are_looked_for_below_memlm_data(
         ("zzz", {}, "unknown section 'zzz'; known: corpus, datastore, "),
         ("targets", {"target_temprature": 4}, "unknown setting 'targets.target_temprature'; did you mean 'target_temp"),
         ("corpus", {"tokeniser": "x"}, "unknown setting 'corpus.tokeniser'; did you mean 'tokenizer'?"),
-        ("train", {"xyz": 1.0}, "unknown setting 'train.xyz'; known: accumulation, base, "),
+        ("train", {"xyz": 1.0}, "unknown setting 'train.xyz'; known: accumulation, activations, base, "),
         ("targets", {"k": "many"}, "targets.k = 'many': input should be a valid integer"),
         ("targets", {"k": 1.5}, "targets.k = 1.5: "),
         ("targets", {"target_temperature": 0}, "targets.target_temperature = 0: input should be greater than 0"),
@@ -245,7 +245,7 @@ def test_every_stage_setting_can_be_given_in_its_section(documents: str, model_f
     """All defaults spelt out parse to the defaults, so every knob is a recipe field."""
     sections = tiny(documents, model_folder)
     for name, (config, _) in SECTIONS.items():
-        sections[name] = {**config().model_dump(), **sections[name]}
+        sections[name] = {**config().model_dump(), **sections.get(name, {})}
     sections["teacher"]["kl_weight"] = sections["twin"]["kl_weight"] = 0
     recipe = Recipe(sections)
     assert recipe.configs["targets"].model_dump() == {**SECTIONS["targets"][0]().model_dump(), **sections["targets"]}

@@ -33,7 +33,6 @@ SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
     "evaluate": (EvaluateConfig, {"base": "model"}),
 }
 """Section name to its settings and what it takes besides."""
-KINDS_THAT_READ_THE_BASE = {"mlp"}
 
 
 class Recipe:
@@ -71,10 +70,11 @@ class Recipe:
             self.places[name] = {key: _place(name, key, values[key]) for key in extra if key in values}
             settings = {key: value for key, value in values.items() if key not in extra}
             self.configs[name] = config.parse(settings, f"{name}.")  # type: ignore[attr-defined]
-        needed = "base" if KINDS_THAT_READ_THE_BASE & {self.configs["train"].kind} else "init"
-        for name, key in (("corpus", "documents"), ("corpus", "tokenizer"), ("train", needed)):
+        for name, key in (("corpus", "documents"), ("corpus", "tokenizer")):
             if key not in self.places[name]:
                 raise ConfigError(f"{name}.{key} is missing: {SECTIONS[name][1][key]}")
+        if not {"init", "base"} & self.places["train"].keys():
+            raise ConfigError("train.init is missing: the start model; an mlp memory needs train.base instead")
         if "teacher" not in self.places["datastore"] and "teacher" not in sections:
             raise ConfigError("datastore.teacher is missing: a model, or a teacher section that fine-tunes one")
         if "teacher" in sections and "init" not in self.places["teacher"]:
@@ -117,7 +117,7 @@ def run_recipe(
     from memlm.datastore.build import build_datastore
     from memlm.evaluate.perplexity import evaluate_perplexity
     from memlm.targets.build import build_targets
-    from memlm.train.run import train_memory
+    from memlm.train.run import check_start, train_memory
     from memlm.train.trainer import check_trainer_fields
 
     for name in ("teacher", "train", "twin"):  # now, not after hours of other stages
@@ -128,7 +128,8 @@ def run_recipe(
     documents = places["corpus"]["documents"]
     documents = [data_path(d) for d in ([documents] if isinstance(documents, str) else documents)]
     folder = {name: out / name for name in ("corpus", "teacher", "datastore", "targets", "memory", "twin")}
-    init, base = places["train"].get("init"), places["train"].get("base") or places["train"]["init"]
+    init, block_size = places["train"].get("init"), configs["corpus"].block_size
+    base, _ = check_start(configs["train"], init=init, base=places["train"].get("base"), block_size=block_size)
     activations = places["train"].get("activations")
     activations = folder["datastore"] if activations == "datastore" else activations
     shared = {"init": init, "base": base, "activations": activations}

@@ -60,15 +60,10 @@ def train_memory(
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
     config = config or TrainConfig()
-    if config.kind not in KINDS:
-        raise ConfigError(f"kind = {config.kind!r}{nearest(config.kind, KINDS)}")
-    kind = KINDS[config.kind]
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
-    goes_on = _goes_on(rows, init, config)
-    kind.check_start(config, init=init, goes_on=goes_on, block_size=rows.corpus_config.block_size)
-    if base is None and (init is None or kind.reads_base):
-        raise ConfigError("base is missing: name the model that the memory will stand beside (--base)")
-    base = base or str(init)
+    base, goes_on = check_start(config, init=init, base=base, block_size=rows.corpus_config.block_size)
+    if init is not None:
+        _check_init(rows, init)
     rows.check_read_by(base, "base")
     store = _stored_activations(rows, base, activations, config) if activations is not None else None
     device = default_device()
@@ -147,18 +142,32 @@ def train_memory(
         return stage.finish(facts, intermediate=("checkpoints", _HELD_OUT))
 
 
-def _goes_on(rows: TrainingData, init: str | None, config: TrainConfig) -> bool:
-    """Whether `init` is a memory of the kind to train; checks that it reads the data's token ids in any case."""
+def check_start(config: TrainConfig, *, init: str | None, base: str | None, block_size: int) -> tuple[str, bool]:
+    """The base, and whether `init` is a memory to go on with; reads configs only, no data and no weights.
+
+    Raises:
+        ConfigError: The kind is unknown, init or base is missing, or a setting does not fit the kind.
+        ModelError: init cannot be reached.
+    """
+    if config.kind not in KINDS:
+        raise ConfigError(f"kind = {config.kind!r}{nearest(config.kind, KINDS)}")
+    kind = KINDS[config.kind]
     there = read_settings(init) if init is not None else None
-    if init is not None and (there is None or there.kind == "decoder"):
-        rows.check_read_by(init, "init")
-    if there is None:
-        return False
-    if there.kind != config.kind:
+    if there is not None and there.kind != config.kind:
         raise ConfigError(f"init = {init!r} is a memory of kind {there.kind}; add --kind {there.kind}")
-    if there.tokenizer != rows.manifest.tokenizer:
+    kind.check_start(config, init=init, goes_on=there is not None, block_size=block_size)
+    if base is None and (init is None or kind.reads_base):
+        raise ConfigError("base is missing: name the model that the memory will stand beside (--base)")
+    return base or str(init), there is not None
+
+
+def _check_init(rows: TrainingData, init: str) -> None:
+    """Nothing, where start model or memory has the data's tokenizer."""
+    there = read_settings(init)
+    if there is None or there.tap is None:
+        rows.check_read_by(init, "init")
+    elif there.tokenizer != rows.manifest.tokenizer:
         raise TokenizerMismatchError(f"{rows.folder} and init {init} have different tokenizers; {ADVICE}")
-    return True
 
 
 def _stored_activations(rows: TrainingData, base: str, activations: str | Path, config: TrainConfig) -> Datastore:
