@@ -1,6 +1,8 @@
 """The mixture in log space against the mixture of probabilities."""
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from reference_lm import mixed_probs
 from torch import Tensor
 
 from memlm.errors import ConfigError
-from memlm.mix.mixture import check_weights, mix_log_probs
+from memlm.mix.mixture import Weight, check_weights, mix_log_probs
+from memlm.targets.votes import SparseProbs
 
 weights = st.lists(st.floats(0, 1), min_size=1, max_size=3).map(
     lambda raw: [w / max(1.0, math.fsum(raw) * (1 + 1e-9)) for w in raw]
@@ -79,3 +82,146 @@ def test_good_weights_pass(given_weights: list[float]) -> None:
 def test_bad_weights_are_refused(given_weights: list[float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_weights(given_weights)
+
+
+# --- dense and sparse components, weights per row -----------------------------------------------------------------
+
+ROWS, TIMES = 3, 2
+
+
+def sparse_distribution(vocab_size: int, seed: int) -> SparseProbs:
+    """Random supports, one of them a single token; likeliest first, as a retriever gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.randint(1, vocab_size + 1, (ROWS * TIMES,), generator=generator)
+    counts[0] = 1
+    ids, probs = [], []
+    for count in counts.tolist():
+        ids.append(torch.randperm(vocab_size, generator=generator)[:count].int())
+        raw = (4 * torch.randn(count, generator=generator)).softmax(0)
+        probs.append(raw.sort(descending=True).values)
+    return SparseProbs(counts, torch.cat(ids), torch.cat(probs), torch.zeros(ROWS * TIMES))
+
+
+class Case(NamedTuple):
+    base: Tensor
+    memories: list[Tensor | SparseProbs]
+    weights: list[Weight]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.base.shape[-1]
+
+    def dense_memories(self) -> list[Tensor]:
+        """Probabilities in float64."""
+        return [
+            part.dense(self.vocab_size).double().view(self.base.shape)
+            if isinstance(part, SparseProbs)
+            else part.double().exp()
+            for part in self.memories
+        ]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    vocab_size, seed = draw(st.integers(2, 9)), draw(st.integers(0, 2**16))
+    kinds = draw(st.lists(st.booleans(), min_size=1, max_size=4))
+    per_row = [draw(st.booleans()) for _ in kinds]
+    # a row of the table per row of the batch, one for all where the memory's weight is a number
+    choices = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+    columns = [[draw(choices) for _ in range(ROWS)] if rows else [draw(choices)] * ROWS for rows in per_row]
+    most = max(1.0, *(math.fsum(row) for row in zip(*columns, strict=True)))
+    given: list[Weight] = [
+        torch.tensor(column)[:, None] / most if rows else column[0] / most
+        for column, rows in zip(columns, per_row, strict=True)
+    ]
+    logits = 8 * torch.randn(ROWS, TIMES, vocab_size, generator=torch.Generator().manual_seed(seed))
+    # the layout in memory must not matter: a base often gives a slice or a transposed view
+    base = logits.log_softmax(-1).transpose(0, 1).contiguous().transpose(0, 1) if seed % 2 else logits.log_softmax(-1)
+    memories: list[Tensor | SparseProbs] = [
+        sparse_distribution(vocab_size, seed + 1 + m)
+        if sparse
+        else (8 * torch.randn(base.shape, generator=torch.Generator().manual_seed(seed + 1 + m))).log_softmax(-1)
+        for m, sparse in enumerate(kinds)
+    ]
+    return Case(base, memories, given)
+
+
+def copies(parts: Sequence[Tensor | SparseProbs]) -> list[Tensor]:
+    """Every tensor of the components, copied."""
+    fields = ("counts", "ids", "probs", "lost_mass")
+    return [
+        tensor.clone()
+        for part in parts
+        for tensor in ([getattr(part, f) for f in fields] if isinstance(part, SparseProbs) else [part])
+    ]
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=cases())
+def test_any_components_and_weights_equal_the_dense_mixture(case: Case) -> None:
+    before = copies([case.base, *case.memories])
+    mixed = mix_log_probs(case.base, case.memories, case.weights)
+    rows = [
+        [float(w[r, 0]) if isinstance(w, Tensor) else w for w in case.weights] for r in range(ROWS)
+    ]  # float32 where they come per row
+    dense = case.dense_memories()
+    for row in range(ROWS):
+        expected = mixed_probs(case.base[row].double().exp(), [d[row] for d in dense], rows[row])
+        # relative as above; absolute, for weights in float32 may leave the base a share of 1e-7 that the sum has not
+        torch.testing.assert_close(mixed[row].double().exp(), expected, rtol=2e-5, atol=3e-7)
+    assert not mixed.isnan().any()
+    for tensor, copied in zip(copies([case.base, *case.memories]), before, strict=True):
+        assert torch.equal(tensor, copied), "an input was changed in place"
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_sparse_memory_at_weight_one_gives_its_probabilities_and_nothing_else(per_row: bool) -> None:
+    base = distribution(7, 0).expand(ROWS, TIMES, 7).contiguous()
+    sparse = sparse_distribution(7, 3)
+    mixed = mix_log_probs(base, [sparse], [torch.ones(ROWS, 1) if per_row else 1.0])
+    # log 0 is -inf, so this also says that there is nothing outside the support
+    assert torch.equal(mixed.view(-1, 7), sparse.dense(7).log())
+    assert torch.equal(mix_log_probs(base, [sparse], [torch.zeros(ROWS, 1) if per_row else 0.0]), base)
+
+
+def test_rows_of_weight_zero_and_one_give_one_component_exactly() -> None:
+    base, memory = (distribution(7, seed, impossible=2)[:, None] for seed in (0, 1))
+    mixed = mix_log_probs(base, [memory], [torch.tensor([[0.0], [1.0]])])
+    assert torch.equal(mixed, torch.stack([base[0], memory[1]]))
+
+
+def test_a_trace_of_a_sparse_memory_beside_a_whole_dense_one_leaves_the_dense_one_alone() -> None:
+    base, dense = (distribution(7, seed).expand(ROWS, TIMES, 7).contiguous() for seed in (0, 1))
+    before = dense.clone()
+    mixed = mix_log_probs(base, [dense, sparse_distribution(7, 3)], [1.0, 5e-7])  # within what check_weights forgives
+    assert torch.equal(dense, before)
+    assert not torch.equal(mixed, before)
+
+
+def test_no_dense_row_of_a_sparse_memory_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dense(*args: object) -> None:
+        raise AssertionError("a sparse component was made dense")
+
+    monkeypatch.setattr(SparseProbs, "dense", dense)
+    base, sparse = distribution(2000, 0).expand(ROWS, TIMES, 2000).contiguous(), sparse_distribution(50, 3)
+    mixed = mix_log_probs(base, [sparse], [0.25])
+    touched = mixed != base + math.log(0.75)
+    assert int(touched.sum()) == len(sparse.ids)
+
+
+@pytest.mark.parametrize(
+    ("given_weights", "message"),
+    [
+        ([torch.tensor([0.1, 1.5, 0.2])], r"mix_weight = 1\.5 in row 1: must be in"),
+        ([torch.tensor([0.1, math.nan])], "mix_weight = nan in row 1"),
+        ([torch.tensor([0.5, 0.25, 0.75]), 0.5], r"the weights 0\.75, 0\.5 in row 2 sum to 1\.25, above 1"),
+        ([0.5, torch.tensor([0.75])], r"the weights 0\.5, 0\.75 sum to 1\.25"),
+    ],
+)
+def test_bad_weights_of_a_row_are_refused_and_the_row_is_named(given_weights: list[Weight], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_weights(given_weights)
+
+
+def test_good_weights_of_every_row_pass() -> None:
+    check_weights([torch.tensor([0.0, 0.5, 0.9]), torch.tensor([1.0, 0.5, 0.1])])  # 0.9 and 0.1 are not exact
