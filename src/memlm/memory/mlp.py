@@ -174,6 +174,8 @@ class MLPMemory(Memory):
             raise ConfigError("fresh = true: only a memory of kind decoder has it; an mlp starts fresh without --init")
         if isinstance(config.layers, list):
             raise ConfigError(f"layers = {config.layers}: an mlp memory takes a number of blocks")
+        if config.layers is not None and config.layers < 1:
+            raise ConfigError(f"layers = {config.layers}: must be at least 1")
         sizes = {name: getattr(config, name) for name in ("layers", "width", "ffn_width")}
         given = [f"{name} = {value}" for name, value in sizes.items() if value is not None]
         if config.like is not None and given:
@@ -349,7 +351,7 @@ def ffn_style(base: PreTrainedModel) -> tuple[FFNStyle, int]:
         gated, ffn_width = False, shapes[0][1]
     else:
         gated, ffn_width = kind == "rms", 4 * width
-    activation = _activation_name(mlp, base.config.get_text_config())
+    activation = _activation_name(base.config.get_text_config())
     return FFNStyle(gated=gated, bias=bias, norm=kind, norm_eps=eps, activation=activation), ffn_width
 
 
@@ -384,10 +386,9 @@ def _norm_kind(norm: nn.Module | None, width: int) -> Literal["layer", "rms"]:
     return "layer" if torch.allclose(norm(x), norm(x + 1), atol=0.05) else "rms"
 
 
-def _activation_name(mlp: nn.Module, config: Any) -> str:
-    for name in ("hidden_activation", "hidden_act", "activation_function"):
-        value = getattr(config, name, None)
-        if isinstance(value, str) and value in ACT2FN:
-            return value
-    known = {type(ACT2FN[name]): name for name in reversed(list(ACT2FN))}
-    return next((known[type(module)] for module in mlp.modules() if type(module) in known), "gelu")
+def _activation_name(config: Any) -> str:
+    """What the config calls it; GELU where it does not say, as Bloom's, which approximates GELU in code of its own."""
+    given = (
+        getattr(config, name, None) for name in ("hidden_activation", "hidden_act", "activation_function", "activation")
+    )
+    return next((name for name in given if isinstance(name, str) and name in ACT2FN), "gelu")
