@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from memlm.memory.card import push_to_hub as push_to_hub
     from memlm.memory.decoder import MemoryDecoder as MemoryDecoder
     from memlm.memory.loading import load_memory as load_memory
+    from memlm.memory.released import convert_released as convert_released
     from memlm.mix.explain import explain as explain
     from memlm.mix.mixed_lm import MixedLM as MixedLM
     from memlm.targets.build import build_targets as build_targets
@@ -33,6 +34,7 @@ _HOMES = {
     "push_to_hub": "memory.card",
     "MemoryDecoder": "memory.decoder",
     "load_memory": "memory.loading",
+    "convert_released": "memory.released",
     "explain": "mix.explain",
     "MixedLM": "mix.mixed_lm",
     "build_targets": "targets.build",
@@ -48,6 +50,7 @@ __all__ = [
     "build_corpus",
     "build_datastore",
     "build_targets",
+    "convert_released",
     "evaluate_perplexity",
     "explain",
     "load_memory",

@@ -357,7 +357,12 @@ def train(
 
 def _memory_line(facts: dict[str, Any]) -> str:
     line = f"{facts['parameters']:,} parameters"
-    line += f", {facts['steps']:,} steps" if "steps" in facts else ", not trained since it was given a new tokenizer"
+    if "steps" in facts:
+        line += f", {facts['steps']:,} steps"
+    elif "layout" in facts:
+        line += f", converted from a released checkpoint of layout {facts['layout']}"
+    else:
+        line += ", not trained since it was given a new tokenizer"
     if "validation" in facts:
         best = facts["validation"]["best"]
         line += (
@@ -392,6 +397,41 @@ def adapt(
         f"{out}: {manifest.facts['parameters']:,} parameters; tokens {tokens_line(manifest.facts['tokens'])}",
         f"next: memlm train TARGETS --init {out} --base {tokenizer}{epochs} --out FOLDER",
         f"  where corpus, datastore and TARGETS are made with {tokenizer}, or a teacher of its tokenizer",
+    ]
+    _print(_summary(out, manifest), as_json, "\n".join(lines))
+
+
+@app.command()
+def convert(
+    released: Annotated[
+        str,
+        typer.Argument(metavar="RELEASED", help="Folder or hub id of a released MLP Memory: GPT-2, Llama, Mistral."),
+    ],
+    base: Annotated[str, typer.Option(help=f"Base that it was trained for: {Model}.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tap: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the base is read: a module path, or a share of the depth in (0, 1]; default the last block's"
+            " MLP, as all released ones."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a released MLP Memory into a memory folder with safetensors, its tensors checked against config and base.
+
+    Weights may be pickled or safetensors, sharded or not; a pickle that holds anything but tensors is refused. A
+    released Memory Decoder is a plain causal LM and needs no conversion: give it to --memory as it is.
+
+    Example: memlm convert MLPMemory-gpt2-large/ --base gpt2-large-finetuned/ --out mlp/
+    """
+    _quiet()
+    from memlm.memory.released import convert_released
+
+    manifest = convert_released(released, base=base, out=out, tap=tap)
+    lines = [
+        f"{out}: {_memory_line(manifest.facts)}; reads {manifest.facts['tap']} of {base}",
+        f"next: memlm evaluate perplexity CORPUS --base {base} --memory {out}",
     ]
     _print(_summary(out, manifest), as_json, "\n".join(lines))
 

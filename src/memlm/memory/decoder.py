@@ -45,7 +45,7 @@ class MemoryDecoder(Memory):
     @classmethod
     def load(cls, source: str, settings: MemorySettings | None, *, base: str | None = None, **kwargs: Any) -> Self:
         """The memory in `source`, or a plain causal LM as a memory where there are no settings."""
-        return cls(load_causal_lm(source, **kwargs), settings).eval()
+        return cls(load_causal_lm(source, exact=True, **kwargs), settings).eval()
 
     def save_weights(self, folder: Path) -> None:
         self.decoder.save_pretrained(folder)

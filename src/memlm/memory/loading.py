@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from memlm.artifacts import is_artifact, read_manifest
-from memlm.errors import ArtifactError
+from memlm.errors import ArtifactError, ModelError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.protocol import SETTINGS_FILE, Memory, MemorySettings
+from memlm.memory.released import is_released_mlp
 from memlm.memory.retrieval import RetrievalMemory, RetrievalSettings, datastore_settings
 from memlm.models.loading import find_file, load_config, resolve
 from memlm.targets.config import RetrievalConfig
@@ -28,12 +29,16 @@ def load_memory(
         kwargs: For loading the weights: `dtype`, `device_map`, `revision` …
 
     Raises:
-        ModelError: It cannot be reached.
+        ModelError: It cannot be reached, or has to be converted first.
         ArtifactError: The folder is damaged, or of a kind that is no memory.
     """
     settings = read_settings(source, revision=kwargs.get("revision"))
     if retrieval is not None and isinstance(settings, RetrievalSettings):
         settings = settings.model_copy(update={"retrieval": retrieval})
+    if settings is None and is_released_mlp(str(source), revision=kwargs.get("revision")):
+        raise ModelError(
+            f"{source} is a released MLP Memory; convert it: memlm convert {source} --base BASE --out FOLDER"
+        )
     kind = KINDS[settings.kind if settings else "decoder"]
     return kind.load(resolve(str(source)), settings, base=base, **kwargs)
 

@@ -144,7 +144,7 @@ class MLPMemory(Memory):
             raise ArtifactError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
         with torch.device("meta"):
             memory = cls(settings)
-        check_state(memory, state, str(path))
+        check_tensors(shapes(memory), state, str(path))
         memory.load_state_dict(state, assign=True)
         dtype, device = kwargs.get("dtype", "auto"), kwargs.get("device_map")
         memory.to(dtype=None if dtype == "auto" else dtype, device=None if device in (None, "auto") else device)
@@ -298,20 +298,28 @@ class MLPMemory(Memory):
         )
 
 
-def check_state(memory: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Nothing, where `state` holds exactly the tensors of `memory`.
+def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Name to shape of the tensors that the module's state holds."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Nothing, where `tensors` are exactly those `wanted`, by name and shape.
 
     Raises:
         ArtifactError: Tensors are missing, too many, or of another shape; the first is named.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in memory.state_dict().items()}
-    if missing := sorted(wanted.keys() - state.keys()):
-        raise ArtifactError(f"{where} lacks {len(missing)} tensors, the first is {missing[0]}")
-    if extra := sorted(state.keys() - wanted.keys()):
-        raise ArtifactError(f"{where} holds {len(extra)} tensors that the memory has not, the first is {extra[0]}")
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise ArtifactError(f"{where} lacks {_counted(missing)}, the first is {missing[0]}")
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise ArtifactError(f"{where} holds {_counted(extra)} that the memory has not, the first is {extra[0]}")
     for name, shape in wanted.items():
-        if tuple(state[name].shape) != shape:
-            raise ArtifactError(f"{where}: {name} has shape {tuple(state[name].shape)}, the settings say {shape}")
+        if tuple(tensors[name].shape) != shape:
+            raise ArtifactError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+
+
+def _counted(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
 
 
 def check_activations(activations: Tensor | None, width: int, reader: str) -> Tensor:

@@ -38,22 +38,38 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         raise _unreachable(name, source, error) from None
 
 
-def load_causal_lm(name: str, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+def load_causal_lm(
+    name: str, *, dtype: torch.dtype | str = "auto", exact: bool = False, **kwargs: Any
+) -> PreTrainedModel:
     """The model `name`, in evaluation mode.
 
     Args:
         name: A path, a hub id, or a packaged name such as `smollm2`.
         dtype: Of the weights; `auto` keeps the checkpoint's.
+        exact: Refuse a checkpoint with tensors that the model does not have, too.
         kwargs: What `AutoModelForCausalLM.from_pretrained` takes (`device_map`, `quantization_config`, `revision` …).
 
     Raises:
-        ModelError: It cannot be reached, or is no causal language model.
+        ModelError: It cannot be reached, is no causal language model, or lacks tensors, or has some of other shapes.
     """
     source = resolve(name)
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else transformers makes up what is missing
     try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs).eval()
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**kwargs, **told})
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _unreachable(name, source, error) from None
+    if not isinstance(loaded, tuple):  # a saved mixture; its parts were looked at as they were loaded
+        return loaded.eval()
+    model, found = loaded
+    extra = found["unexpected_keys"] if exact else ()
+    misshapen = {key for key, *_ in found["mismatched_keys"]}
+    for fault, keys in (("lacks", found["missing_keys"]), ("has misshapen", misshapen), ("has unknown", extra)):
+        if keys:
+            raise ModelError(
+                f"model {name!r} {fault} tensors, the first of {len(keys)} is {min(keys)}: not a {type(model).__name__}"
+                " of its config"
+            )
+    return model.eval()
 
 
 def find_file(source: str, name: str, revision: str | None = None) -> Path | None:

@@ -28,10 +28,13 @@ def load_tokenizer(
         ModelError: There is none, or it cannot be reached.
     """
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason})") from None
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up from the model's config alone
+        raise ModelError(f"no tokenizer could be loaded from {source!r} (no vocabulary is stored there)")
+    return tokenizer
 
 
 def find_tokenizer(model: str, **options: Any) -> PreTrainedTokenizerBase | None:
