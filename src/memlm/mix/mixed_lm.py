@@ -376,6 +376,10 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
 
+    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        own = {name: value for name, value in model_kwargs.items() if name != "mix_weight"}  # not the assistant's
+        return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
+
     if TYPE_CHECKING:  # GenerationMixin binds it to a protocol that type checkers do not find fulfilled
 
         def generate(self, *args: Any, **kwargs: Any) -> Any: ...
