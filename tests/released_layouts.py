@@ -65,7 +65,7 @@ def random_tensors(config: PreTrainedConfig, *, seed: int = 0, input_width: int 
             shapes[f"layers.{i}.input_layernorm.weight"] = (d,)
             for name, rows, columns in (("gate", inner, d), ("up", inner, d), ("down", d, inner)):
                 shapes[f"layers.{i}.mlp.{name}_proj.weight"] = (rows, columns)
-                if getattr(config, "mlp_bias", False):
+                if config.model_type == "llama" and config.mlp_bias:
                     shapes[f"layers.{i}.mlp.{name}_proj.bias"] = (rows,)
     if config.model_type == "gpt2":
         shapes["ln_f.weight"] = shapes["ln_f.bias"] = (d,)
@@ -83,6 +83,13 @@ def released_logits(tensors: Tensors, config: PreTrainedConfig, x: Tensor) -> Te
     return torch.stack([row(weights, config, vector.double()) for vector in x])
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_new": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "relu": lambda x: x.clamp(min=0),
+}
+
+
 def _entry(w: Tensors, x: Tensor) -> Tensor:
     if "embedding_transform.weight" not in w:
         return x
@@ -95,12 +102,10 @@ def _gpt2_row(w: Tensors, config: PreTrainedConfig, x: Tensor) -> Tensor:
         spread = torch.sqrt((centred**2).mean() + config.layer_norm_epsilon)
         return centred / spread * w[f"{name}.weight"] + w[f"{name}.bias"]
 
-    def gelu_new(x: Tensor) -> Tensor:
-        return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
+    act = ACTIVATIONS[config.activation_function]
     x = _entry(w, x)
     for i in range(config.n_layer):
-        inner = gelu_new(normed(x, f"h.{i}.ln_1") @ w[f"h.{i}.mlp.c_fc.weight"] + w[f"h.{i}.mlp.c_fc.bias"])
+        inner = act(normed(x, f"h.{i}.ln_1") @ w[f"h.{i}.mlp.c_fc.weight"] + w[f"h.{i}.mlp.c_fc.bias"])
         x = x + inner @ w[f"h.{i}.mlp.c_proj.weight"] + w[f"h.{i}.mlp.c_proj.bias"]
     return w["lm_head.weight"] @ normed(x, "ln_f")
 
@@ -112,11 +117,11 @@ def _gated_row(w: Tensors, config: PreTrainedConfig, x: Tensor) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return w[f"{name}.weight"] @ x + w.get(f"{name}.bias", 0.0)
 
+    act = ACTIVATIONS[config.hidden_act]
     x = _entry(w, x)
     for i in range(config.num_hidden_layers):
         mlp, h = f"layers.{i}.mlp", normed(x, f"layers.{i}.input_layernorm")
-        gate = linear(h, f"{mlp}.gate_proj")
-        inner = gate / (1 + torch.exp(-gate)) * linear(h, f"{mlp}.up_proj")
+        inner = act(linear(h, f"{mlp}.gate_proj")) * linear(h, f"{mlp}.up_proj")
         x = x + linear(inner, f"{mlp}.down_proj")
     return w["lm_head.weight"] @ normed(x, "norm")
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from conftest import tiny_config
+from released_layouts import llama_config, random_tensors, save_released
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -28,8 +29,10 @@ COMMANDS = [
     ("targets",),
     ("train",),
     ("adapt",),
+    ("convert",),
     ("evaluate", "perplexity"),
     ("generate",),
+    ("explain",),
     ("chat",),
     ("run",),
     ("info",),
@@ -225,6 +228,32 @@ def test_adapt_names_the_command_to_go_on_with(
     assert "use it as it is" in found.err
 
 
+def test_convert_makes_a_memory_of_a_released_checkpoint(
+    memlm: Callable[..., Result], model_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = llama_config(len(tokenizer), 2)
+    tensors = random_tensors(config)
+    released = save_released(tmp_path / "released", tensors, config)
+    command = ("convert", released, "--base", model_folder, "--out", tmp_path / "mlp")
+    found = memlm(*command)
+    assert found.code == 0
+    assert "reads model.layers.1.mlp of" in found.out
+    assert ok(memlm(*command, "--json"))["layout"] == "llama"
+    assert "converted from a released checkpoint of layout llama" in memlm("info", tmp_path / "mlp").out
+    mixed = ("--base", model_folder, "--memory", tmp_path / "mlp", "--mix-weight", 0.25)
+    assert ok(memlm("generate", "the memory", *mixed, "--max-new-tokens", 2, "--json"))["mix_weight"] == 0.25
+    del tensors["norm.weight"]
+    lacking = save_released(tmp_path / "lacking", tensors, config)
+    refusals = {
+        "lacks 1 tensor, the first is norm.weight": (*command[:1], lacking, *command[2:5], tmp_path / "other"),
+        "convert it: memlm convert": ("generate", "x", "--base", model_folder, "--memory", released, *mixed[4:]),
+    }
+    for line, arguments in refusals.items():
+        found = memlm(*arguments)
+        assert (found.code, len(found.err.splitlines())) == (2, 1)
+        assert line in found.err
+
+
 def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
     """Training shows bars on a terminal; a pipe gets results on stdout and nothing on stderr."""
     found = shell(
@@ -249,6 +278,31 @@ def test_generate_streams_text_and_obeys_its_options(
         for seed in (0, 0, 1)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_explain_prints_tokens_with_snippets_or_one_object(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, datastore_folder: Path
+) -> None:
+    both = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32", "--max-new-tokens", 3)
+    command = ("explain", "the memory", *both, "--datastore", datastore_folder, "--neighbors", 2)
+    plain = memlm(*command)
+    as_json = ok(memlm(*command, "--json"))
+    assert (plain.code, plain.err) == (0, "")
+    assert as_json["text"] == ok(memlm("generate", "the memory", *both, "--json"))["text"]
+    assert [len(token["neighbors"]) for token in as_json["tokens"]] == [2, 2, 2]
+    for token in as_json["tokens"]:
+        assert f"{token['base_prob']:.4f}" in plain.out
+        for near in token["neighbors"]:
+            assert f"{near['distance']:.1f}  {near['document']} " in plain.out
+    assert "not proof that they caused" in " ".join(plain.out.split())
+    assert as_json["note"] == " ".join(plain.out.split("\n\n")[-1].split())
+    bare = memlm("explain", "the memory", *both)
+    assert (bare.code, bare.err) == (0, "")
+    assert "No snippets: give the datastore (--datastore)" in bare.out
+    live = ("--base", model_folder, "--memory", datastore_folder, "--mix-weight", 0.25, "--k", 8)
+    found = ok(memlm("explain", "the memory", *live, "--max-new-tokens", 2, "--json"))
+    assert found["mix_weights"] == {"memory": 0.25}
+    assert [len(token["neighbors"]) for token in found["tokens"]] == [3, 3]
 
 
 def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path) -> None:
@@ -379,6 +433,9 @@ class World(NamedTuple):
 
     def generate(self, *arguments: Any, base: str | None = None, memory: Any = None) -> tuple[Any, ...]:
         return ("generate", "x", "--base", base or self.model, "--memory", memory or self.memory, *arguments)
+
+    def explain(self, datastore: Path, *, base: str | None = None) -> tuple[Any, ...]:
+        return ("explain", "x", "--base", base or self.model, "--memory", self.memory, "--datastore", datastore)
 
     def recipe(self, text: str) -> Path:
         (self.tmp / "recipe.yaml").write_text(text)
@@ -555,6 +612,14 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
     "generation with another tokenizer": (
         lambda w: w.generate(base=other_tokenizer(w)),
         "different tokenizers .321 and 320 tokens.",
+    ),
+    "snippets of another tokenizer": (
+        lambda w: w.explain(w.datastore, base=other_tokenizer(w)),
+        "different tokenizers .321 and 320 tokens.; build a corpus and a datastore with this model's",
+    ),
+    "snippets from a folder of another kind": (
+        lambda w: w.explain(w.corpus),
+        "is a corpus folder, expected datastore",
     ),
     "k too large": (
         lambda w: w.targets_of(w.datastore, "--k", 100_000),

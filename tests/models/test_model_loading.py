@@ -144,6 +144,32 @@ def test_damaged_weights_are_refused_in_one_line(model_folder: str, tmp_path: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("family", TAPS)
+def test_a_whole_checkpoint_is_known_to_be_one(family: str, tmp_path: Path) -> None:
+    model = family_model(family, layers=1)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(load_causal_lm(str(tmp_path), exact=True)), logits(model), rtol=0, atol=0)
+
+
+def test_random_weights_in_the_place_of_missing_ones_are_refused(model_folder: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "model"))
+    whole = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    spoilt = {
+        f"lacks tensors, the first of 1 is {name}: not a LlamaForCausalLM": {name: None},
+        f"has misshapen tensors, the first of 1 is {name}": {name: torch.zeros(3, 3)},
+    }
+    for message, change in spoilt.items():
+        kept = {key: tensor for key, tensor in (whole | change).items() if tensor is not None}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=message):
+            load_causal_lm(str(folder))
+    save_file(whole | {"extra": torch.zeros(1)}, folder / "model.safetensors", metadata={"format": "pt"})
+    load_causal_lm(str(folder))
+    with pytest.raises(ModelError, match="has unknown tensors, the first of 1 is extra"):
+        load_causal_lm(str(folder), exact=True)
+
+
 def test_identity_changes_with_the_weights_alone(model_folder: str, tmp_path: Path) -> None:
     for name in ("same", "other"):
         shutil.copytree(model_folder, tmp_path / name)
