@@ -171,6 +171,17 @@ def test_an_output_made_otherwise_is_refused_and_the_difference_named(
     assert (out if complete else partial_path(out)).joinpath("a.txt").read_text() == "a"
 
 
+def test_a_run_refused_before_its_first_file_leaves_its_place_to_another(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such tap"), open_stage(tmp_path / "out", "corpus", **ASKED):
+        raise ValueError("no such tap")
+    other = {**ASKED, "config": {"k": 5}}
+    with open_stage(tmp_path / "out", "corpus", **other) as stage:
+        stage.save_text("a.txt", "a")
+        assert json.loads((stage.path / "plan.json").read_text()) == stage_identity("corpus", **other)
+        stage.finish({})
+    assert read_manifest(tmp_path / "out").config == {"k": 5}
+
+
 def test_a_foreign_folder_or_file_is_refused_and_kept(tmp_path: Path) -> None:
     foreign = tmp_path / "thesis"
     foreign.mkdir()

@@ -333,7 +333,8 @@ def open_stage(
         )
     if complete or plan.is_file():
         there = read_manifest(stage.path).identity if complete else json.loads(plan.read_text(encoding="utf-8"))
-        if there != identity:
+        begun = any(path.name not in ("plan.json", "lock") for path in stage.path.iterdir())
+        if there != identity and begun:  # what was refused after a plan was made leaves its place to another
             raise OutputExistsError(
                 f"{stage.path} is an unfinished run of something else ({_difference(there, identity)});"
                 " delete it or choose another output"
@@ -352,7 +353,7 @@ def open_stage(
             ) from None
         if complete:  # the last run was stopped just before the renaming
             stage.settle(read_manifest(stage.path))
-        elif not plan.is_file():
+        else:
             write_json(plan, identity)
         yield stage
 
