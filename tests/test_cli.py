@@ -562,6 +562,7 @@ def taken_by_another_run(w: World) -> tuple[Any, ...]:
 def another_unfinished_run(w: World) -> tuple[Any, ...]:
     (w.tmp / "out.partial").mkdir()
     (w.tmp / "out.partial" / "plan.json").write_text('{"kind": "corpus"}')
+    (w.tmp / "out.partial" / "train.tokens.npy").write_text("work")
     return w.targets_of(w.datastore, "--k", 8)
 
 
