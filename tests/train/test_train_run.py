@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from interruption import interrupted_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -330,25 +331,6 @@ def test_further_training_arguments_reach_the_trainer(
 # --- interrupted and resumed --------------------------------------------------------------------------------------
 
 
-class Interrupted(BaseException):
-    """Stands for Ctrl-C or a lost machine; unlike KeyboardInterrupt it cannot stop pytest itself."""
-
-
-def interrupt(step: int, data: Path, init: str, out: Path) -> None:
-    """Start the run `RESUMED` and stop it after `step`."""
-    original = trainer_module._TokenBar.on_step_end
-
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == step:
-            raise Interrupted
-        original(self, args, state, control, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module._TokenBar, "on_step_end", on_step_end)
-        with pytest.raises(Interrupted):
-            train_memory(data, init=init, out=out, config=RESUMED)
-
-
 @pytest.fixture(scope="module")
 def dropout_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A start with dropout, so that a resumed run must restore random states too."""
@@ -375,7 +357,8 @@ def test_an_interrupted_run_continued_gives_the_same_bytes(
     targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path, step: int
 ) -> None:
     """Checkpoints lie between logs (steps 7, 14, 21 and 10, 20), so logged means must survive as well."""
-    interrupt(step, targets_folder, dropout_model, tmp_path / "m")
+    with interrupted_after(step):
+        train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
     assert not (tmp_path / "m").exists()
     there = sorted(p.name for p in (tmp_path / "m.partial" / "checkpoints").glob("*"))
     assert ("checkpoint-7" in there or "checkpoint-14" in there) == (step > 7)
@@ -389,7 +372,8 @@ def test_an_interrupted_run_continued_gives_the_same_bytes(
 def test_a_resumed_run_does_only_the_missing_steps(
     targets_folder: Path, dropout_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(16, targets_folder, dropout_model, tmp_path / "m")
+    with interrupted_after(16):
+        train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
     steps = []
     original = trainer_module.MemoryTrainer.compute_loss
 
@@ -407,7 +391,8 @@ def test_half_written_checkpoints_are_passed_over(
 ) -> None:
     """A checkpoint without its last-written file is not used, whichever step it is of and however often it happens."""
     for _ in range(2):
-        interrupt(16, targets_folder, dropout_model, tmp_path / "m")
+        with interrupted_after(16):
+            train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
         half = tmp_path / "m.partial" / "checkpoints" / "checkpoint-14"
         (half / "trainer_state.json").unlink()
         (half / "model.safetensors").write_bytes(b"half")
