@@ -253,7 +253,7 @@ def explanation_text(explanation: Explanation) -> str:
     widths = [max(8, len(name) + 2) for name in columns]
     weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
     lines = [
-        f"{_one_line(explanation.prompt)} {_one_line(explanation.text)}",
+        textwrap.fill(_one_line(explanation.prompt + "".join(token.text for token in explanation.tokens)), _WIDTH),
         f"mix_weight: {weights}",
         "",
         f"{'token':<{_TOKEN}}"
