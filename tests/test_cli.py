@@ -280,6 +280,22 @@ def test_generate_streams_text_and_obeys_its_options(
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_generate_mixes_several_memories_by_name(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, datastore_folder: Path
+) -> None:
+    named = ("--memory", f"law={memory_folder}", "--memory", f"facts={datastore_folder}", "--k", 8)
+    command = ("generate", "the memory", "--base", model_folder, *named, "--dtype", "float32", "--max-new-tokens", 6)
+    recorded = json.loads((memory_folder / "memory.json").read_text())["mix_weight"]
+    found = ok(memlm(*command, "--mix-weight", f"facts={1 - recorded}", "--json"))
+    assert found["mix_weight"] == {"law": recorded, "facts": pytest.approx(1 - recorded)}
+    weights = ("--mix-weight", "facts=0", "--mix-weight", "law=0.5", "--json")
+    found = ok(memlm(*command, *weights))
+    assert found["mix_weight"] == {"law": 0.5, "facts": 0.0}
+    alone = ("generate", "the memory", "--base", model_folder, "--dtype", "float32", "--max-new-tokens", 6)
+    single = ok(memlm(*alone, "--memory", memory_folder, "--mix-weight", 0.5, "--json"))
+    assert (single["mix_weight"], single["text"]) == (0.5, found["text"])
+
+
 def test_explain_prints_tokens_with_snippets_or_one_object(
     memlm: Callable[..., Result], model_folder: str, memory_folder: Path, datastore_folder: Path
 ) -> None:
@@ -333,6 +349,38 @@ def test_chat_forgets_on_clear_and_obeys_the_weight(
     monkeypatch.setattr(cli, "_lines", lambda: lines)
     assert memlm("chat", "--base", model_folder, "--memory", memory_folder, "--mix-weight", 0.5).code == 0
     assert seen == [("one\n", 0.5), ("one\nanswer\ntwo\n", 0.5), ("three\n", 0.25)]
+
+
+def test_chat_changes_weights_by_name(
+    memlm: Callable[..., Result],
+    model_folder: str,
+    memory_folder: Path,
+    datastore_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import memlm.cli as cli
+
+    seen = []
+
+    def generate(model: Any, tokenizer: Any, prompt: str, *args: Any, **kwargs: Any) -> str:
+        seen.append((model.mix_weights, model.named_memories()["facts"].settings.retrieval.k))
+        return "answer"
+
+    lines = iter(["one", "/weight facts=0.5", "two", "/weight 0.1", "/weight bio=0.1", "/weight law=0.9", "three"])
+    monkeypatch.setattr(cli, "_generate", generate)
+    monkeypatch.setattr(cli, "_lines", lambda: lines)
+    named = ("--memory", f"law={memory_folder}", "--memory", f"facts={datastore_folder}", "--k", 8)
+    found = memlm("chat", "--base", model_folder, *named, "--mix-weight", "law=0.25", "--mix-weight", "facts=0.125")
+    assert found.code == 0
+    after = ({"law": 0.25, "facts": 0.5}, 8)
+    assert seen == [({"law": 0.25, "facts": 0.125}, 8), after, after]
+    assert "mix_weight law=0.25, facts=0.125; /weight W" in found.err
+    errors = [line for line in found.err.splitlines() if line.startswith("error: ")]
+    assert errors == [
+        "error: --mix-weight '0.1': with several memories write --mix-weight NAME=VALUE for each",
+        "error: mix_weight names bio; the memories are law, facts",
+        "error: mix_weight: the weights 0.9, 0.5 sum to 1.4, above 1",
+    ]
 
 
 KINDS = ("corpus", "datastore", "targets", "memory")
@@ -570,6 +618,11 @@ def recipe(text: str, *arguments: str) -> Callable[[World], tuple[Any, ...]]:
     return lambda w: ("run", w.recipe(text), "--out", w.tmp / "out", *arguments)
 
 
+def two_memories(*arguments: str) -> Callable[[World], tuple[Any, ...]]:
+    """A generation with memories called law and bio."""
+    return lambda w: w.generate("--memory", f"bio={w.memory}", *arguments, memory=f"law={w.memory}")
+
+
 WHOLE = """
 corpus: {documents: [documents.txt], tokenizer: tiny}
 datastore: {teacher: tiny}
@@ -642,6 +695,34 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
     "mix_weight above 1": (lambda w: w.evaluate("--mix-weight", 1.5), r"mix_weight = 1\.5: "),
     "mix_weight below 0": (lambda w: w.generate("--mix-weight", -0.1), r"mix_weight = -0\.1: must be in \[0, 1\]"),
     "mix_weight not a number": (lambda w: w.generate("--mix-weight", "nan"), r"mix_weight = nan: must be in \[0, 1\]"),
+    "weights of two memories above 1": (
+        two_memories("--mix-weight", "law=0.3", "--mix-weight", "bio=0.9"),
+        r"mix_weight: the weights 0\.3, 0\.9 sum to 1\.2, above 1$",
+    ),
+    "two memories without names": (
+        lambda w: w.generate("--memory", w.memory),
+        "--memory '.*': with several memories write --memory NAME=VALUE for each",
+    ),
+    "one name for two memories": (
+        lambda w: w.generate("--memory", f"law={w.memory}", memory=f"law={w.memory}"),
+        "--memory names 'law' twice",
+    ),
+    "weight without a name": (
+        two_memories("--mix-weight", "0.3"),
+        "--mix-weight '0.3': with several memories write --mix-weight NAME=VALUE for each",
+    ),
+    "weight of an unknown memory": (
+        two_memories("--mix-weight", "lwa=0.3"),
+        "mix_weight names lwa; the memories are law, bio",
+    ),
+    "weight that is no number": (
+        two_memories("--mix-weight", "law=much"),
+        r"--mix-weight law=much: give a number in \[0, 1\]",
+    ),
+    "datastore without a weight": (
+        lambda w: w.generate(memory=w.datastore),
+        "mix_weight of 'memory' is missing: the memory records none from validation data; give one",
+    ),
     "kl_weight above 1": (lambda w: w.train_on(w.targets, "--kl-weight", 2), r"kl_weight = 2\.0: "),
     "corpus without targets": (lambda w: w.train_on(w.corpus), "is a corpus without targets.* or --kl-weight 0"),
     "too many layers": (lambda w: w.train_on(w.targets, "--layers", 10), "layers = 10: .* has 2"),

@@ -12,7 +12,19 @@ from tiny_families import family_model
 
 from memlm.corpus.blocks import Split
 from memlm.memory.decoder import MemoryDecoder
-from memlm.mix.scoring import COLUMNS, GRID, as_voter, best_mix_weight, mixture_label_log_probs, perplexity_curve, score
+from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
+from memlm.mix.scoring import (
+    COLUMNS,
+    GRID,
+    as_voter,
+    best_mix_weight,
+    live_activations,
+    mixture_label_log_probs,
+    perplexity_curve,
+    score,
+    stored_activations,
+)
+from memlm.models.taps import capture
 
 VOCAB = 40
 LENGTHS = [17, 2, 40, 9, 1, 23, 8]
@@ -72,6 +84,39 @@ def test_progress_is_told_of_every_label(voter: MemoryDecoder, split: Split) -> 
     score(voter, split, batch_tokens=24, progress=told.append)
     assert len(told) > 1
     assert sum(told) == split.n_positions
+
+
+def reader_of_the_base() -> MLPMemory:
+    """An MLP memory of random weights for the tiny Llama."""
+    style = FFNStyle(gated=True, bias=False, norm="rms", norm_eps=1e-5, activation="silu")
+    widths = {"input_width": 32, "width": 32, "ffn_width": 40}
+    tap = {"tap": "model.layers.1.mlp", "base_blocks": 2, "layers": 2}
+    memory = MLPMemory(MLPSettings(kind="mlp", vocab_size=VOCAB, style=style, **widths, **tap))
+    for parameter in memory.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return memory.eval()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100_000])
+def test_live_and_stored_activations_give_the_scores_of_a_plain_forward(split: Split, batch_tokens: int) -> None:
+    base, memory = family_model("llama", VOCAB), reader_of_the_base()
+    assert memory.tap is not None
+    expected, keys = [], []
+    for block in (split[i] for i in range(len(split))):
+        tokens = torch.from_numpy(block.input_ids).long()[None]
+        with torch.no_grad(), capture(base, [memory.tap]) as captured:
+            base(tokens)
+            before = np.flatnonzero(block.predicted) - 1
+            votes = memory.votes(captured[memory.tap], slice(None))[0, before].double()
+        expected.append(votes.gather(1, tokens[0, before + 1][:, None])[:, 0].numpy())
+        keys.append(captured[memory.tap][0, before].half().numpy())
+    with live_activations(base, memory.tap) as activations:
+        live = score(memory, split, activations=activations, batch_tokens=batch_tokens)
+    stored = score(memory, split, activations=stored_activations(np.concatenate(keys)), batch_tokens=batch_tokens)
+    np.testing.assert_allclose(live["label"], np.concatenate(expected), rtol=0, atol=1e-4)
+    # float16 keeps 11 bits of an activation, so logits of order 10 move by some 0.005
+    np.testing.assert_allclose(stored["label"], np.concatenate(expected), rtol=0, atol=0.03)
+    assert not base.get_submodule(memory.tap)._forward_pre_hooks, "the hook is gone"
 
 
 def test_nothing_to_score_gives_empty_columns(voter: MemoryDecoder) -> None:
