@@ -151,7 +151,7 @@ class DocumentSums:
         """Perplexity of `above` over that of `below`, and its 95% interval."""
         (mean_a, drawn_a), (mean_b, drawn_b) = self._means(above), self._means(below)
         return {
-            "perplexity": round(float(np.exp(mean_a - mean_b)), 4),
+            "perplexity": _finite(np.exp(mean_a - mean_b)),
             "interval": self._interval(np.exp(drawn_a - drawn_b)),
         }
 
