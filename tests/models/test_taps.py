@@ -5,7 +5,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from memlm.errors import ModelError
-from memlm.models.taps import TapReader, find_tap, get_module
+from memlm.models.taps import TapReader, capture, find_tap, get_module, tap_width
 
 
 def hooks(model: nn.Module) -> int:
@@ -102,3 +102,47 @@ def test_a_tap_that_is_never_called_is_refused() -> None:
     with TapReader(model, "lm_head") as reader:
         with pytest.raises(ModelError, match="is never called in a forward pass"):
             reader.read(token_ids())
+
+
+@pytest.mark.parametrize("family", TAPS)
+def test_capture_gives_what_goes_in_during_a_whole_forward_pass(family: str) -> None:
+    model, tokens = family_model(family), token_ids()
+    taps = {TAPS[family], find_tap(model, 0.5)}
+    expected = {tap: input_in_full_forward(model, tap, tokens) for tap in taps}
+    before = hooks(model)
+    with torch.no_grad():
+        plain = model(input_ids=tokens).logits
+        with capture(model, taps) as found:
+            logits = model(input_ids=tokens).logits
+    assert found.keys() == expected.keys()
+    assert len(taps) == 2
+    for tap in taps:
+        torch.testing.assert_close(found[tap], expected[tap], rtol=0, atol=0)
+    assert torch.equal(logits, plain)
+    assert hooks(model) == before
+
+
+def test_capture_leaves_no_hook_behind_an_error() -> None:
+    model = family_model("llama")
+    before = hooks(model)
+    with (
+        pytest.raises(ModelError, match="does not exist"),
+        capture(model, ["model.layers.0.mlp", "model.layers.7.mlp"]),
+    ):
+        pass
+    assert hooks(model) == before
+    with pytest.raises(IndexError), capture(model, ["model.layers.0.mlp"]):
+        model(input_ids=torch.full((1, 3), 10_000))
+    assert hooks(model) == before
+
+
+@pytest.mark.parametrize("family", TAPS)
+def test_the_width_is_known_without_running_the_model(family: str) -> None:
+    model = family_model(family)
+    assert tap_width(model, TAPS[family]) == input_in_full_forward(model, TAPS[family], token_ids()).shape[-1]
+
+
+def test_the_width_is_that_of_the_taps_own_input() -> None:
+    assert tap_width(family_model("llama"), "model.layers.2.mlp.down_proj") == 24
+    assert tap_width(family_model("gpt2"), "transformer.h.0.mlp.c_proj") == 64
+    assert tap_width(family_model("llama"), "model.layers.2.input_layernorm") == 16
