@@ -60,6 +60,7 @@ MixWeights = Annotated[
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
 Seed = Annotated[int, typer.Option(help="Of sampling.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
 
@@ -483,7 +484,7 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")] = False,
+    chat_template: ChatTemplate = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -496,11 +497,9 @@ def generate(
     """
     _quiet()
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
-    if chat_template:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    text = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=not as_json)
+    text = _generate(
+        model, tokenizer, _turn(prompt, chat_template), max_new_tokens, temperature, top_p, seed, stream=not as_json
+    )
     weights = model.mix_weights
     shown = next(iter(weights.values())) if list(weights) == [_UNNAMED] else weights
     _print({"prompt": prompt, "text": text, "mix_weight": shown}, as_json)
@@ -520,6 +519,7 @@ def explain(
     mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
     neighbors: Annotated[int, typer.Option(min=0, help="Snippets per token.")] = 3,
+    chat_template: ChatTemplate = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -540,11 +540,23 @@ def explain(
     if datastore is not None:
         check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
-    found = explain(model, tokenizer, prompt, datastore=datastore, max_new_tokens=max_new_tokens, neighbors=neighbors)
+    found = explain(
+        model,
+        tokenizer,
+        _turn(prompt, chat_template),
+        datastore=datastore,
+        retrieval=retrieval,
+        max_new_tokens=max_new_tokens,
+        neighbors=neighbors,
+    )
     _print(asdict(found), as_json, explanation_text(found))
 
 
 _UNNAMED = "memory"
+
+
+def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if chat_template else prompt
 
 
 def _by_name(values: list[str], option: str, memories: int) -> dict[str, str]:
@@ -597,7 +609,7 @@ def _mixed(
 def _generate(
     model: Any,
     tokenizer: Any,
-    prompt: str,
+    prompt: str | list[dict[str, str]],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -608,11 +620,13 @@ def _generate(
     import torch
     from transformers import TextStreamer
 
+    from memlm.models.tokenizers import encode_prompt
+
     torch.manual_seed(seed)
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = encode_prompt(tokenizer, prompt).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling
@@ -657,11 +671,8 @@ def chat(
                 _say(f"error: {error}")
             continue
         turns.append({"role": "user", "content": line})
-        prompt = (
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            if tokenizer.chat_template is not None
-            else "\n".join(turn["content"] for turn in turns) + "\n"
-        )
+        plain = "\n".join(turn["content"] for turn in turns) + "\n"
+        prompt = turns if tokenizer.chat_template is not None else plain
         answer = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
         turns.append({"role": "assistant", "content": answer})
 

@@ -1,5 +1,6 @@
 """explain: its numbers against each component run by itself, its neighbours against a search of all keys."""
 
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -23,6 +24,7 @@ from memlm.errors import ArtifactError, ConfigError, InputError, TokenizerMismat
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.mix.explain import ExplainedToken, Explanation, Neighbor, explanation_text
 from memlm.models.taps import TapReader
+from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
 
 PROMPT = "doctors say that the memory"
@@ -106,6 +108,14 @@ def test_the_answer_is_that_of_generate(
     output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     assert [token.token_id for token in explanation.tokens] == output.tolist()
     assert explanation.text == tokenizer.decode(output, skip_special_tokens=True)
+
+
+def test_a_chat_is_answered_in_its_template(model: MixedLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{% for m in messages %}patients {{ m['content'] }}{% endfor %} doctors"
+    found = explain(model, chatty, [{"role": "user", "content": "agree"}], max_new_tokens=3)
+    assert found == explain(model, chatty, "patients agree doctors", max_new_tokens=3)
+    assert found.prompt == "patients agree doctors"
 
 
 def test_an_end_token_is_explained_too(
@@ -319,6 +329,13 @@ def test_another_stage_as_datastore_is_refused(
 ) -> None:
     with pytest.raises(ArtifactError, match="is a targets folder, expected datastore"):
         explain(model, tokenizer, PROMPT, datastore=targets_folder)
+
+
+def test_how_the_datastore_is_searched_can_be_said(
+    model: MixedLM, tokenizer: PreTrainedTokenizerFast, datastore_folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match="nprobe"):  # an exact index has none: so the setting arrived
+        explain(model, tokenizer, PROMPT, datastore=datastore_folder, retrieval=RetrievalConfig(nprobe=2))
 
 
 @pytest.mark.parametrize("opened", [False, True])

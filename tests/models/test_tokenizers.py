@@ -1,11 +1,11 @@
 import copy
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from memlm.errors import TokenizerMismatchError
-from memlm.models.tokenizers import check_same, fingerprint, load_tokenizer, vocabulary_size
+from memlm.errors import InputError, TokenizerMismatchError
+from memlm.models.tokenizers import check_same, encode_prompt, fingerprint, load_tokenizer, vocabulary_size
 
 
 def character_tokenizer(vocabulary: list[str], merges: list[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
@@ -50,3 +50,23 @@ def test_tokenizers_with_the_same_tokens_and_other_merges_are_told_apart() -> No
     assert first.get_vocab() == second.get_vocab()
     with pytest.raises(TokenizerMismatchError, match="same tokens, but they split text differently"):
         check_same(first, second, "x", "y")
+
+
+def test_a_chat_gets_the_special_tokens_of_its_template_once() -> None:
+    tokenizer = character_tokenizer(["?", "a", "b", "c"])
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.convert_tokens_to_ids("<s>"))]
+    )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}b {{ m['content'] }} {% endfor %}c"
+    assert tokenizer.convert_ids_to_tokens(encode_prompt(tokenizer, "a")["input_ids"][0]) == ["<s>", "a"]
+    chat = encode_prompt(tokenizer, [{"role": "user", "content": "a"}])["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(chat[0]) == ["<s>", "b", "a", "c"]
+
+
+def test_a_chat_without_a_template_and_an_empty_prompt_are_refused() -> None:
+    tokenizer = character_tokenizer(["?", "hi"])
+    with pytest.raises(InputError, match="no chat template; give plain text"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "hi"}])
+    with pytest.raises(InputError, match="prompt '' has no tokens"):
+        encode_prompt(tokenizer, "")

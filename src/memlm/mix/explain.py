@@ -12,14 +12,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memlm.datastore.store import Datastore
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError
 from memlm.memory.loading import load_memory
 from memlm.memory.protocol import Votes
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.mix.mixed_lm import MixedLM, activations_for
 from memlm.mix.mixture import mix_log_probs
 from memlm.models.taps import capture
-from memlm.models.tokenizers import check_same
+from memlm.models.tokenizers import check_same, encode_prompt
+from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
 
 EVIDENCE = "Near neighbours are evidence of what the corpus says in such places, not proof that they caused the token."
@@ -68,6 +69,7 @@ class Explanation:
     """A greedy answer, token by token."""
 
     prompt: str
+    """As the model reads it, a chat template included."""
     text: str
     mix_weights: dict[str, float]
     """Per memory; the base gets the rest."""
@@ -81,9 +83,10 @@ class Explanation:
 def explain(
     model: MixedLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | list[dict[str, str]],
     *,
     datastore: str | Path | RetrievalMemory | None = None,
+    retrieval: RetrievalConfig | None = None,
     max_new_tokens: int = 20,
     neighbors: int = 3,
     snippet_tokens: int = 12,
@@ -95,16 +98,17 @@ def explain(
     Args:
         model: A base and its memories, with the weights in force.
         tokenizer: The one they share.
-        prompt: Text to go on from.
+        prompt: Text to go on from, or the turns of a chat as the tokenizer's chat template takes them.
         datastore: Folder, or an opened one, whose corpus the snippets come from; the model's own where it retrieves,
             if None. It reads the base's activations where the base is its teacher, and else runs its teacher.
+        retrieval: How a datastore given as a folder is searched; only its nprobe matters here.
         max_new_tokens: At least 1.
         neighbors: Per token; 0 for none.
         snippet_tokens: Shown on each side of a neighbour's token at most.
 
     Raises:
         ConfigError: A number is out of range.
-        InputError: The prompt has no tokens.
+        InputError: The prompt has no tokens, or is a chat and the tokenizer has no chat template.
         ArtifactError: The folder is no datastore, or its teacher is no longer the model that made it.
         TokenizerMismatchError: The datastore was made with another tokenizer.
         ModelError: Its teacher cannot be reached, or the base's activations do not fit its keys.
@@ -117,11 +121,9 @@ def explain(
     for name, (value, least) in numbers.items():
         if value < least:
             raise ConfigError(f"{name} = {value}: must be at least {least}")
-    memory = _searched(model, tokenizer, datastore)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    memory = _searched(model, tokenizer, datastore, retrieval)
+    inputs = encode_prompt(tokenizer, prompt).to(model.device)
     read = inputs["input_ids"].shape[1]
-    if not read:
-        raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
     sequence = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
@@ -155,7 +157,7 @@ def explain(
         for i, token_id in enumerate(answer.tolist())
     ]
     return Explanation(
-        prompt=prompt,
+        prompt=prompt if isinstance(prompt, str) else _decode(tokenizer, sequence[0, :read].tolist()),
         text=str(tokenizer.decode(answer, skip_special_tokens=True)),
         mix_weights=model.mix_weights,
         tokens=tokens,
@@ -176,13 +178,20 @@ def check_datastore(datastore: str | Path | RetrievalMemory, tokenizer: PreTrain
 
 
 def _searched(
-    model: MixedLM, tokenizer: PreTrainedTokenizerBase, datastore: str | Path | RetrievalMemory | None
+    model: MixedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    datastore: str | Path | RetrievalMemory | None,
+    retrieval: RetrievalConfig | None,
 ) -> RetrievalMemory | None:
     """The memory whose datastore is searched; None where there is none."""
     if datastore is None:
         return next((memory for memory in model.named_memories().values() if isinstance(memory, RetrievalMemory)), None)
     check_datastore(datastore, tokenizer)
-    memory = datastore if isinstance(datastore, RetrievalMemory) else load_memory(datastore, base=model.config.base)
+    memory = (
+        datastore
+        if isinstance(datastore, RetrievalMemory)
+        else load_memory(datastore, base=model.config.base, retrieval=retrieval)
+    )
     assert isinstance(memory, RetrievalMemory)
     memory.check_base(model.base)
     return memory.to(model.device)

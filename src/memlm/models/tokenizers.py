@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from memlm.artifacts import digest
 from memlm.errors import InputError, ModelError, TokenizerMismatchError
@@ -76,6 +76,28 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return digest({"vocabulary": vocabulary, "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"]})
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> BatchEncoding:
+    """A text, or the turns of a chat in the tokenizer's template, as a batch of one that an answer can follow.
+
+    A template writes special tokens itself, so none are added to it.
+
+    Raises:
+        InputError: There are no tokens, or turns and no template.
+    """
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    elif tokenizer.chat_template is None:
+        raise InputError("the tokenizer has no chat template; give plain text")
+    else:
+        inputs = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        )
+    assert isinstance(inputs, BatchEncoding)
+    if not inputs["input_ids"].shape[1]:
+        raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
+    return inputs
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
