@@ -60,7 +60,7 @@ SHAPES = {
     "gpt2-medium": Shape(1024, 24, 16),
 }
 """SmolLM2's own, and GPT-2's widths and depths, which the paper measures, as Llamas."""
-LENGTHS = (1024, 2048, 4096)
+LENGTHS = (1024, 2048, 4096, 8192)
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
@@ -81,7 +81,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
                 batch=1 if device.type == "cpu" else 8,
                 device=device,
                 dtype=default_dtype(device),
-                rounds=1 if quick else 5,
+                rounds=1 if quick else 3,
             )
             curve.append({"shape": name, **found})
     best = max(curve, key=lambda found: found["total"]["speedup"])
