@@ -19,13 +19,16 @@ class Timing:
         return statistics.median(self.seconds[side])
 
     def ratio(self, above: str, below: str) -> float:
-        """Median of one side over that of another."""
-        return self.median(above) / self.median(below)
+        """One side over another: the median of the ratios within rounds, for machines drift between rounds."""
+        return statistics.median(self._ratios(above, below))
 
     def spread(self, above: str, below: str) -> list[float]:
         """Lowest and highest ratio of the two sides within one round."""
-        ratios = [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
+        ratios = self._ratios(above, below)
         return [round(min(ratios), 4), round(max(ratios), 4)]
+
+    def _ratios(self, above: str, below: str) -> list[float]:
+        return [a / b for a, b in zip(self.seconds[above], self.seconds[below], strict=True)]
 
 
 def synchronize(device: torch.device) -> None:
