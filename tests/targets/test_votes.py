@@ -12,6 +12,7 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import ExactIndex, Index, IVFFlatIndex, Keys
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
+from memlm.targets import votes as votes_module
 from memlm.targets.votes import SparseProbs, neighbor_votes, search_neighbors
 
 VOCABULARY = 6
@@ -111,6 +112,19 @@ def test_a_missing_neighbour_votes_for_nothing_whatever_its_value(
     np.testing.assert_allclose(
         dense(votes_of(with_missing, padded, temperature)), dense(votes_of(distances, values, temperature)), **CLOSE
     )
+
+
+@pytest.mark.parametrize("positions", [0, 3, 7])
+def test_blocks_of_positions_give_what_one_gives(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    distances = rng.uniform(0, 20, (positions, 9)).astype(np.float32)
+    values = rng.integers(VOCABULARY, size=(positions, 9))
+    whole = votes_of(distances, values, 4.0, 0.9)
+    monkeypatch.setattr(votes_module, "_POSITIONS_AT_ONCE", 3)
+    parts = votes_of(distances, values, 4.0, 0.9)
+    for name in ("counts", "ids", "probs", "lost_mass"):
+        assert torch.equal(getattr(parts, name), getattr(whole, name))
+    assert len(whole.counts) == positions
 
 
 def test_a_position_without_neighbours_is_an_error() -> None:

@@ -84,7 +84,7 @@ def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConf
                     votes.append(retrieve(store, chunk, own, **config.model_dump()))
                     start += len(chunk)
                     bar.update(len(chunk))
-                _write_shard(stage, i, [split[b] for b in range(first, end)], _concatenate(votes))
+                _write_shard(stage, i, [split[b] for b in range(first, end)], SparseProbs.concatenate(votes))
         return _finish(stage, store.corpus, len(shards), store.manifest.facts)
 
 
@@ -192,12 +192,6 @@ def _queries(store: Datastore, split: Split) -> Iterator[Any]:
                 yield keys[start : start + _POSITIONS_AT_ONCE].astype(np.float32)
 
         yield recomputed
-
-
-def _concatenate(votes: list[SparseProbs]) -> SparseProbs:
-    return SparseProbs(
-        *(torch.cat([getattr(v, name) for v in votes]) for name in ("counts", "ids", "probs", "lost_mass"))
-    )
 
 
 def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparseProbs) -> None:

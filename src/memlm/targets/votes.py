@@ -1,6 +1,7 @@
 """Neighbours as votes: squared distances and next tokens to a sparse distribution."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
+
+_POSITIONS_AT_ONCE = 512  # what is made on the way is then small enough for malloc to use again
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class SparseProbs:
     probs: Float[Tensor, "S"]
     lost_mass: Float[Tensor, "P"]
     """Probability of the tokens left out, before the rest was renormalised."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["SparseProbs"]) -> "SparseProbs":
+        """The positions of all parts, one part after another."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
     def to(self, device: torch.device) -> "SparseProbs":
         """The same on another device."""
@@ -60,7 +68,8 @@ def neighbor_votes(
     The smallest set of tokens that holds `target_mass` is kept and renormalised. Nothing of size (P, V) exists.
 
     Args:
-        distances: Squared L2. `inf` marks a missing neighbour, which votes for nothing.
+        distances: Squared L2, on the CPU, as an index gives them. `inf` marks a missing neighbour, which votes for
+            nothing.
         values: Next-token ids, anything where the distance is `inf`.
         target_temperature: Above 0.
         target_mass: In (0, 1].
@@ -70,29 +79,50 @@ def neighbor_votes(
 
     Source: Memory Decoder, eq. 2 (arXiv:2508.09874), after kNN-LM (arXiv:1911.00172).
     """
-    nearest = distances.amin(1, keepdim=True)
-    if not torch.isfinite(nearest).all():
+    if not torch.isfinite(distances.amin(1)).all():
         raise ValueError("a position has no neighbour at all")
-    weights = torch.softmax(
-        (nearest - distances) / target_temperature, 1
-    )  # nearest first: no overflow, no all-zero row
-    tokens, order = values.sort(dim=1, stable=True)
-    weights = weights.gather(1, order)
+    parts = zip(distances.split(_POSITIONS_AT_ONCE), values.split(_POSITIONS_AT_ONCE), strict=True)
+    return SparseProbs.concatenate([_block_votes(*part, target_temperature, target_mass) for part in parts])
+
+
+def _block_votes(
+    distances: Float[Tensor, "P K"], values: Int[Tensor, "P K"], target_temperature: float, target_mass: float
+) -> SparseProbs:
+    """As `neighbor_votes`, for a bounded number of positions."""
+    nearest = distances.amin(1, keepdim=True)
+    weights = torch.softmax((nearest - distances) / target_temperature, 1)  # no overflow, no all-zero row
+    values = values.masked_fill(weights == 0, 0)
+    tokens, bits = _sort_pairs(values, weights.view(torch.int32))
     group = torch.zeros_like(tokens, dtype=torch.long)
-    group[:, 1:] = (tokens[:, 1:] != tokens[:, :-1]).cumsum(1)
-    probs = torch.zeros_like(weights).scatter_add_(1, group, weights)
-    tokens = torch.zeros_like(tokens).scatter_(1, group, tokens)
-    probs, order = probs.sort(dim=1, descending=True, stable=True)
+    torch.cumsum(tokens[:, 1:] != tokens[:, :-1], 1, out=group[:, 1:])
+    shape = len(group), max(group[:, -1].tolist(), default=0) + 1
+    probs = weights.new_zeros(shape).scatter_add_(1, group, bits.view(torch.float32))
+    tokens = tokens.new_zeros(shape).scatter_(1, group, tokens)
+    bits, tokens = _sort_pairs(~probs.view(torch.int32), tokens)  # likeliest first
+    probs = (~bits).view(torch.float32)
     before = probs.cumsum(1) - probs
     keep = (before < target_mass) & (probs > 0)
     keep &= (probs / (probs * keep).sum(1, keepdim=True)).half() > 0  # what float16 cannot hold is lost as well
     kept = (probs * keep).sum(1)
     return SparseProbs(
         counts=keep.sum(1),
-        ids=tokens.gather(1, order)[keep],
+        ids=tokens[keep],
         probs=(probs / kept[:, None])[keep],
         lost_mass=(1 - kept).clamp(min=0),
     )
+
+
+def _sort_pairs(high: Int[Tensor, "P K"], low: Int[Tensor, "P K"]) -> tuple[Int[Tensor, "P K"], Int[Tensor, "P K"]]:
+    """Each row's pairs of 32-bit integers, ascending; `low` is at least 0, as are the bits of a probability.
+
+    They are sorted as one 64-bit integer each, so that nothing is gathered, and by numpy, whose vector code takes a
+    tenth of the time that torch's sort takes.
+    """
+    packed = high.long()
+    packed <<= 32
+    packed |= low
+    packed.numpy().sort(axis=1)
+    return (packed >> 32).int(), packed.int()
 
 
 def search_neighbors(
