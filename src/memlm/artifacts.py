@@ -2,7 +2,8 @@
 
 While a stage works it writes to `NAME.partial` beside its output, file by file, each under a temporary name first.
 A second run with the same settings and inputs goes on at the first missing file. When all is there the manifest is
-written and the folder renamed.
+written and the folder renamed. Bytes are on disk before the name that stands for them, so what a kill or a power cut
+leaves under a name is whole.
 """
 
 import contextlib
@@ -103,9 +104,16 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.writing")
     try:
         yield temporary
+        flush_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Return when the bytes of a file would outlast a power cut."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
@@ -122,7 +130,7 @@ def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
 
 
 def _is_half_written(path: Path) -> bool:
-    return path.name.startswith(".") and path.name.endswith(".writing")
+    return path.name.startswith(".")  # ours end in .writing, those of safetensors start with .tmp
 
 
 def is_artifact(folder: str | Path) -> bool:
@@ -270,6 +278,9 @@ class Stage:
             intermediate: Files and folders that the result does without. They go only once the manifest is there, so a
                 run stopped before loses no work.
         """
+        for path in self.path.rglob("*"):
+            if path.is_file():  # what libraries wrote, they did not flush
+                flush_to_disk(path)
         payload = {
             path.relative_to(self.path).as_posix(): PayloadFile(bytes=path.stat().st_size, sha256=file_digest(path))
             for path in sorted(self.path.rglob("*"))
@@ -351,6 +362,8 @@ def open_stage(
             raise OutputExistsError(
                 f"another process is writing {stage.path}; wait for it or choose another output"
             ) from None
+        if is_artifact(out) or not os.fstat(lock.fileno()).st_nlink:
+            raise OutputExistsError(f"another process has finished {out} just now; run the command again")
         if complete:  # the last run was stopped just before the renaming
             stage.settle(read_manifest(stage.path))
         else:
