@@ -130,7 +130,8 @@ def load_array(path: Path, *, mapped: bool = False) -> np.ndarray:
 
 
 def _is_half_written(path: Path) -> bool:
-    return path.name.startswith(".")  # ours end in .writing, those of safetensors start with .tmp
+    ours = path.name.startswith(".") and path.name.endswith(".writing")
+    return ours or path.name.startswith(".tmp")  # as safetensors calls them
 
 
 def is_artifact(folder: str | Path) -> bool:
