@@ -1,4 +1,4 @@
-"""The README's commands run. Blocks marked `<!-- tested -->` are run as they stand, on a tiny model under its name."""
+"""Commands of README and docs run: blocks marked `<!-- tested -->`, as they stand, on tiny models under their names."""
 
 import os
 import re
@@ -9,32 +9,43 @@ from pathlib import Path
 
 import pytest
 from conftest import sentences, tiny_model
+from tiny_tokenizers import sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"<!-- tested -->\n+```bash\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(
+        re.findall(r"<!-- tested -->\n+```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    )
+]
 
 
 def test_the_readme_has_commands_to_test() -> None:
-    assert BLOCKS
-    road = " ".join(BLOCKS)
-    for command in ("corpus", "datastore", "targets", "train", "evaluate perplexity", "generate", "info"):
+    road = " ".join(str(block.values[0]) for block in BLOCKS)
+    names = "corpus datastore targets train generate info explain adapt".split()
+    for command in (*names, "evaluate perplexity"):
         assert f"memlm {command} " in road
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.split("\n", 1)[0])
-def test_commands_of_the_readme_run(block: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_commands_of_the_pages_run(block: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """`smollm2` is already fetched, so to say: a model of 10 thin layers lies where the command would put it."""
     model = tmp_path / "home" / "models" / "smollm2"
     small = tiny_model(len(tokenizer), layers=10, width=16)
     small.config.max_position_embeddings = 512
     small.save_pretrained(model)
     tokenizer.save_pretrained(model)
-    work = tmp_path / "work"
+    work, documents = tmp_path / "work", sentences(60, seed=3)
     (work / "DOCS").mkdir(parents=True)
-    for number, text in enumerate(sentences(60, seed=3)):
+    for number, text in enumerate(documents):
         (work / "DOCS" / f"{number}.txt").write_text(text)
+    foreign = sentencepiece_like(documents)
+    tiny_model(len(foreign), layers=2, width=16).save_pretrained(work / "OTHER")
+    foreign.save_pretrained(work / "OTHER")
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "memlm").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m memlm "$@"\n')
@@ -54,5 +65,5 @@ def test_commands_of_the_readme_run(block: str, tokenizer: PreTrainedTokenizerFa
     )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "Traceback" not in found.stderr
-    made = {p.name for p in work.iterdir()} - {"DOCS"}
+    made = {p.name for p in work.iterdir()} - {"DOCS", "OTHER"}
     assert made == {match.rstrip("/") for match in re.findall(r"--out (\S+)", block)}
