@@ -7,6 +7,7 @@ leaves under a name is whole.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 
 from memlm.errors import ArtifactError, OutputExistsError
 
@@ -103,11 +105,53 @@ def _replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
     try:
-        yield temporary
+        with written_whole(path):
+            yield temporary
         flush_to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[None]:
+    """Makes an OSError of what libraries raise in the block when they cannot write `path`.
+
+    numpy, faiss and torch tell how much they wrote, but not why it was not all.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) is not None:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise OSError(errno.EIO, f"it could not be written whole ({reason})", str(path)) from error
+
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit on file sizes",
+    errno.EIO: "see whether the disk is full or failing",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "give permission",
+    errno.EPERM: "give permission",
+    errno.ENOENT: "put it back",
+    errno.ENOTDIR: "choose another place",
+}
+
+
+def file_error(error: Exception, place: str | Path = "") -> ArtifactError:
+    """What the file system refused to do, as one line with path and fix.
+
+    Args:
+        error: An OSError, or a library's own error in its stead.
+        place: Where it happened, for an error that does not say.
+    """
+    where = getattr(error, "filename", None) or place
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, "see to the cause")
+    return ArtifactError(f"{where}: {reason}; {remedy}, then the same command goes on where this one stopped")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -330,6 +374,7 @@ def open_stage(
 
     Raises:
         OutputExistsError: `out`, or its partial folder, belongs to another run, or another process works on it.
+        ArtifactError: The file system failed the stage, as when the disk is full or an input is gone.
     """
     out = Path(out)
     identity = stage_identity(kind, config=config, inputs=inputs, tokenizer=tokenizer)
@@ -355,7 +400,7 @@ def open_stage(
         stage.path.mkdir(parents=True, exist_ok=True)
         lock = (stage.path / "lock").open("w")
     except OSError as error:
-        raise ArtifactError(f"cannot write {stage.path}: {error.strerror}") from None
+        raise file_error(error, stage.path) from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -369,7 +414,10 @@ def open_stage(
             stage.settle(read_manifest(stage.path))
         else:
             write_json(plan, identity)
-        yield stage
+        try:
+            yield stage
+        except (OSError, SafetensorError) as error:
+            raise file_error(error, stage.path) from error
 
 
 def stage_identity(

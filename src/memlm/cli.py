@@ -8,11 +8,12 @@ import contextlib
 import inspect
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 
@@ -37,6 +38,8 @@ app = typer.Typer(
 )
 evaluate_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure what a memory gains.")
 app.add_typer(evaluate_app, name="evaluate")
+
+_INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells report a process that a signal ended
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Model = "path, hub id, or a packaged name such as smollm2"
@@ -781,19 +784,28 @@ def version() -> None:
 
 
 def main() -> None:
-    """The `memlm` command. A `MemlmError` becomes one line on stderr and exit code 2."""
+    """The `memlm` command. A `MemlmError`, or what the file system refused, is one line on stderr and exit code 2."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
     try:
         app(prog_name="memlm")
     except MemlmError as error:
-        print(f"memlm: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(error)
     except SystemExit as stop:
-        if stop.code == 130:  # how typer passes Ctrl-C on
+        if stop.code in (_INTERRUPTED, _TERMINATED):
             print("\nmemlm: stopped; the same command goes on where this one was", file=sys.stderr)
         raise
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        from memlm.artifacts import file_error
+
+        _end(file_error(error))
+
+
+def _end(error: MemlmError) -> NoReturn:
+    print(f"memlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

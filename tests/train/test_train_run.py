@@ -389,12 +389,12 @@ def test_a_resumed_run_does_only_the_missing_steps(
 def test_half_written_checkpoints_are_passed_over(
     targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path
 ) -> None:
-    """A checkpoint without its last-written file is not used, whichever step it is of and however often it happens."""
+    """A checkpoint that is not marked as whole is not used, whichever step it is of and however often it happens."""
     for _ in range(2):
         with interrupted_after(16):
             train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
         half = tmp_path / "m.partial" / "checkpoints" / "checkpoint-14"
-        (half / "trainer_state.json").unlink()
+        (half / "whole").unlink()
         (half / "model.safetensors").write_bytes(b"half")
     assert (
         train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED).hash == uninterrupted.hash

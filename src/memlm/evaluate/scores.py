@@ -21,6 +21,7 @@ from memlm.progress import progress_bar
 from memlm.targets.config import RetrievalConfig
 
 SCORED_SPLITS = ("validation", "test")
+_COLUMNS = (*COLUMNS, "document", "label_count")
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,9 @@ def score_corpus(
                 if base is not None and voter.tap is not None:
                     activations = open_now.enter_context(live_activations(base, voter.tap))
                 for name, split in splits.items():
+                    if all(stage.has(f"{name}.{column}.npy") for column in _COLUMNS):
+                        bar.update(split.n_positions)
+                        continue
                     found = score(voter, split, activations=activations, batch_tokens=batch_tokens, progress=bar.update)
                     columns = found | {
                         "document": split.documents_of(np.arange(split.n_positions)),
@@ -103,9 +107,8 @@ def score_corpus(
                     for column, values in columns.items():
                         stage.save_array(f"{name}.{column}.npy", values)
             stage.finish({name: {"positions": split.n_positions} for name, split in splits.items()})
-    names = (*COLUMNS, "document", "label_count")
     return {
-        split: Scores(**{c: np.load(folder / f"{split}.{c}.npy", allow_pickle=False) for c in names})
+        split: Scores(**{c: np.load(folder / f"{split}.{c}.npy", allow_pickle=False) for c in _COLUMNS})
         for split in splits
     }
 

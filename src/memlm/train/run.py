@@ -14,7 +14,7 @@ from memlm.config import nearest
 from memlm.corpus.blocks import Blocks
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError
+from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import KINDS, load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
@@ -130,7 +130,7 @@ def train_memory(
         if store is not None:
             open_now.close()
             reader = None  # the base's memory is free for training
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(stage.path / "checkpoints"))
+        _train(trainer, last_whole_checkpoint(stage.path / "checkpoints"))
         facts = _facts(trainer, rows, memory, config)
         best = facts["validation"]["best"] if validation is not None else {}
         memory.settings = memory.settings.model_copy(
@@ -213,6 +213,18 @@ def _held_out_activations(stage: Stage, validation: Blocks, reader: TapReader, b
     if not stage.has(_HELD_OUT):
         stage.save_array(_HELD_OUT, read_keys(reader, validation, range(len(validation)), batch_tokens=batch_tokens))
     return stored_activations(load_array(stage.path / _HELD_OUT, mapped=True))
+
+
+def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"{str(error).splitlines()[0]}; where memory ran out lower trainer.dataloader_num_workers, then the same"
+            " command goes on at the last checkpoint"
+        ) from None
 
 
 def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory, config: TrainConfig) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from memlm.artifacts import flush_to_disk, written_whole
 from memlm.config import nearest
 from memlm.corpus.blocks import IGNORE, Blocks
 from memlm.errors import ConfigError, TrainingError
@@ -25,6 +26,8 @@ from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
 from memlm.train.config import TrainConfig
 from memlm.train.data import LengthGroupedSampler, Rows, collate
+
+_WHOLE = "whole"  # the last file of a checkpoint, made when the others are on disk
 
 
 def check_trainer_fields(config: TrainConfig, where: str = "") -> None:
@@ -140,6 +143,7 @@ class MemoryTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         if validation is not None:
             self.add_callback(_ValidateAtEnd)
+        self.add_callback(_FindBest)
         self.add_callback(_LogBeforeCheckpoint)
         self.add_callback(_TokenBar(int(rows.lengths.sum())))
 
@@ -207,6 +211,27 @@ class MemoryTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # the Trainer looks for the end after a step only, so a run stopped after its last step would take one more
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint and mark it as whole; only then may older ones go."""
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        with written_whole(Path(str(self.args.output_dir))):
+            super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            folder = Path(str(self.args.output_dir))
+            checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            for file in checkpoint.rglob("*"):
+                if file.is_file():
+                    flush_to_disk(file)
+            (checkpoint / _WHOLE).touch()
+            rotate_checkpoints(str(folder), keep, self.state.best_model_checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
@@ -226,6 +251,14 @@ class _ValidateAtEnd(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
+
+
+class _FindBest(TrainerCallback):
+    """Looks for the best checkpoint beside the others, also where the whole folder was moved in between."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_global_step:
+            state.best_model_checkpoint = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
 
 
 class _LogBeforeCheckpoint(TrainerCallback):
@@ -267,9 +300,9 @@ class _TokenBar(TrainerCallback):
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose last-written file is there; half-written ones are removed."""
+    """The newest checkpoint marked as whole; half-written ones are removed."""
     while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        if (Path(found) / "trainer_state.json").is_file():
+        if (Path(found) / _WHOLE).is_file():
             return found
         shutil.rmtree(found)
     return None
