@@ -17,6 +17,7 @@ from memlm.datastore.index import (
     Keys,
     default_nlist,
     measure_recall,
+    nearest_first,
     tune_nprobe,
 )
 from memlm.errors import ArtifactError, ConfigError
@@ -115,6 +116,31 @@ def test_ivf_pq_is_re_ranked_to_exact_distances_and_a_high_recall() -> None:
     assert (np.diff(distances, axis=1) >= 0).all()
     index.keys = None  # type: ignore[attr-defined]
     assert shares(index.search(queries, 20)[1], exact) < shares(ids, exact)  # what re-ranking is for
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from([-1.0, 0.0, 1e-40, 2.5, 3e38, np.inf]), min_size=4, max_size=4)),
+    st.integers(1, 6),
+)
+def test_the_nearest_come_first_and_of_equal_ones_the_first_given(rows: list[list[float]], k: int) -> None:
+    distances = np.array(rows, np.float32).reshape(-1, 4)
+    ids = np.random.default_rng(0).integers(-1, 9, distances.shape)
+    found, found_ids = nearest_first(distances, ids, k)
+    order = np.argsort(np.maximum(distances, 0), axis=1, kind="stable")[:, :k]
+    assert found.tolist() == np.take_along_axis(distances, order, 1).tolist()
+    assert found_ids.tolist() == np.take_along_axis(ids, order, 1).tolist()
+
+
+def test_exact_distances_of_candidates_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_PAIRS", 5)
+    raw = clustered(40, 8)
+    queries = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
+    ids = np.random.default_rng(2).integers(-1, 40, (6, 9))
+    ids[2] = -1
+    found = index_module._exact_distances(Keys([raw[:7], raw[7:30], raw[30:]]), queries, ids)
+    expected = ((raw[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
+    np.testing.assert_allclose(found, np.where(ids < 0, np.inf, expected), rtol=1e-6)  # sums of 8 float32 squares
 
 
 @pytest.mark.parametrize(("bytes_allowed", "kept"), [(64, 12), (5, 4), (1, 1)])

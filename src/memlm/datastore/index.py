@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from memlm.datastore.config import DatastoreConfig, IndexKind
@@ -15,6 +16,7 @@ from memlm.errors import ArtifactError, ConfigError
 INDEX_FILE = "index.faiss"
 _BLOCK = 131_072
 _QUERIES = 4096
+_PAIRS = 512  # keys compared at a time: as float32 they fit a core's cache
 
 
 class Keys:
@@ -32,14 +34,20 @@ class Keys:
         """Keys `start` to `stop`, widened to float32."""
         return self.gather(np.arange(start, min(stop, len(self))))
 
-    def gather(self, ids: NDArray[np.int64], dtype: type[np.floating] = np.float32) -> NDArray[Any]:
+    def gather(self, ids: NDArray[np.int64], dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
         """The keys with these ids, `(*ids.shape, D)`."""
         flat = ids.reshape(-1)
-        out = np.empty((len(flat), self.shape[1]), dtype)
         shard_of = np.searchsorted(self._starts, flat, side="right") - 1
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            out[here] = self._shards[shard][flat[here] - self._starts[shard]]
+        touched = np.unique(shard_of)
+        if len(touched) == 1:  # neighbouring ids are, and need no second copy
+            out = self._shards[touched[0]][flat - self._starts[touched[0]]]
+        else:
+            out = np.empty((len(flat), self.shape[1]), np.float16)
+            for shard in touched:
+                here = shard_of == shard
+                out[here] = self._shards[shard][flat[here] - self._starts[shard]]
+        if dtype == np.float32:
+            out = torch.from_numpy(out).float().numpy()  # ten times as fast as numpy widens float16
         return out.reshape(*ids.shape, self.shape[1])
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -105,7 +113,7 @@ class Index(ABC):
         Returns:
             Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there is no neighbour.
         """
-        queries = np.ascontiguousarray(queries, np.float32)
+        queries = np.ascontiguousarray(queries, np.float32)  # as C++ code reads them
         parts = [self._search(queries[i : i + _QUERIES], k) for i in range(0, len(queries), _QUERIES)]
         if not parts:
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
@@ -144,10 +152,9 @@ class ExactIndex(Index):
         ids = np.full((len(queries), k), -1, np.int64)
         for start, block in self.keys.blocks():
             distances, found = faiss.knn(queries, block, min(k, len(block)))
-            merged = np.concatenate([best, distances], axis=1)
-            order = np.argsort(merged, axis=1, kind="stable")[:, :k]
-            best = np.take_along_axis(merged, order, 1)
-            ids = np.take_along_axis(np.concatenate([ids, found + start], axis=1), order, 1)
+            best, ids = nearest_first(
+                np.concatenate([best, distances], axis=1), np.concatenate([ids, found + start], axis=1), k
+            )
         return best, ids
 
 
@@ -272,19 +279,50 @@ class IVFPQIndex(IVFIndex):
         if self.keys is None:
             return self.index.search(queries, k)
         _, candidates = self.index.search(queries, min(k * self.rerank_factor, len(self.keys)))
-        distances = np.full(candidates.shape, np.inf, np.float32)
-        for row, (query, ids) in enumerate(zip(queries, candidates, strict=True)):
-            there = ids >= 0
-            distances[row, there] = ((self.keys.gather(ids[there]) - query) ** 2).sum(-1)
-        order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-        best, ids = np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1)
-        short = k - best.shape[1]
-        return np.pad(best, ((0, 0), (0, short)), constant_values=np.inf), np.pad(
-            ids, ((0, 0), (0, short)), constant_values=-1
-        )
+        distances, ids = nearest_first(_exact_distances(self.keys, queries, candidates), candidates, k)
+        missing = ((0, 0), (0, k - ids.shape[1]))
+        return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
 
 
 INDEXES: dict[IndexKind, type[Index]] = {"exact": ExactIndex, "ivf-flat": IVFFlatIndex, "ivf-pq": IVFPQIndex}
+
+
+def nearest_first(
+    distances: NDArray[np.float32], ids: NDArray[np.int64], k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The k smallest distances of each row, and their ids, ascending; of equal ones the first. As many as there are.
+
+    Distance and column are sorted as one integer, for numpy sorts integers by vector code: `(P, C)` in a tenth of the
+    time of a stable argsort.
+
+    Args:
+        distances: `(P, C)`, 0 or above; `inf` ranks last.
+        ids: `(P, C)`.
+        k: At least 1.
+    """
+    packed = np.maximum(distances, 0).view(np.int32).astype(np.int64) << 32  # as integers, floats from 0 up keep order
+    packed |= np.arange(distances.shape[1])
+    packed.sort(axis=1)
+    order = packed[:, :k] & 0xFFFFFFFF
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def _exact_distances(keys: Keys, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Squared distance of each query to the entries of its row, `(P, C)`; `inf` where an id is -1.
+
+    Keys are read in the order of their ids, so that each part of each shard is visited once for all queries.
+    """
+    flat = ids.reshape(-1)
+    distances, found = np.full(len(flat), np.inf, np.float32), np.empty(_PAIRS, np.float32)
+    order = np.argsort(flat)
+    order = order[np.searchsorted(flat, 0, sorter=order) :]
+    for start in range(0, len(order), _PAIRS):
+        pairs = order[start : start + _PAIRS]
+        compared, rows = keys.gather(flat[pairs]), pairs // ids.shape[1]
+        pointers = (faiss.swig_ptr(array) for array in (found, compared, queries, rows))  # type: ignore[attr-defined]
+        faiss.fvec_L2sqr_by_idx(*pointers, keys.shape[1], len(pairs), 1)  # type: ignore[attr-defined]
+        distances[pairs] = found[: len(pairs)]
+    return distances.reshape(ids.shape)
 
 
 def default_nlist(entries: int) -> int:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memlm.datastore.index import nearest_first
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
 
@@ -163,9 +164,8 @@ def search_neighbors(
                 )
             found_distances = np.where(excluded, np.inf, found_distances)
             found = np.where(excluded, -1, found)
-        order = np.argsort(found_distances, axis=1, kind="stable")[:, :k]
-        ids[rows, : order.shape[1]] = np.take_along_axis(found, order, 1)
-        distances[rows, : order.shape[1]] = np.take_along_axis(found_distances, order, 1)
+        best, best_ids = nearest_first(found_distances, found, k)
+        distances[rows, : best.shape[1]], ids[rows, : best.shape[1]] = best, best_ids
         short = ~np.isfinite(distances[rows, -1]) & full & (fetch < datastore.n_entries)
         rows, fetch = rows[short], fetch * 2
         if not len(rows) and not thorough:  # an approximate index may have looked only where nothing is left
