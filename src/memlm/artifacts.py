@@ -384,10 +384,11 @@ def open_stage(
         yield stage
         return
     plan, complete = stage.path / "plan.json", is_artifact(stage.path)
-    if stage.path.exists() and not (complete or plan.is_file()) and any(p.name != "lock" for p in stage.path.iterdir()):
-        raise OutputExistsError(
-            f"{stage.path} exists and is no unfinished memlm run; delete it or choose another output"
-        )
+    if stage.path.exists() and not (complete or plan.is_file()):
+        if any(path.name != "lock" and not _is_half_written(path) for path in stage.path.iterdir()):
+            raise OutputExistsError(
+                f"{stage.path} exists and is no unfinished memlm run; delete it or choose another output"
+            )
     if complete or plan.is_file():
         there = read_manifest(stage.path).identity if complete else json.loads(plan.read_text(encoding="utf-8"))
         begun = any(path.name not in ("plan.json", "lock") for path in stage.path.iterdir())
@@ -398,26 +399,22 @@ def open_stage(
             )
     try:
         stage.path.mkdir(parents=True, exist_ok=True)
-        lock = (stage.path / "lock").open("w")
-    except OSError as error:
-        raise file_error(error, stage.path) from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputExistsError(
-                f"another process is writing {stage.path}; wait for it or choose another output"
-            ) from None
-        if is_artifact(out) or not os.fstat(lock.fileno()).st_nlink:
-            raise OutputExistsError(f"another process has finished {out} just now; run the command again")
-        if complete:  # the last run was stopped just before the renaming
-            stage.settle(read_manifest(stage.path))
-        else:
-            write_json(plan, identity)
-        try:
+        with (stage.path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise OutputExistsError(
+                    f"another process is writing {stage.path}; wait for it or choose another output"
+                ) from None
+            if is_artifact(out) or not os.fstat(lock.fileno()).st_nlink:
+                raise OutputExistsError(f"another process has finished {out} just now; run the command again")
+            if complete:  # the last run was stopped just before the renaming
+                stage.settle(read_manifest(stage.path))
+            else:
+                write_json(plan, identity)
             yield stage
-        except (OSError, SafetensorError) as error:
-            raise file_error(error, stage.path) from error
+    except (OSError, SafetensorError) as error:
+        raise file_error(error, stage.path) from error
 
 
 def stage_identity(
