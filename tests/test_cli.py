@@ -641,7 +641,7 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
         "stride 8 must be below block_size 8",
     ),
     "ids outside the vocabulary": (small_vocabulary, "token ids up to 319, outside the 300"),
-    "missing shard": (missing_shard, r"keys/00001\.npy is missing; rebuild"),
+    "missing shard": (missing_shard, r"keys/00001\.npy is missing; run the command .* with --repair"),
     "truncated shard": (truncated_shard, r"train-00000\.arrow has \d+ bytes, its manifest says \d+"),
     "truncated weights": (truncated_weights, r"model\.safetensors has 5 bytes"),
     "other version": (other_version, "format version 99, this memlm reads 1; rebuild"),

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from memlm.errors import ConfigError
 
+_TOLD = 100  # problems listed one by one at most
+
 
 class StageConfig(BaseModel):
     """Settings of one stage.
@@ -36,7 +38,17 @@ class StageConfig(BaseModel):
             raise ConfigError(_explain(error, cls, where)) from None
 
 
+def first_problem(error: ValidationError) -> str:
+    """Where the first wrong value is, and what is wrong with it; told of a stranger's file, which may have millions."""
+    if error.error_count() > _TOLD:
+        return f"{error.error_count():,} values are missing or wrong"
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, problem['loc']))[:80]}: {problem['msg'][:200]}"
+
+
 def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
+    if error.error_count() > _TOLD:
+        return f"{where.rstrip('.')}: {first_problem(error)}"
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])

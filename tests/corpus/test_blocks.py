@@ -1,3 +1,5 @@
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import predicted_tokens
+from strangers import edit_manifest, reseal
 
 from memlm.corpus.blocks import IGNORE, SPLITS, Corpus, Split, length_batches
 from memlm.errors import ArtifactError
@@ -126,14 +129,65 @@ def test_an_opened_corpus_gives_its_splits(corpus_folder: Path) -> None:
     assert corpus.vocab_size == len(corpus.tokenizer)
 
 
-@pytest.mark.parametrize("file", ["train.tokens.npy", "train.offsets.npy"])
-def test_a_damaged_split_is_refused(corpus_folder: Path, tmp_path: Path, file: str) -> None:
-    import shutil
+@pytest.fixture
+def copied(corpus_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(corpus_folder, tmp_path / "corpus"))
 
-    folder = tmp_path / "corpus"
-    shutil.copytree(corpus_folder, folder)
-    content = bytearray((folder / file).read_bytes())
-    content[:6] = b"\0" * 6  # as long as before, so only reading it can tell
-    (folder / file).write_bytes(content)
-    with pytest.raises(ArtifactError, match=r"train\..*rebuild the corpus"):
-        Corpus(folder).split("train")
+
+@pytest.mark.parametrize("file", ["train.tokens.npy", "train.offsets.npy"])
+def test_a_damaged_split_is_refused(copied: Path, file: str) -> None:
+    content = bytearray((copied / file).read_bytes())
+    content[-1] ^= 1  # as long as before, so only reading it can tell
+    (copied / file).write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{file} is damaged: .* made .*/corpus again with --repair"):
+        Corpus(copied).split("train")
+
+
+def forge(folder: Path, name: str, change: Callable[[np.ndarray], object]) -> None:
+    array = np.load(folder / name)
+    change(array)
+    np.save(folder / name, array)
+    reseal(folder, name)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train.tokens.npy", lambda tokens: tokens.__setitem__(7, 320), "token id 320, outside the vocabulary of 320"),
+        ("train.tokens.npy", lambda tokens: tokens.__setitem__(7, -1), "token id -1, outside"),
+        ("train.offsets.npy", lambda offsets: offsets.__setitem__(0, 1), "does not fit train.tokens.npy"),
+        ("train.offsets.npy", lambda offsets: offsets.__setitem__(-1, 1 << 40), "does not fit train.tokens.npy"),
+        ("train.offsets.npy", lambda offsets: offsets[:3].__setitem__(1, -5), "does not fit train.tokens.npy"),
+    ],
+)
+def test_a_split_that_fits_its_checksum_but_not_itself_is_refused(
+    copied: Path, name: str, change: Callable[[np.ndarray], object], message: str
+) -> None:
+    forge(copied, name, change)
+    with pytest.raises(ArtifactError, match=message):
+        Corpus(copied).split("train")
+
+
+def test_counts_and_names_that_do_not_fit_are_refused(copied: Path) -> None:
+    (copied / "test.names.txt").write_text("one\n")
+    reseal(copied, "test.names.txt")
+    with pytest.raises(ArtifactError, match=r"test\.names\.txt has 1 names, which is not one per document"):
+        Corpus(copied).document_names("test")
+    edit_manifest(copied, lambda manifest: manifest["facts"]["splits"]["train"].update(positions=1))
+    with pytest.raises(ArtifactError, match="train has 1 positions; rebuild"):
+        Corpus(copied).split("train")
+    edit_manifest(copied, lambda manifest: manifest["facts"]["splits"]["train"].update(tokens=10**15))
+    with pytest.raises(ArtifactError, match=r"train\.tokens\.npy holds .* expected <i4 of shape 1000000000000000"):
+        Corpus(copied).split("train")
+    edit_manifest(copied, lambda manifest: manifest["facts"].update(vocab_size=10**9))
+    with pytest.raises(ArtifactError, match=r"facts\.vocab_size: .*less than or equal to"):
+        Corpus(copied)
+
+
+def test_a_tokenizer_of_other_files_or_ids_is_refused(copied: Path) -> None:
+    edit_manifest(copied, lambda manifest: manifest["facts"].update(vocab_size=400))
+    with pytest.raises(ArtifactError, match="tokenizer has 320 token ids, its folder says 400"):
+        _ = Corpus(copied).tokenizer
+    (copied / "tokenizer" / "tokenization_own.py").write_text("raise SystemExit")
+    with pytest.raises(ArtifactError, match=r"tokenization_own\.py is not of a tokenizer's folder"):
+        _ = Corpus(copied).tokenizer

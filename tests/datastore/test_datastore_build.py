@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from strangers import edit_manifest, reseal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.artifacts import Manifest, Stage, read_manifest
@@ -228,13 +229,43 @@ def test_keys_overwritten_by_something_else_are_refused(copied: Path) -> None:
     array = np.zeros((size - 128) // 4, np.float32)  # as many bytes, of another type and shape
     np.save(shard, array)
     assert shard.stat().st_size == size
-    with pytest.raises(ArtifactError, match="holds no float16 shards of one width"):
+    with pytest.raises(ArtifactError, match=r"00001\.npy holds <f4 of shape .*, expected <f2 of shape any x 32"):
         _ = Datastore(copied).keys
+
+
+def test_a_damaged_shard_of_keys_is_found_when_it_is_first_read(copied: Path) -> None:
+    shard = copied / "keys" / "00001.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    keys = Datastore(copied).keys
+    assert keys is not None
+    first = len(np.load(copied / "keys" / "00000.npy"))
+    assert keys.rows(0, first).shape == (first, 32)
+    with pytest.raises(ArtifactError, match=r"00001\.npy is damaged: .* --repair"):
+        keys.rows(first - 1, first + 1)
+
+
+def test_keys_values_and_entries_must_fit_each_other(copied: Path) -> None:
+    values = np.load(copied / "values.npy")
+    values[3] = 320
+    np.save(copied / "values.npy", values)
+    reseal(copied, "values.npy")
+    with pytest.raises(ArtifactError, match=r"values\.npy has token id 320, outside"):
+        _ = Datastore(copied).values
+    np.save(copied / "keys" / "00001.npy", np.zeros((5, 32), np.float16))
+    reseal(copied, "keys/00001.npy")
+    with pytest.raises(ArtifactError, match=r"has \d+ keys of width 32, expected \d+ of width 32"):
+        _ = Datastore(copied).keys
+    edit_manifest(copied, lambda manifest: manifest["facts"].update(entries=10**12))
+    with pytest.raises(ArtifactError, match=r"has 1000000000000 entries, its corpus \d+ positions"):
+        Datastore(copied)
 
 
 def test_a_corpus_exchanged_inside_a_datastore_is_refused(copied: Path) -> None:
     path = copied / "corpus" / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "facts": {"vocab_size": 3}}))
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "facts": {**manifest["facts"], "documents_read": 3}}))
     with pytest.raises(ArtifactError, match="was made from another corpus than the one it holds"):
         Datastore(copied)
 

@@ -20,6 +20,7 @@ from memlm.datastore.index import (
     nearest_first,
     tune_nprobe,
 )
+from memlm.datastore.layout import IndexFacts
 from memlm.errors import ArtifactError, ConfigError
 
 # float32 distances of vectors of length 3 from float16 keys: faiss adds up |q|² + |k|² - 2qk, each about 10
@@ -155,7 +156,8 @@ def test_a_saved_index_answers_as_before(kind: str, tmp_path: Path) -> None:
     keys = Keys([raw])
     index = build(kind, keys, nlist=4, rerank_factor=3, recall_k=5)
     index.save(tmp_path / INDEX_FILE)
-    loaded = INDEXES[kind].load(tmp_path, keys, index.describe())  # type: ignore[index]
+    facts = IndexFacts.model_validate(index.describe())
+    loaded = INDEXES[kind].load(tmp_path / INDEX_FILE, keys, facts, keys.shape)  # type: ignore[index]
     assert loaded.describe() == index.describe()
     for found, expected in zip(loaded.search(raw[:9], 6), index.search(raw[:9], 6), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -252,4 +254,4 @@ def test_a_damaged_index_file_is_refused(tmp_path: Path) -> None:
     index.save(tmp_path / INDEX_FILE)
     (tmp_path / INDEX_FILE).write_bytes((tmp_path / INDEX_FILE).read_bytes()[:100])
     with pytest.raises(ArtifactError, match=r"index\.faiss cannot be read"):
-        INDEXES["ivf-flat"].load(tmp_path, None, index.describe())
+        INDEXES["ivf-flat"].load(tmp_path / INDEX_FILE, None, IndexFacts.model_validate(index.describe()), (100, 8))

@@ -150,7 +150,7 @@ def test_the_chunk_of_queries_changes_nothing(
     datastore_folder: Path, targets_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(build_module, "_POSITIONS_AT_ONCE", 37)
-    monkeypatch.setattr(build_module, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(build_module, "ROWS_AT_ONCE", 3)
     build(datastore_folder, tmp_path / "t")
     assert rows(tmp_path / "t") == rows(targets_folder)
 

@@ -4,16 +4,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strangers import reseal
 
 from memlm.corpus.blocks import IGNORE, Corpus
 from memlm.errors import ArtifactError, ConfigError
-from memlm.targets.build import TRAIN_SCHEMA
-from memlm.train.data import LengthGroupedSampler, TargetRows, TrainingData, collate
+from memlm.train.data import LengthGroupedSampler, TrainingData, collate
 
 
 def test_rows_of_a_corpus_and_of_its_targets_hold_the_same_tokens_and_labels(
@@ -67,36 +66,13 @@ def test_a_folder_of_another_stage_is_refused(datastore_folder: Path) -> None:
         TrainingData(datastore_folder, with_targets=True)
 
 
-def write_rows(path: Path, row: dict[str, list]) -> None:
-    table = pa.table({name: [values] for name, values in row.items()}, schema=TRAIN_SCHEMA)
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, TRAIN_SCHEMA) as writer:
-        writer.write_table(table)
-
-
-@pytest.mark.parametrize(
-    ("counts", "ids", "probs"),
-    [([0, 2, 1], [3, 4], [0.5, 0.5]), ([0, 1, 1], [3, 4], [1.0]), ([0, 1, 0], [3, 4], [0.5, 0.5])],
-    ids=["counts ask for more", "fewer probabilities", "counts ask for less"],
-)
-def test_a_damaged_row_is_named(tmp_path: Path, counts: list[int], ids: list[int], probs: list[float]) -> None:
-    write_rows(
-        tmp_path / "train-00000.arrow",
-        {
-            "input_ids": [5, 6, 7],
-            "target_counts": counts,
-            "target_ids": ids,
-            "target_probs": [np.float16(p) for p in probs],
-        },
-    )
-    rows = TargetRows([tmp_path / "train-00000.arrow"], with_targets=True)
-    with pytest.raises(ArtifactError, match="row 0 of the targets is damaged"):
-        rows[0]
-
-
 def test_a_shard_that_is_no_arrow_file_is_refused(targets_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(targets_folder, tmp_path / "targets")
     shard = folder / "train-00000.arrow"
     shard.write_bytes(b"\0" * shard.stat().st_size)  # the size in the manifest still fits
+    with pytest.raises(ArtifactError, match=r"train-00000\.arrow is damaged: .* --repair"):
+        TrainingData(folder, with_targets=True).train  # noqa: B018
+    reseal(folder, shard.name)
     with pytest.raises(ArtifactError, match="cannot be read as Arrow"):
         TrainingData(folder, with_targets=True).train  # noqa: B018
 

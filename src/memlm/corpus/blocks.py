@@ -4,18 +4,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from memlm.artifacts import Manifest, load_array, read_manifest
+from memlm.artifacts import Facts, Manifest, check_payload, load_array, payload_file, read_manifest
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ArtifactError
-from memlm.models.tokenizers import check_reads, load_tokenizer
+from memlm.models.tokenizers import check_reads, load_tokenizer, vocabulary_size
 
 SPLITS = ("train", "validation", "test")
+MAX_VOCABULARY = 1 << 24  # ten times what any tokenizer has; a manifest that says more is not believed
+TOKENIZER = "tokenizer"
+_TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")  # nothing that could be code or a pickle
 IGNORE = -100  # transformers' mark for a token that is not predicted
 
 
@@ -159,6 +163,21 @@ class Split:
         return np.searchsorted(first_positions, positions, side="right") - 1
 
 
+class SplitFacts(Facts):
+    """Size of one split."""
+
+    documents: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    positions: int = Field(ge=0)
+
+
+class CorpusFacts(Facts):
+    """What readers of a corpus rely on."""
+
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
+    splits: dict[Literal["train", "validation", "test"], SplitFacts] = Field(min_length=len(SPLITS))
+
+
 class Corpus:
     """A corpus folder, opened."""
 
@@ -169,16 +188,18 @@ class Corpus:
         """
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder, "corpus")
+        self.facts = CorpusFacts.of(folder, self.manifest)
         self.config = CorpusConfig.parse(self.manifest.config, "corpus.")
+        self._splits: dict[str, Split] = {}
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(str(self.folder / "tokenizer"))
+        return open_tokenizer(self.folder, self.manifest, self.vocab_size)
 
     @property
     def vocab_size(self) -> int:
         """Ids the tokenizer can give are below it."""
-        return int(self.manifest.facts["vocab_size"])
+        return self.facts.vocab_size
 
     def check_read_by(self, model: str) -> None:
         """Nothing, where `model` can read this corpus's token ids; `check_reads` says what is raised otherwise."""
@@ -190,18 +211,65 @@ class Corpus:
         Raises:
             ArtifactError: Its files do not fit together.
         """
-        tokens = load_array(self.folder / f"{name}.tokens.npy", mapped=True)
-        offsets = load_array(self.folder / f"{name}.offsets.npy")
-        if tokens.ndim != 1 or offsets.ndim != 1 or not len(offsets) or offsets[-1] != len(tokens):
+        if name not in self._splits:
+            self._splits[name] = self._open_split(name)
+        return self._splits[name]
+
+    def _open_split(self, name: str) -> Split:
+        facts, config = self.facts.splits[name], self.config  # type: ignore[index]
+        tokens = self._array(f"{name}.tokens.npy", np.int32, facts.tokens, mapped=True)
+        offsets = self._array(f"{name}.offsets.npy", np.int64, facts.documents + 1)
+        if offsets[0] != 0 or offsets[-1] != len(tokens) or (np.diff(offsets) < 1).any():
             raise ArtifactError(f"{self.folder}: {name}.offsets.npy does not fit {name}.tokens.npy; rebuild the corpus")
-        config = self.config
+        if len(tokens) - facts.documents != facts.positions:
+            raise ArtifactError(f"{self.folder}: {name} has {facts.positions} positions; rebuild the corpus")
+        check_ids(tokens, self.vocab_size, self.folder / f"{name}.tokens.npy")
         return Split(
             tokens, offsets, block_size=config.block_size, step=config.step, cross_documents=config.cross_documents
         )
 
+    def _array(self, name: str, dtype: type[np.generic], length: int, *, mapped: bool = False) -> NDArray:
+        return load_array(payload_file(self.folder, self.manifest, name), dtype, (length,), mapped=mapped)
+
     def document_names(self, split: str) -> list[str]:
-        """Where each document of a split came from."""
-        return (self.folder / f"{split}.names.txt").read_text(encoding="utf-8").splitlines()
+        """Where each document of a split came from.
+
+        Raises:
+            ArtifactError: There is not one name per document.
+        """
+        path = payload_file(self.folder, self.manifest, f"{split}.names.txt")
+        names = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        if len(names) != self.split(split).n_documents:
+            raise ArtifactError(f"{path} has {len(names)} names, which is not one per document; rebuild the corpus")
+        return names
+
+
+def check_ids(ids: NDArray[np.int32], vocab_size: int, path: Path) -> None:
+    """Nothing, where all token ids are in `[0, vocab_size)`.
+
+    Raises:
+        ArtifactError: One is not; `path` is the file it stands in.
+    """
+    for found in (int(ids.min()), int(ids.max())) if len(ids) else ():
+        if not 0 <= found < vocab_size:
+            raise ArtifactError(f"{path} has token id {found}, outside the vocabulary of {vocab_size}; rebuild it")
+
+
+def open_tokenizer(folder: Path, manifest: Manifest, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer in the `tokenizer/` of a corpus or targets folder.
+
+    Raises:
+        ArtifactError: A file is damaged or no text, or the tokenizer gives other ids than the folder says.
+    """
+    names = {name for name in manifest.payload if name.startswith(f"{TOKENIZER}/")}
+    there = {path.relative_to(folder).as_posix() for path in (folder / TOKENIZER).glob("[!.]*")}
+    if foreign := sorted(there - names) or [name for name in names if not name.endswith(_TOKENIZER_FILES)]:
+        raise ArtifactError(f"{folder / foreign[0]} is not of a tokenizer's folder; delete it or get the folder anew")
+    check_payload(folder, manifest, f"{TOKENIZER}/")
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    if (size := vocabulary_size(tokenizer)) != vocab_size:
+        raise ArtifactError(f"{folder / TOKENIZER} has {size} token ids, its folder says {vocab_size}; rebuild it")
+    return tokenizer
 
 
 def length_batches(lengths: Sequence[int] | NDArray[np.int64], batch_tokens: int) -> Iterator[NDArray[np.int64]]:

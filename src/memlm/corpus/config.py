@@ -10,7 +10,7 @@ from memlm.config import StageConfig
 class CorpusConfig(StageConfig):
     """How documents become splits of token blocks."""
 
-    block_size: int = Field(default=512, ge=2)
+    block_size: int = Field(default=512, ge=2, le=1 << 24)
     """Tokens a model sees at a time: longest context plus the predicted token."""
     stride: int | None = Field(default=None, ge=1)
     """Tokens newly predicted per block once a document is longer than one; default half a block, as in the paper."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from memlm.datastore.config import DatastoreConfig, IndexKind
+from memlm.datastore.layout import IndexFacts, IndexLayout
 from memlm.errors import ArtifactError, ConfigError
 
 INDEX_FILE = "index.faiss"
@@ -81,8 +82,18 @@ class Index(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
-        """The index in a datastore folder; `settings` is what `describe` gave."""
+    def load(cls, path: Path | None, keys: Keys | None, facts: IndexFacts, shape: tuple[int, int]) -> Self:
+        """The index of a datastore.
+
+        Args:
+            path: What `save` wrote; None where it wrote nothing.
+            keys: Those of the datastore; None where none were kept.
+            facts: What `describe` gave.
+            shape: Entries and their width.
+
+        Raises:
+            ArtifactError: The file does not fit the datastore.
+        """
 
     def set_nprobe(self, nprobe: int) -> None:
         """Search so many inverted lists.
@@ -139,9 +150,9 @@ class ExactIndex(Index):
         pass
 
     @classmethod
-    def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
+    def load(cls, path: Path | None, keys: Keys | None, facts: IndexFacts, shape: tuple[int, int]) -> Self:
         if keys is None:
-            raise ArtifactError(f"{folder} has an exact index but no keys; rebuild it")
+            raise ArtifactError("a datastore with an exact index has no keys (keep_keys false); rebuild it")
         return cls(keys)
 
     def describe(self) -> dict[str, Any]:
@@ -211,13 +222,15 @@ class IVFIndex(Index):
         faiss.write_index(self.index, str(path))
 
     @classmethod
-    def load(cls, folder: Path, keys: Keys | None, settings: dict[str, Any]) -> Self:
+    def load(cls, path: Path | None, keys: Keys | None, facts: IndexFacts, shape: tuple[int, int]) -> Self:
+        assert path is not None
+        IndexLayout(path).check(facts, shape)
         try:
-            index: Any = faiss.read_index(str(folder / INDEX_FILE))
+            index: Any = faiss.read_index(str(path))
         except RuntimeError as error:
-            raise ArtifactError(f"{folder / INDEX_FILE} cannot be read: {str(error).splitlines()[0][:120]}") from None
-        index.nprobe = settings["nprobe"]
-        return cls(index, keys, settings["rerank_factor"])
+            raise ArtifactError(f"{path} cannot be read: {str(error).splitlines()[0][:120]}") from None
+        index.nprobe = min(facts.nprobe, facts.nlist)
+        return cls(index, keys, facts.rerank_factor)
 
     def set_nprobe(self, nprobe: int) -> None:
         self.index.nprobe = min(nprobe, self.index.nlist)

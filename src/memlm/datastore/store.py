@@ -2,25 +2,76 @@
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
-from memlm.artifacts import load_array, read_manifest
-from memlm.corpus.blocks import Corpus
+from memlm.artifacts import Facts, Manifest, load_array, payload_file, read_manifest
+from memlm.corpus.blocks import Corpus, check_ids
 from memlm.datastore.config import DatastoreConfig
-from memlm.datastore.index import INDEXES, Index, Keys
+from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys
+from memlm.datastore.layout import IndexFacts
 from memlm.errors import ArtifactError
 from memlm.models.loading import model_identity
 
 CORPUS_PAYLOAD = "corpus"
+VALUES_FILE = "values.npy"
 
 
-def open_keys(folder: Path) -> Keys:
-    """The keys in a datastore folder."""
-    shards = [load_array(p, mapped=True) for p in sorted((folder / "keys").glob("*.npy"))]
-    if not shards or any(s.ndim != 2 or s.dtype != np.float16 or s.shape[1] != shards[0].shape[1] for s in shards):
-        raise ArtifactError(f"{folder}/keys holds no float16 shards of one width; rebuild the datastore")
+class DatastoreFacts(Facts):
+    """What readers of a datastore rely on."""
+
+    entries: int = Field(ge=1)
+    key_width: int = Field(ge=1, le=1 << 20)
+    tap: str
+    index: IndexFacts
+
+
+class _Shard:
+    """Keys of one shard on disk, whose checksum is verified when they are first read."""
+
+    def __init__(self, folder: Path, manifest: Manifest, name: str, width: int | None) -> None:
+        self._source = folder, manifest, name
+        self._unverified = load_array(folder / name, np.float16, (None, width), mapped=True)
+        self.shape = self._unverified.shape
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float16]:
+        return self._rows[rows]
+
+    @cached_property
+    def _rows(self) -> NDArray[np.float16]:
+        payload_file(*self._source)
+        return self._unverified
+
+
+def open_keys(folder: Path, manifest: Manifest | None = None) -> Keys:
+    """The keys in a datastore folder.
+
+    Args:
+        folder: Of a datastore.
+        manifest: Its manifest; None while it is being made.
+
+    Raises:
+        ArtifactError: There are none, they are not of one width, or one is damaged; that may show later, as it is read.
+    """
+    if manifest is None:
+        names = [path.relative_to(folder).as_posix() for path in sorted((folder / "keys").glob("*.npy"))]
+    else:
+        names = sorted(name for name in manifest.payload if name.startswith("keys/"))
+    if not names:
+        raise ArtifactError(f"{folder} has no keys; rebuild it")
+    shards: list[Any] = []
+    for name in names:
+        width = shards[0].shape[1] if shards else None
+        if manifest is None:
+            shards.append(load_array(folder / name, np.float16, (None, width), mapped=True))
+        else:
+            shards.append(_Shard(folder, manifest, name, width))
     return Keys(shards)
 
 
@@ -30,15 +81,20 @@ class Datastore:
     def __init__(self, folder: str | Path) -> None:
         """
         Raises:
-            ArtifactError: The folder is no complete datastore.
+            ArtifactError: The folder is no complete datastore, or its parts do not fit together.
         """
         self.folder = Path(folder)
         self.manifest = read_manifest(folder, "datastore")
+        self.facts = DatastoreFacts.of(folder, self.manifest)
         self.config = DatastoreConfig.parse(self.manifest.config, "datastore.")
         self.corpus = Corpus(self.folder / CORPUS_PAYLOAD)
-        if self.corpus.manifest.hash != self.manifest.inputs["corpus"]:
+        if self.corpus.manifest.hash != self.manifest.inputs.get("corpus"):
             raise ArtifactError(f"{folder} was made from another corpus than the one it holds; rebuild it")
-        self.n_entries = int(self.manifest.facts["entries"])
+        self.n_entries = self.facts.entries
+        if (positions := self.corpus.facts.splits["train"].positions) != self.n_entries:
+            raise ArtifactError(f"{folder} has {self.n_entries} entries, its corpus {positions} positions; rebuild it")
+        if "teacher" not in self.manifest.inputs or "teacher" not in self.manifest.sources:
+            raise ArtifactError(f"{folder} does not name its teacher; rebuild it")
 
     @property
     def teacher(self) -> str:
@@ -60,14 +116,26 @@ class Datastore:
     @cached_property
     def keys(self) -> Keys | None:
         """The kept keys; None where only codes were kept."""
-        return open_keys(self.folder) if self.config.keep_keys else None
+        if not self.config.keep_keys:
+            return None
+        keys = open_keys(self.folder, self.manifest)
+        if keys.shape != (self.n_entries, self.facts.key_width):
+            wanted = f"{self.n_entries} of width {self.facts.key_width}"
+            raise ArtifactError(f"{self.folder} has {keys.shape[0]} keys of width {keys.shape[1]}, expected {wanted}")
+        return keys
 
     @cached_property
     def values(self) -> NDArray[np.int32]:
         """`(N,)` the token that came next, per entry."""
-        return load_array(self.folder / "values.npy", mapped=True)
+        path = payload_file(self.folder, self.manifest, VALUES_FILE)
+        values = load_array(path, np.int32, (self.n_entries,), mapped=True)
+        check_ids(values, self.corpus.vocab_size, path)
+        return values
 
     @cached_property
     def index(self) -> Index:
-        settings = self.manifest.facts["index"]
-        return INDEXES[settings["kind"]].load(self.folder, self.keys, settings)
+        facts = self.facts
+        path = None
+        if facts.index.kind != "exact":
+            path = payload_file(self.folder, self.manifest, INDEX_FILE)
+        return INDEXES[facts.index.kind].load(path, self.keys, facts.index, (facts.entries, facts.key_width))

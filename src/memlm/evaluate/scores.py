@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memlm.artifacts import cache_dir, digest, open_stage
+from memlm.artifacts import cache_dir, digest, load_array, open_stage, payload_file, read_manifest
 from memlm.corpus.blocks import Corpus
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory
@@ -21,7 +21,7 @@ from memlm.progress import progress_bar
 from memlm.targets.config import RetrievalConfig
 
 SCORED_SPLITS = ("validation", "test")
-_COLUMNS = (*COLUMNS, "document", "label_count")
+_COLUMNS = {**dict.fromkeys(COLUMNS, np.float32), "document": np.int64, "label_count": np.int64}
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,13 @@ def score_corpus(
                     for column, values in columns.items():
                         stage.save_array(f"{name}.{column}.npy", values)
             stage.finish({name: {"positions": split.n_positions} for name, split in splits.items()})
-    return {
-        split: Scores(**{c: np.load(folder / f"{split}.{c}.npy", allow_pickle=False) for c in _COLUMNS})
-        for split in splits
-    }
+    manifest = read_manifest(folder, "scores")
+
+    def read(split: str, column: str) -> NDArray:
+        path = payload_file(folder, manifest, f"{split}.{column}.npy")
+        return load_array(path, _COLUMNS[column], (splits[split].n_positions,))
+
+    return {split: Scores(**{column: read(split, column) for column in _COLUMNS}) for split in splits}
 
 
 def _load(

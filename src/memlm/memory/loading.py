@@ -1,10 +1,9 @@
 """Memories from a folder or the hub, whatever their kind."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from memlm.artifacts import is_artifact, read_manifest
+from memlm.artifacts import is_artifact, payload_file, read_json, read_manifest
 from memlm.errors import ArtifactError, ModelError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
@@ -51,17 +50,17 @@ def read_settings(source: str | Path, *, revision: str | None = None) -> MemoryS
         ArtifactError: The folder is damaged, of another kind, or its kind is unknown.
     """
     folder = Path(resolve(str(source)))
-    if is_artifact(folder) and read_manifest(folder, "memory", "datastore").kind == "datastore":
+    manifest = read_manifest(folder, "memory", "datastore") if is_artifact(folder) else None
+    if manifest is not None and manifest.kind == "datastore":
         return datastore_settings(folder)
     path = find_file(str(source), SETTINGS_FILE, revision)
     if path is None:
         load_config(str(source), revision=revision)
         return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ArtifactError(f"{path} is not JSON: {error}") from None
+    if manifest is not None:
+        path = payload_file(folder, manifest, SETTINGS_FILE)
+    values = read_json(path)
     kind = values.get("kind") if isinstance(values, dict) else None
-    if kind not in KINDS:
-        raise ArtifactError(f"{path}: kind {kind!r} is unknown to this memlm; known: {', '.join(KINDS)}")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise ArtifactError(f"{path}: kind {str(kind)[:40]!r} is unknown to this memlm; known: {', '.join(KINDS)}")
     return KINDS[kind].settings_class.parse(values, f"{path.name}: ")

@@ -8,12 +8,12 @@ import safetensors.torch
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from memlm.artifacts import is_artifact, payload_file, read_manifest
 from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ArtifactError, ConfigError, ModelError
@@ -21,13 +21,13 @@ from memlm.memory.config import StartConfig
 from memlm.memory.loss import DistillationLoss, distillation_loss
 from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache
 from memlm.models.heads import Head, find_head, label_log_probs
-from memlm.models.loading import block_list, find_file
+from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes
 from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
 
-WEIGHTS_FILE = "model.safetensors"
 SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
 """Layers, width and FFN width of the paper's GPT-2 memories."""
 _DEFAULT_LAYERS = 8
+_WIDEST = 1 << 20  # so that no size overflows
 _STD = 0.02  # of random matrices, as in transformers
 
 
@@ -49,15 +49,15 @@ class FFNStyle(StageConfig):
 class MLPSettings(MemorySettings):
     """What the folder of an MLP memory says."""
 
-    input_width: int = Field(ge=1)
+    input_width: int = Field(ge=1, le=_WIDEST)
     """Width of the activations it reads."""
     base_blocks: int = Field(ge=1)
     """Transformer blocks of the base it was made for."""
     layers: int = Field(ge=1, le=10_000)
     """Blocks."""
-    width: int = Field(ge=1)
+    width: int = Field(ge=1, le=_WIDEST)
     """Width of the blocks."""
-    ffn_width: int = Field(ge=1)
+    ffn_width: int = Field(ge=1, le=_WIDEST)
     """Inner width of a block's FFN."""
     style: FFNStyle
     """How the blocks are built."""
@@ -138,14 +138,15 @@ class MLPMemory(Memory):
         path = find_file(source, WEIGHTS_FILE, kwargs.get("revision"))
         if path is None:
             raise ArtifactError(f"{source} has no {WEIGHTS_FILE}")
-        try:
-            state = safetensors.torch.load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ArtifactError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        if is_artifact(path.parent):
+            path = payload_file(path.parent, read_manifest(path.parent, "memory"), WEIGHTS_FILE)
+        held = tensor_shapes(path)
+        if settings.layers > len(held):
+            raise ArtifactError(f"{source}: layers = {settings.layers}, but {path} holds {len(held)} tensors")
         with torch.device("meta"):
             memory = cls(settings)
-        check_tensors(shapes(memory), state, str(path))
-        memory.load_state_dict(state, assign=True)
+        check_tensors(shapes(memory), held, str(path))
+        memory.load_state_dict(safetensors.torch.load_file(path), assign=True)
         dtype, device = kwargs.get("dtype", "auto"), kwargs.get("device_map")
         memory.to(dtype=None if dtype == "auto" else dtype, device=None if device in (None, "auto") else device)
         return memory.eval()
@@ -303,19 +304,19 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def check_tensors(wanted: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Nothing, where `tensors` are exactly those `wanted`, by name and shape.
+def check_tensors(wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Nothing, where the tensors `held` are exactly those `wanted`, by name and shape.
 
     Raises:
         ArtifactError: Tensors are missing, too many, or of another shape; the first is named.
     """
-    if missing := sorted(wanted.keys() - tensors.keys()):
+    if missing := sorted(wanted.keys() - held.keys()):
         raise ArtifactError(f"{where} lacks {_counted(missing)}, the first is {missing[0]}")
-    if extra := sorted(tensors.keys() - wanted.keys()):
+    if extra := sorted(held.keys() - wanted.keys()):
         raise ArtifactError(f"{where} holds {_counted(extra)} that the memory has not, the first is {extra[0]}")
     for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ArtifactError(f"{where}: {name} has shape {tuple(tensors[name].shape)}, expected {shape}")
+        if held[name] != shape:
+            raise ArtifactError(f"{where}: {name} has shape {held[name]}, expected {shape}")
 
 
 def _counted(names: list[str]) -> str:

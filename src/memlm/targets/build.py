@@ -1,7 +1,6 @@
 """The targets stage: a datastore to rows of blocks with a sparse distribution per position."""
 
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +19,17 @@ from memlm.errors import ConfigError, InputError
 from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
 from memlm.targets.config import TargetsConfig
+from memlm.targets.shards import (
+    ROWS_AT_ONCE,
+    TRAIN_SCHEMA,
+    VALIDATION_FILE,
+    VALIDATION_SCHEMA,
+    read_statistics,
+    write_rows,
+)
 from memlm.targets.votes import SparseProbs, retrieve
 
-TRAIN_SCHEMA = pa.schema(
-    {
-        "input_ids": pa.list_(pa.int32()),
-        "target_counts": pa.list_(pa.int32()),
-        "target_ids": pa.list_(pa.int32()),
-        "target_probs": pa.list_(pa.float16()),
-    }
-)
-VALIDATION_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 _POSITIONS_AT_ONCE = 4096
-_ROWS_AT_ONCE = 64
 _IMPORT_SHARD_POSITIONS = 65536
 
 
@@ -195,62 +192,48 @@ def _queries(store: Datastore, split: Split) -> Iterator[Any]:
 
 
 def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparseProbs) -> None:
-    """Write the blocks of one shard and, before, what the facts will need of it."""
+    """Write the blocks of one shard, with what the facts will need of it."""
     counts = votes.counts.numpy()
     first_of = np.cumsum(counts) - counts
-    stage.save_text(
-        f"stats/{number:05d}.json",
-        json.dumps(
-            {
-                "positions": len(counts),
-                "support": int(counts.sum()),
-                "lost_mass": float(votes.lost_mass.double().sum()),
-                "top1": float(votes.probs[torch.from_numpy(first_of)].double().sum()),
-            }
-        ),
-    )
+    statistics = {
+        "positions": len(counts),
+        "support": int(counts.sum()),
+        "lost_mass": float(votes.lost_mass.double().sum()),
+        "top1": float(votes.probs[torch.from_numpy(first_of)].double().sum()),
+    }
     ids, probs = votes.ids.numpy().astype(np.int32), votes.probs.half().numpy()
     bounds = np.append(first_of, counts.sum())
-    with stage.writing(_shard(number)) as temporary, pa.OSFile(str(temporary), "wb") as file:
-        with pa.ipc.new_stream(file, TRAIN_SCHEMA) as writer:
-            position = 0
-            for start in range(0, len(blocks), _ROWS_AT_ONCE):
-                rows: dict[str, list[np.ndarray]] = {name: [] for name in TRAIN_SCHEMA.names}
-                for block in blocks[start : start + _ROWS_AT_ONCE]:
-                    end = position + int(block.predicted.sum())
-                    per_token = np.zeros(len(block.input_ids), np.int32)
-                    per_token[block.predicted] = counts[position:end]
-                    rows["input_ids"].append(block.input_ids)
-                    rows["target_counts"].append(per_token)
-                    rows["target_ids"].append(ids[bounds[position] : bounds[end]])
-                    rows["target_probs"].append(probs[bounds[position] : bounds[end]])
-                    position = end
-                writer.write_batch(_record_batch(rows, TRAIN_SCHEMA))
+
+    def batches() -> Iterator[dict[str, list[np.ndarray]]]:
+        position = 0
+        for start in range(0, len(blocks), ROWS_AT_ONCE):
+            rows: dict[str, list[np.ndarray]] = {name: [] for name in TRAIN_SCHEMA.names}
+            for block in blocks[start : start + ROWS_AT_ONCE]:
+                end = position + int(block.predicted.sum())
+                per_token = np.zeros(len(block.input_ids), np.int32)
+                per_token[block.predicted] = counts[position:end]
+                rows["input_ids"].append(block.input_ids)
+                rows["target_counts"].append(per_token)
+                rows["target_ids"].append(ids[bounds[position] : bounds[end]])
+                rows["target_probs"].append(probs[bounds[position] : bounds[end]])
+                position = end
+            yield rows
+
+    with stage.writing(_shard(number)) as temporary:
+        write_rows(temporary, TRAIN_SCHEMA, batches(), statistics)
 
 
-def _record_batch(rows: dict[str, list[np.ndarray]], schema: pa.Schema) -> pa.RecordBatch:
-    columns = []
-    for field in schema:
-        arrays = rows[field.name]
-        offsets = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
-        flat = pa.array(np.concatenate(arrays), type=field.type.value_type)
-        columns.append(pa.ListArray.from_arrays(pa.array(offsets), flat))
-    return pa.record_batch(columns, schema=schema)
+def _validation_rows(validation: Split) -> Iterator[dict[str, list[np.ndarray]]]:
+    for start in range(0, len(validation), ROWS_AT_ONCE):
+        blocks = [validation[i] for i in range(start, min(start + ROWS_AT_ONCE, len(validation)))]
+        yield {"input_ids": [b.input_ids for b in blocks], "labels": [b.labels.astype(np.int32) for b in blocks]}
 
 
 def _finish(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[str, Any]) -> Manifest:
-    validation = corpus.split("validation")
-    with stage.writing("validation.arrow") as temporary, pa.OSFile(str(temporary), "wb") as file:
-        with pa.ipc.new_stream(file, VALIDATION_SCHEMA) as writer:
-            for start in range(0, len(validation), _ROWS_AT_ONCE):
-                blocks = [validation[i] for i in range(start, min(start + _ROWS_AT_ONCE, len(validation)))]
-                rows = {
-                    "input_ids": [b.input_ids for b in blocks],
-                    "labels": [b.labels.astype(np.int32) for b in blocks],
-                }
-                writer.write_batch(_record_batch(rows, VALIDATION_SCHEMA))
+    with stage.writing(VALIDATION_FILE) as temporary:
+        write_rows(temporary, VALIDATION_SCHEMA, _validation_rows(corpus.split("validation")))
     shutil.copytree(corpus.folder / "tokenizer", stage.path / "tokenizer", dirs_exist_ok=True)
-    stats = [json.loads((stage.path / f"stats/{i:05d}.json").read_text()) for i in range(n_shards)]
+    stats = [read_statistics(stage.path / _shard(i)) for i in range(n_shards)]
     positions = sum(s["positions"] for s in stats)
     facts = {
         "positions": positions,
@@ -262,4 +245,4 @@ def _finish(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[s
         "corpus_config": corpus.manifest.config,
         "datastore": datastore_facts,
     }
-    return stage.finish(facts, intermediate=("stats",))
+    return stage.finish(facts)

@@ -1,5 +1,6 @@
 """Training rows, from a targets folder or straight from a corpus, and how they become batches."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -7,18 +8,35 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from memlm.artifacts import Manifest, read_manifest
-from memlm.corpus.blocks import IGNORE, Block, Blocks, Corpus, Split
+from memlm.artifacts import Facts, Manifest, payload_file, read_manifest
+from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY, Block, Blocks, Corpus, CorpusFacts, Split, open_tokenizer
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.index import Keys
 from memlm.errors import ArtifactError, ConfigError
-from memlm.models.tokenizers import check_reads, load_tokenizer
+from memlm.models.tokenizers import check_reads
+from memlm.targets.shards import TRAIN_SCHEMA, VALIDATION_FILE, VALIDATION_SCHEMA, check_rows
+
+
+class _OwnCorpusFacts(CorpusFacts):
+    hash: str
+    """Of the corpus manifest."""
+
+
+class TargetsFacts(Facts):
+    """What readers of targets rely on."""
+
+    positions: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
+    corpus: _OwnCorpusFacts
+    corpus_config: dict[str, Any]
 
 
 class TrainingData:
@@ -31,6 +49,7 @@ class TrainingData:
             with_targets: Whether rows must carry targets.
 
         Raises:
+            ArtifactError: The folder is neither, or damaged; its rows are looked at when they are asked for.
             ConfigError: Targets are wanted and the folder is a corpus.
         """
         self.folder = Path(folder)
@@ -40,33 +59,28 @@ class TrainingData:
             raise ConfigError(
                 f"{folder} is a corpus without targets: run memlm datastore and memlm targets, or --kl-weight 0"
             )
-
-    @property
-    def _is_corpus(self) -> bool:
-        return self.manifest.kind == "corpus"
+        self._corpus = Corpus(folder) if self.manifest.kind == "corpus" else None
+        self._facts = None if self._corpus is not None else TargetsFacts.of(folder, self.manifest)
+        self.vocab_size = (self._facts or self._corpus.facts).vocab_size  # type: ignore[union-attr]
 
     @property
     def corpus_hash(self) -> str:
         """Of the corpus manifest."""
-        return self.manifest.hash if self._is_corpus else self.manifest.facts["corpus"]["hash"]
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.manifest.facts["vocab_size"])
+        return self.manifest.hash if self._facts is None else self._facts.corpus.hash
 
     @property
     def corpus_facts(self) -> dict[str, Any]:
         """What the corpus stage found out."""
-        return self.manifest.facts if self._is_corpus else self.manifest.facts["corpus"]
+        return self.manifest.facts if self._facts is None else self.manifest.facts["corpus"]
 
     @cached_property
     def corpus_config(self) -> CorpusConfig:
-        values = self.manifest.config if self._is_corpus else self.manifest.facts["corpus_config"]
+        values = self.manifest.config if self._facts is None else self._facts.corpus_config
         return CorpusConfig.parse(values, "corpus.")
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(str(self.folder / "tokenizer"))
+        return open_tokenizer(self.folder, self.manifest, self.vocab_size)
 
     def check_read_by(self, model: str, role: str) -> None:
         """Nothing, where `model`, called `role` in an error, can read these token ids; else as `check_reads`."""
@@ -74,15 +88,24 @@ class TrainingData:
 
     @cached_property
     def train(self) -> "Rows":
-        if self._is_corpus:
-            return CorpusRows(Corpus(self.folder).split("train"))
-        return TargetRows(sorted(self.folder.glob("train-*.arrow")), with_targets=self.with_targets)
+        if self._corpus is not None:
+            return CorpusRows(self._corpus.split("train"))
+        names = sorted(name for name in self.manifest.payload if re.fullmatch(r"train-\d{5,}\.arrow", name))
+        rows = TargetRows([self._checked(name, TRAIN_SCHEMA) for name in names], with_targets=self.with_targets)
+        if (there := int(rows.position_starts[-1])) != (positions := self.manifest.facts["positions"]):
+            raise ArtifactError(f"{self.folder} holds targets of {there} positions, its manifest says {positions}")
+        return rows
 
     @cached_property
     def validation(self) -> Blocks:
-        if self._is_corpus:
-            return Corpus(self.folder).split("validation")
-        return ArrowBlocks(self.folder / "validation.arrow")
+        if self._corpus is not None:
+            return self._corpus.split("validation")
+        return ArrowBlocks(self._checked(VALIDATION_FILE, VALIDATION_SCHEMA))
+
+    def _checked(self, name: str, schema: pa.Schema) -> Path:
+        path = payload_file(self.folder, self.manifest, name)
+        check_rows(path, schema, self.vocab_size)
+        return path
 
 
 class Rows(Dataset):
@@ -125,8 +148,6 @@ class TargetRows(Rows):
         if not self._with_targets:
             return {"input_ids": row["input_ids"], "labels": labels}
         counts = row["target_counts"]
-        if counts.sum() != len(row["target_ids"]) or len(row["target_ids"]) != len(row["target_probs"]):
-            raise ArtifactError(f"row {index} of the targets is damaged: its lists do not fit; rebuild the folder")
         return {
             "input_ids": row["input_ids"],
             "labels": labels,
@@ -166,10 +187,7 @@ class ArrowBlocks:
 
 
 def _open_arrow(paths: list[Path]) -> datasets.Dataset:
-    try:
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in paths]).with_format("numpy")
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{paths[0].parent} cannot be read as Arrow: {error}; rebuild it") from None
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in paths]).with_format("numpy")
 
 
 def _list_lengths(table: datasets.Dataset, column: str) -> NDArray[np.int64]:

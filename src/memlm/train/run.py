@@ -212,7 +212,7 @@ def _held_out_activations(stage: Stage, validation: Blocks, reader: TapReader, b
     """The base's activations on the validation blocks, read once and kept on disk while the stage runs."""
     if not stage.has(_HELD_OUT):
         stage.save_array(_HELD_OUT, read_keys(reader, validation, range(len(validation)), batch_tokens=batch_tokens))
-    return stored_activations(load_array(stage.path / _HELD_OUT, mapped=True))
+    return stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
 
 
 def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
