@@ -1,6 +1,7 @@
 """The fused sparse loss against a dense one in float64."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_lm import dense_distillation_loss, dense_targets
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from memlm.memory.loss import DistillationLoss, distillation_loss
+from memlm.memory.loss import DistillationLoss, _chunk_size, distillation_loss
 from memlm.models.heads import Head
 
 
@@ -26,7 +29,7 @@ class Case:
     kl_weight: float
     scale: float = 1.0
     softcap: float | None = None
-    chunk: int = 1024
+    chunk: int | None = 1024
 
     def fused(self, kl_weight: float | None = None) -> DistillationLoss:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=self.bias is not None)
@@ -147,8 +150,8 @@ def test_loss_is_the_weighted_sum_of_its_components(case: Case) -> None:
     assert not fused.cross_entropy.requires_grad
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4, 8, 9, 1000])
-def test_chunks_of_any_size_give_the_same(chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 3, 6, 7, 8, None])
+def test_chunks_of_any_size_give_the_same(chunk: int | None) -> None:
     whole = make_case(positions=8, bias=True, softcap=5.0)
     cut = replace(whole, chunk=chunk)
     torch.testing.assert_close(cut.fused().loss, whole.fused().loss, rtol=1e-6, atol=1e-6)
@@ -229,6 +232,39 @@ def test_targets_rounded_to_float16_are_normalised_again() -> None:
     torch.testing.assert_close(rounded.fused().loss.double(), rounded.dense()[0], **CLOSE)
 
 
+class LargestArray(TorchDispatchMode):
+    """Numbers in the largest array that is made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_no_array_is_as_large_as_positions_times_vocabulary() -> None:
+    case = make_case(positions=200, width=3, vocab_size=300, padding=0, support=5, softcap=30.0, chunk=16)
+    with LargestArray() as largest:
+        case.fused().loss.backward()
+    assert largest.numbers == 200 * 16  # gradients and sparse labels are smaller
+    with LargestArray() as largest:
+        case.dense()
+    assert largest.numbers >= 200 * 300, "it must see what is made"
+
+
+def test_chunks_are_narrower_where_there_are_more_positions() -> None:
+    cpu = torch.device("cpu")
+    assert _chunk_size(0, cpu) == _chunk_size(1, cpu) == 2**20
+    assert _chunk_size(1024, cpu) == 1024
+    assert _chunk_size(65_536, cpu) == 512
+    assert _chunk_size(1024, torch.device("cuda")) == 65_536
+
+
 @pytest.mark.parametrize("missing", ["counts", "ids", "probs"])
 def test_kl_without_targets_is_an_error(missing: str) -> None:
     case = replace(make_case(kl_weight=0.5), **{missing: None})
@@ -258,16 +294,24 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_under_bfloat16_autocast_the_error_is_no_larger_than_the_naive_one(seed: int, softcap: float | None) -> None:
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+def test_in_bfloat16_the_error_is_no_larger_than_the_naive_one(
+    seed: int, softcap: float | None, autocast: bool
+) -> None:
     case = make_case(
         positions=64, width=64, vocab_size=200, support=8, padding=0, bias=False, softcap=softcap, chunk=16, seed=seed
     )
-    case = replace(case, weight=(case.weight.detach() / 4).requires_grad_())
+    dtype = torch.float32 if autocast else torch.bfloat16
+    case = replace(
+        case,
+        hidden=case.hidden.detach().to(dtype).requires_grad_(),
+        weight=(case.weight.detach() / 4).to(dtype).requires_grad_(),
+    )
     targets = dense_targets(case.counts, case.ids, case.probs, case.vocab_size).float()
     expected, *_ = case.dense()
     expected_gradients = case.gradients(expected)
 
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         fused = case.fused().loss
         logits = torch.nn.functional.linear(case.hidden, case.weight)
     assert logits.dtype == torch.bfloat16
@@ -282,5 +326,5 @@ def test_under_bfloat16_autocast_the_error_is_no_larger_than_the_naive_one(seed:
 
     assert relative_error(fused, expected) <= allowed(relative_error(naive, expected))
     for mine, theirs, reference in zip(case.gradients(fused), case.gradients(naive), expected_gradients, strict=True):
-        assert mine.dtype == torch.float32
+        assert mine.dtype == dtype
         assert relative_error(mine, reference) <= allowed(relative_error(theirs, reference))

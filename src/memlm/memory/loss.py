@@ -2,10 +2,12 @@
 
 `kl_weight * KL(q || p) + (1 - kl_weight) * CE(y)` equals `logsumexp(logits) - sum_s weight_s * logits[s]` less
 `kl_weight * H(q)`, where the weights are `kl_weight * q + (1 - kl_weight) * onehot(y)`. So neither dense targets nor
-dense logits of all positions ever exist: logits live for one chunk of positions, and their gradient, softmax minus the
-sparse label, is turned into gradients of hidden states and head at once.
+dense logits ever exist: logits live for one chunk of the vocabulary. A first pass over the chunks finds the normaliser
+of every position; a second computes the logits again and turns their gradient, softmax minus the sparse label, into
+gradients of hidden states and head at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import Tensor
 
 from memlm.models.heads import Head
 
-CHUNK_POSITIONS = 1024
+_CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product stays in the cache
+_DEVICE_LOGITS = 2**26
+_NARROWEST = 512  # narrower chunks spend their time on adding up gradients of hidden states
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ def distillation_loss(
     target_counts: Int[Tensor, "P"] | None = None,
     target_ids: Int[Tensor, "S"] | None = None,
     target_probs: Float[Tensor, "S"] | None = None,
-    chunk: int = CHUNK_POSITIONS,
+    chunk: int | None = None,
 ) -> DistillationLoss:
     """KL to sparse targets plus cross-entropy of the labels, summed over positions.
 
@@ -52,7 +56,7 @@ def distillation_loss(
         target_counts: Support of each position's target, at least 1.
         target_ids: Tokens of all targets, one position after another.
         target_probs: Their probabilities; renormalised here, for float16 storage rounds them.
-        chunk: Positions whose logits exist at a time.
+        chunk: Tokens of the vocabulary whose logits exist at a time; None: by the number of positions and the device.
 
     Raises:
         ValueError: kl_weight is above 0 and there are no targets.
@@ -60,34 +64,38 @@ def distillation_loss(
     Source: Memory Decoder, eq. 6 (arXiv:2508.09874); the fused form is design note 0004.
     """
     positions = torch.arange(len(labels), device=labels.device)
+    owner, ids, q = positions, labels, torch.empty(0, device=labels.device)
     if kl_weight > 0:
         if target_counts is None or target_ids is None or target_probs is None:
             raise ValueError(f"kl_weight = {kl_weight} needs targets")
-        owner = positions.repeat_interleave(target_counts)
+        of_targets = positions.repeat_interleave(target_counts)
         q = target_probs.float()
-        q = q / torch.zeros(len(labels), device=q.device).index_add_(0, owner, q)[owner]
-        negative_entropy = torch.xlogy(q, q).sum()
-    else:
-        owner, target_ids, q = positions[:0], labels[:0], hidden.new_zeros(0, dtype=torch.float32)
-        negative_entropy = q.sum()
+        q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
+        owner, ids = torch.cat([owner, of_targets]), torch.cat([ids, target_ids])
     soft, cross_entropy, target_score = _SparseCrossEntropy.apply(
         hidden,
         head.weight,
         head.bias,
-        labels,
         owner,
-        target_ids,
+        ids,
         q,
         kl_weight,
         vocab_size,
         head.scale,
         head.softcap,
-        chunk,
+        chunk or _chunk_size(len(labels), hidden.device),
     )
-    kl = negative_entropy + target_score if kl_weight > 0 else target_score
+    negative_entropy = torch.xlogy(q, q).sum()
     return DistillationLoss(
-        loss=soft + kl_weight * negative_entropy, kl=kl.detach(), cross_entropy=cross_entropy.detach()
+        loss=soft + kl_weight * negative_entropy,
+        kl=(negative_entropy + target_score).detach(),
+        cross_entropy=cross_entropy.detach(),
     )
+
+
+def _chunk_size(positions: int, device: torch.device) -> int:
+    logits = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS
+    return max(logits // max(positions, 1), _NARROWEST)
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
@@ -104,9 +112,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
         hidden: Tensor,  # (P, D)
         weight: Tensor,  # (V', D), V' >= vocab_size
         bias: Tensor | None,  # (V',)
-        labels: Tensor,  # (P,)
-        owner: Tensor,  # (S,) ascending positions
-        target_ids: Tensor,  # (S,)
+        owner: Tensor,  # (P + S,) positions: each once, for its label, then those of the targets' tokens
+        ids: Tensor,  # (P + S,) labels, then the targets' tokens
         q: Tensor,  # (S,) sums to 1 per position
         kl_weight: float,
         vocab_size: int,
@@ -115,68 +122,61 @@ class _SparseCrossEntropy(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype = _product_dtype(hidden)
-        table = weight[:vocab_size].to(dtype)  # (V, D)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if want_bias and bias is not None else None
-        soft, label_score, target_score = (torch.zeros((), device=hidden.device) for _ in range(3))
-        edges = torch.searchsorted(owner, torch.arange(0, len(labels) + chunk, chunk, device=owner.device)).tolist()
+        states, positions = hidden.to(dtype), len(hidden)
+        starts = range(0, vocab_size, chunk)
+        order = ids.argsort()  # so that the entries of a chunk stand together
+        edges = torch.searchsorted(ids[order], torch.tensor([*starts, vocab_size], device=ids.device)).tolist()
 
-        with torch.autocast(hidden.device.type, enabled=False):
-            for number, start in enumerate(range(0, len(labels), chunk)):
-                rows = hidden[start : start + chunk].to(dtype)  # (C, D)
-                logits = (rows @ table.T).float()  # (C, V)
+        def chunks() -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+            for number, start in enumerate(starts):
+                rows = slice(start, min(start + chunk, vocab_size))
+                table = weight[rows].to(dtype)  # (C, D)
+                logits = (states @ table.T).float()  # (P, C)
                 if bias is not None:
-                    logits += bias[:vocab_size]
+                    logits += bias[rows]
                 if scale != 1.0:
                     logits *= scale
                 if softcap is not None:
                     logits = softcap * torch.tanh(logits / softcap)
-                places = torch.arange(len(rows), device=rows.device) * vocab_size
-                label_at = places + labels[start : start + chunk]
-                span = slice(edges[number], edges[number + 1])
-                target_at = places[owner[span] - start] + target_ids[span].long()
-                flat = logits.view(-1)
-                at_labels, at_targets = flat[label_at].sum(), (q[span] * flat[target_at]).sum()
-                wanted = want_hidden or want_weight or want_bias
-                slope = 1 - (logits / softcap) ** 2 if softcap is not None and wanted else None
-                peak = logits.amax(1, keepdim=True)
-                total = logits.sub_(peak).exp_().sum(1, keepdim=True)  # in place: `logits` now holds exponentials
-                normaliser = (total.log() + peak).sum()
-                to_labels = normaliser - at_labels
-                to_targets = normaliser - at_targets if kl_weight > 0 else 0.0
-                soft += kl_weight * to_targets + (1 - kl_weight) * to_labels
-                label_score += to_labels
-                target_score += to_targets
-                if not wanted:
-                    continue
-                grad = logits.div_(total)  # (C, V) softmax
-                grad_flat = grad.view(-1)
-                grad_flat.index_add_(0, label_at, torch.full_like(label_at, kl_weight - 1, dtype=grad.dtype))
-                if kl_weight > 0:
-                    grad_flat.index_add_(0, target_at, -kl_weight * q[span])
+                entries = order[edges[number] : edges[number + 1]]
+                yield rows, table, logits, entries, owner[entries] * logits.shape[1] + (ids[entries] - start)
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
+            scores = torch.empty(len(ids), device=hidden.device)
+            for _, _, logits, entries, at in chunks():
+                normaliser = torch.logaddexp(normaliser, logits.logsumexp(1))
+                scores[entries] = logits.view(-1)[at]
+            surprise = normaliser[owner] - scores
+            to_labels, to_targets = surprise[:positions].sum(), (q * surprise[positions:]).sum()
+            soft = kl_weight * to_targets + (1 - kl_weight) * to_labels
+
+            want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+            grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
+            grad_weight = torch.zeros_like(weight) if want_weight else None
+            grad_bias = torch.zeros_like(bias) if bias is not None and want_bias else None
+            label = torch.cat([torch.full((positions,), 1 - kl_weight, device=q.device), kl_weight * q])
+            for rows, table, logits, entries, at in chunks() if want_hidden or want_weight or want_bias else ():
+                slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
+                grad = logits.sub_(normaliser[:, None]).exp_()  # in place: softmax
+                grad.view(-1).index_add_(0, at, label[entries], alpha=-1)
                 if slope is not None:
                     grad *= slope
                 if scale != 1.0:
                     grad *= scale
                 if grad_bias is not None:
-                    grad_bias[:vocab_size] += grad.sum(0)
+                    grad_bias[rows] = grad.sum(0)
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[start : start + chunk] = (grad @ table).to(hidden.dtype)
+                    grad_hidden += grad @ table
                 if grad_weight is not None:
-                    grad_weight[:vocab_size] += grad.T @ rows
-        ctx.gradients = (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-        )
-        ctx.mark_non_differentiable(label_score, target_score)
-        return soft, label_score, target_score
+                    grad_weight[rows] = grad.T @ states
+        ctx.gradients = (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
+        ctx.mark_non_differentiable(to_labels, to_targets)
+        return soft, to_labels, to_targets
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g.mul_(outputs[0]) for g in ctx.gradients]
         ctx.gradients = None
-        return (*gradients, *[None] * 9)
+        return (*gradients, *[None] * 8)
