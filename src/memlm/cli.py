@@ -42,6 +42,10 @@ app.add_typer(evaluate_app, name="evaluate")
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells report a process that a signal ended
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Repair = Annotated[
+    bool,
+    typer.Option("--repair", help="Check a finished folder by its checksums; make what is damaged or missing again."),
+]
 Model = "path, hub id, or a packaged name such as smollm2"
 Base = Annotated[str, typer.Option(help=f"Frozen base: {Model}.")]
 Memories = Annotated[
@@ -213,6 +217,7 @@ def corpus(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     tokenizer: Annotated[str, typer.Option(help=f"Tokenizer of the bases to serve: {Model}.")],
     config: CorpusConfig,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Turn documents into token blocks, split into train, validation and test by document.
@@ -225,7 +230,7 @@ def corpus(
     _quiet()
     from memlm.corpus.build import build_corpus
 
-    manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
+    manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config, repair=repair)
     facts = manifest.facts
     lines = [
         f"{out}: {facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
@@ -249,6 +254,7 @@ def datastore(
     extend: Annotated[
         str | None, typer.Option(metavar="DATASTORE", help="Datastore whose documents need not be read again.")
     ] = None,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Run a teacher over the training split; keep a key and the next token of every position, and an index over them.
@@ -267,7 +273,7 @@ def datastore(
     _quiet()
     from memlm.datastore.build import build_datastore
 
-    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config, extend=extend)
+    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config, extend=extend, repair=repair)
     facts = manifest.facts
     text = (
         f"{out}: {facts['entries']:,} entries of width {facts['key_width']} from {facts['tap']};"
@@ -292,6 +298,7 @@ def targets(
         Path | None,
         typer.Option(help="Arrow file of the released Memory Decoder code to import; the argument is then the corpus."),
     ] = None,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
@@ -304,9 +311,9 @@ def targets(
     from memlm.targets.build import build_targets, import_released
 
     manifest = (
-        build_targets(datastore, out=out, config=config)
+        build_targets(datastore, out=out, config=config, repair=repair)
         if released is None
-        else import_released(datastore, released, out=out)
+        else import_released(datastore, released, out=out, repair=repair)
     )
     facts = manifest.facts
     text = (
@@ -340,6 +347,7 @@ def train(
             " inside every step.",
         ),
     ] = None,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Train a memory to imitate the retriever: kl_weight * KL(target || memory) + (1 - kl_weight) * cross-entropy.
@@ -355,7 +363,7 @@ def train(
     _quiet()
     from memlm.train.run import train_memory
 
-    manifest = train_memory(data, init=init, base=base, activations=activations, out=out, config=config)
+    manifest = train_memory(data, init=init, base=base, activations=activations, out=out, config=config, repair=repair)
     _print(_summary(out, manifest), as_json, f"{out}: {_memory_line(manifest.facts)}")
 
 
@@ -383,6 +391,7 @@ def adapt(
     tokenizer: Annotated[str, typer.Option(help=f"The other tokenizer: {Model}.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     config: AdaptConfig,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Carry a memory to bases of another tokenizer: new rows of embeddings and head, the body stays.
@@ -395,7 +404,7 @@ def adapt(
     _quiet()
     from memlm.memory.adapt import adapt_memory, tokens_line
 
-    manifest = adapt_memory(memory, tokenizer=tokenizer, out=out, config=config)
+    manifest = adapt_memory(memory, tokenizer=tokenizer, out=out, config=config, repair=repair)
     epochs = f" --epochs {manifest.facts['epochs_ahead']:g}" if "epochs_ahead" in manifest.facts else ""
     lines = [
         f"{out}: {manifest.facts['parameters']:,} parameters; tokens {tokens_line(manifest.facts['tokens'])}",
@@ -420,6 +429,7 @@ def convert(
             " MLP, as all released ones."
         ),
     ] = None,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Turn a released MLP Memory into a memory folder with safetensors, its tensors checked against config and base.
@@ -432,7 +442,7 @@ def convert(
     _quiet()
     from memlm.memory.released import convert_released
 
-    manifest = convert_released(released, base=base, out=out, tap=tap)
+    manifest = convert_released(released, base=base, out=out, tap=tap, repair=repair)
     lines = [
         f"{out}: {_memory_line(manifest.facts)}; reads {manifest.facts['tap']} of {base}",
         f"next: memlm evaluate perplexity CORPUS --base {base} --memory {out}",
@@ -457,6 +467,7 @@ def perplexity(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
     ] = None,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Test perplexity of base, memory and mixture, with intervals; mix_weight is chosen on the validation split.
@@ -471,7 +482,9 @@ def perplexity(
     _quiet()
     from memlm.evaluate.perplexity import evaluate_perplexity, report_table
 
-    report = evaluate_perplexity(corpus, base=base, memory=memory, out=out, config=config, retrieval=retrieval)
+    report = evaluate_perplexity(
+        corpus, base=base, memory=memory, out=out, config=config, retrieval=retrieval, repair=repair
+    )
     _print(report, as_json, report_table(report))
 
 

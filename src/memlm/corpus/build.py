@@ -25,7 +25,12 @@ _SHARD_CHARACTERS = 4 << 20
 
 
 def build_corpus(
-    documents: list[str], *, tokenizer: str, out: str | Path, config: CorpusConfig | None = None
+    documents: list[str],
+    *,
+    tokenizer: str,
+    out: str | Path,
+    config: CorpusConfig | None = None,
+    repair: bool = False,
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 
@@ -37,6 +42,7 @@ def build_corpus(
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
         config: Default settings if None.
+        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         InputError: Nothing usable is in the documents, or they cannot be read.
@@ -52,6 +58,7 @@ def build_corpus(
         inputs={"documents": source_digest(sources)},
         tokenizer=fingerprint(loaded),
         sources={"documents": "; ".join(documents), "tokenizer": tokenizer},
+        repair=repair,
     ) as stage:
         if stage.finished:
             return read_manifest(out, "corpus")
@@ -223,12 +230,14 @@ def _within_budget(raw: _Raw, candidates: list[int], budget: int | None) -> list
 
 def _write_split(stage: Stage, raw: _Raw, split: str, documents: list[tuple[int, int]]) -> tuple[int, int]:
     offsets = np.cumsum([0, *[length for _, length in documents]]).astype(np.int64)
-    with stage.writing(f"{split}.tokens.npy") as temporary:
-        with temporary.open("wb") as file:
+    if not stage.has(f"{split}.tokens.npy"):
+        with stage.writing(f"{split}.tokens.npy") as temporary, temporary.open("wb") as file:
             header = {"descr": "<i4", "fortran_order": False, "shape": (int(offsets[-1]),)}
             np.lib.format.write_array_header_1_0(file, header)
             for document, length in documents:
                 file.write(raw.tokens(document)[:length].astype("<i4").tobytes())
-    stage.save_array(f"{split}.offsets.npy", offsets)
-    stage.save_text(f"{split}.names.txt", "".join(raw.names[document] + "\n" for document, _ in documents))
+    if not stage.has(f"{split}.offsets.npy"):
+        stage.save_array(f"{split}.offsets.npy", offsets)
+    if not stage.has(f"{split}.names.txt"):
+        stage.save_text(f"{split}.names.txt", "".join(raw.names[document] + "\n" for document, _ in documents))
     return int(offsets[-1]), len(documents)

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memlm.artifacts import Manifest, Stage, open_stage, read_manifest
+from memlm.artifacts import MANIFEST, Manifest, Stage, open_stage, read_manifest
 from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import Extension
 from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
-from memlm.datastore.store import CORPUS_PAYLOAD, open_keys
+from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
 from memlm.models.loading import (
     default_device,
@@ -26,6 +26,8 @@ from memlm.models.loading import (
 from memlm.models.taps import TapReader, resolve_tap
 from memlm.progress import progress_bar
 
+_TAP_FILE = "tap.txt"
+
 
 def build_datastore(
     corpus: str | Path,
@@ -34,6 +36,7 @@ def build_datastore(
     out: str | Path,
     config: DatastoreConfig | None = None,
     extend: str | Path | None = None,
+    repair: bool = False,
 ) -> Manifest:
     """Run `teacher` over the training split of `corpus` and write keys, values and index to `out`.
 
@@ -49,6 +52,7 @@ def build_datastore(
         out: Folder to write; resumed where an earlier run stopped.
         config: Default settings if None. With `extend`, settings that were not given are those of that datastore.
         extend: Folder of the datastore of a smaller corpus.
+        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         TokenizerMismatchError: The teacher has another tokenizer than the corpus.
@@ -78,16 +82,24 @@ def build_datastore(
         inputs=inputs,
         tokenizer=source.manifest.tokenizer,
         sources={**source.manifest.sources, **sources},
+        repair=repair,
     ) as stage:
         if stage.finished:
             return read_manifest(out, "datastore")
-        if not stage.has(f"{CORPUS_PAYLOAD}/manifest.json"):
+        if any(not stage.has(f"{CORPUS_PAYLOAD}/{name}") for name in (MANIFEST, *source.manifest.payload)):
             stage.remove(CORPUS_PAYLOAD)
             shutil.copytree(source.folder, stage.path / ".corpus", dirs_exist_ok=True)
             (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
         split = source.split("train")
+        stage.save_array(VALUES_FILE, split.labels())
+        before = stage.previous
+        if before is not None:
+            stage.save_text(_TAP_FILE, before.facts["tap"] + "\n")
+            if stage.has(INDEX_FILE) or INDEX_FILE not in before.payload:
+                if config.keep_keys:
+                    _save_keys(stage, split, teacher, config, extension)
+                return stage.finish(before.facts, intermediate=(_TAP_FILE,))
         tap = _save_keys(stage, split, teacher, config, extension)
-        stage.save_array("values.npy", split.labels())
         keys = open_keys(stage.path)
         facts = {
             "entries": split.n_positions,
@@ -99,15 +111,15 @@ def build_datastore(
         }
         if extension is not None:
             facts["extended"] = extension.facts
-        return stage.finish(facts, intermediate=("tap.txt", *(() if config.keep_keys else ("keys",))))
+        return stage.finish(facts, intermediate=(_TAP_FILE, *(() if config.keep_keys else ("keys",))))
 
 
 def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig, extension: Extension | None) -> str:
     """Write `keys/NNNNN.npy`, one per run of blocks, and return the tap."""
     shards = shard_blocks(split, config.shard_positions)
     missing = [i for i in range(len(shards)) if not stage.has(f"keys/{i:05d}.npy")]
-    if not missing and stage.has("tap.txt"):
-        return (stage.path / "tap.txt").read_text().strip()
+    if not missing and stage.has(_TAP_FILE):
+        return (stage.path / _TAP_FILE).read_text().strip()
     to_read = {i: np.arange(*shards[i]) for i in missing}
     if extension is not None:
         to_read = {i: blocks[extension.is_new(blocks)] for i, blocks in to_read.items()}
@@ -116,7 +128,7 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
         model, tap = load_teacher(teacher, config)
     else:
         model, tap = None, extension.tap
-    stage.save_text("tap.txt", tap + "\n")
+    stage.save_text(_TAP_FILE, tap + "\n")
     total = split.n_positions
     done = total - sum(
         int(split.position_starts[b1] - split.position_starts[b0]) for b0, b1 in (shards[i] for i in missing)

@@ -28,6 +28,7 @@ def evaluate_perplexity(
     out: str | Path | None = None,
     config: EvaluateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
+    repair: bool = False,
 ) -> dict[str, Any]:
     """Test perplexity of base, memory alone and their mixture.
 
@@ -41,6 +42,7 @@ def evaluate_perplexity(
         out: Folder for `report.json` and a plot; none is written if None.
         config: Default settings if None.
         retrieval: How a datastore is searched; the defaults if None.
+        repair: Make damaged or missing files of finished scores, and of `out`, again.
 
     Returns:
         `base`, `memory` and `mixture`, each with `perplexity` and `interval` (95%, documents resampled); `mixture` has
@@ -63,8 +65,9 @@ def evaluate_perplexity(
     source.check_read_by(base)
     check_memory(source, memory)
     if out is not None:
-        check_output(out, stage_identity("evaluation", **_identity(source, base, memory, config, retrieval)))
-    shared: dict[str, Any] = {"dtype": config.dtype, "batch_tokens": config.batch_tokens}
+        identity = stage_identity("evaluation", **_identity(source, base, memory, config, retrieval))
+        check_output(out, identity, repair=repair)
+    shared: dict[str, Any] = {"dtype": config.dtype, "batch_tokens": config.batch_tokens, "repair": repair}
     base_scores = score_corpus(source, base, beside=None, **shared)
     memory_scores = score_corpus(source, memory, beside=base, retrieval=retrieval, **shared)
 
@@ -97,7 +100,7 @@ def evaluate_perplexity(
     if retrieval is not None:
         report["run"]["retrieval"] = retrieval.model_dump()
     if out is not None:
-        _write(out, report, source, base, memory, config, retrieval)
+        _write(out, report, source, base, memory, config, retrieval, repair)
     return report
 
 
@@ -190,9 +193,11 @@ def _write(
     memory: str,
     config: EvaluateConfig,
     retrieval: RetrievalConfig | None,
+    repair: bool,
 ) -> None:
     sources = {"corpus": str(corpus.folder), "base": base, "memory": memory}
-    with open_stage(out, "evaluation", **_identity(corpus, base, memory, config, retrieval), sources=sources) as stage:
+    identity = _identity(corpus, base, memory, config, retrieval)
+    with open_stage(out, "evaluation", **identity, sources=sources, repair=repair) as stage:
         if stage.finished:
             return
         write_json(stage.path / "report.json", report)

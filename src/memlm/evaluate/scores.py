@@ -49,6 +49,7 @@ def score_corpus(
     batch_tokens: int,
     retrieval: RetrievalConfig | None = None,
     out: str | Path | None = None,
+    repair: bool = False,
 ) -> dict[str, Scores]:
     """Scores of `model` on the validation and test split; read back where they were computed before.
 
@@ -61,6 +62,7 @@ def score_corpus(
         batch_tokens: Tokens in one forward pass.
         retrieval: Neighbours and temperature of a datastore; the defaults if None.
         out: Folder of the artefact; in the cache if None.
+        repair: Make damaged or missing files of a finished folder again.
 
     Returns:
         Split name to scores. A split without positions is left out.
@@ -84,7 +86,13 @@ def score_corpus(
     splits = {name: split for name, split in splits.items() if split.n_positions}
     sources = {"corpus": str(corpus.folder), "model": model}
     with open_stage(
-        folder, "scores", config=config, inputs=inputs, tokenizer=corpus.manifest.tokenizer, sources=sources
+        folder,
+        "scores",
+        config=config,
+        inputs=inputs,
+        tokenizer=corpus.manifest.tokenizer,
+        sources=sources,
+        repair=repair,
     ) as stage:
         if not stage.finished:
             voter, base = _load(model, beside, retrieval, precision, corpus.vocab_size)

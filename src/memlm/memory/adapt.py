@@ -41,7 +41,9 @@ trained since. Go on with `memlm train TARGETS --init THIS_FOLDER`, on targets o
 """
 
 
-def adapt_memory(memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None) -> Manifest:
+def adapt_memory(
+    memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None, repair: bool = False
+) -> Manifest:
     """Give a Memory Decoder the vocabulary of another tokenizer, and write it to `out`, to be trained on.
 
     Its body stays. A token that both vocabularies have keeps its rows, any other gets the mean of its pieces' rows
@@ -53,6 +55,7 @@ def adapt_memory(memory: str | Path, *, tokenizer: str, out: str | Path, config:
         tokenizer: The other tokenizer: a model's path, hub id or packaged name.
         out: Folder to write.
         config: Default settings if None.
+        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         ConfigError: It has that tokenizer already, or is no Memory Decoder.
@@ -79,6 +82,7 @@ def adapt_memory(memory: str | Path, *, tokenizer: str, out: str | Path, config:
         inputs={"memory": model_identity(name)},
         tokenizer=fingerprint(new),
         sources={"memory": name, "tokenizer": tokenizer},
+        repair=repair,
     ) as stage:
         if stage.finished:
             return read_manifest(out, "memory")

@@ -118,7 +118,9 @@ LAYOUTS = {
 """Model type of the base to the layout of its memories."""
 
 
-def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str | None = None) -> Manifest:
+def convert_released(
+    source: str | Path, *, base: str, out: str | Path, tap: str | None = None, repair: bool = False
+) -> Manifest:
     """Write a released MLP Memory to `out` as a memory folder, with its card.
 
     Names and shapes are checked against the checkpoint's config, and the whole against the base, before any weights
@@ -132,6 +134,7 @@ def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str
         out: Folder to write.
         tap: Where it reads the base: a module path, or a share of the depth in (0, 1]. None: the block that the
             checkpoint names, else the last, from which all released ones read.
+        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         ArtifactError: Tensors are missing, too many, of another shape or type, or the file holds other objects; or it
@@ -178,6 +181,7 @@ def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str
         inputs={"released": model_identity(name), "base": model_identity(base)},
         tokenizer=settings.tokenizer,
         sources={"released": name, "base": base},
+        repair=repair,
     ) as stage:
         if stage.finished:
             return read_manifest(out, "memory")

@@ -33,7 +33,9 @@ _POSITIONS_AT_ONCE = 4096
 _IMPORT_SHARD_POSITIONS = 65536
 
 
-def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None) -> Manifest:
+def build_targets(
+    datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None, repair: bool = False
+) -> Manifest:
     """Search every training position's neighbours and write their votes to `out`.
 
     A row of `train-NNNNN.arrow` is one block: `input_ids`; `target_counts`, the support of each token's distribution
@@ -44,6 +46,7 @@ def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConf
         datastore: Folder of the datastore stage.
         out: Folder to write; resumed where an earlier run stopped.
         config: Default settings if None.
+        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         ConfigError: k is larger than the datastore allows.
@@ -64,6 +67,7 @@ def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConf
         inputs={"datastore": store.manifest.hash},
         tokenizer=store.manifest.tokenizer,
         sources={**store.manifest.sources, "datastore": str(datastore)},
+        repair=repair,
     ) as stage:
         if stage.finished:
             return read_manifest(out, "targets")
@@ -85,13 +89,14 @@ def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConf
         return _finish(stage, store.corpus, len(shards), store.manifest.facts)
 
 
-def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path) -> Manifest:
+def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path, repair: bool = False) -> Manifest:
     """Targets from a file of the released Memory Decoder code, matched to `corpus` position by position.
 
     Args:
         corpus: Folder of the corpus stage, tokenised and cut as the file's text was.
         arrow: Arrow stream with a row per position: `id_cnt`, `token_id`, `prob`, `label`.
         out: Folder to write.
+        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         InputError: The file has other columns, or its labels are not the corpus's training labels in order.
@@ -121,6 +126,7 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path) -
         inputs={"corpus": source.manifest.hash, "arrow": file_digest(Path(arrow))},
         tokenizer=source.manifest.tokenizer,
         sources={**source.manifest.sources, "corpus": str(corpus), "arrow": str(arrow)},
+        repair=repair,
     ) as stage:
         if stage.finished:
             return read_manifest(out, "targets")

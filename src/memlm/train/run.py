@@ -19,7 +19,7 @@ from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import KINDS, load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.mix.scoring import ReadActivations, as_voter, score, stored_activations
-from memlm.models.loading import default_device, load_causal_lm, model_identity, parse_dtype
+from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, model_identity, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
 from memlm.progress import progress_bar
@@ -28,6 +28,7 @@ from memlm.train.data import TrainingData, WithActivations
 from memlm.train.trainer import MemoryTrainer, last_whole_checkpoint, training_arguments
 
 _HELD_OUT = "validation-activations.npy"
+_ASIDE = "repaired"  # where files are written that are to go beside whole weights
 
 
 def train_memory(
@@ -38,6 +39,7 @@ def train_memory(
     base: str | None = None,
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
+    repair: bool = False,
 ) -> Manifest:
     """Train a memory and write it to `out`, with its card.
 
@@ -51,6 +53,7 @@ def train_memory(
         activations: Datastore whose keys are the base's activations at the tap, for an MLP memory; None: the frozen
             base runs inside every step.
         config: Default settings if None.
+        repair: Make damaged or missing files of a finished folder again; only damaged weights are trained again.
 
     Raises:
         ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist; a
@@ -94,6 +97,7 @@ def train_memory(
             inputs=inputs,
             tokenizer=rows.manifest.tokenizer,
             sources=sources,
+            repair=repair,
         ) as stage,
         contextlib.ExitStack() as open_now,
     ):
@@ -106,6 +110,8 @@ def train_memory(
             raise ArtifactError(
                 f"activations {activations} were read at {store.manifest.facts['tap']}, the memory reads {memory.tap}"
             )
+        if stage.previous is not None and stage.has(WEIGHTS_FILE):
+            return _repair_beside_weights(stage, stage.previous, memory, rows, config)
         scores = held_out = reader = None
         if validation is not None:
             scores = _base_scores(validation, base_model, rows.vocab_size, config.batch_tokens)
@@ -132,14 +138,34 @@ def train_memory(
             reader = None  # the base's memory is free for training
         _train(trainer, last_whole_checkpoint(stage.path / "checkpoints"))
         facts = _facts(trainer, rows, memory, config)
-        best = facts["validation"]["best"] if validation is not None else {}
-        memory.settings = memory.settings.model_copy(
-            update={"mix_weight": best.get("mix_weight"), "validated_with": base if best else None}
-        )
-        memory.save_pretrained(stage.path)
-        rows.tokenizer.save_pretrained(stage.path)
-        stage.save_text(CARD_FILE, memory_card(memory.settings, facts, stage.sources, config.model_dump()))
+        _save(stage, memory, rows, facts, config)
         return stage.finish(facts, intermediate=("checkpoints", _HELD_OUT))
+
+
+def _save(
+    stage: Stage, memory: Memory, rows: TrainingData, facts: dict[str, Any], config: TrainConfig, below: str = ""
+) -> None:
+    """Write weights, settings, tokenizer and card to the stage's folder, or one in it."""
+    best = facts["validation"]["best"] if "validation" in facts else {}
+    memory.settings = memory.settings.model_copy(
+        update={"mix_weight": best.get("mix_weight"), "validated_with": stage.sources["base"] if best else None}
+    )
+    memory.save_pretrained(stage.path / below)
+    rows.tokenizer.save_pretrained(stage.path / below)
+    card = memory_card(memory.settings, facts, stage.sources, config.model_dump())
+    stage.save_text(str(Path(below) / CARD_FILE), card)
+
+
+def _repair_beside_weights(
+    stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData, config: TrainConfig
+) -> Manifest:
+    """Make again what does not depend on the weights; `memory` is untrained, and its weights are left behind."""
+    _save(stage, memory, rows, previous.facts, config, _ASIDE)
+    for name in previous.payload:
+        if not stage.has(name) and stage.has(f"{_ASIDE}/{name}"):
+            (stage.path / _ASIDE / name).replace(stage.path / name)
+    stage.remove(_ASIDE)
+    return stage.finish(previous.facts, intermediate=("checkpoints", _HELD_OUT))
 
 
 def check_start(config: TrainConfig, *, init: str | None, base: str | None, block_size: int) -> tuple[str, bool]:

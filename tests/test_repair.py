@@ -1,0 +1,275 @@
+"""Every stage makes the damaged files of its finished folder again, and nothing else that was dear."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_tokenizers import permuted
+from transformers import PreTrainedTokenizerFast
+
+from memlm.artifacts import Manifest, open_stage, partial_path, read_manifest
+from memlm.corpus.build import build_corpus
+from memlm.corpus.config import CorpusConfig
+from memlm.datastore import build as datastore_module
+from memlm.datastore.build import build_datastore
+from memlm.datastore.config import DatastoreConfig
+from memlm.errors import ArtifactError, OutputExistsError
+from memlm.evaluate.config import EvaluateConfig
+from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.memory.adapt import adapt_memory
+from memlm.targets import build as targets_module
+from memlm.targets.build import build_targets
+from memlm.targets.config import TargetsConfig
+from memlm.train import run as train_module
+from memlm.train.config import TrainConfig
+from memlm.train.run import train_memory
+
+Run = Callable[..., Manifest]
+
+
+@dataclasses.dataclass
+class World:
+    """A finished folder of each stage, and the command that made it."""
+
+    tmp: Path
+    made: dict[str, tuple[Path, Run]]
+
+    def copy(self, stage: str) -> tuple[Path, Run]:
+        folder, run = self.made[stage]
+        return Path(shutil.copytree(folder, self.tmp / stage)), run
+
+
+@pytest.fixture
+def world(
+    corpus_folder: Path,
+    datastore_folder: Path,
+    targets_folder: Path,
+    memory_folder: Path,
+    model_folder: str,
+    documents: str,
+    tmp_path: Path,
+) -> World:
+    split = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
+    store = DatastoreConfig(dtype="float32", shard_positions=300)
+    training = TrainConfig(epochs=1, batch_size=4, dtype="float32")
+
+    def corpus(out: Path, repair: bool) -> Manifest:
+        return build_corpus([documents], tokenizer=model_folder, out=out, config=split, repair=repair)
+
+    def datastore(out: Path, repair: bool) -> Manifest:
+        return build_datastore(corpus_folder, teacher=model_folder, out=out, config=store, repair=repair)
+
+    def targets(out: Path, repair: bool) -> Manifest:
+        settings = TargetsConfig(k=16, target_temperature=4.0)
+        return build_targets(datastore_folder, out=out, config=settings, repair=repair)
+
+    def memory(out: Path, repair: bool) -> Manifest:
+        return train_memory(targets_folder, init=model_folder, out=out, config=training, repair=repair)
+
+    made = {
+        "corpus": (corpus_folder, corpus),
+        "datastore": (datastore_folder, datastore),
+        "targets": (targets_folder, targets),
+        "memory": (memory_folder, memory),
+    }
+    return World(tmp_path, made)  # type: ignore[arg-type]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def states(folder: Path) -> dict[str, tuple[int, int]]:
+    """Name to inode and time of change."""
+    files = {path.relative_to(folder).as_posix(): path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {name: (found.st_ino, found.st_mtime_ns) for name, found in files.items()}
+
+
+DAMAGES = {
+    "corpus tokens": ("corpus", flip, ("train.tokens.npy",)),
+    "corpus tokenizer and names": ("corpus", Path.unlink, ("tokenizer/tokenizer.json", "test.names.txt")),
+    "datastore keys": ("datastore", flip, ("keys/00001.npy",)),
+    "datastore keys that are gone": ("datastore", Path.unlink, ("keys/00000.npy", "keys/00002.npy")),
+    "datastore values": ("datastore", cut, ("values.npy",)),
+    "datastore corpus": ("datastore", cut, ("corpus/train.tokens.npy",)),
+    "targets shard": ("targets", flip, ("train-00001.arrow",)),
+    "targets validation": ("targets", cut, ("validation.arrow", "train-00000.arrow")),
+    "memory card and settings": ("memory", flip, ("README.md", "memory.json", "config.json")),
+    "memory tokenizer": ("memory", Path.unlink, ("tokenizer.json",)),
+    "memory weights": ("memory", flip, ("model.safetensors",)),
+}
+DEAR = ("keys/", "train-", "model.safetensors", "train.tokens.npy", "train.offsets.npy")
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_what_is_damaged_is_named_and_made_again(world: World, capsys: pytest.CaptureFixture[str], case: str) -> None:
+    stage, damage, names = DAMAGES[case]
+    folder, run = world.copy(stage)
+    before, whole = read_manifest(folder), states(folder)
+    for name in names:
+        damage(folder / name)
+    again = run(folder, repair=True)
+    assert again == before == read_manifest(folder)
+    assert run(folder, repair=True) == before  # which finds every checksum right
+    said = [line.split(" is damaged")[0] for line in capsys.readouterr().err.splitlines() if " is damaged" in line]
+    assert sorted(said) == sorted(str(folder / name) for name in names)
+    after = states(folder)
+    assert after.keys() == whole.keys()
+    kept = [name for name in whole if name.startswith(DEAR) and name not in names]
+    assert {name: after[name] for name in kept} == {name: whole[name] for name in kept}
+    assert not partial_path(folder).exists()
+
+
+def test_a_whole_folder_is_left_alone_and_a_damaged_one_too_without_repair(world: World) -> None:
+    folder, run = world.copy("targets")
+    before = states(folder)
+    run(folder, repair=True)
+    assert states(folder) == before
+    flip(folder / "train-00000.arrow")
+    before = states(folder)
+    run(folder, repair=False)
+    assert states(folder) == before
+    (folder / "train-00000.arrow").unlink()
+    with pytest.raises(ArtifactError, match=r"train-00000\.arrow is missing; run the command .* again with --repair"):
+        run(folder, repair=False)
+
+
+def test_weights_that_are_whole_are_not_trained_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, run = world.copy("memory")
+    (folder / "README.md").unlink()
+    monkeypatch.setattr(train_module, "MemoryTrainer", None)
+    run(folder, repair=True)
+    assert (folder / "README.md").is_file()
+
+
+def test_codes_that_are_whole_are_not_made_again(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DatastoreConfig(dtype="float32", shard_positions=300, keep_keys=False, nlist=4, code_bytes=8)
+    out = tmp_path / "codes"
+    before = build_datastore(corpus_folder, teacher=model_folder, out=out, config=config)
+    flip(out / "index.faiss")
+    assert build_datastore(corpus_folder, teacher=model_folder, out=out, config=config, repair=True) == before
+    assert set(states(out)) == {*before.payload, "manifest.json", "run.json", "corpus/manifest.json", "corpus/run.json"}
+    cut(out / "values.npy")
+    monkeypatch.setattr(datastore_module, "load_teacher", None)
+    assert build_datastore(corpus_folder, teacher=model_folder, out=out, config=config, repair=True) == before
+
+
+def test_a_repair_that_is_stopped_goes_on_with_the_same_command(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, run = world.copy("targets")
+    before, whole = read_manifest(folder), states(folder)
+    for number in (0, 1):
+        flip(folder / f"train-0000{number}.arrow")
+    write = targets_module._write_shard
+
+    def stop_at_second(stage: object, number: int, *rest: object) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        write(stage, number, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(targets_module, "_write_shard", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, repair=True)
+    monkeypatch.setattr(targets_module, "_write_shard", write)
+    assert not folder.exists()
+    made = states(partial_path(folder))["train-00000.arrow"]
+    assert run(folder, repair=False) == before
+    after = states(folder)
+    assert after["train-00000.arrow"] == made
+    assert after["train-00002.arrow"] == whole["train-00002.arrow"]
+
+
+@pytest.mark.parametrize("moment", ["renamed", "manifest put aside"])
+def test_a_repair_killed_before_it_began_goes_on(world: World, moment: str) -> None:
+    folder, run = world.copy("targets")
+    before = read_manifest(folder)
+    flip(folder / "train-00001.arrow")
+    partial = folder.rename(partial_path(folder))
+    if moment == "manifest put aside":
+        (partial / "plan.json").write_text(before.model_dump_json(include=set(before.identity)))
+        (partial / "manifest.json").rename(partial / "previous.json")
+    assert run(folder, repair=True) == before
+    assert run(folder, repair=True) == before
+
+
+def test_a_file_that_comes_out_otherwise_is_an_error(tmp_path: Path) -> None:
+    def build(text: str, repair: bool = False) -> Manifest:
+        asked = {"config": {}, "inputs": {}, "tokenizer": None}
+        with open_stage(tmp_path / "out", "corpus", repair=repair, **asked) as stage:
+            if not stage.has("a.txt"):
+                stage.save_text("a.txt", text)
+            return stage.finish({})
+
+    build("one")
+    (tmp_path / "out" / "a.txt").unlink()
+    with pytest.raises(
+        ArtifactError, match=r"a\.txt came out otherwise than before its repair.*; delete .*out\.partial"
+    ):
+        build("two", repair=True)
+    assert build("one", repair=True).payload["a.txt"].bytes == 3
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_left(world: World) -> None:
+    folder, run = world.copy("targets")
+    shard = folder / "train-00001.arrow"
+    outside = Path(shutil.move(shard, world.tmp / "outside.arrow"))
+    content = outside.read_bytes()
+    shard.symlink_to(outside)
+    with pytest.raises(ArtifactError, match=r"train-00001\.arrow is a link that leads out of its folder"):
+        read_manifest(folder)
+    run(folder, repair=True)
+    assert not shard.is_symlink()
+    assert shard.read_bytes() == outside.read_bytes() == content
+
+
+def test_what_is_not_of_the_folder_stops_a_repair_that_would_lose_it(world: World) -> None:
+    folder, run = world.copy("targets")
+    flip(folder / "train-00001.arrow")
+    (folder / "notes.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match=r"notes\.txt is not of this folder; move it elsewhere"):
+        run(folder, repair=True)
+    assert (folder / "notes.txt").read_text() == "years of work"
+
+
+def test_an_adapted_memory_is_repaired(memory_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    permuted(tokenizer, seed=1)[0].save_pretrained(tmp_path / "other")
+    out = tmp_path / "adapted"
+    before = adapt_memory(memory_folder, tokenizer=str(tmp_path / "other"), out=out)
+    for name in ("model.safetensors", "README.md"):
+        flip(out / name)
+    assert adapt_memory(memory_folder, tokenizer=str(tmp_path / "other"), out=out, repair=True) == before
+
+
+def test_scores_and_evaluation_are_repaired(
+    corpus_folder: Path, memory_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path / "home"))
+
+    def evaluate(repair: bool) -> dict:
+        return evaluate_perplexity(
+            corpus_folder,
+            base=model_folder,
+            memory=str(memory_folder),
+            out=tmp_path / "e",
+            config=EvaluateConfig(dtype="float32", bootstrap=20),
+            repair=repair,
+        )
+
+    report = evaluate(False)
+    before = read_manifest(tmp_path / "e")
+    flip(tmp_path / "e" / "report.json")
+    flip(next((tmp_path / "home" / "scores").glob("*/test.entropy.npy")))
+    with pytest.raises(ArtifactError, match=r"test\.entropy\.npy is damaged"):
+        evaluate(False)
+    assert evaluate(True) == report
+    assert evaluate(True) == report
+    assert read_manifest(tmp_path / "e") == before
