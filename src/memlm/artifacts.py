@@ -552,13 +552,12 @@ class Stage:
             if path.is_dir():
                 with contextlib.suppress(OSError):  # it is not empty
                     path.rmdir()
-            elif name not in manifest.payload and (
-                path.name not in _UNHASHED or name in (_PREVIOUS, "plan.json", "lock")
-            ):
+            elif name not in manifest.payload and (path.name not in _UNHASHED or name in (_PREVIOUS, "plan.json")):
                 path.unlink()
         if self.out.is_dir():
             self.out.rmdir()  # an empty folder the user made
         os.replace(self.path, self.out)
+        (self.out / "lock").unlink(missing_ok=True)  # held until now, so that no other run takes the folder
         self.finished = True
 
 
@@ -590,6 +589,8 @@ def open_stage(
     stage = Stage(out, identity, sources or {})
     if check_output(out, identity, repair=repair):
         if not (repair and damaged_files(out)):
+            with contextlib.suppress(OSError):
+                (out / "lock").unlink()  # of a run that was killed after the renaming
             stage.finished = True
             yield stage
             return
@@ -598,31 +599,19 @@ def open_stage(
         if foreign := foreign_files(out):  # a partial folder loses them when it is finished
             raise OutputExistsError(f"{out / foreign[0]} is not of this folder; move it elsewhere before the repair")
         os.replace(out, stage.path)
-    plan, complete = stage.path / "plan.json", is_artifact(stage.path)
-    if stage.path.exists() and not (complete or plan.is_file()):
-        if any(path.name != "lock" and not _is_half_written(path) for path in stage.path.iterdir()):
-            raise OutputExistsError(
-                f"{stage.path} exists and is no unfinished memlm run; delete it or choose another output"
-            )
-    if complete or plan.is_file():
-        there = _parse_manifest(stage.path).identity if complete else read_json(plan)
-        begun = any(path.name not in ("plan.json", "lock") for path in stage.path.iterdir())
-        if there != identity and begun:  # what was refused after a plan was made leaves its place to another
-            raise OutputExistsError(
-                f"{stage.path} is an unfinished run of something else ({_difference(there, identity)});"
-                " delete it or choose another output"
-            )
+    _check_is_ours(stage.path)
+    plan = stage.path / "plan.json"
     try:
-        stage.path.mkdir(parents=True, exist_ok=True)
-        with (stage.path / "lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise OutputExistsError(
-                    f"another process is writing {stage.path}; wait for it or choose another output"
-                ) from None
-            if is_artifact(out) or not os.fstat(lock.fileno()).st_nlink:
-                raise OutputExistsError(f"another process has finished {out} just now; run the command again")
+        with _locked(stage.path, out):
+            complete = is_artifact(stage.path)
+            if complete or plan.is_file():
+                there = _parse_manifest(stage.path).identity if complete else read_json(plan)
+                begun = any(path.name not in ("plan.json", "lock") for path in stage.path.iterdir())
+                if there != identity and begun:  # what was refused after a plan was made leaves its place to another
+                    raise OutputExistsError(
+                        f"{stage.path} is an unfinished run of something else ({_difference(there, identity)});"
+                        " delete it or choose another output"
+                    )
             if complete and not (repair and damaged_files(stage.path)):  # stopped just before the renaming
                 stage.settle(read_manifest(stage.path))
             else:
@@ -634,6 +623,35 @@ def open_stage(
             yield stage
     except (OSError, SafetensorError) as error:
         raise file_error(error, stage.path) from error
+
+
+def _check_is_ours(partial: Path) -> None:
+    names = {path.name for path in partial.iterdir() if not _is_half_written(path)} if partial.exists() else set()
+    if names - {"lock"} and not names & {MANIFEST, _PREVIOUS, "plan.json"}:
+        raise OutputExistsError(f"{partial} exists and is no unfinished memlm run; delete it or choose another output")
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, out: Path) -> Iterator[None]:
+    """Keeps others from the partial folder of `out`, which is made where there is none.
+
+    Raises:
+        OutputExistsError: Another process works on it, or has finished it since this one looked.
+    """
+    partial.mkdir(parents=True, exist_ok=True)
+    with (partial / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputExistsError(
+                f"another process is writing {partial}; wait for it or choose another output"
+            ) from None
+        if is_artifact(out) or not os.fstat(lock.fileno()).st_nlink:
+            with contextlib.suppress(OSError):  # where it was made here, for nothing
+                (partial / "lock").unlink()
+                partial.rmdir()
+            raise OutputExistsError(f"another process has finished {out} just now; run the command again")
+        yield
 
 
 def foreign_files(folder: Path) -> list[str]:
