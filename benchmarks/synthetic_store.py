@@ -87,12 +87,15 @@ def write_store(
 
 def _write_corpus(stage: Stage, entries: int, vocab_size: int, seed: int) -> None:
     """One document whose predicted tokens are the entries."""
+    splits = {}
     for split, length in (("train", entries + 1), ("validation", 0), ("test", 0)):
         tokens = np.random.default_rng(seed).integers(vocab_size, size=length, dtype=np.int32)
         stage.save_array(f"{split}.tokens.npy", tokens)
         stage.save_array(f"{split}.offsets.npy", np.unique([0, length]).astype(np.int64))
         stage.save_text(f"{split}.names.txt", "random\n" if length else "")
-    stage.finish({"vocab_size": vocab_size})
+        documents = min(length, 1)
+        splits[split] = {"documents": documents, "tokens": length, "positions": length - documents}
+    stage.finish({"vocab_size": vocab_size, "splits": splits})
 
 
 def _activations(base: PreTrainedModel, tap: str, count: int, length: int = 64) -> NDArray[np.float32]:

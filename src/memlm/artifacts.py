@@ -345,7 +345,7 @@ def _manifest_in(path: Path) -> Manifest:
         parts = PurePosixPath(name).parts
         if ".." in parts or name.startswith("/"):
             raise ArtifactError(f"{path} names a file outside its folder: {_short(name)}")
-        if not name.isprintable() or "/".join(parts) != name or parts[-1] in _UNHASHED:
+        if not parts or not name.isprintable() or "/".join(parts) != name or parts[-1] in _UNHASHED:
             raise ArtifactError(f"{path} names a file that no stage writes: {_short(name)}")
     return manifest
 
@@ -599,9 +599,9 @@ def open_stage(
         if foreign := foreign_files(out):  # a partial folder loses them when it is finished
             raise OutputExistsError(f"{out / foreign[0]} is not of this folder; move it elsewhere before the repair")
         os.replace(out, stage.path)
-    _check_is_ours(stage.path)
     plan = stage.path / "plan.json"
     try:
+        _check_is_ours(stage.path)
         with _locked(stage.path, out):
             complete = is_artifact(stage.path)
             if complete or plan.is_file():
@@ -626,7 +626,10 @@ def open_stage(
 
 
 def _check_is_ours(partial: Path) -> None:
-    names = {path.name for path in partial.iterdir() if not _is_half_written(path)} if partial.exists() else set()
+    try:
+        names = {path.name for path in partial.iterdir() if not _is_half_written(path)}
+    except FileNotFoundError:
+        return
     if names - {"lock"} and not names & {MANIFEST, _PREVIOUS, "plan.json"}:
         raise OutputExistsError(f"{partial} exists and is no unfinished memlm run; delete it or choose another output")
 
@@ -638,8 +641,13 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
     Raises:
         OutputExistsError: Another process works on it, or has finished it since this one looked.
     """
-    partial.mkdir(parents=True, exist_ok=True)
-    with (partial / "lock").open("w") as lock:
+    finished = OutputExistsError(f"another process has finished {out} just now; run the command again")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / "lock").open("w")
+    except FileNotFoundError:  # it was renamed in between
+        raise finished from None
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -650,7 +658,7 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
             with contextlib.suppress(OSError):  # where it was made here, for nothing
                 (partial / "lock").unlink()
                 partial.rmdir()
-            raise OutputExistsError(f"another process has finished {out} just now; run the command again")
+            raise finished
         yield
 
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from memlm.errors import ConfigError
 
-_TOLD = 100  # problems listed one by one at most
+_TOLD = 100  # problems looked at one by one at most
+_SHOWN = 5
 
 
 class StageConfig(BaseModel):
@@ -43,7 +44,7 @@ def first_problem(error: ValidationError) -> str:
     if error.error_count() > _TOLD:
         return f"{error.error_count():,} values are missing or wrong"
     problem = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, problem['loc']))[:80]}: {problem['msg'][:200]}"
+    return f"{_brief('.'.join(map(str, problem['loc'])))[1:-1]}: {problem['msg'][:200]}"
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
@@ -51,15 +52,22 @@ def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
         return f"{where.rstrip('.')}: {first_problem(error)}"
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"])
+        key = _brief(".".join(str(part) for part in problem["loc"]))[1:-1]
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             lines.append(f"unknown setting '{where}{key}'{nearest(key, cls.model_fields)}")
         elif not key:  # settings that contradict each other
             lines.append(f"{where.rstrip('.')}: {message}" if where else message)
         else:
-            lines.append(f"{where}{key} = {problem['input']!r}: {message[:1].lower()}{message[1:]}")
-    return "; ".join(lines)
+            lines.append(f"{where}{key} = {_brief(problem['input'])}: {message[:1].lower()}{message[1:]}")
+    more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+    return "; ".join(lines[:_SHOWN]) + more
+
+
+def _brief(value: object) -> str:
+    """`value` as Python writes it, cut in the middle where it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]}…{text[-40:]}"
 
 
 def nearest(key: str, known: Any) -> str:

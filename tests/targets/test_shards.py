@@ -73,7 +73,7 @@ def test_a_compressed_shard_is_refused_before_it_is_unpacked(tmp_path: Path, cod
 
 def test_other_columns_or_values_that_are_missing_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.arrow", VALIDATION_SCHEMA, HELD_OUT)
-    with pytest.raises(ArtifactError, match="it has columns input_ids, labels, or types, of another stage"):
+    with pytest.raises(ArtifactError, match="its columns or types are of another stage"):
         check_rows(path, TRAIN_SCHEMA, 10)
     batch = pa.record_batch([[[1, None]], [[-100, 1]]], schema=VALIDATION_SCHEMA)
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, VALIDATION_SCHEMA) as writer:

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import torch
+from datasets.table import MemoryMappedTable, concat_tables
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
@@ -187,7 +188,8 @@ class ArrowBlocks:
 
 
 def _open_arrow(paths: list[Path]) -> datasets.Dataset:
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in paths]).with_format("numpy")
+    tables = [MemoryMappedTable.from_file(str(path)) for path in paths]
+    return datasets.Dataset(concat_tables(tables)).with_format("numpy")  # type: ignore[arg-type]
 
 
 def _list_lengths(table: datasets.Dataset, column: str) -> NDArray[np.int64]:

@@ -1,0 +1,100 @@
+"""Ten thousand damaged and forged folders: each is read, or refused in one line, within bounds of memory and time."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+
+from memlm.artifacts import open_stage
+from memlm.corpus.blocks import Corpus
+from memlm.datastore.build import build_datastore
+from memlm.datastore.config import DatastoreConfig
+from memlm.evaluate.scores import score_corpus
+from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
+from memlm.targets.build import build_targets
+from memlm.targets.config import TargetsConfig
+
+CASES = {
+    "manifest": 2400,
+    "manifest text": 800,
+    "place": 400,
+    "array": 1400,
+    "arrow": 1600,
+    "rows": 400,
+    "index": 1400,
+    "settings": 400,
+    "weights": 400,
+    "model config": 100,
+    "tokenizer": 100,
+    "damage": 600,
+    "inner manifest": 200,
+}
+"""Kind of case to how many; seeds count from 0."""
+
+
+@pytest.fixture(scope="module")
+def root(corpus_folder: Path, memory_folder: Path, model_folder: str) -> Iterator[Path]:
+    """A whole folder of every stage, in memory where there is room."""
+    shared = Path("/dev/shm")
+    with TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as name:
+        whole = Path(name) / "whole"
+        shutil.copytree(corpus_folder, whole / "corpus")
+        shutil.copytree(memory_folder, whole / "decoder")
+        stores = {"exact": {}, "flat": {"index": "ivf-flat"}, "codes": {"keep_keys": False, "code_bytes": 8}}
+        for kind, settings in stores.items():  # few shards, so that a case is quick
+            config = DatastoreConfig.parse({"dtype": "float32", "nlist": 6, "shard_positions": 2000, **settings})
+            build_datastore(corpus_folder, teacher=model_folder, out=whole / kind, config=config)
+        build_targets(whole / "exact", out=whole / "targets", config=TargetsConfig(k=8, target_temperature=4.0))
+        shutil.copytree(corpus_folder, Path(name) / "reference")
+        shutil.copytree(model_folder, Path(name) / "model")
+        corpus = Corpus(Path(name) / "reference")
+        asked = {"beside": None, "dtype": "float32", "batch_tokens": 4096}
+        score_corpus(corpus, str(Path(name) / "model"), **asked, out=whole / "scores")
+        write_mlp(whole / "mlp", corpus.vocab_size)
+        yield Path(name)
+
+
+def write_mlp(out: Path, vocab_size: int) -> None:
+    torch.manual_seed(0)
+    settings = MLPSettings(
+        kind="mlp",
+        vocab_size=vocab_size,
+        tap="model.layers.1.mlp",
+        input_width=32,
+        base_blocks=2,
+        layers=2,
+        width=16,
+        ffn_width=24,
+        style=FFNStyle(gated=True, bias=True, norm="rms", norm_eps=1e-5, activation="silu"),
+    )
+    with open_stage(out, "memory", config={}, inputs={}, tokenizer=None) as stage:
+        MLPMemory(settings).save_pretrained(stage.path)
+        stage.finish({})
+
+
+def test_no_folder_breaks_a_reader(root: Path) -> None:
+    assert sum(CASES.values()) >= 10_000
+    script = Path(__file__).with_name("fuzzing.py")
+    found = subprocess.run(
+        [sys.executable, str(script), str(root)],
+        input=json.dumps(CASES),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    report = json.loads(found.stdout.splitlines()[-1])
+    failures = [failure for kind in report.values() for failure in kind["failures"]]
+    assert not failures, f"{len(failures)} cases failed:\n" + "\n".join(failures[:20])
+    for kind, count in CASES.items():
+        outcomes = report[kind]["outcomes"]
+        assert sum(outcomes.values()) == count, kind
+        assert sum(outcomes.values()) - outcomes.get("read", 0) > count // 10, f"{kind}: hardly any change was found"
