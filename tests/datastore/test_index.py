@@ -104,6 +104,29 @@ def test_searching_every_list_of_ivf_flat_is_exact() -> None:
     assert distances[:, 0].max() < 1e-3  # the key itself, kept in float16 without loss
 
 
+@pytest.mark.parametrize("k", [3, 70])
+@pytest.mark.parametrize("nprobe", [1, 4, 12])
+def test_lists_searched_for_many_queries_at_once_give_what_faiss_finds(
+    k: int, nprobe: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = clustered(600, 16)
+    raw[590:] = 40  # a list of few, so that lists of one query hold fewer than k
+    index = build("ivf-flat", Keys([raw[:250], raw[250:]]), nlist=12, nprobe=nprobe, recall_k=5)
+    assert isinstance(index, IVFIndex)
+    monkeypatch.setattr(index_module, "_FEW_QUERIES", 1)
+    monkeypatch.setattr(index_module, "_CANDIDATES", 1500)  # some queries at a time
+    queries = raw[::7].astype(np.float32)
+    distances, ids = index.search(queries, k)
+    expected, expected_ids = index.index.search(queries, k)
+    assert ((ids < 0) == (expected_ids < 0)).all()
+    assert (np.isinf(distances) == (ids < 0)).all()
+    there = ids >= 0
+    # |q|² and |k|² of the keys at 40 are 25,600, of which float32 keeps steps of 2**-9
+    np.testing.assert_allclose(distances[there], expected[there], rtol=1e-4, atol=1e-2)
+    for row, its in zip(ids, expected_ids, strict=True):
+        assert len(set(row) - set(its)) <= 1  # of equal ones another may be the last
+
+
 def test_ivf_pq_is_re_ranked_to_exact_distances_and_a_high_recall() -> None:
     raw = clustered(800, 16)
     keys = Keys([raw])
@@ -129,7 +152,7 @@ def test_the_nearest_come_first_and_of_equal_ones_the_first_given(rows: list[lis
     ids = np.random.default_rng(0).integers(-1, 9, distances.shape)
     found, found_ids = nearest_first(distances, ids, k)
     order = np.argsort(np.maximum(distances, 0), axis=1, kind="stable")[:, :k]
-    assert found.tolist() == np.take_along_axis(distances, order, 1).tolist()
+    assert found.tolist() == np.maximum(np.take_along_axis(distances, order, 1), 0).tolist()
     assert found_ids.tolist() == np.take_along_axis(ids, order, 1).tolist()
 
 

@@ -17,6 +17,8 @@ from memlm.errors import ArtifactError, ConfigError
 INDEX_FILE = "index.faiss"
 _BLOCK = 131_072
 _QUERIES = 4096
+_FEW_QUERIES = 256  # below, hardly two of them probe one list
+_CANDIDATES = 1 << 24  # candidates ranked at a time, 8 bytes each
 _PAIRS = 512  # keys compared at a time: as float32 they fit a core's cache
 
 
@@ -271,6 +273,52 @@ class IVFFlatIndex(IVFIndex):
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-flat", **super().describe()}
 
+    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As `search`; many queries go list by list, each list compared with all queries that probe it at once.
+
+        A matrix product does that in a fraction of the time in which faiss goes through the lists of each query.
+        """
+        if len(queries) < _FEW_QUERIES:
+            return super()._search(queries, k)
+        index: Any = self.index
+        _, probed = index.quantizer.search(queries, index.nprobe)
+        sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
+        rows = max(1, _CANDIDATES // max(1, int(sizes[probed].sum(1).max())))
+        parts = [
+            self._search_lists(queries[i : i + rows], probed[i : i + rows], sizes, k)
+            for i in range(0, len(queries), rows)
+        ]
+        distances, ids = (np.concatenate(part) for part in zip(*parts, strict=True))
+        return distances, ids
+
+    def _search_lists(
+        self, queries: NDArray[np.float32], probed: NDArray[np.int64], sizes: NDArray[np.int64], k: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The nearest entries of the lists `probed`, `(P, nprobe)`."""
+        index: Any = self.index
+        ends = sizes[probed].cumsum(1)
+        starts = (ends - sizes[probed]).reshape(-1)
+        candidates = np.full((len(queries), max(int(ends[:, -1].max()), k)), _MISSING)
+        width, flat = candidates.shape[1], candidates.reshape(-1)
+        asked = torch.from_numpy(queries)
+        norms = asked.square().sum(1)
+        lists = probed.reshape(-1)
+        order = np.argsort(lists, kind="stable")
+        for pairs in np.split(order, np.flatnonzero(np.diff(lists[order])) + 1):
+            number = int(lists[pairs[0]])
+            size = int(sizes[number])
+            if not size:
+                continue
+            codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
+            ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
+            keys = torch.from_numpy(codes.view(np.float16).reshape(size, -1)).float()
+            rows = pairs // probed.shape[1]
+            distances = torch.addmm(keys.square().sum(1), asked[rows], keys.T, alpha=-2).add_(norms[rows, None])
+            places = rows * width + starts[pairs]
+            flat[places[:, None] + np.arange(size)] = _pack(distances.numpy(), ids)
+        candidates.partition(k - 1, axis=1)
+        return _unpack(np.sort(candidates[:, :k], axis=1))
+
 
 class IVFPQIndex(IVFIndex):
     """Lists of product-quantised keys, re-ranked with exact distances while the keys are there."""
@@ -313,11 +361,28 @@ def nearest_first(
         ids: `(P, C)`.
         k: At least 1.
     """
-    packed = np.maximum(distances, 0).view(np.int32).astype(np.int64) << 32  # as integers, floats from 0 up keep order
-    packed |= np.arange(distances.shape[1])
+    columns = np.arange(distances.shape[1])
+    packed = _pack(distances, columns)
     packed.sort(axis=1)
-    order = packed[:, :k] & 0xFFFFFFFF
-    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+    best, order = _unpack(packed[:, :k])
+    return best, np.take_along_axis(ids, order, 1)
+
+
+_MISSING = np.int64(np.float32(np.inf).view(np.int32)) << 32 | 0xFFFFFFFF
+
+
+def _pack(distances: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Distances and numbers below 2^32 - 1 as one integer each, which sorts by distance, then by number."""
+    packed = np.maximum(distances, 0).view(np.int32).astype(np.int64)  # as integers, floats from 0 up keep their order
+    packed <<= 32
+    packed |= numbers
+    return packed
+
+
+def _unpack(packed: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """What `_pack` was given, distances below 0 as 0; -1 for a missing neighbour."""
+    numbers = packed & 0xFFFFFFFF
+    return (packed >> 32).astype(np.int32).view(np.float32), np.where(packed == _MISSING, -1, numbers)
 
 
 def _exact_distances(keys: Keys, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
