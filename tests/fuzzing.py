@@ -7,6 +7,7 @@ checksums of what is there now, reads all of it, and puts it back. It fails wher
 
 import contextlib
 import copy
+import io
 import json
 import os
 import random
@@ -26,7 +27,7 @@ import torch
 from strangers import reseal
 from transformers.utils import logging
 
-from memlm import artifacts
+from memlm import artifacts, cli
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.datastore.store import Datastore
 from memlm.errors import MemlmError
@@ -299,6 +300,13 @@ READERS: dict[str, Callable[[Path], None]] = {
 }
 
 
+def read(folder: Path) -> None:
+    """Read all of a folder, which is called as in `READERS`."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        cli.info(folder)
+    READERS[folder.name](folder)
+
+
 # --- cases --------------------------------------------------------------------------------------------------------
 
 LIGHT = ["corpus", "exact", "flat", "codes", "targets", "mlp", "scores"]
@@ -356,8 +364,7 @@ def run_case(root: Path, kind: str, seed: int) -> str:
             if kind == "tokenizer":
                 (Corpus(folder) if name == "corpus" else TrainingData(folder, with_targets=True)).tokenizer("a b")
             else:
-                artifacts.read_manifest(folder).hash  # noqa: B018
-                READERS[name](folder)
+                read(folder)
         except MemlmError as error:
             message = str(error)
             if any(word in message.lower() for word in _OUT_OF_MEMORY):
@@ -430,9 +437,8 @@ def main() -> None:
     if len(sys.argv) == 4:
         print(run_case(root, sys.argv[2], int(sys.argv[3])))
         return
-    for name, reader in READERS.items():  # before any child is forked, so that each starts with all imports
-        shutil.copytree(root / "whole" / name, root / name)
-        reader(root / name)
+    for name in READERS:  # before any child is forked, so that each starts with all imports
+        read(Path(shutil.copytree(root / "whole" / name, root / name)))
         shutil.rmtree(root / name)
     report = {kind: run_kind(root, kind, count) for kind, count in json.loads(sys.stdin.read()).items()}
     print(

@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from memlm import artifacts
 from memlm.artifacts import (
     Manifest,
     cache_dir,
     check_output,
+    check_payload,
     is_artifact,
+    load_array,
     open_stage,
     partial_path,
+    payload_file,
     read_manifest,
     stage_identity,
     write_json,
@@ -254,6 +258,113 @@ def test_a_path_outside_the_folder_is_refused(tmp_path: Path, name: str) -> None
         read_manifest(tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["", ".", "./a", "a//b", "a/", "a\0b", "a\nb", "manifest.json", "part/lock"])
+def test_a_name_that_no_stage_writes_is_refused(tmp_path: Path, name: str) -> None:
+    build(tmp_path / "out")
+    edit_manifest(tmp_path / "out", payload={name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(ArtifactError, match="names a file that no stage writes"):
+        read_manifest(tmp_path / "out")
+
+
+def test_links_out_of_the_folder_and_what_is_no_file_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    build(out)
+    (out / "part" / "1.txt").rename(out / "part" / "2.txt")
+    (out / "part" / "1.txt").symlink_to("2.txt")
+    read_manifest(out)  # within the folder
+    (out / "part" / "1.txt").unlink()
+    (out / "part" / "2.txt").rename(tmp_path / "outside.txt")
+    (out / "part" / "1.txt").symlink_to(tmp_path / "outside.txt")
+    with pytest.raises(ArtifactError, match=r"1\.txt is a link that leads out of its folder"):
+        read_manifest(out)
+    (out / "part" / "1.txt").unlink()
+    os.mkfifo(out / "part" / "1.txt")
+    with pytest.raises(ArtifactError, match=r"1\.txt is a link .*, or no file"):
+        read_manifest(out)
+    (out / "part" / "1.txt").unlink()
+    (tmp_path / "outside.txt").rename(out / "part" / "1.txt")
+    (out / "part").rename(tmp_path / "part")
+    (out / "part").symlink_to(tmp_path / "part")
+    with pytest.raises(ArtifactError, match=r"0\.txt is a link that leads out of its folder"):
+        read_manifest(out)
+
+
+def test_the_links_of_a_snapshot_in_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--me--law" / "snapshots" / "abc", tmp_path / "models--me--law" / "blobs"
+    written = build(snapshot)
+    blobs.mkdir()
+    for name in written.payload:
+        depth = "../" * (2 + name.count("/"))
+        (snapshot / name).rename(blobs / name.replace("/", "-"))
+        (snapshot / name).symlink_to(f"{depth}blobs/{name.replace('/', '-')}")
+    assert read_manifest(snapshot) == written
+    check_payload(snapshot, written)
+
+
+def test_a_files_checksum_is_verified_when_it_is_read_and_again_when_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    written, hashed = build(out), []
+    digest = artifacts.file_digest
+    monkeypatch.setattr(artifacts, "file_digest", lambda path: hashed.append(path) or digest(path))
+    for _ in range(2):
+        assert payload_file(out, written, "part/0.txt").read_text() == "one"
+    assert hashed == [out / "part/0.txt"]
+    (out / "part" / "0.txt").write_text("two")
+    with pytest.raises(ArtifactError, match=r"0\.txt is damaged: .*; run the command that made .*/out again"):
+        payload_file(out, written, "part/0.txt")
+    with pytest.raises(ArtifactError, match=r"0\.txt is damaged"):
+        check_payload(out, written, "part/")
+    check_payload(out, written, "numbers")
+    with pytest.raises(ArtifactError, match=r"out has no part/7\.txt; expected of a corpus folder"):
+        payload_file(out, written, "part/7.txt")
+
+
+def test_an_array_is_read_where_its_header_is_as_expected(tmp_path: Path) -> None:
+    for array, shape in ((np.arange(6, dtype=np.int32), (None,)), (np.ones((2, 3), np.float16), (2, None))):
+        np.save(tmp_path / "a.npy", array)
+        for mapped in (False, True):
+            found = load_array(tmp_path / "a.npy", array.dtype.type, shape, mapped=mapped)
+            assert isinstance(found, np.memmap) == mapped
+            np.testing.assert_array_equal(found, array)
+    np.save(tmp_path / "a.npy", np.empty(0, np.int64))
+    assert load_array(tmp_path / "a.npy", np.int64, mapped=True).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.arange(6), "holds <i8 of shape 6, expected <i4 of shape any"),
+        (np.zeros((2, 3), np.int32), "holds <i4 of shape 2 x 3"),
+        (np.asfortranarray(np.zeros((2, 3), np.int32)), "is no array"),
+        (np.zeros(3, [("a", np.int32)]), "is no array"),
+        (np.zeros(3, ">i4"), "is no array"),
+        (np.array(["x"]), "holds <U1 of shape 1"),
+        (np.int32(3), "is no array"),
+    ],
+)
+def test_an_array_of_another_type_or_shape_is_refused(tmp_path: Path, array: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(ArtifactError, match=message):
+        load_array(tmp_path / "a.npy", np.int32)
+
+
+def test_an_array_of_objects_or_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.array([{}], object), allow_pickle=True)
+    with pytest.raises(ArtifactError, match="is no array"):
+        load_array(path, np.int32)
+    np.save(path, np.arange(6, dtype=np.int32))
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"(6,), }", b"(9999999999999999,), }", 1).replace(b" " * 15 + b"\n", b"\n", 1))
+    with pytest.raises(ArtifactError, match=r"has 152 bytes, which its shape \(9999999999999999,\) does not fit"):
+        load_array(path, np.int32)
+    path.write_bytes(content[:-1])
+    with pytest.raises(ArtifactError, match="has 151 bytes"):
+        load_array(path, np.int32)
+
+
 def test_another_format_version_or_kind_is_refused(tmp_path: Path) -> None:
     build(tmp_path / "out")
     with pytest.raises(ArtifactError, match="is a corpus folder, expected datastore or targets"):
@@ -269,6 +380,16 @@ def test_another_format_version_or_kind_is_refused(tmp_path: Path) -> None:
         ("{", "cannot be read"),
         ("[]", "is not a memlm manifest"),
         ('{"format_version": 1}', "Field required"),
+        ('{"format_version": 1.0}', r"format version 1\.0, this memlm reads 1"),
+        ('{"format_version": 1, "format_version": 1}', "a key is there twice"),
+        ("[" * 40 + "]" * 40, "nested too deeply"),
+        ("[" * 100_000, "nested too deeply"),
+        (r'{"format_version": 1, "kind": "\ud800"}', "surrogates not allowed"),
+        (" " * (16 << 20) + "{}", "16,777,218 bytes, 16,777,216 at most"),
+        (
+            json.dumps({"format_version": 1, "payload": dict.fromkeys(map(str, range(300)))}),
+            r"\d+ values are missing or wrong",
+        ),
     ],
 )
 def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str, message: str) -> None:

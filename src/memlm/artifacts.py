@@ -97,7 +97,7 @@ class Manifest(BaseModel):
 class Facts(BaseModel):
     """Facts of a manifest that a reader relies on, with their types and ranges."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, protected_namespaces=())
 
     @classmethod
     def of(cls, folder: str | Path, manifest: Manifest) -> Self:

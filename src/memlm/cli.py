@@ -20,7 +20,7 @@ import typer
 from memlm.config import StageConfig
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
-from memlm.errors import ConfigError, MemlmError
+from memlm.errors import ArtifactError, ConfigError, MemlmError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.memory.config import AdaptConfig
 from memlm.targets.config import RetrievalConfig, TargetsConfig
@@ -750,7 +750,10 @@ def info(
     ]
     lines += [f"  from {name}: {place}" for name, place in manifest.sources.items()]
     if manifest.kind == "memory":
-        lines.append(f"  {_memory_line(manifest.facts)}")
+        try:
+            lines.append(f"  {_memory_line(manifest.facts)}")
+        except (KeyError, TypeError, ValueError):
+            raise ArtifactError(f"{folder}/manifest.json: its facts are not those of a memory; rebuild it") from None
     lines += [
         f"  {name}: {_shorten(value)}"
         for name, value in manifest.facts.items()
@@ -758,8 +761,9 @@ def info(
     ]
     lines.append(f"  settings: {_shorten(manifest.config)}")
     lines.append(f"  made with: {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
-    _print(
-        {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}, as_json, "\n".join(lines)
+    shown = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
+    _print(  # what a stranger wrote moves no cursor
+        {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}, as_json, "\n".join(shown)
     )
 
 

@@ -63,7 +63,7 @@ class IndexLayout:
 
     def _scalar_quantizer(self, width: int) -> int:
         float16, code_size = 4, 2 * width
-        self._expect("scalar quantizer", "iifQQQ", float16, 0, 0.0, width, code_size, 0)
+        self._expect("scalar quantizer", "iiIQQQ", float16, 0, 0, width, code_size, 0)
         self._expect("code size", "QB", code_size, 0)
         return code_size
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from memlm.artifacts import Manifest, is_artifact, open_stage, read_manifest
+from memlm.artifacts import Facts, Manifest, is_artifact, open_stage, read_manifest
 from memlm.errors import ConfigError
 from memlm.memory.card import CARD_FILE
 from memlm.memory.config import AdaptConfig
@@ -39,6 +39,12 @@ trained since. Go on with `memlm train TARGETS --init THIS_FOLDER`, on targets o
 | parameters | {parameters:,} |
 | tokens | {tokens} |
 """
+
+
+class _TrainingFacts(Facts):
+    epochs: float | None = None
+    original_epochs: float | None = None
+    """Those of the memory it was before it was adapted."""
 
 
 def adapt_memory(
@@ -124,8 +130,10 @@ def _card(facts: dict[str, Any], sources: dict[str, str]) -> str:
 def _epochs(memory: str, config: AdaptConfig) -> dict[str, float]:
     """How long the memory was trained, and how long training should go on; nothing where that is not known."""
     folder = resolve(memory)
-    facts = read_manifest(folder).facts if is_artifact(folder) else {}
-    original = facts.get("original_epochs", facts.get("epochs"))
+    if not is_artifact(folder):
+        return {}
+    facts = _TrainingFacts.of(folder, read_manifest(folder))
+    original = facts.epochs if facts.original_epochs is None else facts.original_epochs
     return {} if original is None else {"original_epochs": original, "epochs_ahead": round(original * config.budget, 4)}
 
 

@@ -18,7 +18,7 @@ from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, InputError
 from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
-from memlm.targets.config import TargetsConfig
+from memlm.targets.config import IMPORTED, TargetsConfig
 from memlm.targets.shards import (
     ROWS_AT_ONCE,
     TRAIN_SCHEMA,
@@ -122,7 +122,7 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path, r
     with open_stage(
         out,
         "targets",
-        config={"released": True},
+        config=IMPORTED,
         inputs={"corpus": source.manifest.hash, "arrow": file_digest(Path(arrow))},
         tokenizer=source.manifest.tokenizer,
         sources={**source.manifest.sources, "corpus": str(corpus), "arrow": str(arrow)},

@@ -4,6 +4,9 @@ from pydantic import Field
 
 from memlm.config import StageConfig
 
+IMPORTED = {"released": True}
+"""Settings of targets that were imported, whose making is not known."""
+
 
 class NeighborConfig(StageConfig):
     """How neighbours vote."""

@@ -23,6 +23,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.index import Keys
 from memlm.errors import ArtifactError, ConfigError
 from memlm.models.tokenizers import check_reads
+from memlm.targets.config import IMPORTED, TargetsConfig
 from memlm.targets.shards import TRAIN_SCHEMA, VALIDATION_FILE, VALIDATION_SCHEMA, check_rows
 
 
@@ -62,6 +63,8 @@ class TrainingData:
             )
         self._corpus = Corpus(folder) if self.manifest.kind == "corpus" else None
         self._facts = None if self._corpus is not None else TargetsFacts.of(folder, self.manifest)
+        if self._facts is not None and self.manifest.config != IMPORTED:
+            TargetsConfig.parse(self.manifest.config, "targets.")
         self.vocab_size = (self._facts or self._corpus.facts).vocab_size  # type: ignore[union-attr]
 
     @property
