@@ -334,6 +334,7 @@ def run_case(root: Path, kind: str, seed: int) -> str:
     folders, pattern, change = KINDS[kind]
     name = rng.choice(folders)
     folder = root / name
+    clear(root, folder)
     shutil.copytree(root / "whole" / name, folder)
     artifacts._verified.clear()
     try:
@@ -375,11 +376,15 @@ def run_case(root: Path, kind: str, seed: int) -> str:
             return type(error).__name__
         return "read"
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        for left in (root / "outside", folder):
-            if left.is_symlink():
-                left.unlink()
-            shutil.rmtree(left, ignore_errors=True)
+        clear(root, folder)
+
+
+def clear(root: Path, folder: Path) -> None:
+    """Remove what a case left, also one that died."""
+    for left in (root / "outside", folder):
+        if left.is_symlink():
+            left.unlink()
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def work(root: Path, kind: str, seeds: range, report: int) -> None:

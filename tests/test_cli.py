@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 from released_layouts import llama_config, random_tensors, save_released
+from strangers import edit_manifest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -429,6 +430,36 @@ def test_fetch_prints_the_folder_of_a_fetched_model_last(
     (tmp_path / "models" / "smollm2").mkdir(parents=True)
     found = memlm("fetch", "smollm2")
     assert (found.code, found.out.splitlines()[-1]) == (0, str(tmp_path / "models" / "smollm2"))
+
+
+def test_a_damaged_file_is_named_and_repaired(
+    memlm: Callable[..., Result], targets_folder: Path, datastore_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "t"
+    shutil.copytree(targets_folder, folder)
+    command = ("targets", datastore_folder, "--k", 16, "--target-temperature", 4, "--out", folder, "--repair")
+    assert memlm(*command).err == ""
+    shard = folder / "train-00001.arrow"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"\0" * len(whole))
+    assert memlm(*command).err == f"{shard} is damaged or missing; it is made again\n"
+    assert shard.read_bytes() == whole
+
+
+def test_what_a_stranger_wrote_moves_no_cursor(
+    memlm: Callable[..., Result], corpus_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(corpus_folder, tmp_path / "c")
+    edit_manifest(folder, lambda manifest: manifest["sources"].update(documents="\x1b[2Jgone\nmore"))
+    assert "documents: \N{REPLACEMENT CHARACTER}[2Jgone\N{REPLACEMENT CHARACTER}more\n" in memlm("info", folder).out
+
+
+def test_facts_that_no_memory_has_are_refused(
+    memlm: Callable[..., Result], memory_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(memory_folder, tmp_path / "m")
+    edit_manifest(folder, lambda manifest: manifest["facts"].update(parameters="many"))
+    one_line(memlm("info", folder), "its facts are not those of a memory")
 
 
 # --- bad input ----------------------------------------------------------------------------------------------------

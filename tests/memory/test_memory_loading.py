@@ -4,12 +4,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from strangers import reseal
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.errors import ArtifactError, ConfigError, MemlmError, ModelError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import MemorySettings
@@ -98,3 +100,37 @@ def test_what_does_not_exist_is_refused_with_what_was_tried(tmp_path: Path) -> N
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded; tried"):
         load_memory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers = 1000000000, but there are \d+ tensors"),
+        ({"intermediate_size": 10**9}, r"config\.json asks for 192,\d+,\d+,\d+ parameters, model.safetensors holds"),
+        ({"num_labels": 10**9}, "is no config that memlm writes; it may have none of num_labels, auto_map"),
+        ({"auto_map": {"AutoModelForCausalLM": "own.Model"}}, "is no config that memlm writes"),
+        ({"num_attention_heads": 0}, "cannot be loaded|describes no model"),
+    ],
+)
+def test_a_config_beyond_the_weights_is_refused_before_the_model_is_made(
+    copied_memory: Path, change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copied_memory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ArtifactError, match=r"config\.json (has \d+ bytes|is damaged)"):
+        load_memory(copied_memory)
+    reseal(copied_memory, "config.json")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    with pytest.raises(MemlmError, match=message):
+        load_memory(copied_memory)
+
+
+def test_settings_of_no_kind_or_that_are_changed_are_refused(copied_memory: Path) -> None:
+    path = copied_memory / "memory.json"
+    path.write_text(path.read_text().replace("decoder", "recoded"))
+    with pytest.raises(ArtifactError, match=r"memory\.json is damaged"):
+        load_memory(copied_memory)
+    path.write_text('{"kind": ["decoder"]}')
+    reseal(copied_memory, "memory.json")
+    with pytest.raises(ArtifactError, match=r"kind \"\['decoder'\]\" is unknown"):
+        load_memory(copied_memory)

@@ -415,6 +415,33 @@ def test_missing_and_damaged_weights_are_refused(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers": 10**9}, "layers = 1000000000: input should be less than or equal to 10000"),
+        ({"layers": 9999}, "layers = 9999, but .*safetensors holds \\d+ tensors"),
+        ({"ffn_width": 1 << 20}, r"shape \(\d+, \d+\), expected \(1048576, \d+\)"),
+        ({"width": 10**12}, "width = 1000000000000: input should be less than"),
+        ({"vocab_size": 1 << 24}, r"output\.weight has shape .*, expected \(16777216,"),
+    ],
+)
+def test_sizes_beyond_the_weights_are_refused_before_anything_is_made_of_them(
+    folder: Path, change: dict[str, int], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "memory.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    monkeypatch.setattr(MLPMemory, "load_state_dict", None)
+    with pytest.raises(MemlmError, match=message):
+        load_memory(folder)
+
+
+def test_weights_that_are_no_numbers_with_a_point_are_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({name: tensor.to(torch.int32) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ArtifactError, match="holds tensors of type I32, expected floating-point ones"):
+        load_memory(folder)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("activation", "swoosh", "style.activation = 'swoosh'"),
