@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memlm.memory.loss import DistillationLoss, _chunk_size, distillation_loss
+from memlm.memory.loss import DistillationLoss, _tile, distillation_loss
 from memlm.models.heads import Head
 
 
@@ -29,7 +29,7 @@ class Case:
     kl_weight: float
     scale: float = 1.0
     softcap: float | None = None
-    chunk: int | None = 1024
+    tile: tuple[int, int] | None = None
 
     def fused(self, kl_weight: float | None = None) -> DistillationLoss:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=self.bias is not None)
@@ -44,7 +44,7 @@ class Case:
             target_counts=self.counts,
             target_ids=self.ids,
             target_probs=self.probs,
-            chunk=self.chunk,
+            tile=self.tile,
         )
 
     def dense(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,7 +81,7 @@ def make_case(
     kl_weight: float = 0.5,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk: int = 1024,
+    tile: tuple[int, int] | None = None,
     half: bool = False,
     seed: int = 0,
 ) -> Case:
@@ -102,7 +102,7 @@ def make_case(
         kl_weight=kl_weight,
         scale=scale,
         softcap=softcap,
-        chunk=chunk,
+        tile=tile,
     )
 
 
@@ -117,7 +117,7 @@ cases = st.builds(
     kl_weight=st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]),
     scale=st.sampled_from([1.0, 0.25, 3.0]),
     softcap=st.sampled_from([None, 5.0, 30.0]),
-    chunk=st.integers(1, 10),
+    tile=st.none() | st.tuples(st.integers(1, 10), st.integers(1, 13)),
     half=st.booleans(),
     seed=st.integers(0, 2**16),
 )
@@ -150,10 +150,10 @@ def test_loss_is_the_weighted_sum_of_its_components(case: Case) -> None:
     assert not fused.cross_entropy.requires_grad
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 6, 7, 8, None])
-def test_chunks_of_any_size_give_the_same(chunk: int | None) -> None:
+@pytest.mark.parametrize("tile", [(1, 1), (3, 7), (8, 3), (7, 6), (9, 8), (1000, 1000)])
+def test_tiles_of_any_size_give_the_same(tile: tuple[int, int]) -> None:
     whole = make_case(positions=8, bias=True, softcap=5.0)
-    cut = replace(whole, chunk=chunk)
+    cut = replace(whole, tile=tile)
     torch.testing.assert_close(cut.fused().loss, whole.fused().loss, rtol=1e-6, atol=1e-6)
     for mine, reference in zip(cut.gradients(cut.fused().loss), whole.gradients(whole.fused().loss), strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
@@ -247,22 +247,24 @@ class LargestArray(TorchDispatchMode):
         return made
 
 
-def test_no_array_is_as_large_as_positions_times_vocabulary() -> None:
-    case = make_case(positions=200, width=3, vocab_size=300, padding=0, support=5, softcap=30.0, chunk=16)
+@pytest.mark.parametrize("tile", [(200, 16), (10, 300)])
+def test_no_array_is_as_large_as_positions_times_vocabulary(tile: tuple[int, int]) -> None:
+    case = make_case(positions=200, width=3, vocab_size=300, padding=0, support=5, softcap=30.0, tile=tile)
     with LargestArray() as largest:
         case.fused().loss.backward()
-    assert largest.numbers == 200 * 16  # gradients and sparse labels are smaller
+    assert largest.numbers == tile[0] * tile[1]  # gradients and sparse labels are smaller
     with LargestArray() as largest:
         case.dense()
     assert largest.numbers >= 200 * 300, "it must see what is made"
 
 
-def test_chunks_are_narrower_where_there_are_more_positions() -> None:
+def test_tiles_hold_all_positions_in_half_precision_and_all_tokens_in_full() -> None:
     cpu = torch.device("cpu")
-    assert _chunk_size(0, cpu) == _chunk_size(1, cpu) == 2**20
-    assert _chunk_size(1024, cpu) == 1024
-    assert _chunk_size(65_536, cpu) == 512
-    assert _chunk_size(1024, torch.device("cuda")) == 65_536
+    assert _tile(0, 50_000, torch.bfloat16, cpu) == (1, 2**20)
+    assert _tile(1024, 50_000, torch.bfloat16, cpu) == (1024, 1024)
+    assert _tile(65_536, 50_000, torch.bfloat16, cpu) == (65_536, 512)
+    assert _tile(65_536, 50_000, torch.float32, cpu) == (256, 50_000)
+    assert _tile(65_536, 256, torch.float32, cpu) == (4096, 256)
 
 
 @pytest.mark.parametrize("missing", ["counts", "ids", "probs"])
@@ -295,11 +297,12 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
+@pytest.mark.parametrize("tile", [(64, 16), (16, 200)])
 def test_in_bfloat16_the_error_is_no_larger_than_the_naive_one(
-    seed: int, softcap: float | None, autocast: bool
+    seed: int, softcap: float | None, autocast: bool, tile: tuple[int, int]
 ) -> None:
     case = make_case(
-        positions=64, width=64, vocab_size=200, support=8, padding=0, bias=False, softcap=softcap, chunk=16, seed=seed
+        positions=64, width=64, vocab_size=200, support=8, padding=0, bias=False, softcap=softcap, tile=tile, seed=seed
     )
     dtype = torch.float32 if autocast else torch.bfloat16
     case = replace(

@@ -2,12 +2,12 @@
 
 `kl_weight * KL(q || p) + (1 - kl_weight) * CE(y)` equals `logsumexp(logits) - sum_s weight_s * logits[s]` less
 `kl_weight * H(q)`, where the weights are `kl_weight * q + (1 - kl_weight) * onehot(y)`. So neither dense targets nor
-dense logits ever exist: logits live for one chunk of the vocabulary. A first pass over the chunks finds the normaliser
-of every position; a second computes the logits again and turns their gradient, softmax minus the sparse label, into
-gradients of hidden states and head at once.
+dense logits ever exist: logits live for one tile of positions and tokens. Their gradient, softmax minus the sparse
+label, is turned into gradients of hidden states and head at once.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,8 @@ from memlm.models.heads import Head
 
 _CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product stays in the cache
 _DEVICE_LOGITS = 2**26
-_NARROWEST = 512  # narrower chunks spend their time on adding up gradients of hidden states
+_FEWEST_POSITIONS = 256  # with fewer, adding up gradients of the head takes as long as the products
+_FEWEST_TOKENS = 512  # with fewer, adding up gradients of hidden states does
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def distillation_loss(
     target_counts: Int[Tensor, "P"] | None = None,
     target_ids: Int[Tensor, "S"] | None = None,
     target_probs: Float[Tensor, "S"] | None = None,
-    chunk: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> DistillationLoss:
     """KL to sparse targets plus cross-entropy of the labels, summed over positions.
 
@@ -56,7 +57,7 @@ def distillation_loss(
         target_counts: Support of each position's target, at least 1.
         target_ids: Tokens of all targets, one position after another.
         target_probs: Their probabilities; renormalised here, for float16 storage rounds them.
-        chunk: Tokens of the vocabulary whose logits exist at a time; None: by the number of positions and the device.
+        tile: Positions and tokens whose logits exist at a time; None: by precision and device.
 
     Raises:
         ValueError: kl_weight is above 0 and there are no targets.
@@ -72,6 +73,7 @@ def distillation_loss(
         q = target_probs.float()
         q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
         owner, ids = torch.cat([owner, of_targets]), torch.cat([ids, target_ids])
+    dtype = _product_dtype(hidden)
     soft, cross_entropy, target_score = _SparseCrossEntropy.apply(
         hidden,
         head.weight,
@@ -83,7 +85,8 @@ def distillation_loss(
         vocab_size,
         head.scale,
         head.softcap,
-        chunk or _chunk_size(len(labels), hidden.device),
+        dtype,
+        tile or _tile(len(labels), vocab_size, dtype, hidden.device),
     )
     negative_entropy = torch.xlogy(q, q).sum()
     return DistillationLoss(
@@ -93,18 +96,36 @@ def distillation_loss(
     )
 
 
-def _chunk_size(positions: int, device: torch.device) -> int:
-    logits = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS
-    return max(logits // max(positions, 1), _NARROWEST)
-
-
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
+def _tile(positions: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
+    """Positions and tokens of a tile.
+
+    In half precision all positions and few tokens: logits are computed twice, but no gradient of the head is added up.
+    In full precision, where products are slow, few positions and all tokens.
+    """
+    logits = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS
+    if dtype.itemsize > 2:
+        return max(logits // vocab_size, _FEWEST_POSITIONS), vocab_size
+    return max(positions, 1), max(logits // max(positions, 1), _FEWEST_TOKENS)
+
+
+def _view(buffer: Tensor, size: Sequence[int]) -> Tensor:
+    return buffer[: math.prod(size)].view(*size)
+
+
+def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
+    if to.dtype == left.dtype:
+        to.addmm_(left, right)
+    else:
+        to += left @ right
+
+
 class _SparseCrossEntropy(torch.autograd.Function):
-    """Sum of `logsumexp - sum_s weight_s * logit_s`; gradients are formed in the forward pass, chunk by chunk."""
+    """Sum of `logsumexp - sum_s weight_s * logit_s`; gradients are formed in the forward pass, tile by tile."""
 
     @staticmethod
     def forward(
@@ -119,64 +140,86 @@ class _SparseCrossEntropy(torch.autograd.Function):
         vocab_size: int,
         scale: float,
         softcap: float | None,
-        chunk: int,
+        dtype: torch.dtype,  # of products
+        tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dtype = _product_dtype(hidden)
-        states, positions = hidden.to(dtype), len(hidden)
-        starts = range(0, vocab_size, chunk)
-        order = ids.argsort()  # so that the entries of a chunk stand together
-        edges = torch.searchsorted(ids[order], torch.tensor([*starts, vocab_size], device=ids.device)).tolist()
+        positions = len(hidden)
+        firsts, starts = range(0, positions, tile[0]), range(0, vocab_size, tile[1])
+        place = owner // tile[0] * len(starts) + ids // tile[1]
+        order = place.argsort()  # so that the entries of a tile stand together
+        numbers = torch.arange(len(firsts) * len(starts) + 1, device=place.device)
+        edges = torch.searchsorted(place[order], numbers).tolist()
 
-        def chunks() -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-            for number, start in enumerate(starts):
-                rows = slice(start, min(start + chunk, vocab_size))
+        # made once: memory that is freed and asked for again costs a page fault per 4 KiB
+        products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
+        floats, spare = (torch.empty_like(products, dtype=torch.float32) for _ in range(2))
+
+        def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+            """Rows of the head, themselves, their logits (G, C), entries of the label and where in the logits."""
+            for part, start in enumerate(starts):
+                rows = slice(start, min(start + tile[1], vocab_size))
                 table = weight[rows].to(dtype)  # (C, D)
-                logits = (states @ table.T).float()  # (P, C)
+                size = len(states), len(table)
+                product = torch.mm(states, table.T, out=_view(products, size))  # (G, C)
+                logits = product if dtype == torch.float32 else _view(floats, size).copy_(product)
                 if bias is not None:
                     logits += bias[rows]
                 if scale != 1.0:
                     logits *= scale
                 if softcap is not None:
-                    logits = softcap * torch.tanh(logits / softcap)
+                    logits.div_(softcap).tanh_().mul_(softcap)
+                number = group * len(starts) + part
                 entries = order[edges[number] : edges[number + 1]]
-                yield rows, table, logits, entries, owner[entries] * logits.shape[1] + (ids[entries] - start)
+                at = (owner[entries] - firsts[group]) * logits.shape[1] + (ids[entries] - start)
+                yield rows, table, logits, entries, at
 
+        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and want_bias else None
+        label = torch.cat([torch.full((positions,), 1 - kl_weight, device=q.device), kl_weight * q])
+        scores = torch.empty(len(ids), device=hidden.device)  # logits of the label's entries
+        normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
-            scores = torch.empty(len(ids), device=hidden.device)
-            for _, _, logits, entries, at in chunks():
-                normaliser = torch.logaddexp(normaliser, logits.logsumexp(1))
-                scores[entries] = logits.view(-1)[at]
-            surprise = normaliser[owner] - scores
-            to_labels, to_targets = surprise[:positions].sum(), (q * surprise[positions:]).sum()
-            soft = kl_weight * to_targets + (1 - kl_weight) * to_labels
-
-            want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-            grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
-            grad_weight = torch.zeros_like(weight) if want_weight else None
-            grad_bias = torch.zeros_like(bias) if bias is not None and want_bias else None
-            label = torch.cat([torch.full((positions,), 1 - kl_weight, device=q.device), kl_weight * q])
-            for rows, table, logits, entries, at in chunks() if want_hidden or want_weight or want_bias else ():
-                slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
-                grad = logits.sub_(normaliser[:, None]).exp_()  # in place: softmax
-                grad.view(-1).index_add_(0, at, label[entries], alpha=-1)
-                if slope is not None:
-                    grad *= slope
-                if scale != 1.0:
-                    grad *= scale
-                if grad_bias is not None:
-                    grad_bias[rows] = grad.sum(0)
-                grad = grad.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden += grad @ table
-                if grad_weight is not None:
-                    grad_weight[rows] = grad.T @ states
-        ctx.gradients = (None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, grad_bias)
+            for group, first in enumerate(firsts):
+                here = slice(first, first + tile[0])
+                states = hidden[here].to(dtype)  # (G, D)
+                kept = list(tiles(group, states)) if len(starts) == 1 else None
+                for _, _, logits, entries, at in kept or tiles(group, states):
+                    scores[entries] = logits.view(-1)[at]
+                    peak = logits.amax(1)
+                    shifted = torch.sub(logits, peak[:, None], out=_view(spare, logits.shape) if kept else logits)
+                    total = shifted.exp_().sum(1).log_() + peak  # torch.logsumexp takes twice as long
+                    normaliser[here] = torch.logaddexp(normaliser[here], total)
+                if not (want_hidden or want_weight or want_bias):
+                    continue
+                for rows, table, logits, entries, at in kept or tiles(group, states):
+                    slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
+                    grad = logits.sub_(normaliser[here, None]).exp_()  # softmax
+                    grad.view(-1).index_add_(0, at, label[entries], alpha=-1)
+                    if slope is not None:
+                        grad *= slope
+                    if scale != 1.0:
+                        grad *= scale
+                    if grad_bias is not None:
+                        grad_bias[rows] += grad.sum(0)
+                    grad = grad if dtype == torch.float32 else _view(products, grad.shape).copy_(grad)
+                    if grad_hidden is not None:
+                        _add_product(grad_hidden[here], grad, table)
+                    if grad_weight is not None:
+                        _add_product(grad_weight[rows], grad.T, states)
+        surprise = normaliser[owner] - scores
+        to_labels, to_targets = surprise[:positions].sum(), (q * surprise[positions:]).sum()
+        ctx.gradients = (
+            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+        )
         ctx.mark_non_differentiable(to_labels, to_targets)
-        return soft, to_labels, to_targets
+        return kl_weight * to_targets + (1 - kl_weight) * to_labels, to_labels, to_targets
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g.mul_(outputs[0]) for g in ctx.gradients]
         ctx.gradients = None
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 9)
