@@ -11,7 +11,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NAMES = ("mlp_decoding", "mlp_scoring", "knn_decoding", "mlp_quality")
+NAMES = (
+    "mlp_decoding",
+    "mlp_scoring",
+    "knn_decoding",
+    "mlp_quality",
+    "distillation_loss",
+    "training_step",
+    "help_time",
+)
 """Modules with `run(quick)`. To add a benchmark, write one and name it here."""
 
 
@@ -24,7 +32,7 @@ def describe(name: str) -> str:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     assert __doc__
-    listed = "\n".join(f"  {name:<14}{describe(name)}" for name in NAMES)
+    listed = "\n".join(f"  {name:<20}{describe(name)}" for name in NAMES)
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
