@@ -113,7 +113,7 @@ def test_lists_searched_for_many_queries_at_once_give_what_faiss_finds(
     raw[590:] = 40  # a list of few, so that lists of one query hold fewer than k
     index = build("ivf-flat", Keys([raw[:250], raw[250:]]), nlist=12, nprobe=nprobe, recall_k=5)
     assert isinstance(index, IVFIndex)
-    monkeypatch.setattr(index_module, "_FEW_QUERIES", 1)
+    monkeypatch.setattr(index_module, "_MANY_QUERIES", 1)
     monkeypatch.setattr(index_module, "_CANDIDATES", 1500)  # some queries at a time
     queries = raw[::7].astype(np.float32)
     distances, ids = index.search(queries, k)
