@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from benchmarks.models import llama_config, parameter_count, random_model, tiny_config
 from benchmarks.report import bar_line, prove
@@ -69,8 +69,6 @@ def measure(
     """
     device = default_device()
     config = tiny_config() if tiny else llama_config(576, _LAYERS, 9, kv_heads=3, ffn_width=1536)
-    model = random_model(config, dtype=torch.float32, device=device)
-    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     seconds: dict[str, list[float]] = {}
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -86,7 +84,7 @@ def measure(
         )
         for _ in range(rounds):
             for side in ("distillation", "fine_tuning", "transformers"):
-                model.load_state_dict(start)
+                model = random_model(config, dtype=torch.float32, device=device)  # of one seed
                 trainer = _trainer(side, model, arguments, path)
                 clock = _Clock(device)
                 trainer.add_callback(clock)
@@ -96,7 +94,7 @@ def measure(
                 losses[side] = [entry[key] for entry in trainer.state.log_history if key in entry]
             _prove_losses(losses)
     found = {
-        "parameters": parameter_count(model),
+        "parameters": parameter_count(random_model(config, dtype=torch.float32, device=torch.device("meta"))),
         "dtype": "bfloat16" if arguments.bf16 else "float32",
         "batch": batch,
         "length": length,
@@ -110,7 +108,9 @@ def measure(
 def _trainer(side: str, model: Any, arguments: TrainingArguments, path: Path) -> Trainer:
     rows = TargetRows([path], with_targets=side == "distillation")
     if side == "transformers":
-        return _PlainTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+        plain = _PlainTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+        plain.remove_callback(PrinterCallback)
+        return plain
     return MemoryTrainer(
         MemoryDecoder(model),
         arguments,
