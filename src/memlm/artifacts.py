@@ -205,7 +205,7 @@ def read_json(path: Path, *, limit: int = 1 << 20) -> Any:
         if size > limit:
             raise ValueError(f"{size:,} bytes, {limit:,} at most")
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)
-        _check_nesting(value, _NESTING)
+        _check_json(value, _NESTING)
     except RecursionError:
         raise ArtifactError(f"{path} cannot be read: nested too deeply") from None
     except (OSError, ValueError) as error:
@@ -220,7 +220,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_nesting(value: Any, levels: int) -> None:
+def _check_json(value: Any, levels: int) -> None:
     """Nothing, where `value` has no more levels than these, and only texts that UTF-8 can hold."""
     if isinstance(value, str):
         value.encode()
@@ -232,7 +232,7 @@ def _check_nesting(value: Any, levels: int) -> None:
                 key.encode()
             value = value.values()
         for part in value:
-            _check_nesting(part, levels - 1)
+            _check_json(part, levels - 1)
 
 
 def load_array(

@@ -91,15 +91,15 @@ def build_datastore(
             shutil.copytree(source.folder, stage.path / ".corpus", dirs_exist_ok=True)
             (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
         split = source.split("train")
-        stage.save_array(VALUES_FILE, split.labels())
-        before = stage.previous
+        before, index_is_whole = stage.previous, False
         if before is not None:
             stage.save_text(_TAP_FILE, before.facts["tap"] + "\n")
-            if stage.has(INDEX_FILE) or INDEX_FILE not in before.payload:
-                if config.keep_keys:
-                    _save_keys(stage, split, teacher, config, extension)
-                return stage.finish(before.facts, intermediate=(_TAP_FILE,))
-        tap = _save_keys(stage, split, teacher, config, extension)
+            index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
+        needs_keys = config.keep_keys or not index_is_whole
+        tap = _save_keys(stage, split, teacher, config, extension) if needs_keys else None
+        stage.save_array(VALUES_FILE, split.labels())
+        if before is not None and index_is_whole:
+            return stage.finish(before.facts, intermediate=(_TAP_FILE,))
         keys = open_keys(stage.path)
         facts = {
             "entries": split.n_positions,
