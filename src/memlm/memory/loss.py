@@ -152,7 +152,9 @@ class _SparseCrossEntropy(torch.autograd.Function):
 
         # made once: memory that is freed and asked for again costs a page fault per 4 KiB
         products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
-        floats, spare = (torch.empty_like(products, dtype=torch.float32) for _ in range(2))
+        floats = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+        keep = len(starts) == 1  # a group's logits from the first walk for the second
+        spare = torch.empty_like(floats) if keep else floats
 
         def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
             """Rows of the head, themselves, their logits (G, C), entries of the label and where in the logits."""
@@ -161,7 +163,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
                 table = weight[rows].to(dtype)  # (C, D)
                 size = len(states), len(table)
                 product = torch.mm(states, table.T, out=_view(products, size))  # (G, C)
-                logits = product if dtype == torch.float32 else _view(floats, size).copy_(product)
+                logits = product if floats is products else _view(floats, size).copy_(product)
                 if bias is not None:
                     logits += bias[rows]
                 if scale != 1.0:
@@ -184,11 +186,11 @@ class _SparseCrossEntropy(torch.autograd.Function):
             for group, first in enumerate(firsts):
                 here = slice(first, first + tile[0])
                 states = hidden[here].to(dtype)  # (G, D)
-                kept = list(tiles(group, states)) if len(starts) == 1 else None
+                kept = list(tiles(group, states)) if keep else None
                 for _, _, logits, entries, at in kept or tiles(group, states):
                     scores[entries] = logits.view(-1)[at]
                     peak = logits.amax(1)
-                    shifted = torch.sub(logits, peak[:, None], out=_view(spare, logits.shape) if kept else logits)
+                    shifted = torch.sub(logits, peak[:, None], out=_view(spare, logits.shape))
                     total = shifted.exp_().sum(1).log_() + peak  # torch.logsumexp takes twice as long
                     normaliser[here] = torch.logaddexp(normaliser[here], total)
                 if not (want_hidden or want_weight or want_bias):
@@ -203,7 +205,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
                         grad *= scale
                     if grad_bias is not None:
                         grad_bias[rows] += grad.sum(0)
-                    grad = grad if dtype == torch.float32 else _view(products, grad.shape).copy_(grad)
+                    grad = grad if floats is products else _view(products, grad.shape).copy_(grad)
                     if grad_hidden is not None:
                         _add_product(grad_hidden[here], grad, table)
                     if grad_weight is not None:
