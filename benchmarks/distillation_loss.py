@@ -60,7 +60,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
         shapes = [Shape(64, 16, 3000, 8, dtype) for dtype in TIME_BARS]
     for shape in shapes:
         proven = prove_loss(shape, device)
-        timing = measure(shape, device, rounds=1 if quick else 5)
+        timing = measure(shape, device, rounds=1 if quick else 3)
         yield bar_line(
             f"distillation_loss/time/{shape.name}",
             timing.ratio("fused", "dense"),

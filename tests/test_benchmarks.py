@@ -12,7 +12,15 @@ import torch
 from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks import __main__ as command
-from benchmarks import knn_decoding, mlp_decoding, mlp_quality, mlp_scoring
+from benchmarks import (
+    distillation_loss,
+    help_time,
+    knn_decoding,
+    mlp_decoding,
+    mlp_quality,
+    mlp_scoring,
+    training_step,
+)
 from benchmarks.decoding import decoder, prove_mixture
 from benchmarks.models import (
     bytes_per_step,
@@ -332,3 +340,40 @@ def test_both_recipes_of_quality_run_and_share_what_is_the_same(
     assert not (tmp_path / "medquad" / "twin").exists()
     payload = [(tmp_path / name / "datastore" / "run.json").read_text() for name in ("medquad-mlp", "medquad")]
     assert payload[0] == payload[1]  # times of one run: it was copied
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_that_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = distillation_loss.Shape(8, 16, 300, 4, torch.float32)
+    proven = distillation_loss.prove_loss(shape, CPU)
+    assert 0 < proven["fused_head_gradient_error"] < 1e-5
+    right = distillation_loss.Inputs.fused
+    monkeypatch.setattr(distillation_loss.Inputs, "fused", lambda self: 1.001 * right(self))
+    with pytest.raises(WrongAnswerError, match=r"loss of float32/16x300"):
+        distillation_loss.prove_loss(shape, CPU)
+
+
+def test_the_peak_of_a_dense_loss_holds_its_logits() -> None:
+    shape = distillation_loss.Shape(2000, 4, 5000, 4, torch.float32)
+    peaks = {side: distillation_loss.peak(side, shape, CPU) for side in distillation_loss.SIDES}
+    assert peaks["dense"] > 2 * 4 * 2000 * 5000  # logits and their gradient
+    assert peaks["fused"] < peaks["dense"] / 2
+
+
+def test_trainers_that_train_differently_are_told_apart() -> None:
+    losses = {"fine_tuning": [2.0, 1.5], "transformers": [2.0, 1.5], "distillation": [2.0, 1.9]}
+    training_step._prove_losses(losses)
+    with pytest.raises(WrongAnswerError, match="loss of fine-tuning"):
+        training_step._prove_losses(losses | {"transformers": [2.0, 1.51]})
+    with pytest.raises(WrongAnswerError, match="number of steps"):
+        training_step._prove_losses(losses | {"transformers": [2.0]})
+    with pytest.raises(WrongAnswerError, match="cross-entropy of distillation"):
+        training_step._prove_losses(losses | {"distillation": [2.1, 1.5]})
+
+
+def test_help_that_loads_something_heavy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(help_time, "HEAVY", ("torch", "pydantic"))
+    with pytest.raises(WrongAnswerError, match="pydantic"):
+        next(help_time.run(quick=True))
