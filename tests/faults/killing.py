@@ -187,15 +187,15 @@ class Runs:
     def __init__(self, connection: Connection, ingredients: Ingredients, folder: Path) -> None:
         self._connection = connection
         self.ingredients = ingredients
-        self._folder = folder
+        self.folder = folder
         self._expected: dict[str, tuple[Ran, dict[str, str]]] = {}
 
     def expected(self, name: str) -> tuple[Ran, dict[str, str]]:
         """A run of one of `STAGES` that nothing befalls, and the `content` that it leaves."""
         if name not in self._expected:
-            ran = self.stage(name, self._folder / name)
+            ran = self.stage(name, self.folder / name)
             assert (ran.status, ran.said) == (0, "")
-            self._expected[name] = ran, content(self._folder / name)
+            self._expected[name] = ran, content(self.folder / name)
         return self._expected[name]
 
     def stage(self, name: str, folder: Path, fault: Fault = Fault(), *, ingredients: Ingredients | None = None) -> Ran:
