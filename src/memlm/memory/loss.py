@@ -19,7 +19,7 @@ from memlm.models.heads import Head
 
 _CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product stays in the cache
 _DEVICE_LOGITS = 2**26
-_FEWEST_POSITIONS = 256  # with fewer, adding up gradients of the head takes as long as the products
+_FEWEST_POSITIONS = 192  # with fewer, adding up gradients of the head takes as long as the products
 _FEWEST_TOKENS = 512  # with fewer, adding up gradients of hidden states does
 
 
@@ -153,11 +153,9 @@ class _SparseCrossEntropy(torch.autograd.Function):
         # made once: memory that is freed and asked for again costs a page fault per 4 KiB
         products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
         floats = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
-        keep = len(starts) == 1  # a group's logits from the first walk for the second
-        spare = torch.empty_like(floats) if keep else floats
 
-        def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
-            """Rows of the head, themselves, their logits (G, C), entries of the label and where in the logits."""
+        def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
+            """Rows of the head, themselves, their logits (G, C), the label's entries, their places, the cap's slope."""
             for part, start in enumerate(starts):
                 rows = slice(start, min(start + tile[1], vocab_size))
                 table = weight[rows].to(dtype)  # (C, D)
@@ -173,7 +171,8 @@ class _SparseCrossEntropy(torch.autograd.Function):
                 number = group * len(starts) + part
                 entries = order[edges[number] : edges[number + 1]]
                 at = (owner[entries] - firsts[group]) * logits.shape[1] + (ids[entries] - start)
-                yield rows, table, logits, entries, at
+                slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
+                yield rows, table, logits, entries, at, slope
 
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
@@ -186,18 +185,17 @@ class _SparseCrossEntropy(torch.autograd.Function):
             for group, first in enumerate(firsts):
                 here = slice(first, first + tile[0])
                 states = hidden[here].to(dtype)  # (G, D)
-                kept = list(tiles(group, states)) if keep else None
-                for _, _, logits, entries, at in kept or tiles(group, states):
+                kept = list(tiles(group, states)) if len(starts) == 1 else None
+                for _, _, logits, entries, at, _ in kept or tiles(group, states):
                     scores[entries] = logits.view(-1)[at]
                     peak = logits.amax(1)
-                    shifted = torch.sub(logits, peak[:, None], out=_view(spare, logits.shape))
-                    total = shifted.exp_().sum(1).log_() + peak  # torch.logsumexp takes twice as long
-                    normaliser[here] = torch.logaddexp(normaliser[here], total)
+                    total = logits.sub_(peak[:, None]).exp_().sum(1)  # torch.logsumexp takes twice as long
+                    normaliser[here] = torch.logaddexp(normaliser[here], total.log() + peak)
                 if not (want_hidden or want_weight or want_bias):
                     continue
-                for rows, table, logits, entries, at in kept or tiles(group, states):
-                    slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
-                    grad = logits.sub_(normaliser[here, None]).exp_()  # softmax
+                for rows, table, logits, entries, at, slope in kept or tiles(group, states):
+                    # in place: softmax; what is kept are exponentials by now
+                    grad = logits.div_(total[:, None]) if kept else logits.sub_(normaliser[here, None]).exp_()
                     grad.view(-1).index_add_(0, at, label[entries], alpha=-1)
                     if slope is not None:
                         grad *= slope
