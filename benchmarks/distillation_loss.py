@@ -71,6 +71,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
             **proven,
             positions=shape.positions,
             support=shape.support,
+            threads=torch.get_num_threads(),
         )
         measure_peak = peak if quick else peak_in_new_process
         peaks = {side: measure_peak(side, shape, device) for side in SIDES}

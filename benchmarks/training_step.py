@@ -101,6 +101,7 @@ def measure(
         "support": _SUPPORT,
         "steps": steps,
         "rounds": rounds,
+        "threads": torch.get_num_threads(),
     }
     return found, Timing(seconds)
 
