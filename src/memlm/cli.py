@@ -712,6 +712,7 @@ def run(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all stages; default runs/RECIPE_NAME.")] = None,
+    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Run all stages of a recipe; finished ones are skipped when their inputs' hashes match.
@@ -726,7 +727,7 @@ def run(
     _quiet()
     from memlm.evaluate.perplexity import report_table
 
-    folder, reports = run_recipe_file(recipe, out, overrides=settings, say=_say)
+    folder, reports = run_recipe_file(recipe, out, overrides=settings, repair=repair, say=_say)
     text = "\n\n".join(f"{name} ({folder / name})\n{report_table(report)}" for name, report in reports.items())
     _print({"folder": str(folder), **reports}, as_json, text)
 

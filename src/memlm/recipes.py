@@ -100,13 +100,18 @@ def data_path(place: str) -> str:
 
 
 def run_recipe(
-    sections: dict[str, dict[str, Any]], out: str | Path, *, say: Callable[[str], None] = lambda line: None
+    sections: dict[str, dict[str, Any]],
+    out: str | Path,
+    *,
+    repair: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run every stage of a recipe into folders below `out`; finished stages are skipped.
 
     Args:
         sections: As in the YAML file.
         out: Folder for `corpus/`, `teacher/`, `datastore/`, `targets/`, `memory/`, `twin/` and their evaluations.
+        repair: Make damaged or missing files of finished stages again.
         say: Told what starts, a line a stage.
 
     Returns:
@@ -132,21 +137,25 @@ def run_recipe(
     base, _ = check_start(configs["train"], init=init, base=places["train"].get("base"), block_size=block_size)
     activations = places["train"].get("activations")
     activations = folder["datastore"] if activations == "datastore" else activations
-    shared = {"init": init, "base": base, "activations": activations}
+    shared = {"init": init, "base": base, "activations": activations, "repair": repair}
 
     def stage(name: str) -> None:
         say(f"{name} -> {folder[name]}")
 
     stage("corpus")
-    build_corpus(documents, tokenizer=places["corpus"]["tokenizer"], out=folder["corpus"], config=configs["corpus"])
+    tokenizer = places["corpus"]["tokenizer"]
+    build_corpus(documents, tokenizer=tokenizer, out=folder["corpus"], config=configs["corpus"], repair=repair)
     if "teacher" in configs:
         stage("teacher")
-        train_memory(folder["corpus"], init=places["teacher"]["init"], out=folder["teacher"], config=configs["teacher"])
+        start = places["teacher"]["init"]
+        train_memory(folder["corpus"], init=start, out=folder["teacher"], config=configs["teacher"], repair=repair)
     stage("datastore")
     teacher = places["datastore"].get("teacher", str(folder["teacher"]))
-    build_datastore(folder["corpus"], teacher=teacher, out=folder["datastore"], config=configs["datastore"])
+    build_datastore(
+        folder["corpus"], teacher=teacher, out=folder["datastore"], config=configs["datastore"], repair=repair
+    )
     stage("targets")
-    build_targets(folder["datastore"], out=folder["targets"], config=configs["targets"])
+    build_targets(folder["datastore"], out=folder["targets"], config=configs["targets"], repair=repair)
     stage("memory")
     train_memory(folder["targets"], out=folder["memory"], config=configs["train"], **shared)
     if "twin" in configs:
@@ -164,14 +173,20 @@ def run_recipe(
                 out=out / f"evaluation-{row}",
                 config=configs.get("evaluate"),
                 retrieval=configs.get("retrieval") if row == "retrieval" else None,
+                repair=repair,
             )
     return reports
 
 
 def run_recipe_file(
-    path: str | Path, out: str | Path | None = None, *, overrides: list[str] | None = None, say: Callable[[str], None]
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    overrides: list[str] | None = None,
+    repair: bool = False,
+    say: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
     """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
     sections = read_recipe(path, overrides or [])
     folder = Path(out) if out is not None else Path("runs") / Path(path).stem
-    return folder, run_recipe(sections, folder, say=say)
+    return folder, run_recipe(sections, folder, repair=repair, say=say)
