@@ -19,8 +19,8 @@ from memlm.models.heads import Head
 
 _CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product stays in the cache
 _DEVICE_LOGITS = 2**26
-_FEWEST_POSITIONS = 192  # with fewer, adding up gradients of the head takes as long as the products
-_FEWEST_TOKENS = 512  # with fewer, adding up gradients of hidden states does
+_FEWEST_POSITIONS = 160  # with fewer, adding up gradients of the head takes as long as the products
+_FEWEST_TOKENS = 384  # with fewer, adding up gradients of hidden states does
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
         order = place.argsort()  # so that the entries of a tile stand together
         numbers = torch.arange(len(firsts) * len(starts) + 1, device=place.device)
         edges = torch.searchsorted(place[order], numbers).tolist()
+        del place, numbers  # as large as the label; the head's gradient comes on top
 
         # made once: memory that is freed and asked for again costs a page fault per 4 KiB
         products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
