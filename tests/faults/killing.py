@@ -290,6 +290,7 @@ def _fork(work: _Work, folder: Path, fault: Fault) -> _Child:
 def _work(work: _Work, folder: Path, fault: Fault, answer: Connection) -> int:
     """What a forked process does, and its exit status."""
     counted = _count_changes(folder, fault)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored
     os.environ["MEMLM_HOME"] = str(folder / "home")
     if fault.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault.file_limit, fault.file_limit))

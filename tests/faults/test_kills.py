@@ -17,7 +17,7 @@ WHOLE = (
     "out.partial/keys/*.npy",
     "out.partial/train-*.arrow",
     "out.partial/checkpoints/*/whole",
-    "home/scores/*/*.npy",
+    "home/scores/*/*.label_count.npy",  # the last file of each split
 )
 """What stands for work that is not to be done again, once it has its name."""
 
