@@ -28,6 +28,8 @@ from memlm.progress import progress_bar
 
 _TAP_FILE = "tap.txt"
 
+_VALUES_AT_ONCE = 65536
+
 
 def build_datastore(
     corpus: str | Path,
@@ -97,7 +99,7 @@ def build_datastore(
             index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
         needs_keys = config.keep_keys or not index_is_whole
         tap = _save_keys(stage, split, teacher, config, extension) if needs_keys else None
-        stage.save_array(VALUES_FILE, split.labels())
+        _save_values(stage, split)
         if before is not None and index_is_whole:
             return stage.finish(before.facts, intermediate=(_TAP_FILE,))
         keys = open_keys(stage.path)
@@ -195,6 +197,16 @@ def read_keys(
             out[starts[i] : starts[i] + len(keys)] = keys
     assert out is not None  # there is at least one block, and blocks have at least one position
     return out
+
+
+def _save_values(stage: Stage, split: Split) -> None:
+    """Write the values, some positions at a time, so that memory does not grow with the corpus."""
+    with stage.writing(VALUES_FILE) as temporary, temporary.open("wb") as file:
+        header = {"descr": "<i4", "fortran_order": False, "shape": (split.n_positions,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in range(0, split.n_positions, _VALUES_AT_ONCE):
+            stop = min(start + _VALUES_AT_ONCE, split.n_positions)
+            file.write(split.labels(start, stop).astype("<i4").tobytes())
 
 
 def _save_index(stage: Stage, keys: Keys, config: DatastoreConfig, extension: Extension | None) -> dict:
