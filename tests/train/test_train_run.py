@@ -1,7 +1,9 @@
 """The train stage as a whole: what it learns, keeps, refuses, and how an interrupted run goes on."""
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
-from interruption import interrupted_after
+from interruption import Interrupted, interrupted_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -367,6 +369,49 @@ def test_an_interrupted_run_continued_gives_the_same_bytes(
     assert resumed.facts == uninterrupted.facts
     assert resumed.hash == uninterrupted.hash
     assert not (tmp_path / "m.partial").exists()
+
+
+@contextlib.contextmanager
+def stopped_after_training() -> Iterator[None]:
+    """The run in the `with` block ends after its last checkpoint, before it writes the memory."""
+
+    def stop(*args: Any) -> None:
+        raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_module, "_facts", stop)
+        with pytest.raises(Interrupted):
+            yield
+
+
+def test_a_run_interrupted_after_its_last_step_takes_none_more(
+    targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path
+) -> None:
+    """Step 26 lies in the middle of an epoch, which the Trainer would go on with."""
+    with stopped_after_training():
+        train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
+    assert (tmp_path / "m.partial" / "checkpoints" / "checkpoint-26" / "whole").is_file()
+    resumed = train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
+    assert resumed.facts["steps"] == 26
+    assert resumed.hash == uninterrupted.hash
+
+
+def test_a_run_that_was_moved_finds_its_best_checkpoint(
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Perplexities are scripted to rise, so the first checkpoint stays the best."""
+
+    def train(name: str, perplexities: list[float]) -> Manifest:
+        monkeypatch.setattr(trainer_module, "best_mix_weight", lambda *args: (0.5, perplexities.pop(0)))
+        return train_memory(targets_folder, init=model_folder, out=tmp_path / name, config=RESUMED)
+
+    expected = train("other", [1.0, 2.0, 3.0, 4.0])
+    with stopped_after_training():
+        train("m", [1.0, 2.0, 3.0, 4.0])
+    (tmp_path / "m.partial").rename(tmp_path / "moved.partial")
+    moved = train("moved", [])
+    assert moved.facts["validation"]["best"]["step"] == 7
+    assert moved.hash == expected.hash
 
 
 def test_a_resumed_run_does_only_the_missing_steps(
