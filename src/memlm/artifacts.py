@@ -22,7 +22,8 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
@@ -425,6 +426,8 @@ def check_output(out: str | Path, identity: dict[str, Any], *, repair: bool = Fa
             f"{out} exists and was made otherwise ({_difference(there, identity)}); choose another output or delete it"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if is_artifact(out):  # another process has finished it since the first look
+            return check_output(out, identity, repair=repair)
         raise OutputExistsError(f"{out} exists and is no memlm folder; choose another output or delete it")
     return False
 
@@ -559,6 +562,27 @@ class Stage:
         os.replace(self.path, self.out)
         (self.out / "lock").unlink(missing_ok=True)  # held until now, so that no other run takes the folder
         self.finished = True
+
+
+@contextlib.contextmanager
+def writing_behind() -> Iterator[Callable[..., None]]:
+    """A function that runs a write beside the caller, one at a time and in order; all are done after the `with` block.
+
+    So a stage computes its next shard while the last goes to disk, and holds two at most. What a write raises is raised
+    by the next call, or at the end.
+    """
+    last: Future[None] | None = None
+    with ThreadPoolExecutor(1, "memlm-writer") as disk:
+
+        def submit(write: Callable[..., None], *args: Any) -> None:
+            nonlocal last
+            if last is not None:
+                last.result()
+            last = disk.submit(write, *args)
+
+        yield submit
+        if last is not None:
+            last.result()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import brute_neighbors
@@ -62,12 +63,22 @@ def test_keys_in_shards_read_like_one_array(sizes: list[int], data: st.DataObjec
 
 
 @pytest.mark.parametrize("k", [1, 7, 60])
-def test_the_exact_index_equals_brute_force_across_blocks(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("accelerator_bytes", [None, 0, 1 << 30])
+def test_the_exact_index_equals_brute_force_across_blocks(
+    k: int, accelerator_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, and as an accelerator does it, with keys that fit its memory or do not."""
     monkeypatch.setattr(index_module, "_BLOCK", 13)
+    monkeypatch.setattr(index_module, "_DEVICE_BLOCK", 13)
     monkeypatch.setattr(index_module, "_QUERIES", 4)
     raw = clustered(60, 8)
     queries = np.random.default_rng(1).normal(size=(11, 8)).astype(np.float32)
-    distances, ids = ExactIndex(Keys([raw[:25], raw[25:]])).search(queries, k)
+    index = ExactIndex(Keys([raw[:25], raw[25:]]))
+    if accelerator_bytes is not None:
+        monkeypatch.setattr(index, "_by_blocks", True)
+        monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (accelerator_bytes, accelerator_bytes))
+    distances, ids = index.search(queries, k)
+    assert bool(index._held) == bool(accelerator_bytes)
     expected, _ = brute_neighbors(raw, queries, k)
     np.testing.assert_allclose(distances, expected, **CLOSE)
     assert (np.diff(distances, axis=1) >= 0).all()

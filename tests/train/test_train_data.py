@@ -99,9 +99,10 @@ def test_collate_pads_on_the_right_and_joins_targets_in_reading_order() -> None:
     assert batch["target_probs"].dtype == torch.float16
 
 
-def test_collate_without_targets_gives_tokens_and_labels_only() -> None:
+def test_collate_without_targets_gives_tokens_labels_and_places_only() -> None:
     batch = collate([{"input_ids": np.array([1, 2], np.int32), "labels": np.array([IGNORE, 2])}])
-    assert set(batch) == {"input_ids", "labels"}
+    assert set(batch) == {"input_ids", "labels", "places"}
+    assert batch["places"].tolist() == [0]
 
 
 @given(

@@ -1,16 +1,18 @@
 """The datastore stage: a teacher reads the training split and leaves keys, values and an index."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.artifacts import MANIFEST, Manifest, Stage, open_stage, read_manifest
+from memlm.artifacts import MANIFEST, Manifest, Stage, open_stage, read_manifest, writing_behind
 from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import Extension
@@ -29,6 +31,9 @@ from memlm.progress import progress_bar
 _TAP_FILE = "tap.txt"
 
 _VALUES_AT_ONCE = 65536
+
+_Batch = tuple[NDArray[np.int64], Callable[[], NDArray[np.float16]]]
+"""Places in a list of blocks that were read together, and a function that gives their keys, one after another."""
 
 
 def build_datastore(
@@ -136,7 +141,8 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
         int(split.position_starts[b1] - split.position_starts[b0]) for b0, b1 in (shards[i] for i in missing)
     )
     opened = nullcontext() if model is None else TapReader(model, tap)
-    with progress_bar(total, "teacher pass", initial=done) as bar, opened as reader:
+    bar = progress_bar(total, "teacher pass", initial=done)
+    with bar, opened as reader, writing_behind() as write:
         for i in missing:
             keys = None
             if reader is not None and len(to_read[i]):
@@ -144,7 +150,7 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
             if extension is not None:
                 keys = extension.complete(keys, *split.position_starts[list(shards[i])])
             assert keys is not None  # without an extension every block is read
-            stage.save_array(f"keys/{i:05d}.npy", keys)
+            write(stage.save_array, f"keys/{i:05d}.npy", keys)
             bar.update(len(keys))
     return tap
 
@@ -181,22 +187,57 @@ def read_keys(
     numbers = np.asarray(blocks)
     starts = np.append(0, np.cumsum(np.diff(split.position_starts)[numbers]))
     out: NDArray[np.float16] | None = None
+    for batch, keys in _one_ahead(_read_batches(reader, split, numbers, batch_tokens)):
+        found = keys()
+        if not np.isfinite(found).all():
+            raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
+        if out is None:
+            out = np.empty((int(starts[-1]), found.shape[1]), np.float16)
+        lengths = starts[batch + 1] - starts[batch]
+        for start, part in zip(starts[batch], np.split(found, np.cumsum(lengths)[:-1]), strict=True):
+            out[start : start + len(part)] = part
+    assert out is not None  # there is at least one block, and blocks have at least one position
+    return out
+
+
+def _read_batches(reader: TapReader, split: Blocks, numbers: NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
     device = reader.model.device
     for batch in length_batches(split.lengths[numbers], batch_tokens):
         read = [split[int(numbers[i])] for i in batch]
         longest = max(len(b.input_ids) for b in read)
-        padded = np.stack([np.pad(b.input_ids, (0, longest - len(b.input_ids))) for b in read])
-        activations = reader.read(torch.from_numpy(padded).long().to(device))
-        for row, i, block in zip(activations, batch, read, strict=True):
-            before = torch.from_numpy(np.flatnonzero(block.predicted) - 1).to(device)
-            keys = row[before].half().cpu().numpy()
-            if not np.isfinite(keys).all():
-                raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
-            if out is None:
-                out = np.empty((int(starts[-1]), keys.shape[1]), np.float16)
-            out[starts[i] : starts[i] + len(keys)] = keys
-    assert out is not None  # there is at least one block, and blocks have at least one position
-    return out
+        tokens = np.zeros((len(read), longest), np.int64)
+        predicted = np.zeros((len(read), longest + 1), bool)
+        for row, block in enumerate(read):
+            tokens[row, : len(block.input_ids)] = block.input_ids
+            predicted[row, : len(block.input_ids)] = block.predicted
+        places = torch.from_numpy(np.flatnonzero(predicted[:, 1:])).to(device)
+        activations = reader.read(torch.from_numpy(tokens).to(device))
+        yield np.asarray(batch), _to_host(activations.flatten(0, 1)[places].half())
+
+
+def _to_host(values: Tensor) -> Callable[[], NDArray[Any]]:
+    """A function that waits for `values` and gives them; an accelerator copies them while it computes what follows."""
+    if values.device.type == "cpu":
+        return values.numpy
+    copied = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copied.copy_(values, non_blocking=True)
+    done = torch.Event(values.device)
+    done.record()
+
+    def wait() -> NDArray[Any]:
+        done.synchronize()
+        return copied.numpy()
+
+    return wait
+
+
+def _one_ahead(items: Iterable[_Batch]) -> Iterator[_Batch]:
+    """The same items, each given once the next was made."""
+    before: list[_Batch] = []
+    for item in items:
+        yield from before
+        before = [item]
+    yield from before
 
 
 def _save_values(stage: Stage, split: Split) -> None:

@@ -1,7 +1,7 @@
 """Search structures over keys. To add one, write a subclass and name it in `INDEXES`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -9,14 +9,18 @@ from typing import Any, Self
 import faiss
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
+from torch import Tensor
 
 from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.layout import IndexFacts, IndexLayout
 from memlm.errors import ArtifactError, ConfigError
+from memlm.models.loading import default_device
 
 INDEX_FILE = "index.faiss"
 _BLOCK = 131_072
+_DEVICE_BLOCK = 32_768  # keys compared at a time on an accelerator, half a gigabyte of distances
 _QUERIES = 4096
 _MANY_QUERIES = 512  # for each thread: fewer hardly share the lists that they probe
 _CANDIDATES = 1 << 25  # ranked at a time, 8 bytes each
@@ -36,7 +40,16 @@ class Keys:
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
         """Keys `start` to `stop`, widened to float32."""
-        return self.gather(np.arange(start, min(stop, len(self))))
+        return _widen(self.slice(start, min(stop, len(self))))
+
+    def slice(self, start: int, stop: int) -> NDArray[np.float16]:
+        """Keys `start` to `stop`; a view where they are in one shard."""
+        parts = [
+            shard[max(0, start - first) : stop - first]
+            for shard, first in zip(self._shards, self._starts, strict=False)  # of the starts, the last is an end
+            if first < stop and start < first + len(shard)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float16), *parts])
 
     def gather(self, ids: NDArray[np.int64], dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
         """The keys with these ids, `(*ids.shape, D)`."""
@@ -50,14 +63,17 @@ class Keys:
             for shard in touched:
                 here = shard_of == shard
                 out[here] = self._shards[shard][flat[here] - self._starts[shard]]
-        if dtype == np.float32:
-            out = torch.from_numpy(out).float().numpy()  # ten times as fast as numpy widens float16
-        return out.reshape(*ids.shape, self.shape[1])
+        return (_widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """(first id, keys) over all keys, a bounded number at a time."""
         for start in range(0, len(self), _BLOCK):
             yield start, self.rows(start, start + _BLOCK)
+
+
+def _widen(keys: NDArray[np.float16]) -> NDArray[np.float32]:
+    """The keys in float32; numpy takes ten times as long."""
+    return faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16).decode(keys.view(np.uint8))
 
 
 class Index(ABC):
@@ -137,17 +153,24 @@ class Index(ABC):
 
 
 class ExactIndex(Index):
-    """Compares every query with every key, read from disk by blocks."""
+    """Compares every query with every key, by blocks; on an accelerator where there is one.
+
+    The CPU reads keys from disk each time. An accelerator holds them, in float16, where they take up to half of the
+    memory that it has left.
+    """
 
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
+        self._device = default_device()
+        self._by_blocks = self._device.type != "cpu"
+        self._held: list[tuple[int, Tensor]] = []
 
     @classmethod
     def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
         return cls(keys)
 
     def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
-        self.keys = keys
+        self.keys, self._held = keys, []
 
     def save(self, path: Path) -> None:
         pass
@@ -162,6 +185,9 @@ class ExactIndex(Index):
         return {"kind": "exact"}
 
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        if self._by_blocks:
+            best, ids = nearest_by_blocks(torch.from_numpy(queries).to(self._device), self._blocks(), k)
+            return best.cpu().numpy(), ids.cpu().numpy()
         best = np.full((len(queries), k), np.inf, np.float32)
         ids = np.full((len(queries), k), -1, np.int64)
         for start, block in self.keys.blocks():
@@ -170,6 +196,43 @@ class ExactIndex(Index):
                 np.concatenate([best, distances], axis=1), np.concatenate([ids, found + start], axis=1), k
             )
         return best, ids
+
+    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """(first id, keys) on the device, kept there where they fit."""
+        if self._held:
+            yield from self._held
+            return
+        entries, width = self.keys.shape
+        keep = 2 * entries * width <= torch.accelerator.get_memory_info(self._device)[0] // 2
+        found = []
+        for start in range(0, entries, _DEVICE_BLOCK):
+            keys = np.array(self.keys.slice(start, min(start + _DEVICE_BLOCK, entries)))
+            found.append((start, torch.from_numpy(keys).to(self._device)))
+            yield found[-1]
+            found = found if keep else []
+        self._held = found
+
+
+def nearest_by_blocks(
+    queries: Float[Tensor, "P D"], blocks: Iterable[tuple[int, Float[Tensor, "B D"]]], k: int
+) -> tuple[Float[Tensor, "P k"], Int[Tensor, "P k"]]:
+    """Squared L2 distances to the nearest keys, ascending, and their ids; `inf` and -1 where there is none.
+
+    Args:
+        queries: In float32, on the device that computes.
+        blocks: First id and keys of each block, on that device, in any precision.
+        k: Neighbours wanted.
+    """
+    norms = queries.square().sum(1, keepdim=True)
+    best = queries.new_full((len(queries), k), torch.inf)
+    ids = torch.full_like(best, -1, dtype=torch.long)
+    for start, block in blocks:
+        keys = block.float()
+        distances = torch.addmm(keys.square().sum(1), queries, keys.T, alpha=-2).add_(norms).clamp_(min=0)
+        found, columns = distances.topk(min(k, len(keys)), largest=False, sorted=False)
+        best, order = torch.cat([best, found], 1).topk(k, largest=False)
+        ids = torch.cat([ids, columns + start], 1).gather(1, order)
+    return best, ids
 
 
 class IVFIndex(Index):
@@ -280,7 +343,7 @@ class IVFFlatIndex(IVFIndex):
         A matrix product does that in a third of the time in which faiss goes through the lists of each query.
         """
         threads = torch.get_num_threads()
-        if len(queries) < _MANY_QUERIES * threads:
+        if len(queries) < _MANY_QUERIES * threads or self.index.ntotal > _NUMBERS:
             return super()._search(queries, k)
         index: Any = self.index
         _, probed = index.quantizer.search(queries, index.nprobe)
@@ -370,7 +433,8 @@ def nearest_first(
     return best, np.take_along_axis(ids, order, 1)
 
 
-_MISSING = np.int64(np.float32(np.inf).view(np.int32)) << 32 | 0xFFFFFFFF
+_NUMBERS = 0xFFFFFFFF  # what fits beside a distance
+_MISSING = np.int64(np.float32(np.inf).view(np.int32)) << 32 | _NUMBERS
 
 
 def _pack(distances: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -383,7 +447,7 @@ def _pack(distances: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray
 
 def _unpack(packed: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """What `_pack` was given, distances below 0 as 0; -1 for a missing neighbour."""
-    numbers = packed & 0xFFFFFFFF
+    numbers = packed & _NUMBERS
     return (packed >> 32).astype(np.int32).view(np.float32), np.where(packed == _MISSING, -1, numbers)
 
 

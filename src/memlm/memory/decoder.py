@@ -12,7 +12,7 @@ from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError
 from memlm.memory.config import StartConfig
 from memlm.memory.loss import DistillationLoss, distillation_loss
-from memlm.memory.protocol import Memory, MemoryCache, MemorySettings
+from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, predicting_places
 from memlm.memory.reading import TokenCache, WindowedReader, longest_context
 from memlm.models.heads import find_head, label_log_probs
 from memlm.models.loading import chosen_layers, fresh_model, keep_layers, load_causal_lm, load_config
@@ -85,12 +85,13 @@ class MemoryDecoder(Memory):
         target_counts: Int[Tensor, "P"] | None = None,
         target_ids: Int[Tensor, "S"] | None = None,
         target_probs: Float[Tensor, "S"] | None = None,
+        places: Int[Tensor, "P"] | None = None,
     ) -> DistillationLoss:
         hidden = self.decoder.base_model(input_ids=input_ids, use_cache=False)[0]
-        predicted = labels[:, 1:] != IGNORE
+        places = predicting_places(labels) if places is None else places
         return distillation_loss(
-            hidden[:, :-1][predicted],
-            labels[:, 1:][predicted],
+            hidden.flatten(0, 1)[places],
+            labels.flatten()[places + 1],
             self.head,
             kl_weight=kl_weight,
             vocab_size=self.vocab_size,

@@ -21,6 +21,7 @@ _CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product 
 _DEVICE_LOGITS = 2**26
 _FEWEST_POSITIONS = 160  # with fewer, adding up gradients of the head takes as long as the products
 _FEWEST_TOKENS = 384  # with fewer, adding up gradients of hidden states does
+_FEW_TILES = 8  # up to which every tile looks at the whole label instead of its part of it
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def distillation_loss(
     if kl_weight > 0:
         if target_counts is None or target_ids is None or target_probs is None:
             raise ValueError(f"kl_weight = {kl_weight} needs targets")
-        of_targets = positions.repeat_interleave(target_counts)
+        of_targets = positions.repeat_interleave(target_counts, output_size=len(target_ids))
         q = target_probs.float()
         q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
         owner, ids = torch.cat([owner, of_targets]), torch.cat([ids, target_ids])
@@ -124,6 +125,60 @@ def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
         to += left @ right
 
 
+class _LabelTiles:
+    """The entries of the sparse label, tile by tile.
+
+    On the CPU they are sorted by tile. An accelerator has few tiles, and would have to be waited for to know where the
+    entries of a tile end: there each tile looks at all of them.
+    """
+
+    def __init__(
+        self, owner: Tensor, ids: Tensor, label: Tensor, shape: tuple[int, int], tile: tuple[int, int]
+    ) -> None:
+        """
+        Args:
+            owner: `(E,)` the position of each entry.
+            ids: `(E,)` its token.
+            label: `(E,)` its weight.
+            shape: Positions and tokens.
+            tile: Those of a tile.
+        """
+        self._owner, self._ids, self._label = owner, ids, label
+        self.firsts, self.starts = range(0, shape[0], tile[0]), range(0, shape[1], tile[1])
+        tiles = len(self.firsts) * len(self.starts)
+        place = owner // tile[0] * len(self.starts) + ids // tile[1]
+        self._edges: list[int] | None = None
+        if owner.device.type == "cpu" and tiles > _FEW_TILES:
+            self._order = place.argsort()
+            self._edges = torch.searchsorted(place[self._order], torch.arange(tiles + 1)).tolist()
+        else:
+            self._place = place
+
+    def entries(
+        self, group: int, part: int, size: tuple[int, int]
+    ) -> tuple[Tensor | slice, Tensor, Tensor, Tensor | None]:
+        """What concerns the tile of these positions and tokens.
+
+        Args:
+            group: Number of its positions' range.
+            part: Number of its tokens' range.
+            size: Positions and tokens in it.
+
+        Returns:
+            Numbers of entries; where each stands in the flattened tile; its weight; and whether it is there at all,
+            None where all are. The weight of one that is not is 0.
+        """
+        number = group * len(self.starts) + part
+        if self._edges is not None:
+            entries = self._order[self._edges[number] : self._edges[number + 1]]
+            at = (self._owner[entries] - self.firsts[group]) * size[1] + (self._ids[entries] - self.starts[part])
+            return entries, at, self._label[entries], None
+        at = (self._owner - self.firsts[group]) * size[1] + (self._ids - self.starts[part])
+        there = self._place == number
+        at = torch.where(there, at, at.remainder(size[0] * size[1]))  # the others are spread, for each adds its 0
+        return slice(None), at, self._label * there, there
+
+
 class _SparseCrossEntropy(torch.autograd.Function):
     """Sum of `logsumexp - sum_s weight_s * logit_s`; gradients are formed in the forward pass, tile by tile."""
 
@@ -144,19 +199,16 @@ class _SparseCrossEntropy(torch.autograd.Function):
         tile: tuple[int, int],
     ) -> tuple[Tensor, Tensor, Tensor]:
         positions = len(hidden)
-        firsts, starts = range(0, positions, tile[0]), range(0, vocab_size, tile[1])
-        place = owner // tile[0] * len(starts) + ids // tile[1]
-        order = place.argsort()  # so that the entries of a tile stand together
-        numbers = torch.arange(len(firsts) * len(starts) + 1, device=place.device)
-        edges = torch.searchsorted(place[order], numbers).tolist()
-        del place, numbers  # as large as the label; the head's gradient comes on top
+        label = torch.cat([torch.full((positions,), 1 - kl_weight, device=q.device), kl_weight * q])
+        label_tiles = _LabelTiles(owner, ids, label, (positions, vocab_size), tile)
+        starts = label_tiles.starts
 
         # made once: memory that is freed and asked for again costs a page fault per 4 KiB
         products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
         floats = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
 
-        def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor, Tensor | None]]:
-            """Rows of the head, themselves, their logits (G, C), the label's entries, their places, the cap's slope."""
+        def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Any, Tensor | None]]:
+            """Rows of the head, themselves, their logits (G, C), the label's entries, the cap's slope."""
             for part, start in enumerate(starts):
                 rows = slice(start, min(start + tile[1], vocab_size))
                 table = weight[rows].to(dtype)  # (C, D)
@@ -169,35 +221,32 @@ class _SparseCrossEntropy(torch.autograd.Function):
                     logits *= scale
                 if softcap is not None:
                     logits.div_(softcap).tanh_().mul_(softcap)
-                number = group * len(starts) + part
-                entries = order[edges[number] : edges[number + 1]]
-                at = (owner[entries] - firsts[group]) * logits.shape[1] + (ids[entries] - start)
                 slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
-                yield rows, table, logits, entries, at, slope
+                yield rows, table, logits, label_tiles.entries(group, part, size), slope
 
         want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and want_bias else None
-        label = torch.cat([torch.full((positions,), 1 - kl_weight, device=q.device), kl_weight * q])
-        scores = torch.empty(len(ids), device=hidden.device)  # logits of the label's entries
+        scores = torch.zeros(len(ids), device=hidden.device)  # logits of the label's entries
         normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for group, first in enumerate(firsts):
+            for group, first in enumerate(label_tiles.firsts):
                 here = slice(first, first + tile[0])
                 states = hidden[here].to(dtype)  # (G, D)
                 kept = list(tiles(group, states)) if len(starts) == 1 else None
-                for _, _, logits, entries, at, _ in kept or tiles(group, states):
-                    scores[entries] = logits.view(-1)[at]
+                for _, _, logits, (entries, at, _, there), _ in kept or tiles(group, states):
+                    found = logits.view(-1)[at]
+                    scores[entries] = found if there is None else torch.where(there, found, scores)
                     peak = logits.amax(1)
                     total = logits.sub_(peak[:, None]).exp_().sum(1)  # torch.logsumexp takes twice as long
                     normaliser[here] = torch.logaddexp(normaliser[here], total.log() + peak)
                 if not (want_hidden or want_weight or want_bias):
                     continue
-                for rows, table, logits, entries, at, slope in kept or tiles(group, states):
+                for rows, table, logits, (_, at, weights, _), slope in kept or tiles(group, states):
                     # in place: softmax; what is kept are exponentials by now
                     grad = logits.div_(total[:, None]) if kept else logits.sub_(normaliser[here, None]).exp_()
-                    grad.view(-1).index_add_(0, at, label[entries], alpha=-1)
+                    grad.view(-1).index_add_(0, at, weights, alpha=-1)
                     if slope is not None:
                         grad *= slope
                     if scale != 1.0:

@@ -19,7 +19,7 @@ from memlm.corpus.blocks import IGNORE
 from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.memory.config import StartConfig
 from memlm.memory.loss import DistillationLoss, distillation_loss
-from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache
+from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache, predicting_places
 from memlm.models.heads import Head, find_head, label_log_probs
 from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes
 from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
@@ -244,11 +244,13 @@ class MLPMemory(Memory):
         target_counts: Int[Tensor, "P"] | None = None,
         target_ids: Int[Tensor, "S"] | None = None,
         target_probs: Float[Tensor, "S"] | None = None,
+        places: Int[Tensor, "P"] | None = None,
     ) -> DistillationLoss:
         assert activations is not None
+        places = predicting_places(labels) if places is None else places
         return distillation_loss(
             self.body(activations),
-            labels[:, 1:][labels[:, 1:] != IGNORE],
+            labels.flatten()[places + 1],
             self.head,
             kl_weight=kl_weight,
             vocab_size=self.vocab_size,

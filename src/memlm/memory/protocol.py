@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlm.config import StageConfig
-from memlm.corpus.blocks import MAX_VOCABULARY
+from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.errors import ConfigError
 from memlm.memory.config import StartConfig
 from memlm.memory.loss import DistillationLoss
@@ -39,6 +39,11 @@ class MemorySettings(StageConfig):
     """The base that mix_weight was chosen with."""
     tap: str | None = None
     """Base module whose input it reads; None: it reads tokens only."""
+
+
+def predicting_places(labels: Int[Tensor, "B T"]) -> Int[Tensor, "P"]:
+    """Flat numbers of the places whose next token is predicted, that is, no -100, in reading order."""
+    return nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]
 
 
 class MemoryCache(ABC):
@@ -210,6 +215,7 @@ class Memory(nn.Module, ABC):
         target_counts: Int[Tensor, "P"] | None = None,
         target_ids: Int[Tensor, "S"] | None = None,
         target_probs: Float[Tensor, "S"] | None = None,
+        places: Int[Tensor, "P"] | None = None,
     ) -> DistillationLoss:
         """The distillation loss of a batch, summed over its positions.
 
@@ -219,6 +225,7 @@ class Memory(nn.Module, ABC):
             kl_weight: In [0, 1].
             activations: The base's at `tap`, of the places that predict, in reading order; None where `tap` is None.
             target_counts, target_ids, target_probs: Targets of the predicted tokens in reading order.
+            places: What `predicting_places` finds in the labels; where it is given, no accelerator is waited for.
         """
         raise NotImplementedError
 

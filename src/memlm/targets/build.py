@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from memlm.artifacts import Manifest, Stage, file_digest, open_stage, read_manifest
+from memlm.artifacts import Manifest, Stage, file_digest, open_stage, read_manifest, writing_behind
 from memlm.corpus.blocks import Block, Corpus, Split
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.store import Datastore
@@ -75,7 +75,8 @@ def build_targets(
         shards = shard_blocks(split, store.config.shard_positions)
         missing = [i for i in range(len(shards)) if not stage.has(_shard(i))]
         done = split.n_positions - sum(_positions(split, *shards[i]) for i in missing)
-        with _queries(store, split) as queries, progress_bar(split.n_positions, "searching", initial=done) as bar:
+        bar = progress_bar(split.n_positions, "searching", initial=done)
+        with bar, _queries(store, split) as queries, writing_behind() as write:
             for i in missing:
                 first, end = shards[i]
                 start = int(split.position_starts[first])
@@ -85,7 +86,8 @@ def build_targets(
                     votes.append(retrieve(store, chunk, own, **config.model_dump()))
                     start += len(chunk)
                     bar.update(len(chunk))
-                _write_shard(stage, i, [split[b] for b in range(first, end)], SparseProbs.concatenate(votes))
+                blocks = [split[b] for b in range(first, end)]
+                write(_write_shard, stage, i, blocks, SparseProbs.concatenate(votes))
         return _finish(stage, store.corpus, len(shards), store.manifest.facts)
 
 

@@ -22,6 +22,7 @@ from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY, Block, Blocks, Corpus, C
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.index import Keys
 from memlm.errors import ArtifactError, ConfigError
+from memlm.memory.protocol import predicting_places
 from memlm.models.tokenizers import check_reads
 from memlm.targets.config import IMPORTED, TargetsConfig
 from memlm.targets.shards import TRAIN_SCHEMA, VALIDATION_FILE, VALIDATION_SCHEMA, check_rows
@@ -216,8 +217,8 @@ def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
     """Rows as one batch: tokens padded on the right, targets of all predicted tokens one after another.
 
     Returns:
-        `input_ids` and `labels` (B, T); with targets `target_counts` (P,), `target_ids` and `target_probs` (S,); with
-        stored activations `activations` (P, D).
+        `input_ids` and `labels` (B, T); `places` (P,), flat numbers of the places that predict; with targets
+        `target_counts` (P,), `target_ids` and `target_probs` (S,); with stored activations `activations` (P, D).
     """
     longest = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -225,7 +226,7 @@ def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
     for i, row in enumerate(rows):
         input_ids[i, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"].astype(np.int64))
         labels[i, : len(row["labels"])] = torch.as_tensor(row["labels"].astype(np.int64))
-    batch = {"input_ids": input_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "labels": labels, "places": predicting_places(labels)}
     for name in ("target_counts", "target_ids", "target_probs", "activations"):
         if name in rows[0]:
             batch[name] = torch.from_numpy(np.concatenate([row[name] for row in rows]))

@@ -18,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from memlm.artifacts import flush_to_disk, written_whole
 from memlm.config import nearest
-from memlm.corpus.blocks import IGNORE, Blocks
+from memlm.corpus.blocks import Blocks
 from memlm.errors import ConfigError, TrainingError
 from memlm.memory.protocol import Memory
 from memlm.mix.scoring import ReadActivations, best_mix_weight, score
@@ -79,6 +79,7 @@ def training_arguments(
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
         "dataloader_pin_memory": not use_cpu,
+        "accelerator_config": {"non_blocking": not use_cpu},
         "disable_tqdm": True,
         "report_to": "none",
     }
@@ -158,15 +159,17 @@ class MemoryTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        predicted = inputs["labels"][:, 1:] != IGNORE
         if self._online is not None:
-            inputs = inputs | {"activations": self._online.read(inputs["input_ids"])[:, :-1][predicted]}
+            activations = self._online.read(inputs["input_ids"]).flatten(0, 1)[inputs["places"]]
+            inputs = inputs | {"activations": activations}
         found = model(**inputs, kl_weight=self._kl_weight)
-        positions = predicted.sum()
+        positions = len(inputs["places"])
         loss = found.loss / (num_items_in_batch if num_items_in_batch is not None else positions)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # undo the mean that data parallelism takes
-        self._sums = self._sums.to(loss.device) + torch.stack([found.kl, found.cross_entropy, positions])
+        self._sums = self._sums.to(loss.device) + torch.stack(
+            [found.kl, found.cross_entropy, torch.full_like(found.kl, positions)]
+        )
         step = torch.full((), float(self.state.global_step + 1), device=loss.device)
         bad = torch.where(torch.isfinite(loss.detach()), math.inf, step)
         self._bad_step = torch.minimum(self._bad_step.to(loss.device), bad)
