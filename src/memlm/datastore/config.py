@@ -29,7 +29,7 @@ class DatastoreConfig(StageConfig):
     nlist: int | None = Field(default=None, ge=1)
     """Inverted lists of an ivf index; default about four times the root of the number of entries."""
     nprobe: int | None = Field(default=None, ge=1)
-    """Lists searched per query; default the smallest power of two that reaches recall_target on a sample."""
+    """Lists searched per query; default the smallest that reaches recall_target on a sample, within an eighth."""
     code_bytes: int = Field(default=64, ge=1)
     """Bytes of a product-quantised key at most; lowered to a divisor of the key width."""
     rerank_factor: int = Field(default=4, ge=1)

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.layout import IndexFacts, IndexLayout
+from memlm.datastore.lists import fits, search_lists
+from memlm.datastore.ranking import nearest_first
 from memlm.errors import ArtifactError, ConfigError
 from memlm.models.loading import default_device
 
@@ -22,9 +23,9 @@ INDEX_FILE = "index.faiss"
 _BLOCK = 131_072
 _DEVICE_BLOCK = 32_768  # keys compared at a time on an accelerator, half a gigabyte of distances
 _QUERIES = 4096
-_MANY_QUERIES = 512  # for each thread: fewer hardly share the lists that they probe
-_CANDIDATES = 1 << 25  # ranked at a time, 8 bytes each
-_PAIRS = 512  # keys compared at a time: as float32 they fit a core's cache
+_MANY_QUERIES = 1024  # fewer hardly share the lists that they probe
+_RANKED_TOGETHER = 512  # queries: as float32 they fit a core's cache
+_PAIRS = 16_384  # of a query and a key, compared at a time
 
 
 class Keys:
@@ -314,8 +315,25 @@ class IVFIndex(Index):
         finally:
             self.index.nprobe = nprobe
 
+    @abstractmethod
+    def _keys_of(self, number: int, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Keys `(B, D)` of the codes `(B, C)` of a list."""
+
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        return self.index.search(queries, k)
+        """As `search`; what is found for a code is the distance of its key as `_keys_of` gives it."""
+        index: Any = self.index
+        if len(queries) < _MANY_QUERIES or not fits(len(queries), index.ntotal):
+            return index.search(queries, k)
+        sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
+
+        def read(number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            size = int(sizes[number])
+            codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
+            ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
+            return self._keys_of(number, codes.reshape(size, -1)), ids
+
+        _, probed = index.quantizer.search(queries, index.nprobe)
+        return search_lists(queries, probed, sizes, read, k)
 
 
 class IVFFlatIndex(IVFIndex):
@@ -337,52 +355,8 @@ class IVFFlatIndex(IVFIndex):
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-flat", **super().describe()}
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """As `search`; many queries go list by list, each list compared with all queries that probe it at once.
-
-        A matrix product does that in a third of the time in which faiss goes through the lists of each query.
-        """
-        threads = torch.get_num_threads()
-        if len(queries) < _MANY_QUERIES * threads or self.index.ntotal > _NUMBERS:
-            return super()._search(queries, k)
-        index: Any = self.index
-        _, probed = index.quantizer.search(queries, index.nprobe)
-        sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
-        most = int(sizes[probed].sum(1).max())
-        rows = max(1, min(-(-len(queries) // threads), _CANDIDATES // threads // max(1, most)))
-        parts = [slice(start, start + rows) for start in range(0, len(queries), rows)]
-        # each thread has its own queries: sharing out every small product costs more than it saves
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            found = list(pool.map(lambda part: self._search_lists(queries[part], probed[part], sizes, k), parts))
-        return np.concatenate([distances for distances, _ in found]), np.concatenate([ids for _, ids in found])
-
-    def _search_lists(
-        self, queries: NDArray[np.float32], probed: NDArray[np.int64], sizes: NDArray[np.int64], k: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """The nearest entries of the lists `probed`, `(P, nprobe)`."""
-        index: Any = self.index
-        ends = sizes[probed].cumsum(1)
-        starts = (ends - sizes[probed]).reshape(-1)
-        candidates = np.full((len(queries), max(int(ends[:, -1].max()), k)), _MISSING)
-        width, flat = candidates.shape[1], candidates.reshape(-1)
-        asked = torch.from_numpy(queries)
-        norms = asked.square().sum(1)
-        lists = probed.reshape(-1)
-        order = np.argsort(lists, kind="stable")
-        for pairs in np.split(order, np.flatnonzero(np.diff(lists[order])) + 1):
-            number = int(lists[pairs[0]])
-            size = int(sizes[number])
-            if not size:
-                continue
-            codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
-            ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
-            keys = torch.from_numpy(codes.view(np.float16).reshape(size, -1)).float()
-            rows = pairs // probed.shape[1]
-            distances = torch.addmm(keys.square().sum(1), asked[rows], keys.T, alpha=-2).add_(norms[rows, None])
-            places = rows * width + starts[pairs]
-            flat[places[:, None] + np.arange(size)] = _pack(distances.numpy(), ids)
-        candidates.partition(k - 1, axis=1)
-        return _unpack(np.sort(candidates[:, :k], axis=1))
+    def _keys_of(self, number: int, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return torch.from_numpy(codes.view(np.float16)).float().numpy()
 
 
 class IVFPQIndex(IVFIndex):
@@ -401,10 +375,14 @@ class IVFPQIndex(IVFIndex):
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-pq", "code_bytes": int(self.index.code_size), **super().describe()}
 
+    def _keys_of(self, number: int, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        index: Any = self.index
+        return index.pq.decode(codes) + index.quantizer.reconstruct(number)  # codes are of residuals
+
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if self.keys is None:
-            return self.index.search(queries, k)
-        _, candidates = self.index.search(queries, min(k * self.rerank_factor, len(self.keys)))
+            return super()._search(queries, k)
+        _, candidates = super()._search(queries, min(k * self.rerank_factor, len(self.keys)))
         distances, ids = nearest_first(_exact_distances(self.keys, queries, candidates), candidates, k)
         missing = ((0, 0), (0, k - ids.shape[1]))
         return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
@@ -413,60 +391,26 @@ class IVFPQIndex(IVFIndex):
 INDEXES: dict[IndexKind, type[Index]] = {"exact": ExactIndex, "ivf-flat": IVFFlatIndex, "ivf-pq": IVFPQIndex}
 
 
-def nearest_first(
-    distances: NDArray[np.float32], ids: NDArray[np.int64], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k smallest distances of each row, and their ids, ascending; of equal ones the first. As many as there are.
-
-    Distance and column are sorted as one integer, for numpy sorts integers by vector code: `(P, C)` in a tenth of the
-    time of a stable argsort.
-
-    Args:
-        distances: `(P, C)`, 0 or above; `inf` ranks last.
-        ids: `(P, C)`.
-        k: At least 1.
-    """
-    columns = np.arange(distances.shape[1])
-    packed = _pack(distances, columns)
-    packed.sort(axis=1)
-    best, order = _unpack(packed[:, :k])
-    return best, np.take_along_axis(ids, order, 1)
-
-
-_NUMBERS = 0xFFFFFFFF  # what fits beside a distance
-_MISSING = np.int64(np.float32(np.inf).view(np.int32)) << 32 | _NUMBERS
-
-
-def _pack(distances: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Distances and numbers below 2^32 - 1 as one integer each, which sorts by distance, then by number."""
-    packed = np.maximum(distances, 0).view(np.int32).astype(np.int64)  # as integers, floats from 0 up keep their order
-    packed <<= 32
-    packed |= numbers
-    return packed
-
-
-def _unpack(packed: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """What `_pack` was given, distances below 0 as 0; -1 for a missing neighbour."""
-    numbers = packed & _NUMBERS
-    return (packed >> 32).astype(np.int32).view(np.float32), np.where(packed == _MISSING, -1, numbers)
-
-
 def _exact_distances(keys: Keys, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """Squared distance of each query to the entries of its row, `(P, C)`; `inf` where an id is -1.
 
-    Keys are read in the order of their ids, so that each part of each shard is visited once for all queries.
+    A few queries at a time, which stay in the cache; each key that they ask for is read once, in the order of ids.
     """
-    flat = ids.reshape(-1)
-    distances, found = np.full(len(flat), np.inf, np.float32), np.empty(_PAIRS, np.float32)
-    order = np.argsort(flat)
-    order = order[np.searchsorted(flat, 0, sorter=order) :]
-    for start in range(0, len(order), _PAIRS):
-        pairs = order[start : start + _PAIRS]
-        compared, rows = keys.gather(flat[pairs]), pairs // ids.shape[1]
-        pointers = (faiss.swig_ptr(array) for array in (found, compared, queries, rows))  # type: ignore[attr-defined]
-        faiss.fvec_L2sqr_by_idx(*pointers, keys.shape[1], len(pairs), 1)  # type: ignore[attr-defined]
-        distances[pairs] = found[: len(pairs)]
-    return distances.reshape(ids.shape)
+    distances = np.full(ids.shape, np.inf, np.float32)
+    for start in range(0, len(ids), _RANKED_TOGETHER):
+        here = slice(start, start + _RANKED_TOGETHER)
+        asked, wanted, found = queries[here], ids[here].reshape(-1), distances[here].reshape(-1)
+        order = np.argsort(wanted, kind="stable")
+        order = order[np.searchsorted(wanted, 0, sorter=order) :]
+        for first in range(0, len(order), _PAIRS):
+            pairs = order[first : first + _PAIRS]
+            compared, which = np.unique(wanted[pairs], return_inverse=True)
+            part = np.empty(len(pairs), np.float32)
+            arrays = (keys.gather(compared), which, asked, pairs // ids.shape[1], part)
+            pointers = (faiss.swig_ptr(array) for array in arrays)  # type: ignore[attr-defined]
+            faiss.pairwise_indexed_L2sqr(keys.shape[1], len(pairs), *pointers)  # type: ignore[attr-defined]
+            found[pairs] = part
+    return distances
 
 
 def default_nlist(entries: int) -> int:
@@ -503,17 +447,29 @@ def measure_recall(index: Index, keys: Keys, config: DatastoreConfig) -> float:
 
 
 def tune_nprobe(index: Index, keys: Keys, config: DatastoreConfig) -> float:
-    """Set the smallest nprobe that reaches `recall_target`, where it is not configured; returns recall@k.
+    """Set about the smallest nprobe that reaches `recall_target`, where it is not configured; returns recall@k.
 
     It stops earlier where more lists no longer help, as with codes that are not re-ranked.
     """
     if not isinstance(index, IVFIndex) or config.nprobe is not None:
         return measure_recall(index, keys, config)
     sample = _RecallSample(keys, config)
-    nprobe, nlist, before = 1, index.index.nlist, 0.0
-    while True:
+
+    def recall_at(nprobe: int) -> float:
         index.index.nprobe = nprobe
-        recall = sample.recall(index)
-        if recall >= config.recall_target or nprobe >= nlist or recall - before < 0.005:
+        return sample.recall(index)
+
+    nprobe, nlist, before = 1, index.index.nlist, 0.0
+    while (recall := recall_at(nprobe)) < config.recall_target:
+        if nprobe >= nlist or recall - before < 0.005:
             return recall
         nprobe, before = min(2 * nprobe, nlist), recall
+    too_few = nprobe // 2
+    while nprobe - too_few > max(1, nprobe // 8):
+        middle = (too_few + nprobe) // 2
+        if (found := recall_at(middle)) >= config.recall_target:
+            nprobe, recall = middle, found
+        else:
+            too_few = middle
+    index.index.nprobe = nprobe
+    return recall

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlm.datastore.index import nearest_first
+from memlm.datastore.ranking import nearest_first
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
 

@@ -145,7 +145,7 @@ class TargetRows(Rows):
         self._table = _open_arrow(shards)
         self._with_targets = with_targets
         self.lengths = _list_lengths(self._table, "input_ids")
-        self.position_starts = _starts(self._table, "target_counts", self.lengths, lambda counts: counts > 0)
+        self.position_starts = _starts(self._table, "target_counts", lambda counts: counts > 0)
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         row = self._table[index]
@@ -180,7 +180,7 @@ class ArrowBlocks:
     def __init__(self, path: Path) -> None:
         self._table = _open_arrow([path])
         self.lengths = _list_lengths(self._table, "input_ids")
-        self.position_starts = _starts(self._table, "labels", self.lengths, lambda labels: labels != IGNORE)
+        self.position_starts = _starts(self._table, "labels", lambda labels: labels != IGNORE)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -202,15 +202,15 @@ def _list_lengths(table: datasets.Dataset, column: str) -> NDArray[np.int64]:
 
 
 def _starts(
-    table: datasets.Dataset,
-    column: str,
-    lengths: NDArray[np.int64],
-    predicted: Callable[[NDArray[np.int32]], NDArray[np.bool_]],
+    table: datasets.Dataset, column: str, predicted: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
 ) -> NDArray[np.int64]:
-    """`(rows + 1,)` positions before each row, from a list column with an entry per token."""
-    chunks = table.data.column(column).chunks
-    flags = np.concatenate([np.empty(0, bool), *(predicted(chunk.flatten().to_numpy()) for chunk in chunks)])
-    return np.concatenate([[0], flags.cumsum()])[np.concatenate([[0], lengths.cumsum()])]
+    """`(rows + 1,)` positions before each row, from a list column with an entry per token, read some rows at a time."""
+    counts = [np.zeros(1, np.int64)]
+    for chunk in table.data.column(column).chunks:
+        before = np.append(0, predicted(chunk.flatten().to_numpy()).cumsum())
+        offsets = chunk.offsets.to_numpy()
+        counts.append(np.diff(before[offsets - offsets[0]]))
+    return np.concatenate(counts).cumsum()
 
 
 def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:

@@ -1,0 +1,128 @@
+"""Many queries search an inverted file: list by list instead of query by query.
+
+A list is compared with all queries that probe it by one matrix product. Each query's nearest lists come first; the k-th
+distance among them bounds what the other lists can add, so that few of their entries are looked at again.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from memlm.datastore.ranking import LARGEST_NUMBER, MISSING, distances_in, pack, unpack
+
+MOST_QUERIES = 1 << 16
+_FIRST = 2  # times k: entries in the lists that come first
+_CANDIDATES = 1 << 25  # compared before the nearest are picked
+_ROWS = 128  # queries whose nearest are picked at a time: what they found fits a core's cache
+
+ReadList = Callable[[int], tuple[NDArray[np.float32], NDArray[np.int64]]]
+"""Number of a list to its keys `(B, D)` and their ids `(B,)`."""
+
+
+def search_lists(
+    queries: NDArray[np.float32], probed: NDArray[np.int64], sizes: NDArray[np.int64], read: ReadList, k: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The nearest entries of the lists that each query probes.
+
+    Args:
+        queries: `(P, D)`, at most `MOST_QUERIES`.
+        probed: `(P, nprobe)` numbers of lists, nearest first.
+        sizes: `(nlist,)` entries of each list.
+        read: Gives a list; called by several threads.
+        k: Neighbours wanted.
+
+    Returns:
+        As `Index.search`.
+    """
+    found = _Nearest(queries, k)
+    entries = sizes[probed]
+    first = entries.cumsum(1) - entries < _FIRST * k
+    threads = torch.get_num_threads()
+    # each thread has lists of its own: sharing out every small product costs more than it saves
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for chosen in (first, ~first):
+            for visits in _in_groups(_visits(probed, chosen), sizes):
+                results = list(pool.map(lambda visit: found.compare(*read(visit[0]), visit[1]), visits))
+                found.pick(results, pool)
+        list(pool.map(lambda start: found.best[start : start + _ROWS].sort(1), range(0, len(queries), _ROWS)))
+    return unpack(found.best)
+
+
+def fits(queries: int, entries: int) -> bool:
+    """Whether `search_lists` can number so many queries and entries."""
+    return queries <= MOST_QUERIES and entries <= LARGEST_NUMBER
+
+
+def _visits(probed: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each list with the queries that probe it, of the pairs chosen."""
+    rows, ranks = np.nonzero(chosen)
+    lists = probed[rows, ranks]
+    order = np.argsort(lists, kind="stable")
+    for part in np.split(order, np.flatnonzero(np.diff(lists[order])) + 1):
+        if len(part):
+            yield int(lists[part[0]]), rows[part]
+
+
+def _in_groups(
+    visits: Iterable[tuple[int, NDArray[np.int64]]], sizes: NDArray[np.int64]
+) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
+    """The visits to lists that hold something, in runs of a bounded number of comparisons."""
+    group: list[tuple[int, NDArray[np.int64]]] = []
+    candidates = 0
+    for number, rows in visits:
+        if not sizes[number]:
+            continue
+        candidates += int(sizes[number]) * len(rows)
+        if candidates > _CANDIDATES and group:
+            yield group
+            group, candidates = [], int(sizes[number]) * len(rows)
+        group.append((number, rows))
+    if group:
+        yield group
+
+
+class _Nearest:
+    """The k nearest entries that each query has met so far."""
+
+    def __init__(self, queries: NDArray[np.float32], k: int) -> None:
+        self._queries = torch.from_numpy(queries)
+        self._norms = self._queries.square().sum(1)
+        self._bound = np.full(len(queries), np.inf, np.float32)
+        self.best = np.full((len(queries), k), MISSING)
+        """`(P, k)` packed; the last is the furthest."""
+
+    def compare(
+        self, keys: NDArray[np.float32], ids: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        """Entries nearer than the bound of a query in `rows`: the query's number, and distance and id packed."""
+        table, chosen = torch.from_numpy(keys), torch.from_numpy(rows)
+        asked = self._queries.index_select(0, chosen)  # in half the time of indexing
+        product = torch.addmm(table.square().sum(1), asked, table.T, alpha=-2)
+        distances = product.add_(self._norms[chosen, None]).numpy()
+        near = np.flatnonzero(distances < self._bound[rows, None])
+        which, columns = np.divmod(near, len(keys))
+        return rows[which].astype(np.uint16), pack(distances.reshape(-1)[near], ids[columns])
+
+    def pick(self, found: list[tuple[NDArray[np.uint16], NDArray[np.int64]]], pool: ThreadPoolExecutor) -> None:
+        """Keep the nearest of `best` and what was found."""
+        rows = np.concatenate([part for part, _ in found])
+        packed = np.concatenate([part for _, part in found])
+        packed = packed[np.argsort(rows, kind="stable")]  # a radix sort, as they have 16 bits
+        counts = np.bincount(rows, minlength=len(self.best))
+        ends = counts.cumsum()
+        k = self.best.shape[1]
+
+        def pick_rows(start: int) -> None:
+            here = slice(start, start + _ROWS)
+            width = int(counts[here].max())
+            merged = np.full((len(counts[here]), k + width), MISSING)
+            merged[:, :k] = self.best[here]
+            merged[:, k:][np.arange(width) < counts[here, None]] = packed[ends[start] - counts[start] : ends[here][-1]]
+            merged.partition(k - 1, axis=1)
+            self.best[here] = merged[:, :k]
+
+        list(pool.map(pick_rows, range(0, len(self.best), _ROWS)))
+        self._bound = distances_in(self.best[:, -1])
