@@ -116,18 +116,16 @@ def test_searching_every_list_of_ivf_flat_is_exact() -> None:
     assert distances[:, 0].max() < 1e-3  # the key itself, kept in float16 without loss
 
 
-@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq"])
 @pytest.mark.parametrize("k", [3, 70])
 @pytest.mark.parametrize("nprobe", [1, 4, 12])
 def test_lists_searched_for_many_queries_at_once_give_what_faiss_finds(
-    kind: str, k: int, nprobe: int, monkeypatch: pytest.MonkeyPatch
+    k: int, nprobe: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = clustered(600, 16)
     raw[590:] = 40  # a list of few, so that lists of one query hold fewer than k
-    index = build(kind, Keys([raw[:250], raw[250:]]), nlist=12, nprobe=nprobe, recall_k=5)
+    index = build("ivf-flat", Keys([raw[:250], raw[250:]]), nlist=12, nprobe=nprobe, recall_k=5)
     assert isinstance(index, IVFIndex)
-    index.keys = None  # no re-ranking: what is found for codes
-    monkeypatch.setattr(index_module, "_MANY_QUERIES", 1)
+    monkeypatch.setattr(index_module, "_SHARED", 1)
     monkeypatch.setattr(lists_module, "_CANDIDATES", 1500)  # picked in several runs
     monkeypatch.setattr(lists_module, "_ROWS", 10)
     queries = raw[::7].astype(np.float32)

@@ -23,7 +23,7 @@ INDEX_FILE = "index.faiss"
 _BLOCK = 131_072
 _DEVICE_BLOCK = 32_768  # keys compared at a time on an accelerator, half a gigabyte of distances
 _QUERIES = 4096
-_MANY_QUERIES = 1024  # fewer hardly share the lists that they probe
+_SHARED = 32  # queries a list, from which on a list is better compared with all of them at once
 _RANKED_TOGETHER = 512  # queries: as float32 they fit a core's cache
 _PAIRS = 16_384  # of a query and a key, compared at a time
 
@@ -315,25 +315,8 @@ class IVFIndex(Index):
         finally:
             self.index.nprobe = nprobe
 
-    @abstractmethod
-    def _keys_of(self, number: int, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Keys `(B, D)` of the codes `(B, C)` of a list."""
-
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """As `search`; what is found for a code is the distance of its key as `_keys_of` gives it."""
-        index: Any = self.index
-        if len(queries) < _MANY_QUERIES or not fits(len(queries), index.ntotal):
-            return index.search(queries, k)
-        sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
-
-        def read(number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-            size = int(sizes[number])
-            codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
-            ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
-            return self._keys_of(number, codes.reshape(size, -1)), ids
-
-        _, probed = index.quantizer.search(queries, index.nprobe)
-        return search_lists(queries, probed, sizes, read, k)
+        return self.index.search(queries, k)
 
 
 class IVFFlatIndex(IVFIndex):
@@ -355,8 +338,21 @@ class IVFFlatIndex(IVFIndex):
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-flat", **super().describe()}
 
-    def _keys_of(self, number: int, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return torch.from_numpy(codes.view(np.float16)).float().numpy()
+    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """As `search`; where lists are probed by many queries each, list by list."""
+        index: Any = self.index
+        if len(queries) * index.nprobe < _SHARED * index.nlist or not fits(len(queries), index.ntotal):
+            return super()._search(queries, k)
+        sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
+
+        def read(number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+            size = int(sizes[number])
+            codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
+            ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
+            return torch.from_numpy(codes.view(np.float16).reshape(size, -1)).float().numpy(), ids
+
+        _, probed = index.quantizer.search(queries, index.nprobe)
+        return search_lists(queries, probed, sizes, read, k)
 
 
 class IVFPQIndex(IVFIndex):
@@ -374,10 +370,6 @@ class IVFPQIndex(IVFIndex):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-pq", "code_bytes": int(self.index.code_size), **super().describe()}
-
-    def _keys_of(self, number: int, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        index: Any = self.index
-        return index.pq.decode(codes) + index.quantizer.reconstruct(number)  # codes are of residuals
 
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         if self.keys is None:
