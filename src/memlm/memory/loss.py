@@ -19,7 +19,7 @@ from memlm.models.heads import Head
 
 _CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product stays in the cache
 _DEVICE_LOGITS = 2**26
-_FEWEST_POSITIONS = 160  # with fewer, adding up gradients of the head takes as long as the products
+_FEWEST_POSITIONS = 128  # with fewer, adding up gradients of the head takes as long as the products
 _FEWEST_TOKENS = 384  # with fewer, adding up gradients of hidden states does
 _FEW_TILES = 8  # up to which every tile looks at the whole label instead of its part of it
 
@@ -65,15 +65,15 @@ def distillation_loss(
 
     Source: Memory Decoder, eq. 6 (arXiv:2508.09874); the fused form is design note 0004.
     """
-    positions = torch.arange(len(labels), device=labels.device)
-    owner, ids, q = positions, labels, torch.empty(0, device=labels.device)
+    owner, ids = torch.arange(len(labels), dtype=torch.int32, device=labels.device), labels.int()
+    q = torch.empty(0, device=labels.device)
     if kl_weight > 0:
         if target_counts is None or target_ids is None or target_probs is None:
             raise ValueError(f"kl_weight = {kl_weight} needs targets")
-        of_targets = positions.repeat_interleave(target_counts, output_size=len(target_ids))
-        q = target_probs.float()
+        owner = torch.cat([owner, owner.repeat_interleave(target_counts, output_size=len(target_ids))])
+        ids = torch.cat([ids, target_ids.int()])
+        q, of_targets = target_probs.float(), owner[len(labels) :]
         q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
-        owner, ids = torch.cat([owner, of_targets]), torch.cat([ids, target_ids])
     dtype = _product_dtype(hidden)
     soft, cross_entropy, target_score = _SparseCrossEntropy.apply(
         hidden,
@@ -149,8 +149,9 @@ class _LabelTiles:
         place = owner // tile[0] * len(self.starts) + ids // tile[1]
         self._edges: list[int] | None = None
         if owner.device.type == "cpu" and tiles > _FEW_TILES:
-            self._order = place.argsort()
-            self._edges = torch.searchsorted(place[self._order], torch.arange(tiles + 1)).tolist()
+            self._order = place.argsort().int()
+            bounds = torch.arange(tiles + 1, dtype=torch.int32)
+            self._edges = torch.searchsorted(place[self._order], bounds).tolist()
         else:
             self._place = place
 
@@ -171,9 +172,9 @@ class _LabelTiles:
         number = group * len(self.starts) + part
         if self._edges is not None:
             entries = self._order[self._edges[number] : self._edges[number + 1]]
-            at = (self._owner[entries] - self.firsts[group]) * size[1] + (self._ids[entries] - self.starts[part])
+            at = (self._owner[entries].long() - self.firsts[group]) * size[1] + (self._ids[entries] - self.starts[part])
             return entries, at, self._label[entries], None
-        at = (self._owner - self.firsts[group]) * size[1] + (self._ids - self.starts[part])
+        at = (self._owner.long() - self.firsts[group]) * size[1] + (self._ids - self.starts[part])
         there = self._place == number
         at = torch.where(there, at, at.remainder(size[0] * size[1]))  # the others are spread, for each adds its 0
         return slice(None), at, self._label * there, there
@@ -189,7 +190,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
         weight: Tensor,  # (V', D), V' >= vocab_size
         bias: Tensor | None,  # (V',)
         owner: Tensor,  # (P + S,) positions: each once, for its label, then those of the targets' tokens
-        ids: Tensor,  # (P + S,) labels, then the targets' tokens
+        ids: Tensor,  # (P + S,) labels, then the targets' tokens; both int32, for they take what the label takes
         q: Tensor,  # (S,) sums to 1 per position
         kl_weight: float,
         vocab_size: int,
