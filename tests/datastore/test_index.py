@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -205,6 +206,18 @@ def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         build("ivf-pq", keys, nlist=4, recall_k=5).save(tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq"])
+def test_lists_are_filled_as_faiss_fills_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_BLOCK", 130)
+    raw = clustered(300, 8)
+    index = build(kind, Keys([raw[:70], raw[70:]]), nlist=6, recall_k=5)
+    assert isinstance(index, IVFIndex)
+    filled = faiss.serialize_index(index.index)
+    index.index.reset()
+    index.index.add(raw.astype(np.float32))  # type: ignore[call-arg]
+    np.testing.assert_array_equal(filled, faiss.serialize_index(index.index))
 
 
 def test_the_default_nprobe_is_the_smallest_that_reaches_the_target_within_an_eighth() -> None:
