@@ -7,11 +7,13 @@ runs.
 import contextlib
 import inspect
 import json
+import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
@@ -804,6 +806,7 @@ def version() -> None:
 def main() -> None:
     """The `memlm` command. A `MemlmError`, or what the file system refused, is one line on stderr and exit code 2."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))
+    sys.unraisablehook = partial(_stop_again, sys.unraisablehook)
     try:
         app(prog_name="memlm")
     except MemlmError as error:
@@ -819,6 +822,15 @@ def main() -> None:
         from memlm.artifacts import file_error
 
         _end(file_error(error))
+
+
+def _stop_again(otherwise: Callable[[Any], Any], lost: Any) -> None:
+    """Sends a signal once more whose exception came up where Python drops exceptions, as in a `__del__`."""
+    number = {KeyboardInterrupt: signal.SIGINT, SystemExit: signal.SIGTERM}.get(lost.exc_type)
+    if number is None:
+        otherwise(lost)
+    else:  # a moment later, for here it would be dropped again
+        threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
 
 
 def _end(error: MemlmError) -> NoReturn:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,3 +230,28 @@ def test_a_command_stopped_by_a_signal_says_how_to_go_on(
         assert stopped.said.strip() == "memlm: stopped; the same command goes on where this one was"
     assert runs.command(train_command(runs, tmp_path), tmp_path).status == 0
     assert content(tmp_path) == content(expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_arrives_where_exceptions_are_dropped_stops_the_command(number: int) -> None:
+    program = f"""
+import os, sys, time, typer
+from memlm import cli
+
+class Dropped:
+    def __del__(self):
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(0.01)
+
+def command():
+    Dropped()
+    time.sleep(60)
+
+cli.app = typer.Typer()
+cli.app.command()(command)
+sys.argv = ["memlm"]
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, timeout=50)
+    assert ended.returncode == 128 + number
+    assert ended.stderr.strip() == "memlm: stopped; the same command goes on where this one was"
