@@ -31,6 +31,7 @@ from memlm.progress import progress_bar
 _TAP_FILE = "tap.txt"
 
 _VALUES_AT_ONCE = 65536
+_PADDED = 32  # lengths of batches are multiples of it: oneDNN keeps what it made for each shape that it met
 
 _Batch = tuple[NDArray[np.int64], Callable[[], NDArray[np.float16]]]
 """Places in a list of blocks that were read together, and a function that gives their keys, one after another."""
@@ -202,9 +203,11 @@ def read_keys(
 
 def _read_batches(reader: TapReader, split: Blocks, numbers: NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
     device = reader.model.device
-    for batch in length_batches(split.lengths[numbers], batch_tokens):
+    lengths = split.lengths[numbers]
+    padded = np.minimum(-(-lengths // _PADDED) * _PADDED, lengths.max())
+    for batch in length_batches(padded, batch_tokens):
         read = [split[int(numbers[i])] for i in batch]
-        longest = max(len(b.input_ids) for b in read)
+        longest = int(padded[batch].max())
         tokens = np.zeros((len(read), longest), np.int64)
         predicted = np.zeros((len(read), longest + 1), bool)
         for row, block in enumerate(read):
