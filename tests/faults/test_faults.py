@@ -235,8 +235,10 @@ def test_a_command_stopped_by_a_signal_says_how_to_go_on(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_arrives_where_exceptions_are_dropped_stops_the_command(number: int) -> None:
     program = f"""
-import os, sys, time, typer
+import os, signal, sys, time, typer
 from memlm import cli
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
 
 class Dropped:
     def __del__(self):
