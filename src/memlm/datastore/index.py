@@ -45,11 +45,8 @@ class Keys:
 
     def slice(self, start: int, stop: int) -> NDArray[np.float16]:
         """Keys `start` to `stop`; a view where they are in one shard."""
-        parts = [
-            shard[max(0, start - first) : stop - first]
-            for shard, first in zip(self._shards, self._starts, strict=False)  # of the starts, the last is an end
-            if first < stop and start < first + len(shard)
-        ]
+        touched = range(np.searchsorted(self._starts, start, side="right") - 1, np.searchsorted(self._starts, stop))
+        parts = [self._shards[i][max(0, start - self._starts[i]) : stop - self._starts[i]] for i in touched]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float16), *parts])
 
     def gather(self, ids: NDArray[np.int64], dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
