@@ -31,7 +31,8 @@ from memlm.progress import progress_bar
 _TAP_FILE = "tap.txt"
 
 _VALUES_AT_ONCE = 65536
-_PADDED = 32  # lengths of batches are multiples of it: oneDNN keeps what it made for each shape that it met
+_LENGTHS = 32  # a batch's length is a multiple of it, and its rows fill whole quarters of `batch_tokens`:
+_QUARTERS = 4  # few shapes, for oneDNN keeps what it made for each shape that it met
 
 _Batch = tuple[NDArray[np.int64], Callable[[], NDArray[np.float16]]]
 """Places in a list of blocks that were read together, and a function that gives their keys, one after another."""
@@ -204,12 +205,15 @@ def read_keys(
 def _read_batches(reader: TapReader, split: Blocks, numbers: NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
     device = reader.model.device
     lengths = split.lengths[numbers]
-    padded = np.minimum(-(-lengths // _PADDED) * _PADDED, lengths.max())
+    padded = np.minimum(-(-lengths // _LENGTHS) * _LENGTHS, lengths.max())
     for batch in length_batches(padded, batch_tokens):
         read = [split[int(numbers[i])] for i in batch]
         longest = int(padded[batch].max())
-        tokens = np.zeros((len(read), longest), np.int64)
-        predicted = np.zeros((len(read), longest + 1), bool)
+        full = max(1, batch_tokens // longest)
+        quarter = -(-full // _QUARTERS)
+        rows = min(-(-len(read) // quarter) * quarter, full)
+        tokens = np.zeros((rows, longest), np.int64)
+        predicted = np.zeros((rows, longest + 1), bool)
         for row, block in enumerate(read):
             tokens[row, : len(block.input_ids)] = block.input_ids
             predicted[row, : len(block.input_ids)] = block.predicted
