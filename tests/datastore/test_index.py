@@ -65,28 +65,39 @@ def test_keys_in_shards_read_like_one_array(sizes: list[int], data: st.DataObjec
 
 
 @pytest.mark.parametrize("k", [1, 7, 60])
-@pytest.mark.parametrize("accelerator_bytes", [None, 0, 1 << 30])
-def test_the_exact_index_equals_brute_force_across_blocks(
-    k: int, accelerator_bytes: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("way", ["CPU", "accelerator", "full accelerator"])
+def test_the_exact_index_equals_brute_force_across_blocks(k: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, and as an accelerator does it, with keys that fit its memory or do not."""
-    monkeypatch.setattr(index_module, "_BLOCK", 13)
+    free = 1 << 30 if way == "accelerator" else 0
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (free, free))
+    monkeypatch.setattr(index_module, "_CPU_BLOCK", 13)
     monkeypatch.setattr(index_module, "_DEVICE_BLOCK", 13)
     monkeypatch.setattr(index_module, "_QUERIES", 4)
     raw = clustered(60, 8)
+    raw.flags.writeable = False  # as a memory-mapped shard is
     queries = np.random.default_rng(1).normal(size=(11, 8)).astype(np.float32)
     index = ExactIndex(Keys([raw[:25], raw[25:]]))
-    if accelerator_bytes is not None:
-        monkeypatch.setattr(index, "_by_blocks", True)
-        monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (accelerator_bytes, accelerator_bytes))
+    monkeypatch.setattr(index, "_by_lists", way == "CPU")
     distances, ids = index.search(queries, k)
-    assert bool(index._held) == bool(accelerator_bytes)
+    assert bool(index._held) == (way == "accelerator")
     expected, _ = brute_neighbors(raw, queries, k)
     np.testing.assert_allclose(distances, expected, **CLOSE)
     assert (np.diff(distances, axis=1) >= 0).all()
     own = ((raw[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
     np.testing.assert_allclose(distances, own, **CLOSE)  # each id has the distance that is told
     assert all(len(set(row)) == k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("queries", [1, 30])
+def test_of_equally_near_keys_exact_search_finds_the_first(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "_CPU_BLOCK", 7)
+    rng = np.random.default_rng(0)
+    raw = rng.integers(-2, 3, (600, 3)).astype(np.float16)
+    raw = raw[np.isin((raw**2).sum(1), [0, 1, 4, 9])]  # whole numbers and lengths, so that nothing is rounded
+    asked = rng.integers(-2, 3, (queries, 3)).astype(np.float32)
+    _, ids = ExactIndex(Keys([raw])).search(asked, 9)
+    expected = ((raw[None].astype(np.float32) - asked[:, None]) ** 2).sum(-1).argsort(1, kind="stable")[:, :9]
+    assert ids.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("kind", INDEXES)
@@ -283,6 +294,8 @@ def test_an_extended_index_is_what_its_training_gives_for_the_new_keys(
     new_ids[stays] = order[: stays.sum()]
     settings = DatastoreConfig(nlist=6, code_bytes=4, nprobe=6)
     index = INDEXES[kind].build(Keys([before]), settings)  # type: ignore[index]
+    queries = clustered(20, 8, seed=2).astype(np.float32)
+    index.search(queries, 5)  # what it may keep of the old keys
     index.extend(keys, new_ids, settings)
     expected = INDEXES[kind].build(Keys([before]), settings)  # type: ignore[index]
     for each in (index, expected):
@@ -293,7 +306,6 @@ def test_an_extended_index_is_what_its_training_gives_for_the_new_keys(
         expected.index.add(keys.rows(0, len(keys)))
     else:
         expected = ExactIndex(keys)
-    queries = clustered(20, 8, seed=2).astype(np.float32)
     found, wanted = (each.search(queries, len(keys) + 2) for each in (index, expected))
     for (distances, ids), (there, its_ids) in zip(zip(*found, strict=True), zip(*wanted, strict=True), strict=True):
         by_id, by_its_id = np.argsort(ids, kind="stable"), np.argsort(its_ids, kind="stable")

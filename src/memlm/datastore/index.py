@@ -22,6 +22,7 @@ from memlm.models.loading import default_device
 INDEX_FILE = "index.faiss"
 _BLOCK = 131_072
 _DEVICE_BLOCK = 32_768  # keys compared at a time on an accelerator, half a gigabyte of distances
+_CPU_BLOCK = 1024  # keys compared at a time by one core: as float32 they fit its cache
 _QUERIES = 4096
 _SHARED = 32  # queries a list, from which on a list is better compared with all of them at once
 _RANKED_TOGETHER = 512  # queries: as float32 they fit a core's cache
@@ -160,7 +161,7 @@ class ExactIndex(Index):
     def __init__(self, keys: Keys) -> None:
         self.keys = keys
         self._device = default_device()
-        self._by_blocks = self._device.type != "cpu"
+        self._by_lists = self._device.type == "cpu" and fits(_QUERIES, len(keys))
         self._held: list[tuple[int, Tensor]] = []
 
     @classmethod
@@ -183,17 +184,16 @@ class ExactIndex(Index):
         return {"kind": "exact"}
 
     def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        if self._by_blocks:
+        if not self._by_lists:
             best, ids = nearest_by_blocks(torch.from_numpy(queries).to(self._device), self._blocks(), k)
             return best.cpu().numpy(), ids.cpu().numpy()
-        best = np.full((len(queries), k), np.inf, np.float32)
-        ids = np.full((len(queries), k), -1, np.int64)
-        for start, block in self.keys.blocks():
-            distances, found = faiss.knn(queries, block, min(k, len(block)))
-            best, ids = nearest_first(
-                np.concatenate([best, distances], axis=1), np.concatenate([ids, found + start], axis=1), k
-            )
-        return best, ids
+        starts = np.arange(0, len(self.keys), _CPU_BLOCK)
+
+        def read(number: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+            ids = np.arange(starts[number], min(starts[number] + _CPU_BLOCK, len(self.keys)))
+            return np.array(self.keys.slice(ids[0], ids[-1] + 1)), ids
+
+        return search_lists(queries, None, np.diff(starts, append=len(self.keys)), read, k)
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first id, keys) on the device, kept there where they fit."""
@@ -341,11 +341,11 @@ class IVFFlatIndex(IVFIndex):
             return super()._search(queries, k)
         sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
 
-        def read(number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        def read(number: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
             size = int(sizes[number])
             codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
             ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
-            return torch.from_numpy(codes.view(np.float16).reshape(size, -1)).float().numpy(), ids
+            return codes.view(np.float16).reshape(size, -1), ids
 
         _, probed = index.quantizer.search(queries, index.nprobe)
         return search_lists(queries, probed, sizes, read, k)

@@ -1,7 +1,7 @@
-"""Many queries search an inverted file: list by list instead of query by query.
+"""Many queries search lists of keys, those of an inverted file or all there are: list by list, not query by query.
 
 A list is compared with all queries that probe it by one matrix product. Each query's nearest lists come first; the k-th
-distance among them bounds what the other lists can add, so that few of their entries are looked at again.
+distance among what was met bounds what other lists can add, so that few of their entries are looked at again.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,18 +18,18 @@ _FIRST = 2  # times k: entries in the lists that come first
 _CANDIDATES = 1 << 25  # compared before the nearest are picked
 _ROWS = 128  # queries whose nearest are picked at a time: what they found fits a core's cache
 
-ReadList = Callable[[int], tuple[NDArray[np.float32], NDArray[np.int64]]]
-"""Number of a list to its keys `(B, D)` and their ids `(B,)`."""
+ReadList = Callable[[int], tuple[NDArray[np.float16 | np.float32], NDArray[np.int64]]]
+"""Number of a list to its keys `(B, D)`, which torch may hold, and their ids `(B,)`."""
 
 
 def search_lists(
-    queries: NDArray[np.float32], probed: NDArray[np.int64], sizes: NDArray[np.int64], read: ReadList, k: int
+    queries: NDArray[np.float32], probed: NDArray[np.int64] | None, sizes: NDArray[np.int64], read: ReadList, k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The nearest entries of the lists that each query probes.
+    """The nearest entries of the lists that each query probes; of equally near ones, those with the smallest ids.
 
     Args:
         queries: `(P, D)`, at most `MOST_QUERIES`.
-        probed: `(P, nprobe)` numbers of lists, nearest first.
+        probed: `(P, nprobe)` numbers of lists, nearest first; None: all lists.
         sizes: `(nlist,)` entries of each list.
         read: Gives a list; called by several threads.
         k: Neighbours wanted.
@@ -38,13 +38,18 @@ def search_lists(
         As `Index.search`.
     """
     found = _Nearest(queries, k)
-    entries = sizes[probed]
-    first = entries.cumsum(1) - entries < _FIRST * k
+    if probed is None:
+        all_rows = np.arange(len(queries))
+        phases = [((number, all_rows) for number in range(len(sizes)))]
+    else:
+        entries = sizes[probed]
+        first = entries.cumsum(1) - entries < _FIRST * k
+        phases = [_visits(probed, first), _visits(probed, ~first)]
     threads = torch.get_num_threads()
     # each thread has lists of its own: sharing out every small product costs more than it saves
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for chosen in (first, ~first):
-            for visits in _in_groups(_visits(probed, chosen), sizes):
+        for phase in phases:
+            for visits in _in_groups(phase, sizes, _FIRST * k * len(queries)):
                 results = list(pool.map(lambda visit: found.compare(*read(visit[0]), visit[1]), visits))
                 found.pick(results, pool)
         list(pool.map(lambda start: found.best[start : start + _ROWS].sort(1), range(0, len(queries), _ROWS)))
@@ -67,18 +72,22 @@ def _visits(probed: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Iterator[tu
 
 
 def _in_groups(
-    visits: Iterable[tuple[int, NDArray[np.int64]]], sizes: NDArray[np.int64]
+    visits: Iterable[tuple[int, NDArray[np.int64]]], sizes: NDArray[np.int64], room: int
 ) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
-    """The visits to lists that hold something, in runs of a bounded number of comparisons."""
+    """The visits to lists that hold something, in runs of `room` comparisons, then of twice as many each, to a limit.
+
+    As many as were made before: while a bound tells little, what it lets through stays few.
+    """
     group: list[tuple[int, NDArray[np.int64]]] = []
     candidates = 0
     for number, rows in visits:
         if not sizes[number]:
             continue
         candidates += int(sizes[number]) * len(rows)
-        if candidates > _CANDIDATES and group:
+        if candidates > min(room, _CANDIDATES) and group:
             yield group
             group, candidates = [], int(sizes[number]) * len(rows)
+            room *= 2
         group.append((number, rows))
     if group:
         yield group
@@ -95,14 +104,15 @@ class _Nearest:
         """`(P, k)` packed; the last is the furthest."""
 
     def compare(
-        self, keys: NDArray[np.float32], ids: NDArray[np.int64], rows: NDArray[np.int64]
+        self, keys: NDArray[np.float16 | np.float32], ids: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Entries nearer than the bound of a query in `rows`: the query's number, and distance and id packed."""
-        table, chosen = torch.from_numpy(keys), torch.from_numpy(rows)
+        """Entries within the bound of a query in `rows`: the query's number, and distance and id packed."""
+        table, chosen = torch.from_numpy(keys).float(), torch.from_numpy(rows)
         asked = self._queries.index_select(0, chosen)  # in half the time of indexing
-        product = torch.addmm(table.square().sum(1), asked, table.T, alpha=-2)
+        squares = torch.linalg.vector_norm(table, dim=1).square_()  # in half the time of squares and their sum
+        product = torch.addmm(squares, asked, table.T, alpha=-2)
         distances = product.add_(self._norms[chosen, None]).numpy()
-        near = np.flatnonzero(distances < self._bound[rows, None])
+        near = np.flatnonzero(distances <= self._bound[rows, None])
         which, columns = np.divmod(near, len(keys))
         return rows[which].astype(np.uint16), pack(distances.reshape(-1)[near], ids[columns])
 
