@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from memlm import artifacts
 from memlm.artifacts import (
@@ -116,6 +118,19 @@ def test_half_written_files_of_a_killed_process_do_not_enter_the_payload(tmp_pat
         stage.save_array("numbers.npy", np.arange(3))
         stage.finish({"parts": 2})
     assert read_manifest(out).hash == build(tmp_path / "other").hash
+
+
+def test_files_of_a_finished_folder_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with open_stage(tmp_path / "out", "corpus", **ASKED) as stage:
+            with stage.writing("model.safetensors") as temporary:
+                save_file({"x": torch.zeros(2)}, temporary)
+            stage.finish({})
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert modes == dict.fromkeys(["manifest.json", "model.safetensors", "run.json"], 0o640)
 
 
 def test_a_process_killed_while_finishing_is_finished_by_the_next(

@@ -549,13 +549,21 @@ class Stage:
                 self.remove(link)
 
     def settle(self, manifest: Manifest) -> None:
-        """Remove what is not part of the result and rename the folder: all that is left to do after the manifest."""
+        """All that is left to do after the manifest: remove what is not part of the result, rename the folder.
+
+        Its files may be read by whom the manifest may, though safetensors writes them for their owner alone.
+        """
+        readers = stat.S_IMODE((self.path / MANIFEST).stat().st_mode)
         for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
             name = path.relative_to(self.path).as_posix()
             if path.is_dir():
                 with contextlib.suppress(OSError):  # it is not empty
                     path.rmdir()
-            elif name not in manifest.payload and (path.name not in _UNHASHED or name in (_PREVIOUS, "plan.json")):
+            elif name in manifest.payload:
+                with contextlib.suppress(OSError):  # a file system without permissions
+                    if not path.is_symlink():
+                        path.chmod(readers)
+            elif path.name not in _UNHASHED or name in (_PREVIOUS, "plan.json"):
                 path.unlink()
         if self.out.is_dir():
             self.out.rmdir()  # an empty folder the user made
