@@ -4,12 +4,15 @@ A list is compared with all queries that probe it by one matrix product. Each qu
 distance among what was met bounds what other lists can add, so that few of their entries are looked at again.
 """
 
+import math
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from memlm.datastore.ranking import LARGEST_NUMBER, MISSING, distances_in, pack, unpack
 
@@ -100,6 +103,7 @@ class _Nearest:
         self._queries = torch.from_numpy(queries)
         self._norms = self._queries.square().sum(1)
         self._bound = np.full(len(queries), np.inf, np.float32)
+        self._buffers = threading.local()
         self.best = np.full((len(queries), k), MISSING)
         """`(P, k)` packed; the last is the furthest."""
 
@@ -107,14 +111,26 @@ class _Nearest:
         self, keys: NDArray[np.float16 | np.float32], ids: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
         """Entries within the bound of a query in `rows`: the query's number, and distance and id packed."""
-        table, chosen = torch.from_numpy(keys).float(), torch.from_numpy(rows)
-        asked = self._queries.index_select(0, chosen)  # in half the time of indexing
+        chosen = torch.from_numpy(rows)
+        table = self._buffer("table", *keys.shape).copy_(torch.from_numpy(keys))
+        asked = self._buffer("asked", len(rows), keys.shape[1])
+        torch.index_select(self._queries, 0, chosen, out=asked)  # in half the time of indexing
         squares = torch.linalg.vector_norm(table, dim=1).square_()  # in half the time of squares and their sum
-        product = torch.addmm(squares, asked, table.T, alpha=-2)
+        product = self._buffer("product", len(rows), len(keys))
+        torch.addmm(squares, asked, table.T, alpha=-2, out=product)
         distances = product.add_(self._norms[chosen, None]).numpy()
         near = np.flatnonzero(distances <= self._bound[rows, None])
         which, columns = np.divmod(near, len(keys))
         return rows[which].astype(np.uint16), pack(distances.reshape(-1)[near], ids[columns])
+
+    def _buffer(self, name: str, *shape: int) -> Tensor:
+        """Memory of this thread: taken anew each time, it would leave holes between the entries that are kept."""
+        size = math.prod(shape)
+        held = getattr(self._buffers, name, None)
+        if held is None or len(held) < size:
+            held = torch.empty(size)
+            setattr(self._buffers, name, held)
+        return held[:size].view(shape)
 
     def pick(self, found: list[tuple[NDArray[np.uint16], NDArray[np.int64]]], pool: ThreadPoolExecutor) -> None:
         """Keep the nearest of `best` and what was found."""
