@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import faiss
@@ -86,6 +89,28 @@ def test_the_exact_index_equals_brute_force_across_blocks(k: int, way: str, monk
     own = ((raw[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
     np.testing.assert_allclose(distances, own, **CLOSE)  # each id has the distance that is told
     assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def test_a_search_leaves_torchs_threads_as_they_were() -> None:
+    """Of the caller and of threads that start later, as a server's do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        ExactIndex(Keys([clustered(40, 8)])).search(np.zeros((2, 8), np.float32), 3)
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_can_search(tmp_path: Path) -> None:
+    index, queries = ExactIndex(Keys([clustered(40, 8)])), np.zeros((2, 8), np.float32)
+    index.search(queries, 3)
+    worker = multiprocessing.get_context("fork").Process(target=index.search, args=(queries, 3), daemon=True)
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 0
 
 
 @pytest.mark.parametrize("queries", [1, 30])

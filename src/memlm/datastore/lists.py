@@ -5,9 +5,11 @@ distance among what was met bounds what other lists can add, so that few of thei
 """
 
 import math
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import numpy as np
 import torch
@@ -48,20 +50,47 @@ def search_lists(
         entries = sizes[probed]
         first = entries.cumsum(1) - entries < _FIRST * k
         phases = [_visits(probed, first), _visits(probed, ~first)]
-    threads = torch.get_num_threads()
-    # each thread has lists of its own: sharing out every small product costs more than it saves
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for phase in phases:
-            for visits in _in_groups(phase, sizes, _FIRST * k * len(queries)):
-                results = list(pool.map(lambda visit: found.compare(*read(visit[0]), visit[1]), visits))
-                found.pick(results, pool)
-        list(pool.map(lambda start: found.best[start : start + _ROWS].sort(1), range(0, len(queries), _ROWS)))
+    pool = _pool(torch.get_num_threads())
+    for phase in phases:
+        for visits in _in_groups(phase, sizes, _FIRST * k * len(queries)):
+            results = list(pool.map(lambda visit: found.compare(*read(visit[0]), visit[1]), visits))
+            found.pick(results, pool)
+    list(pool.map(lambda start: found.best[start : start + _ROWS].sort(1), range(0, len(queries), _ROWS)))
     return unpack(found.best)
 
 
 def fits(queries: int, entries: int) -> bool:
     """Whether `search_lists` can number so many queries and entries."""
     return queries <= MOST_QUERIES and entries <= LARGEST_NUMBER
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """As many threads, in each of which torch computes alone: sharing out every small product costs more than it saves.
+
+    torch hands a thread's number on to threads that start later, so it is put back once all of these have started.
+    """
+    started = threading.Barrier(threads + 1)
+
+    def compute_alone() -> None:
+        torch.set_num_threads(1)
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, "memlm-search", compute_alone)
+    try:
+        for _ in range(threads):
+            pool.submit(int)
+        started.wait()
+    except BaseException:
+        started.abort()  # those that did start would wait for ever
+        raise
+    finally:
+        torch.set_num_threads(threads)
+    return pool
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
 def _visits(probed: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.int64]]]:
