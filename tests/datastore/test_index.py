@@ -99,6 +99,7 @@ def test_a_search_leaves_torchs_threads_as_they_were() -> None:
         ExactIndex(Keys([clustered(40, 8)])).search(np.zeros((2, 8), np.float32), 3)
         with ThreadPoolExecutor(1) as later:
             assert later.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
+        assert set(lists_module._pool(3).map(lambda _: torch.get_num_threads(), range(9))) == {1}
     finally:
         torch.set_num_threads(before)
 

@@ -73,6 +73,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     started = threading.Barrier(threads + 1)
 
     def compute_alone() -> None:
+        torch.get_num_threads()  # a thread's first question takes over the number of threads to come
         torch.set_num_threads(1)
         started.wait()
 
