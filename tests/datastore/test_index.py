@@ -105,7 +105,7 @@ def test_a_search_leaves_torchs_threads_as_they_were() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_process_can_search(tmp_path: Path) -> None:
+def test_a_forked_process_can_search() -> None:
     index, queries = ExactIndex(Keys([clustered(40, 8)])), np.zeros((2, 8), np.float32)
     index.search(queries, 3)
     worker = multiprocessing.get_context("fork").Process(target=index.search, args=(queries, 3), daemon=True)

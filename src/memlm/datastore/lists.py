@@ -23,8 +23,8 @@ _FIRST = 2  # times k: entries in the lists that come first
 _CANDIDATES = 1 << 25  # compared before the nearest are picked
 _ROWS = 128  # queries whose nearest are picked at a time: what they found fits a core's cache
 
-ReadList = Callable[[int], tuple[NDArray[np.float16 | np.float32], NDArray[np.int64]]]
-"""Number of a list to its keys `(B, D)`, which torch may hold, and their ids `(B,)`."""
+ReadList = Callable[[int], tuple[NDArray[np.float16], NDArray[np.int64]]]
+"""Number of a list to its keys `(B, D)`, not read-only, which torch does not take, and their ids `(B,)`."""
 
 
 def search_lists(
@@ -138,7 +138,7 @@ class _Nearest:
         """`(P, k)` packed; the last is the furthest."""
 
     def compare(
-        self, keys: NDArray[np.float16 | np.float32], ids: NDArray[np.int64], rows: NDArray[np.int64]
+        self, keys: NDArray[np.float16], ids: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
         """Entries within the bound of a query in `rows`: the query's number, and distance and id packed."""
         chosen = torch.from_numpy(rows)
