@@ -8,7 +8,6 @@ from conftest import sentences, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memlm.artifacts import Manifest, Stage, read_manifest
 from memlm.corpus.blocks import Corpus, Split
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
@@ -19,6 +18,8 @@ from memlm.datastore.extend import same_documents
 from memlm.datastore.index import INDEXES, IVFIndex, measure_recall
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError
+from memlm.manifest import Manifest, read_manifest
+from memlm.stage import Stage
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
 
