@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel, TrainingArguments
 
 from memlm.config import nearest
-from memlm.corpus.blocks import Blocks
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
@@ -19,11 +19,11 @@ from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import KINDS, load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
-from memlm.mix.scoring import ReadActivations, as_voter, score, stored_activations
 from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, model_identity, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
-from memlm.progress import progress_bar
+from memlm.scores.score import Collected, ReadActivations, stored_activations
+from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
@@ -155,11 +155,9 @@ def _trainer(
     validation = rows.validation if len(rows.validation) else None
     scores = held_out = reader = None
     if validation is not None:
-        scores = _base_scores(validation, base, rows.vocab_size, config.batch_tokens)
+        scores, held_out = _base_on_validation(stage, rows, base, memory.tap, config)
     if memory.tap is not None:
         reader = open_now.enter_context(TapReader(base, memory.tap))
-        if validation is not None:
-            held_out = _held_out_activations(stage, validation, reader, config.batch_tokens)
     return MemoryTrainer(
         memory,
         arguments,
@@ -260,16 +258,35 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
     return KINDS[config.kind].start(config, settings, init=init, base=base, seed=config.seed).float()
 
 
-def _base_scores(validation: Blocks, base: PreTrainedModel, vocab_size: int, batch_tokens: int) -> Any:
-    with progress_bar(int(validation.lengths.sum()), "base on validation") as bar:
-        return score(as_voter(base, vocab_size), validation, batch_tokens=batch_tokens, progress=bar.update)["label"]
+def _base_on_validation(
+    stage: Stage, rows: TrainingData, base: PreTrainedModel, tap: str | None, config: TrainConfig
+) -> tuple[NDArray[np.float32], ReadActivations | None]:
+    """The base's label log-probs on the validation blocks, and its activations there, which stay on disk meanwhile.
 
-
-def _held_out_activations(stage: Stage, validation: Blocks, reader: TapReader, batch_tokens: int) -> ReadActivations:
-    """The base's activations on the validation blocks, read once and kept on disk while the stage runs."""
-    if not stage.has(_HELD_OUT):
-        stage.save_array(_HELD_OUT, read_keys(reader, validation, range(len(validation)), batch_tokens=batch_tokens))
-    return stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+    One pass gives both; scores that an earlier run left in the cache are read back.
+    """
+    scorers = Scorers(
+        stage.sources["base"],
+        {},
+        vocab_size=rows.vocab_size,
+        dtype=base.dtype,
+        batch_tokens=config.batch_tokens,
+        load_base=lambda: base,
+    )
+    blocks = rows.validation
+    text = Text(rows.corpus_hash, "validation", blocks, rows.manifest.tokenizer, str(rows.folder))
+    if tap is None:
+        return scorers.score(text)["base"].label, None
+    if stage.has(_HELD_OUT):
+        label = scorers.score(text)["base"].label
+    else:
+        keys = Collected(int(blocks.position_starts[-1]), tap)
+        label = scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label
+        if keys.array is None:
+            with TapReader(base, tap) as reader:
+                keys.array = read_keys(reader, blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
+        stage.save_array(_HELD_OUT, keys.array)
+    return label, stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
 
 
 def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
