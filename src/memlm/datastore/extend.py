@@ -20,7 +20,7 @@ _TRAINED = ("nlist", "code_bytes", "train_vectors", "seed")
 
 
 class Extension:
-    """What the datastore of a grown corpus takes over from that of the smaller one.
+    """What the datastore of a grown corpus takes over from the datastore of the smaller one.
 
     A training document whose tokens the old datastore holds keeps its keys. The others are new, and documents that are
     gone take their entries with them.
@@ -82,7 +82,7 @@ class Extension:
         return DatastoreConfig.parse({**there, **given})
 
     def check_teacher(self, teacher: str, identity: str) -> None:
-        """Nothing, where `identity` is that of the model that made the old keys.
+        """Raise unless `identity` is that of the model that made the old keys.
 
         Raises:
             ArtifactError: It is another model's.

@@ -85,7 +85,7 @@ def load_causal_lm(
 
 
 def _check_decoder(folder: Path) -> None:
-    """Nothing, where a memory folder is as its stage wrote it, and its config asks for no more than its weights hold.
+    """Raise unless a memory folder is as its stage wrote it and its config asks for no more than its weights hold.
 
     Raises:
         ArtifactError: It is not.

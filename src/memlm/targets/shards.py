@@ -61,7 +61,7 @@ def read_statistics(path: Path) -> dict[str, Any]:
 
 
 def check_rows(path: Path, schema: pa.Schema, vocab_size: int) -> None:
-    """Nothing, where the file holds rows of this schema whose lists fit each other and the vocabulary.
+    """Raise unless the file holds rows of this schema whose lists fit each other and the vocabulary.
 
     Every buffer is held against the file's size. A compressed one is refused before it is unpacked, for it may unpack
     to any size.
