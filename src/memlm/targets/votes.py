@@ -13,8 +13,6 @@ from memlm.datastore.ranking import nearest_first
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
 
-_POSITIONS_AT_ONCE = 512  # what is made on the way is then small enough for malloc to use again
-
 
 @dataclass(frozen=True)
 class SparseProbs:
@@ -61,7 +59,12 @@ class SparseProbs:
 
 
 def neighbor_votes(
-    distances: Float[Tensor, "P K"], values: Int[Tensor, "P K"], *, target_temperature: float, target_mass: float = 1.0
+    distances: Float[Tensor, "P K"],
+    values: Int[Tensor, "P K"],
+    *,
+    target_temperature: float,
+    target_mass: float = 1.0,
+    at_once: int = 512,
 ) -> SparseProbs:
     """Each position's neighbours as a sparse distribution over the vocabulary.
 
@@ -74,6 +77,7 @@ def neighbor_votes(
         values: Next-token ids, anything where the distance is `inf`.
         target_temperature: Above 0.
         target_mass: In (0, 1].
+        at_once: Positions worked on at a time; with few, malloc uses the memory between the steps again.
 
     Raises:
         ValueError: A position has no neighbour at all.
@@ -82,7 +86,7 @@ def neighbor_votes(
     """
     if not torch.isfinite(distances.amin(1)).all():
         raise ValueError("a position has no neighbour at all")
-    parts = zip(distances.split(_POSITIONS_AT_ONCE), values.split(_POSITIONS_AT_ONCE), strict=True)
+    parts = zip(distances.split(at_once), values.split(at_once), strict=True)
     return SparseProbs.concatenate([_block_votes(*part, target_temperature, target_mass) for part in parts])
 
 
