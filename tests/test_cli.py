@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import tiny_config
-from released_layouts import llama_config, random_tensors, save_released
+from conftest import forbid_models, tiny_config
+from families import family_config
+from released_layouts import random_tensors, save_released
 from strangers import edit_manifest
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from memlm.artifacts import MANIFEST
@@ -232,7 +233,7 @@ def test_adapt_names_the_command_to_go_on_with(
 def test_convert_makes_a_memory_of_a_released_checkpoint(
     memlm: Callable[..., Result], model_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = llama_config(len(tokenizer), 2)
+    config = family_config("llama", len(tokenizer), layers=2)
     tensors = random_tensors(config)
     released = save_released(tmp_path / "released", tensors, config)
     command = ("convert", released, "--base", model_folder, "--out", tmp_path / "mlp")
@@ -823,10 +824,7 @@ def test_bad_input_gives_one_clear_line_and_harms_nothing(
     before = snapshot(world.corpus.parent, Path(world.documents).parent, Path(world.model))
     here = snapshot(out) if out.exists() else {}
 
-    def no_model(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+    forbid_models(monkeypatch)
     one_line(memlm(*arguments), match)
     assert snapshot(world.corpus.parent, Path(world.documents).parent, Path(world.model)) == before
     assert (snapshot(out) if out.exists() else {}) == here

@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import forbid_models, save_model, tiny_config
 from reference import dense_votes
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -117,8 +117,7 @@ def test_figures_of_an_mlp_memory_equal_plain_passes_over_the_bases_activations(
 def test_an_mlp_memory_is_scored_anew_beside_another_base(
     corpus_folder: Path, model_folder: str, mlp_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    tiny_model(len(tokenizer), seed=3).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
+    save_model(tmp_path / "other", tokenizer, seed=3)
     found = [
         evaluate_perplexity(corpus_folder, base=base, memory=mlp_folder, config=EXACT)["memory"]["perplexity"]
         for base in (model_folder, str(tmp_path / "other"))
@@ -129,8 +128,7 @@ def test_an_mlp_memory_is_scored_anew_beside_another_base(
 def test_a_base_that_an_mlp_memory_cannot_read_is_refused(
     corpus_folder: Path, mlp_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    tiny_model(len(tokenizer), layers=3).save_pretrained(tmp_path / "deeper")
-    tokenizer.save_pretrained(tmp_path / "deeper")
+    save_model(tmp_path / "deeper", tokenizer, layers=3)
     with pytest.raises(ModelError, match="a base with 2 blocks, 32 wide; this LlamaForCausalLM has 3, 32 wide"):
         evaluate_perplexity(corpus_folder, base=str(tmp_path / "deeper"), memory=mlp_folder, config=EXACT)
 
@@ -223,8 +221,7 @@ def test_beside_another_base_the_teacher_reads_for_itself(
     corpus_folder: Path, model_folder: str, datastore_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Votes do not depend on the base; its own cache, or none, only changes the order of float32 sums."""
-    tiny_model(len(tokenizer), seed=3, width=16).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
+    save_model(tmp_path / "other", tokenizer, seed=3, width=16)
     beside, apart = (
         score_corpus(
             Corpus(corpus_folder),
@@ -264,10 +261,7 @@ def test_a_memory_of_another_tokenizer_is_refused_with_advice(
     config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
     build_corpus([documents], tokenizer=str(folder), out=tmp_path / "c", config=config)
 
-    def no_model(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+    forbid_models(monkeypatch)
     memory = mlp_folder if kind == "mlp" else str(datastore_folder)
     with pytest.raises(TokenizerMismatchError, match=f"memory {memory} have different tokenizers; .*memlm adapt"):
         evaluate_perplexity(tmp_path / "c", base=str(folder), memory=memory)

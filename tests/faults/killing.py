@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, tiny_config, tiny_model
+from conftest import save_model, sentences
 from tiny_tokenizers import sentencepiece_like
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from memlm.artifacts import file_digest, open_stage, read_manifest
 from memlm.cli import main
@@ -66,14 +65,9 @@ def prepare(request: pytest.FixtureRequest, folder: Path) -> Ingredients:
     """What the fixtures of all tests hold, and in `folder` what is needed beside."""
     at = request.getfixturevalue
     tokenizer = at("tokenizer")
-    torch.manual_seed(2)
-    config = tiny_config(len(tokenizer))
-    config.attention_dropout = 0.2  # so that random states count
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "dropout")
-    tokenizer.save_pretrained(folder / "dropout")
+    save_model(folder / "dropout", tokenizer, seed=2, attention_dropout=0.2)  # so that random states count
     other = sentencepiece_like(sentences(100, seed=3))
-    tiny_model(len(other), seed=5).save_pretrained(folder / "other")
-    other.save_pretrained(folder / "other")
+    save_model(folder / "other", other, seed=5)
     half = "\n\n".join(Path(at("documents")).read_text(encoding="utf-8").split("\n\n")[:40])
     (folder / "half.txt").write_text(half, encoding="utf-8")
     settings = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)

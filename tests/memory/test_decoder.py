@@ -7,10 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from families import family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_lm import dense_distillation_loss, dense_targets, window_start, windowed_hidden
-from tiny_families import family_model
 from torch import Tensor
 
 from memlm.errors import ConfigError

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from tiny_families import family_model
+from families import family_model
 from torch import Tensor
 
 from memlm.memory.decoder import MemoryDecoder

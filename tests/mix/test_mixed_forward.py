@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from families import CACHED, family_model
 from reference_lm import mixed_probs, next_token_probs
-from tiny_families import FAMILIES, family_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -109,7 +109,7 @@ def test_the_smallest_vocabulary_is_shared_where_none_is_named() -> None:
     assert MixedLM(family_model("llama", VOCAB), tiny_memory(padding=3), 0.5).vocab_size == VOCAB
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("window", [None, 6])
 def test_forward_with_a_cache_equals_forward_without(family: str, window: int | None) -> None:
     model = mixed(family=family, window=window)
@@ -127,7 +127,7 @@ def test_forward_with_a_cache_equals_forward_without(family: str, window: int | 
     torch.testing.assert_close(torch.cat(pieces, 1), expected.logits, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 def test_left_padding_changes_no_logits(family: str) -> None:
     model = mixed(family=family, window=6)
     tokens = some_tokens(2, 12)
@@ -214,7 +214,7 @@ def test_outputs_as_a_tuple() -> None:
         assert torch.equal(model(some_tokens(1, 4), return_dict=False)[0], model(some_tokens(1, 4)).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 def test_hidden_states_and_attentions_of_the_base_are_given(family: str) -> None:
     model = mixed(family=family)
     model.base.set_attn_implementation("eager")  # others keep no attentions

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from families import CACHED, family_model
 from reference_lm import greedy
-from tiny_families import FAMILIES, family_model
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -65,7 +65,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
     return output[:, tokens.shape[1] :]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("weight", [0.5, 0.8])
 def test_greedy_equals_the_plain_loop(family: str, window: int | None, weight: float) -> None:
@@ -76,7 +76,7 @@ def test_greedy_equals_the_plain_loop(family: str, window: int | None, weight: f
     assert found != generate(model.base, prompt, max_new_tokens=14)[0].tolist(), "the case must need the memory"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_left_padded_rows_equal_rows_alone(family: str, use_cache: bool) -> None:
     model = mixed(family=family)
@@ -207,7 +207,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(family: str, chunk: int) -> None
     assert found[1].tolist() == twin(model, prompt[1, 6:], 8)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_static_cache_of_the_base_gives_the_same(family: str, beams: int) -> None:
     model = mixed(family=family)

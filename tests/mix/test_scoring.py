@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from families import family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_families import family_model
 
 from memlm.corpus.blocks import Split
 from memlm.memory.decoder import MemoryDecoder

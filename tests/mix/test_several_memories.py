@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, tiny_model
+from conftest import save_model, sentences, tiny_model
+from families import family_model
 from reference_lm import mixed_probs
-from tiny_families import family_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -47,19 +47,13 @@ def mlp_folder(targets_folder: Path, model_folder: str) -> Path:
 @pytest.fixture(scope="session")
 def other_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base of the same tokenizer and size that did not make the datastore."""
-    folder = tmp_path_factory.mktemp("models") / "other-base"
-    tiny_model(len(tokenizer) + 8, seed=5).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "other-base", tokenizer, padding=8, seed=5)
 
 
 @pytest.fixture(scope="session")
 def wide_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base of the same tokenizer and another width."""
-    folder = tmp_path_factory.mktemp("models") / "wide-base"
-    tiny_model(len(tokenizer), seed=6, width=48).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "wide-base", tokenizer, seed=6, width=48)
 
 
 @pytest.fixture

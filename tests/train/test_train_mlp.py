@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_model
 from interruption import interrupted_after
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from memlm.artifacts import Manifest, read_manifest
 from memlm.corpus.build import build_corpus
@@ -202,24 +202,12 @@ def test_an_interrupted_run_continued_gives_the_same_bytes(
 @pytest.fixture(scope="module")
 def other_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """As the base, with other weights."""
-    folder = tmp_path_factory.mktemp("other") / "model"
-    tiny_model(len(tokenizer) + 8, seed=6).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("other") / "model", tokenizer, padding=8, seed=6)
 
 
 def datastore(corpus: Path, teacher: str, out: Path, **config: Any) -> Path:
     build_datastore(corpus, teacher=teacher, out=out, config=DatastoreConfig(dtype="float32", recall_k=2, **config))
     return out
-
-
-@pytest.fixture
-def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_model(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", no_model)
 
 
 def refused(error: type[MemlmError], match: str, data: Path, out: Path, **arguments: Any) -> None:
@@ -232,7 +220,7 @@ def refused(error: type[MemlmError], match: str, data: Path, out: Path, **argume
     assert not out.with_name(out.name + ".partial").exists()
 
 
-@pytest.mark.usefixtures("forbid_models")
+@pytest.mark.usefixtures("no_models")
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -255,7 +243,7 @@ def test_settings_of_another_kind_are_refused(
     refused(ConfigError, match, targets_folder, tmp_path / "m", base=model_folder, **arguments)
 
 
-@pytest.mark.usefixtures("forbid_models")
+@pytest.mark.usefixtures("no_models")
 class TestRefusedBeforeAnyModelIsLoaded:
     def test_a_missing_base(self, targets_folder: Path, learnt: Path, tmp_path: Path) -> None:
         for init in (None, str(learnt)):

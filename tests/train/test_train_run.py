@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import save_model, tiny_config, tiny_model
 from interruption import Interrupted, interrupted_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -33,17 +33,6 @@ QUICK = {"dtype": "float32", "max_steps": 4, "batch_size": 4}
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
-
-
-def no_model(*args: Any, **kwargs: Any) -> None:
-    raise AssertionError("a model was loaded")
-
-
-@pytest.fixture
-def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loading any weights fails the test."""
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", no_model)
 
 
 # --- the loss and its accumulation --------------------------------------------------------------------------------
@@ -268,8 +257,7 @@ def test_runs_that_end_within_an_epoch_are_validated_at_their_end(
 
 
 def four_layers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
-    tiny_model(len(tokenizer), seed=5, layers=4).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(folder, tokenizer, seed=5, layers=4)
     return str(folder)
 
 
@@ -336,13 +324,7 @@ def test_further_training_arguments_reach_the_trainer(
 @pytest.fixture(scope="module")
 def dropout_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A start with dropout, so that a resumed run must restore random states too."""
-    folder = tmp_path_factory.mktemp("dropout") / "model"
-    torch.manual_seed(2)
-    config = tiny_config(len(tokenizer))
-    config.attention_dropout = 0.2
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("dropout") / "model", tokenizer, seed=2, attention_dropout=0.2)
 
 
 RESUMED = TrainConfig(max_steps=26, batch_size=4, dtype="float32", trainer={"eval_steps": 7, "save_steps": 7})
@@ -447,7 +429,7 @@ def test_half_written_checkpoints_are_passed_over(
 
 
 def test_a_finished_run_is_left_alone_and_loads_no_model(
-    memory_folder: Path, targets_folder: Path, model_folder: str, forbid_models: None
+    memory_folder: Path, targets_folder: Path, model_folder: str, no_models: None
 ) -> None:
     before = {p: p.stat().st_mtime_ns for p in memory_folder.rglob("*")}
     config = TrainConfig(epochs=1, batch_size=4, dtype="float32")
@@ -457,7 +439,7 @@ def test_a_finished_run_is_left_alone_and_loads_no_model(
 
 
 def test_another_run_into_the_same_folder_is_refused(
-    memory_folder: Path, targets_folder: Path, model_folder: str, forbid_models: None
+    memory_folder: Path, targets_folder: Path, model_folder: str, no_models: None
 ) -> None:
     config = TrainConfig(epochs=2, batch_size=4, dtype="float32")
     with pytest.raises(OutputExistsError, match=r"config\.epochs: 1\.0 there, 2\.0 here"):
@@ -528,7 +510,7 @@ def test_a_gradient_that_overflows_stops_the_run(
         train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config)
 
 
-@pytest.mark.usefixtures("forbid_models")
+@pytest.mark.usefixtures("no_models")
 class TestRefusedBeforeAnyModelIsLoaded:
     """Flags and manifests are enough to see that these cannot work; nothing is written either."""
 
