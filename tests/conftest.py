@@ -1,5 +1,6 @@
 """Tiny models, a tiny tokenizer and a tiny corpus, made here; no test needs the network unless marked `assets`."""
 
+import copy
 import os
 import random
 from pathlib import Path
@@ -79,6 +80,25 @@ def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
     return save_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer, padding=8)
 
 
+def save_stranger(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Save the config of a model, no weights, and a tokenizer with one more token; returns the folder."""
+    tiny_config(len(tokenizer) + 8).save_pretrained(folder)
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["asthmatic"])
+    changed.save_pretrained(folder)
+    return str(folder)
+
+
+def make_corpus(documents: str, model: str, out: Path, **settings: Any) -> Path:
+    """Write a corpus of blocks of 32 tokens; returns its folder."""
+    from memlm.corpus.build import build_corpus
+    from memlm.corpus.config import CorpusConfig
+
+    split = {"document_separator": "\n\n", "block_size": 32, "validation_fraction": 0.15, "test_fraction": 0.15}
+    build_corpus([documents], tokenizer=model, out=out, config=CorpusConfig.parse({**split, **settings}))
+    return out
+
+
 def forbid_models(patch: pytest.MonkeyPatch) -> None:
     """From now on weights fail the test, loaded or drawn; a model on the meta device has none."""
     from_config = AutoModelForCausalLM.from_config
@@ -107,14 +127,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def corpus_folder(documents: str, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of blocks of 32 tokens."""
-    from memlm.corpus.build import build_corpus
-    from memlm.corpus.config import CorpusConfig
-
-    out = tmp_path_factory.mktemp("stages") / "corpus"
-    config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
-    build_corpus([documents], tokenizer=model_folder, out=out, config=config)
-    return out
+    """A corpus of those documents."""
+    return make_corpus(documents, model_folder, tmp_path_factory.mktemp("stages") / "corpus")
 
 
 @pytest.fixture(scope="session")

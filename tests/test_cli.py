@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from conftest import forbid_models, tiny_config
+from conftest import forbid_models, save_stranger, tiny_config
 from families import family_config
 from released_layouts import random_tensors, save_released
 from strangers import edit_manifest
@@ -598,13 +598,7 @@ def broken_manifest(w: World) -> tuple[Any, ...]:
 
 
 def other_tokenizer(w: World) -> str:
-    folder = w.tmp / "other"
-    tiny_config(328).save_pretrained(folder)
-    w.tokenizer.save_pretrained(folder)
-    changed = AutoTokenizer.from_pretrained(folder)
-    changed.add_tokens(["asthmatic"])
-    changed.save_pretrained(folder)
-    return str(folder)
+    return save_stranger(w.tmp / "other", w.tokenizer)
 
 
 def extending(w: World, *arguments: Any, corpus: Path | None = None) -> tuple[Any, ...]:

@@ -2,9 +2,9 @@ import itertools
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import sentences
+from interruption import interrupted_after_arrays
 from reference import shared_ngrams
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -203,19 +203,8 @@ def test_interrupted_tokenising_goes_on_to_the_same_bytes(
     texts = sentences(40, seed=10)
     expected, _ = build(texts, "whole")
     monkeypatch.setattr(build_module, "_SHARD_CHARACTERS", 1000)
-    saved: list[str] = []
-    save = Stage.save_array
-
-    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
-        if len(saved) == stop_at:
-            raise KeyboardInterrupt
-        saved.append(name)
-        save(stage, name, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "save_array", save_until)
-        with pytest.raises(KeyboardInterrupt):
-            build(texts, "resumed")
+    with interrupted_after_arrays(stop_at):
+        build(texts, "resumed")
     kept = sorted((tmp_path / "resumed.partial" / "raw").glob("*.names.txt"))
     assert len(kept) == stop_at // 3  # three arrays a shard
     times = [path.stat().st_mtime_ns for path in kept]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from interruption import interrupted_after_arrays
 from strangers import edit_manifest, reseal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from memlm.artifacts import Manifest, Stage, read_manifest
+from memlm.artifacts import Manifest, read_manifest
 from memlm.corpus.blocks import Corpus
 from memlm.datastore.build import build_datastore, shard_blocks
 from memlm.datastore.config import DatastoreConfig
@@ -87,22 +88,12 @@ def test_a_tap_may_be_named_or_missing(corpus_folder: Path, model_folder: str, t
 
 @pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])
 def test_an_interrupted_pass_goes_on_to_the_same_bytes(
-    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+    corpus_folder: Path, model_folder: str, tmp_path: Path, index: str
 ) -> None:
     config = {"shard_positions": 200, "index": index, "code_bytes": 4, "nlist": None if index == "exact" else 6}
     whole = build(corpus_folder, model_folder, tmp_path / "whole", **config)
-    save, written = Stage.save_array, []
-
-    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        save(stage, name, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "save_array", save_until)
-        with pytest.raises(KeyboardInterrupt):
-            build(corpus_folder, model_folder, tmp_path / "resumed", **config)
+    with interrupted_after_arrays(2):
+        build(corpus_folder, model_folder, tmp_path / "resumed", **config)
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
     assert sorted(p.name for p in kept) == ["00000.npy", "00001.npy"]
     with pytest.raises(ArtifactError, match="is not finished: run the command that makes it again"):

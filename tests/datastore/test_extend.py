@@ -7,8 +7,9 @@ import pytest
 from conftest import sentences, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from interruption import interrupted_after_arrays
 
-from memlm.artifacts import Manifest, Stage, read_manifest
+from memlm.artifacts import Manifest, read_manifest
 from memlm.corpus.blocks import Corpus, Split
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
@@ -168,23 +169,13 @@ def test_without_new_documents_the_teacher_is_not_loaded(
 
 @pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])
 def test_an_interrupted_extension_goes_on_to_the_same_bytes(
-    old: Path, grown: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+    old: Path, grown: Path, model_folder: str, tmp_path: Path, index: str
 ) -> None:
     config = {} if index == "exact" else {"nlist": 6, "code_bytes": 4}
     build(old, tmp_path / "old", teacher=model_folder, index=index, **config)
     whole = build(grown, tmp_path / "whole", extend=tmp_path / "old")
-    save, written = Stage.save_array, []
-
-    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        save(stage, name, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "save_array", save_until)
-        with pytest.raises(KeyboardInterrupt):
-            build(grown, tmp_path / "resumed", extend=tmp_path / "old")
+    with interrupted_after_arrays(2):
+        build(grown, tmp_path / "resumed", extend=tmp_path / "old")
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
     assert sorted(kept) == ["00000.npy", "00001.npy"]
     resumed = build(grown, tmp_path / "resumed", extend=tmp_path / "old")

@@ -10,13 +10,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import forbid_models, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from conftest import forbid_models, make_corpus, save_stranger, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.artifacts import read_manifest
 from memlm.corpus.blocks import Corpus
-from memlm.corpus.build import build_corpus
-from memlm.corpus.config import CorpusConfig
 from memlm.errors import ConfigError, InputError, MemlmError, ModelError, OutputExistsError, TokenizerMismatchError
 from memlm.evaluate import perplexity as perplexity_module
 from memlm.evaluate.config import EvaluateConfig
@@ -366,10 +364,7 @@ def test_without_out_nothing_is_written_outside_the_cache(
 @pytest.fixture(scope="module")
 def unvalidated(model_folder: str, documents: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus with test text and no validation text."""
-    out = tmp_path_factory.mktemp("unvalidated") / "c"
-    config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0, test_fraction=0.15)
-    build_corpus([documents], tokenizer=model_folder, out=out, config=config)
-    return out
+    return make_corpus(documents, model_folder, tmp_path_factory.mktemp("unvalidated") / "c", validation_fraction=0)
 
 
 def test_a_corpus_without_validation_tokens_needs_a_given_weight(
@@ -383,11 +378,10 @@ def test_a_corpus_without_validation_tokens_needs_a_given_weight(
 def test_a_corpus_without_test_tokens_is_refused(
     documents: str, model_folder: str, memory_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CorpusConfig(document_separator="\n\n", block_size=32, test_fraction=0)
-    build_corpus([documents], tokenizer=model_folder, out=tmp_path / "c", config=config)
+    untested = make_corpus(documents, model_folder, tmp_path / "c", test_fraction=0)
     forbid_models(monkeypatch)
     with pytest.raises(InputError, match="no test tokens; build it with a larger --test-fraction"):
-        evaluate_perplexity(tmp_path / "c", base=model_folder, memory=str(memory_folder))
+        evaluate_perplexity(untested, base=model_folder, memory=str(memory_folder))
 
 
 def test_an_output_that_holds_something_else_is_refused_before_models_load(
@@ -426,13 +420,9 @@ def test_models_that_cannot_be_used_are_refused_before_any_is_loaded(
     with pytest.raises((InputError, ConfigError), match=r"outside the 300|fewer output rows"):
         evaluate_perplexity(corpus_folder, **{**good, role: str(tmp_path / "small")})
 
-    tiny_config(328).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    changed = AutoTokenizer.from_pretrained(tmp_path / "other")
-    changed.add_tokens(["asthmatic"])
-    changed.save_pretrained(tmp_path / "other")
+    other = save_stranger(tmp_path / "other", tokenizer)
     with pytest.raises(TokenizerMismatchError, match="320 and 321 tokens"):
-        evaluate_perplexity(corpus_folder, **{**good, role: str(tmp_path / "other")})
+        evaluate_perplexity(corpus_folder, **{**good, role: other})
 
 
 def test_the_table_names_every_row(report: dict[str, Any]) -> None:

@@ -9,13 +9,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import forbid_models, save_model, tiny_config
+from conftest import forbid_models, make_corpus, save_model, save_stranger
 from reference import dense_votes
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import Corpus
-from memlm.corpus.build import build_corpus
-from memlm.corpus.config import CorpusConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import MemlmError, ModelError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
@@ -252,19 +250,13 @@ def test_a_memory_of_another_tokenizer_is_refused_with_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only the corpus and the base have the other tokenizer, so it is the memory that does not fit."""
-    folder = tmp_path / "other"
-    tiny_config(len(tokenizer) + 8).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    changed = AutoTokenizer.from_pretrained(folder)
-    changed.add_tokens(["asthmatic"])
-    changed.save_pretrained(folder)
-    config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
-    build_corpus([documents], tokenizer=str(folder), out=tmp_path / "c", config=config)
+    other = save_stranger(tmp_path / "other", tokenizer)
+    make_corpus(documents, other, tmp_path / "c")
 
     forbid_models(monkeypatch)
     memory = mlp_folder if kind == "mlp" else str(datastore_folder)
     with pytest.raises(TokenizerMismatchError, match=f"memory {memory} have different tokenizers; .*memlm adapt"):
-        evaluate_perplexity(tmp_path / "c", base=str(folder), memory=memory)
+        evaluate_perplexity(tmp_path / "c", base=other, memory=memory)
 
 
 def test_a_stage_that_is_no_memory_is_refused(corpus_folder: Path, targets_folder: Path, model_folder: str) -> None:

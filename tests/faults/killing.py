@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_model, sentences
+from conftest import make_corpus, save_model, sentences
 from tiny_tokenizers import sentencepiece_like
 from tqdm import tqdm
 
@@ -70,8 +70,7 @@ def prepare(request: pytest.FixtureRequest, folder: Path) -> Ingredients:
     save_model(folder / "other", other, seed=5)
     half = "\n\n".join(Path(at("documents")).read_text(encoding="utf-8").split("\n\n")[:40])
     (folder / "half.txt").write_text(half, encoding="utf-8")
-    settings = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
-    build_corpus([str(folder / "half.txt")], tokenizer=at("model_folder"), out=folder / "small", config=settings)
+    make_corpus(str(folder / "half.txt"), at("model_folder"), folder / "small")
     build_datastore(
         folder / "small", teacher=at("model_folder"), out=folder / "small-datastore", config=_index("ivf-flat")
     )

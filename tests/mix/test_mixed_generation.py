@@ -1,13 +1,14 @@
 """MixedLM in transformers' generate and pipeline, against a plain loop without any cache."""
 
 import logging
-import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from families import CACHED, family_model
+from families import CACHED, family_model, token_ids
+from memories import LONG_TEXT, decoder_memory
 from reference_lm import greedy
 from torch import Tensor
 from transformers import (
@@ -20,22 +21,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from memlm.memory.decoder import MemoryDecoder
-from memlm.memory.protocol import MemorySettings
 from memlm.mix.mixed_lm import MixedLM
 
 VOCAB = 40
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the text is longer than the memory's window")
-        yield
-
-
 def tiny_memory(window: int | None = None, vocab_size: int = VOCAB, seed: int = 7) -> MemoryDecoder:
-    settings = MemorySettings(kind="decoder", vocab_size=vocab_size, context_length=window)
-    return MemoryDecoder(family_model("llama", vocab_size, seed=seed), settings)
+    return decoder_memory(vocab_size, window=window, seed=seed)
 
 
 def mixed(mix_weight: float = 0.5, *, family: str = "llama", window: int | None = 6, seed: int = 0) -> MixedLM:
@@ -43,8 +35,8 @@ def mixed(mix_weight: float = 0.5, *, family: str = "llama", window: int | None 
     return MixedLM(family_model(family, VOCAB, seed=seed), tiny_memory(window), mix_weight)
 
 
-def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+some_tokens = partial(token_ids, vocab_size=VOCAB)
+pytestmark = pytest.mark.filterwarnings(LONG_TEXT)
 
 
 def twin(model: MixedLM, prompt: Tensor, new_tokens: int, end: int | None = None) -> list[int]:

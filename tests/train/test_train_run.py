@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_model, tiny_config, tiny_model
+from conftest import make_corpus, save_model, save_stranger, tiny_config, tiny_model
 from interruption import Interrupted, interrupted_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from memlm.artifacts import Manifest, read_manifest
-from memlm.corpus.build import build_corpus
-from memlm.corpus.config import CorpusConfig
 from memlm.errors import ConfigError, InputError, MemlmError, OutputExistsError, TokenizerMismatchError, TrainingError
 from memlm.memory.loading import load_memory
 from memlm.mix.scoring import as_voter, best_mix_weight, score
@@ -226,9 +224,7 @@ def test_checkpoints_equal_to_four_digits_do_not_mix_up_weights_and_figures(
 @pytest.fixture(scope="module")
 def unvalidated_corpus(model_folder: str, documents: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("unvalidated") / "c"
-    settings = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0, max_tokens=600)
-    build_corpus([documents], tokenizer=model_folder, out=out, config=settings)
-    return out
+    return make_corpus(documents, model_folder, out, validation_fraction=0, max_tokens=600)
 
 
 def test_without_validation_documents_the_last_step_is_kept(
@@ -570,9 +566,7 @@ class TestRefusedBeforeAnyModelIsLoaded:
     def test_blocks_longer_than_the_start_can_read(
         self, targets_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
     ) -> None:
-        config = tiny_config(len(tokenizer))
-        config.max_position_embeddings = 16
-        config.save_pretrained(tmp_path / "short")
+        tiny_config(len(tokenizer), positions=16).save_pretrained(tmp_path / "short")
         self.refused(
             ConfigError, "block_size = 32 .* above the 16", targets_folder, str(tmp_path / "short"), tmp_path / "m"
         )
@@ -593,10 +587,4 @@ class TestRefusedBeforeAnyModelIsLoaded:
 @pytest.fixture(scope="session")
 def other_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The config of a model whose tokenizer has one token more; there are no weights to load."""
-    folder = tmp_path_factory.mktemp("other") / "model"
-    tiny_config(len(tokenizer) + 8).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    changed = AutoTokenizer.from_pretrained(folder)
-    changed.add_tokens(["asthmatic"])
-    changed.save_pretrained(folder)
-    return str(folder)
+    return save_stranger(tmp_path_factory.mktemp("other") / "model", tokenizer)
