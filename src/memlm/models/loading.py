@@ -18,7 +18,7 @@ from memlm.models.fetching import PACKAGED, fetch
 
 WEIGHTS_FILE = "model.safetensors"
 _EDGE_BYTES = 1 << 20
-_INFLATED = ("num_labels", "auto_map", "quantization_config")  # a table of any size, code, another way of loading
+_INFLATED = ("num_labels", "auto_map", "quantization_config")  # they ask for a table of any size, code, another loader
 
 
 def resolve(name: str) -> str:

@@ -172,7 +172,7 @@ def search_neighbors(
         distances[rows, : best.shape[1]], ids[rows, : best.shape[1]] = best, best_ids
         short = ~np.isfinite(distances[rows, -1]) & full & (fetch < datastore.n_entries)
         rows, fetch = rows[short], fetch * 2
-        if not len(rows) and not thorough:  # an approximate index may have looked only where nothing is left
+        if not len(rows) and not thorough:  # the lists searched may hold excluded entries only
             rows, fetch, thorough = np.flatnonzero(~np.isfinite(distances[:, 0])), k + (own is not None), True
     if not np.isfinite(distances[:, 0]).all():
         raise InputError(f"{datastore.folder}: a position has no neighbour left once its own document is excluded")
