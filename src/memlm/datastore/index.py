@@ -15,7 +15,7 @@ from torch import Tensor
 from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.layout import IndexFacts, IndexLayout
 from memlm.datastore.lists import SIZES, SearchSizes, fits, search_lists
-from memlm.datastore.ranking import nearest_first
+from memlm.datastore.ranking import Floats, Ints, Neighbors, nearest_first
 from memlm.errors import ArtifactError, ConfigError
 from memlm.models.loading import default_device
 
@@ -33,7 +33,7 @@ class Keys:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+    def rows(self, start: int, stop: int) -> Floats:
         """Keys `start` to `stop`, widened to float32."""
         return _widen(self.slice(start, min(stop, len(self))))
 
@@ -43,7 +43,7 @@ class Keys:
         parts = [self._shards[i][max(0, start - self._starts[i]) : stop - self._starts[i]] for i in touched]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float16), *parts])
 
-    def gather(self, ids: NDArray[np.int64], dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
+    def gather(self, ids: Ints, dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
         """The keys with these ids, `(*ids.shape, D)`."""
         flat = ids.reshape(-1)
         shard_of = np.searchsorted(self._starts, flat, side="right") - 1
@@ -57,13 +57,13 @@ class Keys:
                 out[here] = self._shards[shard][flat[here] - self._starts[shard]]
         return (_widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
 
-    def blocks(self, size: int) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    def blocks(self, size: int) -> Iterator[tuple[int, Floats]]:
         """(first id, keys) over all keys, `size` at a time."""
         for start in range(0, len(self), size):
             yield start, self.rows(start, start + size)
 
 
-def _widen(keys: NDArray[np.float16]) -> NDArray[np.float32]:
+def _widen(keys: NDArray[np.float16]) -> Floats:
     """The keys in float32; numpy takes ten times as long."""
     return faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16).decode(keys.view(np.uint8))
 
@@ -79,7 +79,7 @@ class Index(ABC):
         """An index over `keys`."""
 
     @abstractmethod
-    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+    def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
         """Index `keys` from now on; an approximate index keeps its training.
 
         Args:
@@ -120,21 +120,16 @@ class Index(ABC):
         """Settings in force, for the manifest."""
 
     @abstractmethod
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         """As `search`, for a bounded number of queries."""
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, *, thorough: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, queries: Floats, k: int, *, thorough: bool = False) -> Neighbors:
         """The nearest entries of each query.
 
         Args:
             queries: `(P, D)`.
             k: Neighbours wanted.
             thorough: Leave no entry out to save time.
-
-        Returns:
-            Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there is no neighbour.
         """
         queries = np.ascontiguousarray(queries, np.float32)  # as C++ code reads them
         step = self.sizes.queries
@@ -164,7 +159,7 @@ class ExactIndex(Index):
     def build(cls, keys: Keys, config: DatastoreConfig, sizes: SearchSizes = SIZES) -> Self:
         return cls(keys, sizes)
 
-    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+    def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
         self.keys, self._held = keys, []
 
     def save(self, path: Path) -> None:
@@ -179,13 +174,13 @@ class ExactIndex(Index):
     def describe(self) -> dict[str, Any]:
         return {"kind": "exact"}
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         if not self.by_lists:
             best, ids = nearest_by_blocks(torch.from_numpy(queries).to(self._device), self._blocks(), k)
             return best.cpu().numpy(), ids.cpu().numpy()
         starts = np.arange(0, len(self.keys), self.sizes.core_keys)
 
-        def read(number: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+        def read(number: int) -> tuple[NDArray[np.float16], Ints]:
             ids = np.arange(starts[number], min(starts[number] + self.sizes.core_keys, len(self.keys)))
             return np.array(self.keys.slice(ids[0], ids[-1] + 1)), ids
 
@@ -239,9 +234,7 @@ class IVFIndex(Index):
 
     @classmethod
     @abstractmethod
-    def _empty(
-        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
-    ) -> faiss.IndexIVF:
+    def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
         """An untrained index."""
 
     @classmethod
@@ -253,7 +246,7 @@ class IVFIndex(Index):
         rng = np.random.default_rng(config.seed)
         sample = np.sort(rng.choice(entries, min(entries, config.train_vectors), replace=False))
         quantizer = faiss.IndexFlatL2(width)
-        index = cls._empty(quantizer, width, nlist, len(sample), config)
+        index = cls._empty(quantizer, nlist, len(sample), config)
         index.cp.seed = config.seed + 1
         index.cp.min_points_per_centroid = 1  # silences faiss; recall is measured afterwards
         index.train(keys.gather(sample))
@@ -261,7 +254,7 @@ class IVFIndex(Index):
         index.nprobe = min(config.nprobe or 8, nlist)
         return cls(index, keys, config.rerank_factor, sizes)
 
-    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+    def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
         index: Any = self.index  # its stubs do not know what the Python wrappers add
         index.remove_ids(faiss.IDSelectorBitmap(np.packbits(new_ids < 0, bitorder="little")))  # type: ignore[call-arg]
         for number in range(index.nlist):
@@ -297,9 +290,7 @@ class IVFIndex(Index):
     def describe(self) -> dict[str, Any]:
         return {"nlist": self.index.nlist, "nprobe": self.index.nprobe, "rerank_factor": self.rerank_factor}
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, *, thorough: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, queries: Floats, k: int, *, thorough: bool = False) -> Neighbors:
         nprobe = self.index.nprobe
         self.index.nprobe = self.index.nlist if thorough else nprobe
         try:
@@ -307,7 +298,7 @@ class IVFIndex(Index):
         finally:
             self.index.nprobe = nprobe
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         return self.index.search(queries, k)
 
 
@@ -315,29 +306,21 @@ class IVFFlatIndex(IVFIndex):
     """Lists of whole float16 keys: exact distances, approximate choice."""
 
     @classmethod
-    def _empty(
-        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
-    ) -> faiss.IndexIVF:
-        return faiss.IndexIVFScalarQuantizer(
-            quantizer,
-            width,
-            nlist,
-            faiss.ScalarQuantizer.QT_fp16,
-            faiss.METRIC_L2,
-            False,  # keys, not residuals: lossless
-        )
+    def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+        float16, by_residual = faiss.ScalarQuantizer.QT_fp16, False  # keys themselves: lossless
+        return faiss.IndexIVFScalarQuantizer(quantizer, quantizer.d, nlist, float16, faiss.METRIC_L2, by_residual)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-flat", **super().describe()}
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         """As `search`; where lists are probed by many queries each, list by list."""
         index: Any = self.index
         if len(queries) * index.nprobe < self.sizes.shared * index.nlist or not fits(len(queries), index.ntotal):
             return super()._search(queries, k)
         entries = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
 
-        def read(number: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
+        def read(number: int) -> tuple[NDArray[np.float16], Ints]:
             size = int(entries[number])
             codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
             ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
@@ -351,9 +334,8 @@ class IVFPQIndex(IVFIndex):
     """Lists of product-quantised keys, re-ranked with exact distances while the keys are there."""
 
     @classmethod
-    def _empty(
-        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
-    ) -> faiss.IndexIVF:
+    def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+        width = quantizer.d
         pieces = max(m for m in range(1, min(config.code_bytes, width) + 1) if width % m == 0)
         bits = int(min(8, max(1, np.log2(max(2, sample)))))
         index = faiss.IndexIVFPQ(quantizer, width, nlist, pieces, bits)
@@ -363,7 +345,7 @@ class IVFPQIndex(IVFIndex):
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-pq", "code_bytes": int(self.index.code_size), **super().describe()}
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         if self.keys is None:
             return super()._search(queries, k)
         _, candidates = super()._search(queries, min(k * self.rerank_factor, len(self.keys)))
@@ -375,9 +357,7 @@ class IVFPQIndex(IVFIndex):
 INDEXES: dict[IndexKind, type[Index]] = {"exact": ExactIndex, "ivf-flat": IVFFlatIndex, "ivf-pq": IVFPQIndex}
 
 
-def exact_distances(
-    keys: Keys, queries: NDArray[np.float32], ids: NDArray[np.int64], sizes: SearchSizes = SIZES
-) -> NDArray[np.float32]:
+def exact_distances(keys: Keys, queries: Floats, ids: Ints, sizes: SearchSizes = SIZES) -> Floats:
     """Squared distance of each query to the entries of its row, `(P, C)`; `inf` where an id is -1.
 
     A few queries at a time, which stay in the cache; each key that they need is read once, in the order of ids.

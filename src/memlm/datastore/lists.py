@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlm.datastore.ranking import LARGEST_NUMBER, MISSING, distances_in, pack, unpack
+from memlm.datastore.ranking import LARGEST_NUMBER, MISSING, Floats, Ints, Neighbors, distances_in, pack, unpack
 
 MOST_QUERIES = 1 << 16
 _FIRST = 2  # times k: entries in the lists that come first
 
-ReadList = Callable[[int], tuple[NDArray[np.float16], NDArray[np.int64]]]
+Visit = tuple[int, Ints]
+"""Number of a list, and the queries that are compared with it."""
+ReadList = Callable[[int], tuple[NDArray[np.float16], Ints]]
 """Gives the list of a number: keys `(B, D)`, writable because torch takes no read-only array, and their ids `(B,)`."""
 
 
@@ -45,13 +47,8 @@ SIZES = SearchSizes()
 
 
 def search_lists(
-    queries: NDArray[np.float32],
-    probed: NDArray[np.int64] | None,
-    entries: NDArray[np.int64],
-    read: ReadList,
-    k: int,
-    sizes: SearchSizes = SIZES,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    queries: Floats, probed: Ints | None, entries: Ints, read: ReadList, k: int, sizes: SearchSizes = SIZES
+) -> Neighbors:
     """The nearest entries of the lists that each query probes; of equally near ones, those with the smallest ids.
 
     Args:
@@ -60,10 +57,7 @@ def search_lists(
         entries: `(nlist,)` number of entries in each list.
         read: Gives a list; called by several threads.
         k: Neighbours wanted.
-        sizes: `candidates` and `picked` matter here.
-
-    Returns:
-        As `Index.search`.
+        sizes: `candidates` and `picked` are used.
     """
     found = _Nearest(queries, k, sizes.picked)
     if probed is None:
@@ -73,12 +67,10 @@ def search_lists(
         probed_entries = entries[probed]
         first = probed_entries.cumsum(1) - probed_entries < _FIRST * k
         phases = [_visits(probed, first), _visits(probed, ~first)]
-    pool = _pool(torch.get_num_threads())
     for phase in phases:
         for visits in _in_groups(phase, entries, _FIRST * k * len(queries), sizes.candidates):
-            results = list(pool.map(lambda visit: found.compare(*read(visit[0]), visit[1]), visits))
-            found.pick(results, pool)
-    return unpack(found.sorted(pool))
+            found.add(visits, read)
+    return unpack(found.sorted())
 
 
 def fits(queries: int, entries: int) -> bool:
@@ -117,7 +109,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
-def _visits(probed: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def _visits(probed: Ints, chosen: NDArray[np.bool_]) -> Iterator[Visit]:
     """Each list in the chosen (query, rank) pairs, with the queries that probe it."""
     rows, ranks = np.nonzero(chosen)
     lists = probed[rows, ranks]
@@ -127,14 +119,12 @@ def _visits(probed: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Iterator[tu
             yield int(lists[part[0]]), rows[part]
 
 
-def _in_groups(
-    visits: Iterable[tuple[int, NDArray[np.int64]]], entries: NDArray[np.int64], room: int, most: int
-) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
+def _in_groups(visits: Iterable[Visit], entries: Ints, room: int, most: int) -> Iterator[list[Visit]]:
     """The visits to lists that are not empty, in runs of at most `room` comparisons, doubled from run to run to `most`.
 
     So the bound is drawn tighter early, before many candidates pass a loose one.
     """
-    group: list[tuple[int, NDArray[np.int64]]] = []
+    group: list[Visit] = []
     candidates = 0
     for number, rows in visits:
         if not entries[number]:
@@ -152,19 +142,44 @@ def _in_groups(
 class _Nearest:
     """The k nearest entries that each query has met so far."""
 
-    def __init__(self, queries: NDArray[np.float32], k: int, picked: int) -> None:
-        self._starts, self._picked = range(0, len(queries), picked), picked
+    def __init__(self, queries: Floats, k: int, picked: int) -> None:
         self._queries = torch.from_numpy(queries)
         self._norms = self._queries.square().sum(1)
         self._bound = np.full(len(queries), np.inf, np.float32)
+        self._best = np.full((len(queries), k), MISSING)  # (P, k) packed; the last is the furthest
+        self._parts = [slice(start, start + picked) for start in range(0, len(queries), picked)]
+        self._pool = _pool(torch.get_num_threads())
         self._buffers = threading.local()
-        self.best = np.full((len(queries), k), MISSING)
-        """`(P, k)` packed; the last is the furthest."""
 
-    def compare(
-        self, keys: NDArray[np.float16], ids: NDArray[np.int64], rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """The entries within a query's bound: the query's number out of `rows`, and distance and id packed."""
+    def add(self, visits: list[Visit], read: ReadList) -> None:
+        """Keep the nearest of those so far and of the lists visited."""
+        found = list(self._pool.map(lambda visit: self._compare(*read(visit[0]), visit[1]), visits))
+        rows = np.concatenate([part for part, _ in found])
+        packed = np.concatenate([part for _, part in found])
+        packed = packed[np.argsort(rows, kind="stable")]  # a radix sort, as they have 16 bits
+        counts = np.bincount(rows, minlength=len(self._best))
+        ends = counts.cumsum()
+        k = self._best.shape[1]
+
+        def pick(here: slice) -> None:
+            width = int(counts[here].max())
+            merged = np.full((len(counts[here]), k + width), MISSING)
+            merged[:, :k] = self._best[here]
+            first = ends[here.start] - counts[here.start]
+            merged[:, k:][np.arange(width) < counts[here, None]] = packed[first : ends[here][-1]]
+            merged.partition(k - 1, axis=1)
+            self._best[here] = merged[:, :k]
+
+        list(self._pool.map(pick, self._parts))
+        self._bound = distances_in(self._best[:, -1])
+
+    def sorted(self) -> Ints:
+        """`(P, k)` packed, ascending."""
+        list(self._pool.map(lambda here: self._best[here].sort(1), self._parts))
+        return self._best
+
+    def _compare(self, keys: NDArray[np.float16], ids: Ints, rows: Ints) -> tuple[NDArray[np.uint16], Ints]:
+        """Entries of a list within the bounds of the queries `rows`: the query's number; distance and id packed."""
         chosen = torch.from_numpy(rows)
         table = self._buffer("table", *keys.shape).copy_(torch.from_numpy(keys))
         asked = self._buffer("asked", len(rows), keys.shape[1])
@@ -185,29 +200,3 @@ class _Nearest:
             held = torch.empty(size)
             setattr(self._buffers, name, held)
         return held[:size].view(shape)
-
-    def pick(self, found: list[tuple[NDArray[np.uint16], NDArray[np.int64]]], pool: ThreadPoolExecutor) -> None:
-        """Keep the nearest of `best` and what was found."""
-        rows = np.concatenate([part for part, _ in found])
-        packed = np.concatenate([part for _, part in found])
-        packed = packed[np.argsort(rows, kind="stable")]  # a radix sort, as they have 16 bits
-        counts = np.bincount(rows, minlength=len(self.best))
-        ends = counts.cumsum()
-        k = self.best.shape[1]
-
-        def pick_rows(start: int) -> None:
-            here = slice(start, start + self._picked)
-            width = int(counts[here].max())
-            merged = np.full((len(counts[here]), k + width), MISSING)
-            merged[:, :k] = self.best[here]
-            merged[:, k:][np.arange(width) < counts[here, None]] = packed[ends[start] - counts[start] : ends[here][-1]]
-            merged.partition(k - 1, axis=1)
-            self.best[here] = merged[:, :k]
-
-        list(pool.map(pick_rows, self._starts))
-        self._bound = distances_in(self.best[:, -1])
-
-    def sorted(self, pool: ThreadPoolExecutor) -> NDArray[np.int64]:
-        """`best`, each row ascending."""
-        list(pool.map(lambda start: self.best[start : start + self._picked].sort(1), self._starts))
-        return self.best

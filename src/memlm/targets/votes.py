@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlm.datastore.ranking import nearest_first
+from memlm.datastore.ranking import Neighbors, nearest_first
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
 
@@ -137,7 +137,7 @@ def search_neighbors(
     *,
     k: int,
     exclude_document: bool = False,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+) -> Neighbors:
     """The k nearest entries of each query, without the query's own entry.
 
     Args:
@@ -145,9 +145,6 @@ def search_neighbors(
         own: `(P,)` entry id of each query, left out by id wherever it ranks; None for text outside the datastore.
         k: Neighbours wanted.
         exclude_document: Leave out all entries of the query's document as well.
-
-    Returns:
-        Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there are fewer.
 
     Raises:
         InputError: Nothing is left for a query.
