@@ -29,8 +29,8 @@ from transformers.utils import logging
 
 from benchmarks.stories import check
 from memlm import adapt_memory, build_corpus, build_datastore, build_targets, evaluate_perplexity, train_memory
-from memlm.artifacts import library_versions
 from memlm.corpus.config import CorpusConfig
+from memlm.manifest import library_versions
 from memlm.memory.config import AdaptConfig
 from memlm.recipes import data_path
 from memlm.targets.config import TargetsConfig

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import bar_line
-from memlm.artifacts import cache_dir, read_manifest
 from memlm.config import read_recipe
+from memlm.files import cache_dir
+from memlm.manifest import read_manifest
 from memlm.recipes import data_path, run_recipe
 
 BAR = 0.6

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from memlm.artifacts import library_versions, write_json
 from memlm.errors import MemlmError
+from memlm.files import write_json
+from memlm.manifest import library_versions
 
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 

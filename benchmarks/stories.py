@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from memlm.artifacts import cache_dir, file_digest
 from memlm.errors import ModelError
+from memlm.files import cache_dir, file_digest
 from memlm.models.loading import load_causal_lm
 from memlm.models.tokenizers import load_tokenizer
 

@@ -1,6 +1,7 @@
 """A datastore of any size without a corpus: keys scattered around a base's own activations."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,13 +9,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from benchmarks.models import random_tokens
-from memlm.artifacts import Stage, open_stage, read_manifest
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import INDEX_FILE, INDEXES, tune_nprobe
 from memlm.datastore.store import CORPUS_PAYLOAD, open_keys
 from memlm.models.taps import TapReader, find_tap
 from memlm.progress import progress_bar
+from memlm.stage import Stage, StageSpec, run_stage
 
 _NOISE = 0.5  # spread of keys around their centre, in spreads of the centres
 _SHARD = 131_072
@@ -39,53 +40,39 @@ def write_store(
         The folder.
     """
     vocab_size, tap = base.config.get_text_config().vocab_size, find_tap(base)
-    with open_stage(
-        folder.with_name(folder.name + "-corpus"),
-        "corpus",
-        config=CorpusConfig().model_dump(),
-        inputs={"documents": f"{entries} random tokens"},
-        tokenizer=None,
-    ) as stage:
-        if not stage.finished:
-            _write_corpus(stage, entries, vocab_size, config.seed)
-    corpus = read_manifest(stage.out, "corpus")
-    with open_stage(
-        folder,
-        "datastore",
-        config=config.model_dump(),
-        inputs={"corpus": corpus.hash, "teacher": "random keys"},
-        tokenizer=None,
-        sources={"teacher": "random keys"},
-    ) as store:
-        if store.finished:
-            return folder
+    at, asked = folder.with_name(folder.name + "-corpus"), {"documents": f"{entries} random tokens"}
+    spec = StageSpec("corpus", CorpusConfig().model_dump(), asked, None)
+    corpus = run_stage(at, spec, lambda stage: _write_corpus(stage, entries, vocab_size, config.seed))
+    inputs, sources = {"corpus": corpus.hash, "teacher": "random keys"}, {"teacher": "random keys"}
+
+    def work(stage: Stage) -> dict[str, Any]:
         for name in (*corpus.payload, "manifest.json"):
-            with store.writing(f"{CORPUS_PAYLOAD}/{name}") as temporary:
-                temporary.write_bytes((stage.out / name).read_bytes())
-        store.save_array("values.npy", np.load(stage.out / "train.tokens.npy")[1:])
-        _write_keys(store, _activations(base, tap, centres), entries, config.seed)
-        keys = open_keys(store.path)
+            with stage.writing(f"{CORPUS_PAYLOAD}/{name}") as temporary:
+                temporary.write_bytes((at / name).read_bytes())
+        stage.save_array("values.npy", np.load(at / "train.tokens.npy")[1:])
+        _write_keys(stage, _activations(base, tap, centres), entries, config.seed)
+        keys = open_keys(stage.path)
         kind = config.index_kind(entries)
         index = INDEXES[kind].build(keys, config)
         recall = tune_nprobe(index, keys, config)
         if kind != "exact":
-            with store.writing(INDEX_FILE) as temporary:
+            with stage.writing(INDEX_FILE) as temporary:
                 index.save(temporary)
-        store.finish(
-            {
-                "entries": entries,
-                "key_width": keys.shape[1],
-                "tap": tap,
-                "distance": "squared L2",
-                "key_dtype": "float16",
-                "index": index.describe(),
-                "recall": {"k": min(config.recall_k, entries - 1), "value": round(recall, 4)},
-            }
-        )
+        return {
+            "entries": entries,
+            "key_width": keys.shape[1],
+            "tap": tap,
+            "distance": "squared L2",
+            "key_dtype": "float16",
+            "index": index.describe(),
+            "recall": {"k": min(config.recall_k, entries - 1), "value": round(recall, 4)},
+        }
+
+    run_stage(folder, StageSpec("datastore", config.model_dump(), inputs, None, sources), work)
     return folder
 
 
-def _write_corpus(stage: Stage, entries: int, vocab_size: int, seed: int) -> None:
+def _write_corpus(stage: Stage, entries: int, vocab_size: int, seed: int) -> dict[str, Any]:
     """One document whose predicted tokens are the entries."""
     splits = {}
     for split, length in (("train", entries + 1), ("validation", 0), ("test", 0)):
@@ -95,7 +82,7 @@ def _write_corpus(stage: Stage, entries: int, vocab_size: int, seed: int) -> Non
         stage.save_text(f"{split}.names.txt", "random\n" if length else "")
         documents = min(length, 1)
         splits[split] = {"documents": documents, "tokens": length, "positions": length - documents}
-    stage.finish({"vocab_size": vocab_size, "splits": splits})
+    return {"vocab_size": vocab_size, "splits": splits}
 
 
 def _activations(base: PreTrainedModel, tap: str, count: int, length: int = 64) -> NDArray[np.float32]:

@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from benchmarks.models import random_model, random_tokens, tiny_config
 from benchmarks.report import bar_line, prove
 from benchmarks.timing import interleave
-from memlm.artifacts import Stage
 from memlm.corpus.blocks import Split
 from memlm.datastore.build import read_keys
 from memlm.models.loading import default_device, load_causal_lm
 from memlm.models.taps import TapReader, capture, find_tap
+from memlm.stage import Stage, StageSpec
 
 BAR = 0.95
 
@@ -55,7 +55,7 @@ def measure(
     pieces, tap = tokens.to(model.device).split(batch), find_tap(model)
     reader = TapReader(model, tap)
     with tempfile.TemporaryDirectory(prefix="memlm-teacher-") as scratch:
-        stage = Stage(Path(scratch) / "datastore", {}, {})
+        stage = Stage(Path(scratch) / "datastore", StageSpec("datastore", {}, {}, None))
 
         def teacher_pass() -> np.ndarray:
             with reader:  # its hook stops the pass at the tap, so it must not be there for the other side

@@ -27,7 +27,8 @@ import torch
 from strangers import reseal
 from transformers.utils import logging
 
-from memlm import artifacts, cli
+from memlm import cli
+from memlm import manifest as manifest_module
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.datastore.store import Datastore
 from memlm.errors import MemlmError
@@ -336,7 +337,7 @@ def run_case(root: Path, kind: str, seed: int) -> str:
     folder = root / name
     clear(root, folder)
     shutil.copytree(root / "whole" / name, folder)
-    artifacts._verified.clear()
+    manifest_module._verified.clear()
     try:
         files = sorted(path for path in folder.rglob(pattern) if path.is_file() and path.name not in ("run.json",))
         if pattern == "*":

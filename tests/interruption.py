@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from memlm.artifacts import Stage
+from memlm.stage import Stage
 from memlm.train import trainer as trainer_module
 
 

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,28 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memlm import artifacts
-from memlm.artifacts import (
-    Manifest,
-    cache_dir,
-    check_output,
-    check_payload,
-    is_artifact,
-    load_array,
-    open_stage,
-    partial_path,
-    payload_file,
-    read_manifest,
-    stage_identity,
-    write_json,
-)
+from memlm import manifest as manifest_module
 from memlm.errors import ArtifactError, OutputExistsError
+from memlm.files import cache_dir, load_array, write_json
+from memlm.manifest import Manifest, check_payload, is_artifact, partial_path, payload_file, read_manifest
+from memlm.stage import StageSpec, check_output, open_stage
 
-ASKED = {"config": {"k": 4, "taus": [1.0, 2.0]}, "inputs": {"corpus": "a" * 64}, "tokenizer": "t" * 64}
+ASKED = StageSpec("corpus", {"k": 4, "taus": (1.0, 2.0)}, {"corpus": "a" * 64}, "t" * 64)
 
 
 def build(out: Path, *, texts: tuple[str, ...] = ("one", "two"), sources: dict[str, str] | None = None) -> Manifest:
-    with open_stage(out, "corpus", sources=sources, **ASKED) as stage:
+    with open_stage(out, replace(ASKED, sources=sources or {})) as stage:
         assert not stage.finished
         for number, text in enumerate(texts):
             stage.save_text(f"part/{number}.txt", text)
@@ -51,7 +41,7 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert set(read.payload) == {"part/0.txt", "part/1.txt", "numbers.npy"}
     assert read.payload["part/0.txt"].bytes == 3
     assert read.facts == {"parts": 2}
-    assert read.identity == stage_identity("corpus", **ASKED)
+    assert read.identity == ASKED.identity
     assert not partial_path(tmp_path / "out").exists()
 
 
@@ -71,7 +61,7 @@ def test_the_hash_covers_payload_facts_and_settings_but_not_sources_times_or_ver
 def test_times_and_places_of_an_artifact_copied_into_another_stay_outside_its_hash(tmp_path: Path) -> None:
     hashes = []
     for place in ("here", "there"):
-        with open_stage(tmp_path / place, "datastore", **ASKED) as stage:
+        with open_stage(tmp_path / place, replace(ASKED, kind="datastore")) as stage:
             (stage.path / "corpus").mkdir()
             inner = build(tmp_path / f"{place}-corpus", sources={"documents": place})
             write_json(stage.path / "corpus" / "manifest.json", inner.model_dump(mode="json"))
@@ -82,7 +72,7 @@ def test_times_and_places_of_an_artifact_copied_into_another_stay_outside_its_ha
 
 def test_a_crashed_stage_goes_on_with_the_files_it_finished(tmp_path: Path) -> None:
     def crash(out: Path) -> None:
-        with open_stage(out, "corpus", **ASKED) as stage:
+        with open_stage(out, ASKED) as stage:
             stage.save_text("part/0.txt", "one")
             with stage.writing("part/1.txt") as temporary:
                 temporary.write_text("tw")
@@ -96,7 +86,7 @@ def test_a_crashed_stage_goes_on_with_the_files_it_finished(tmp_path: Path) -> N
     assert not is_artifact(out)
     with pytest.raises(ArtifactError, match="is not finished: run the command that makes it again"):
         read_manifest(out)
-    with open_stage(out, "corpus", **ASKED) as stage:
+    with open_stage(out, ASKED) as stage:
         assert [stage.has(f"part/{i}.txt") for i in range(2)] == [True, False]
         stage.save_text("part/1.txt", "two")
         stage.save_array("numbers.npy", np.arange(3))
@@ -109,11 +99,11 @@ def test_a_crashed_stage_goes_on_with_the_files_it_finished(tmp_path: Path) -> N
 def test_half_written_files_of_a_killed_process_do_not_enter_the_payload(tmp_path: Path) -> None:
     out = tmp_path / "out"
     partial = partial_path(out)
-    with open_stage(out, "corpus", **ASKED) as stage:
+    with open_stage(out, ASKED) as stage:
         stage.save_text("part/0.txt", "one")
     for name in (".manifest.json.writing", "part/.7.txt.writing"):  # kill -9 leaves no time to remove them
         (partial / name).write_text("half")
-    with open_stage(out, "corpus", **ASKED) as stage:
+    with open_stage(out, ASKED) as stage:
         stage.save_text("part/1.txt", "two")
         stage.save_array("numbers.npy", np.arange(3))
         stage.finish({"parts": 2})
@@ -123,7 +113,7 @@ def test_half_written_files_of_a_killed_process_do_not_enter_the_payload(tmp_pat
 def test_files_of_a_finished_folder_may_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        with open_stage(tmp_path / "out", "corpus", **ASKED) as stage:
+        with open_stage(tmp_path / "out", ASKED) as stage:
             with stage.writing("model.safetensors") as temporary:
                 save_file({"x": torch.zeros(2)}, temporary)
             stage.finish({})
@@ -144,11 +134,11 @@ def test_a_process_killed_while_finishing_is_finished_by_the_next(
         renamed(source, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr("memlm.artifacts.os.replace", killed)
+        patch.setattr("memlm.stage.os.replace", killed)
         with pytest.raises(SystemExit):
             build(out)
     assert not out.exists()
-    with open_stage(out, "corpus", **ASKED) as stage:
+    with open_stage(out, ASKED) as stage:
         if not stage.finished:
             stage.finish({"parts": 2})
     assert read_manifest(out).hash == build(tmp_path / "other").hash
@@ -157,11 +147,11 @@ def test_a_process_killed_while_finishing_is_finished_by_the_next(
 def test_a_finished_stage_is_left_alone(tmp_path: Path) -> None:
     build(tmp_path / "out")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    with open_stage(tmp_path / "out", "corpus", **ASKED) as stage:
+    with open_stage(tmp_path / "out", ASKED) as stage:
         assert stage.finished
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
-    assert check_output(tmp_path / "out", stage_identity("corpus", **ASKED))
-    assert not check_output(tmp_path / "new", stage_identity("corpus", **ASKED))
+    assert check_output(tmp_path / "out", ASKED)
+    assert not check_output(tmp_path / "new", ASKED)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -179,24 +169,23 @@ def test_an_output_made_otherwise_is_refused_and_the_difference_named(
     tmp_path: Path, complete: bool, change: dict, named: str
 ) -> None:
     out = tmp_path / "out"
-    with open_stage(out, "corpus", **ASKED) as stage:
+    with open_stage(out, ASKED) as stage:
         stage.save_text("a.txt", "a")
         if complete:
             stage.finish({})
-    asked = {"kind": "corpus", **ASKED, **change}
     with pytest.raises(OutputExistsError, match=named):
-        with open_stage(out, **asked):
+        with open_stage(out, replace(ASKED, **change)):
             pytest.fail("the body must not run")
     assert (out if complete else partial_path(out)).joinpath("a.txt").read_text() == "a"
 
 
 def test_a_run_refused_before_its_first_file_leaves_its_place_to_another(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such tap"), open_stage(tmp_path / "out", "corpus", **ASKED):
+    with pytest.raises(ValueError, match="no such tap"), open_stage(tmp_path / "out", ASKED):
         raise ValueError("no such tap")
-    other = {**ASKED, "config": {"k": 5}}
-    with open_stage(tmp_path / "out", "corpus", **other) as stage:
+    other = replace(ASKED, config={"k": 5})
+    with open_stage(tmp_path / "out", other) as stage:
         stage.save_text("a.txt", "a")
-        assert json.loads((stage.path / "plan.json").read_text()) == stage_identity("corpus", **other)
+        assert json.loads((stage.path / "plan.json").read_text()) == other.identity
         stage.finish({})
     assert read_manifest(tmp_path / "out").config == {"k": 5}
 
@@ -214,7 +203,7 @@ def test_a_foreign_folder_or_file_is_refused_and_kept(tmp_path: Path) -> None:
         ("new", "no unfinished memlm run"),
     ):
         with pytest.raises(OutputExistsError, match=message):
-            with open_stage(tmp_path / name, "corpus", **ASKED):
+            with open_stage(tmp_path / name, ASKED):
                 pytest.fail("the body must not run")
     assert (foreign / "chapter1.txt").read_text() == "years of work"
     assert [p.name for p in (tmp_path / "new.partial").iterdir()] == ["mine.txt"]
@@ -228,23 +217,23 @@ def test_an_empty_folder_may_become_the_output(tmp_path: Path) -> None:
 def test_an_output_below_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ArtifactError, match=r"out\.partial: Not a directory; choose another place"):
-        with open_stage(tmp_path / "file" / "out", "corpus", **ASKED):
+        with open_stage(tmp_path / "file" / "out", ASKED):
             pytest.fail("the body must not run")
 
 
 def test_a_second_process_on_the_same_output_is_refused(tmp_path: Path) -> None:
     script = (
         "import json, sys\n"
-        "from memlm.artifacts import open_stage\n"
+        "from memlm.stage import StageSpec, open_stage\n"
         "from memlm.errors import OutputExistsError\n"
         "try:\n"
-        "    with open_stage(sys.argv[1], 'corpus', **json.loads(sys.argv[2])):\n"
+        "    with open_stage(sys.argv[1], StageSpec(**json.loads(sys.argv[2]))):\n"
         "        print('went in')\n"
         "except OutputExistsError as error:\n"
         "    print(error)\n"
     )
-    command = [sys.executable, "-c", script, str(tmp_path / "out"), json.dumps(ASKED)]
-    with open_stage(tmp_path / "out", "corpus", **ASKED):
+    command = [sys.executable, "-c", script, str(tmp_path / "out"), json.dumps(asdict(ASKED))]
+    with open_stage(tmp_path / "out", ASKED):
         during = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     after = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "another process is writing" in during
@@ -321,8 +310,8 @@ def test_a_files_checksum_is_verified_when_it_is_read_and_again_when_it_changed(
 ) -> None:
     out = tmp_path / "out"
     written, hashed = build(out), []
-    digest = artifacts.file_digest
-    monkeypatch.setattr(artifacts, "file_digest", lambda path: hashed.append(path) or digest(path))
+    digest = manifest_module.file_digest
+    monkeypatch.setattr(manifest_module, "file_digest", lambda path: hashed.append(path) or digest(path))
     for _ in range(2):
         assert payload_file(out, written, "part/0.txt").read_text() == "one"
     assert hashed == [out / "part/0.txt"]

@@ -19,10 +19,10 @@ from strangers import edit_manifest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from memlm.artifacts import MANIFEST
 from memlm.cli import app, main
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
+from memlm.manifest import MANIFEST
 
 COMMANDS = [
     ("fetch",),
@@ -854,7 +854,7 @@ def test_an_interrupt_says_that_work_goes_on(
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memlm.artifacts.read_manifest", stopped)
+    monkeypatch.setattr("memlm.manifest.read_manifest", stopped)
     found = memlm("info", corpus_folder)
     assert found.code == 130
     assert "the same command goes on where this one was" in found.err

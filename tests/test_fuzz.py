@@ -12,12 +12,12 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 
-from memlm.artifacts import open_stage
 from memlm.corpus.blocks import Corpus
 from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.evaluate.scores import score_corpus
 from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
+from memlm.stage import Stage, StageSpec, run_stage
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
 
@@ -74,9 +74,12 @@ def write_mlp(out: Path, vocab_size: int) -> None:
         ffn_width=24,
         style=FFNStyle(gated=True, bias=True, norm="rms", norm_eps=1e-5, activation="silu"),
     )
-    with open_stage(out, "memory", config={}, inputs={}, tokenizer=None) as stage:
+
+    def work(stage: Stage) -> dict[str, int]:
         MLPMemory(settings).save_pretrained(stage.path)
-        stage.finish({"parameters": 1, "steps": 1})
+        return {"parameters": 1, "steps": 1}
+
+    run_stage(out, StageSpec("memory", {}, {}, None), work)
 
 
 def test_no_folder_breaks_a_reader(root: Path) -> None:

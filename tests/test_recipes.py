@@ -7,9 +7,9 @@ import pytest
 import yaml
 from conftest import forbid_models
 
-from memlm.artifacts import read_manifest
 from memlm.config import read_recipe
 from memlm.errors import ConfigError, MemlmError, OutputExistsError
+from memlm.manifest import read_manifest
 from memlm.recipes import SECTIONS, Recipe, data_path, run_recipe, run_recipe_file
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,6 @@ import pytest
 from tiny_tokenizers import permuted
 from transformers import PreTrainedTokenizerFast
 
-from memlm.artifacts import Manifest, open_stage, partial_path, read_manifest
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore import build as datastore_module
@@ -18,7 +17,9 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ArtifactError, OutputExistsError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.manifest import Manifest, partial_path, read_manifest
 from memlm.memory.adapt import adapt_memory
+from memlm.stage import Stage, StageSpec, run_stage
 from memlm.targets import build as targets_module
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
@@ -203,11 +204,12 @@ def test_a_repair_killed_before_it_began_goes_on(world: World, moment: str) -> N
 
 def test_a_file_that_comes_out_otherwise_is_an_error(tmp_path: Path) -> None:
     def build(text: str, repair: bool = False) -> Manifest:
-        asked = {"config": {}, "inputs": {}, "tokenizer": None}
-        with open_stage(tmp_path / "out", "corpus", repair=repair, **asked) as stage:
+        def work(stage: Stage) -> dict:
             if not stage.has("a.txt"):
                 stage.save_text("a.txt", text)
-            return stage.finish({})
+            return {}
+
+        return run_stage(tmp_path / "out", StageSpec("corpus", {}, {}, None), work, repair=repair)
 
     build("one")
     (tmp_path / "out" / "a.txt").unlink()

@@ -743,7 +743,7 @@ def info(
 
     Example: memlm info m/
     """
-    from memlm.artifacts import read_manifest
+    from memlm.manifest import read_manifest
 
     manifest = read_manifest(folder)
     size = sum(file.bytes for file in manifest.payload.values())
@@ -819,7 +819,7 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        from memlm.artifacts import file_error
+        from memlm.files import file_error
 
         _end(file_error(error))
 

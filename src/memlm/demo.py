@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from memlm.artifacts import library_versions
 from memlm.corpus.blocks import Corpus
 from memlm.evaluate.perplexity import report_table
 from memlm.evaluate.scores import Scores, score_corpus
+from memlm.manifest import library_versions
 from memlm.mix.scoring import mixture_label_log_probs
 from memlm.models.fetching import fetch
 from memlm.recipes import run_recipe

@@ -8,12 +8,13 @@ from interruption import interrupted_after_arrays
 from reference import shared_ngrams
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from memlm.artifacts import Manifest, Stage, read_manifest
 from memlm.corpus import build as build_module
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ConfigError, InputError, ModelError
+from memlm.manifest import Manifest, read_manifest
+from memlm.stage import Stage
 
 HALVES = {"document_separator": "\n\n", "validation_fraction": 0.25, "test_fraction": 0.25, "block_size": 16}
 

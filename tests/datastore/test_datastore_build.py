@@ -10,12 +10,12 @@ from interruption import interrupted_after_arrays
 from strangers import edit_manifest, reseal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from memlm.artifacts import Manifest, read_manifest
 from memlm.corpus.blocks import Corpus
 from memlm.datastore.build import build_datastore, shard_blocks
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, TokenizerMismatchError
+from memlm.manifest import Manifest, read_manifest
 
 # float32 activations of order 1, added up in another order, then rounded to float16 (half a step: 2**-11 of the value)
 HALF = {"rtol": 2**-10, "atol": 1e-4}

@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from interruption import interrupted_after_arrays
 
-from memlm.artifacts import Manifest, read_manifest
 from memlm.corpus.blocks import Corpus, Split
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
@@ -20,6 +19,7 @@ from memlm.datastore.extend import same_documents
 from memlm.datastore.index import INDEXES, IVFIndex, measure_recall
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError
+from memlm.manifest import Manifest, read_manifest
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
 

@@ -13,13 +13,13 @@ import torch
 from conftest import forbid_models, make_corpus, save_stranger, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from memlm.artifacts import read_manifest
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, MemlmError, ModelError, OutputExistsError, TokenizerMismatchError
 from memlm.evaluate import perplexity as perplexity_module
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import DocumentSums, by_label_frequency, evaluate_perplexity, report_table
 from memlm.evaluate.scores import Scores, score_corpus
+from memlm.manifest import read_manifest
 from memlm.memory.protocol import MemorySettings
 
 EXACT = EvaluateConfig(dtype="float32", bootstrap=200)

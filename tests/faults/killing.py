@@ -26,7 +26,6 @@ from conftest import make_corpus, save_model, sentences
 from tiny_tokenizers import sentencepiece_like
 from tqdm import tqdm
 
-from memlm.artifacts import file_digest, open_stage, read_manifest
 from memlm.cli import main
 from memlm.corpus import build as corpus_build
 from memlm.corpus.build import build_corpus
@@ -36,7 +35,10 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.errors import MemlmError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.files import file_digest
+from memlm.manifest import read_manifest
 from memlm.memory.adapt import adapt_memory
+from memlm.stage import Stage, StageSpec, run_stage
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
@@ -94,15 +96,15 @@ def _index(index: Any, **settings: Any) -> DatastoreConfig:
 
 
 def _folder(at: Ingredients, out: Path) -> None:
-    with open_stage(out, "datastore", config={}, inputs={}, tokenizer=None) as stage:
-        if stage.finished:
-            return
+    def work(stage: Stage) -> dict[str, Any]:
         for number in range(3):
             for name in (f"keys/{number}.npy", f"scratch/{number}.npy"):
                 if not stage.has(name):
                     stage.save_array(name, np.full(1000, number))
         stage.save_text("note.txt", "made again")
-        stage.finish({}, intermediate=("scratch",))
+        return {}
+
+    run_stage(out, StageSpec("datastore", {}, {}, None, intermediate=("scratch",)), work)
 
 
 def _corpus(at: Ingredients, out: Path) -> None:

@@ -15,8 +15,8 @@ import pytest
 from killing import STAGES, Fault, Ran, Runs, content, forking
 from torch.utils.data import get_worker_info
 
-from memlm.artifacts import read_manifest
 from memlm.errors import TrainingError
+from memlm.manifest import read_manifest
 from memlm.train import data as data_module
 from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory

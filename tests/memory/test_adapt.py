@@ -12,10 +12,10 @@ from tiny_tokenizers import permuted, sentencepiece_like
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm import MixedLM, adapt_memory, build_corpus, build_datastore, build_targets, load_memory, train_memory
-from memlm.artifacts import read_manifest
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError, ModelError, OutputExistsError
+from memlm.manifest import read_manifest
 from memlm.memory.adapt import replace_vocabulary
 from memlm.memory.config import AdaptConfig
 from memlm.memory.mlp import FFNStyle, MLPSettings

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from memlm import push_to_hub
-from memlm.artifacts import read_manifest
 from memlm.errors import ArtifactError
+from memlm.manifest import read_manifest
 from memlm.memory.card import memory_card
 from memlm.memory.protocol import MemorySettings
 from memlm.train.config import TrainConfig

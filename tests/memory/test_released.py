@@ -16,8 +16,8 @@ from tiny_tokenizers import sentencepiece_like
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from memlm import MixedLM, convert_released, load_memory
-from memlm.artifacts import read_manifest
 from memlm.errors import ArtifactError, ConfigError, MemlmError, ModelError, OutputExistsError, TokenizerMismatchError
+from memlm.manifest import read_manifest
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
 from memlm.models.tokenizers import fingerprint

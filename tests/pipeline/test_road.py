@@ -10,10 +10,11 @@ import torch
 from transformers import AutoTokenizer
 
 import memlm
-from memlm.artifacts import Manifest, file_digest, read_manifest
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.evaluate.config import EvaluateConfig
+from memlm.files import file_digest
+from memlm.manifest import Manifest, read_manifest
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
 

@@ -9,8 +9,7 @@ import pytest
 from conftest import tiny_model
 from reference import brute_neighbors, dense_votes
 
-import memlm.artifacts
-from memlm.artifacts import Manifest, Stage, read_manifest
+import memlm.stage
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
@@ -18,6 +17,8 @@ from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError
+from memlm.manifest import Manifest, read_manifest
+from memlm.stage import Stage
 from memlm.targets import build as build_module
 from memlm.targets.build import build_targets, import_released
 from memlm.targets.config import TargetsConfig
@@ -189,7 +190,7 @@ def test_a_run_stopped_while_its_files_are_hashed_loses_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(memlm.artifacts, "file_digest", stopped)
+        patch.setattr(memlm.stage, "file_digest", stopped)
         with pytest.raises(KeyboardInterrupt):
             build(datastore_folder, tmp_path / "t")
     monkeypatch.setattr(build_module, "_write_shard", lambda *_: pytest.fail("searched again"))

@@ -13,13 +13,13 @@ from interruption import interrupted_after
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from memlm.artifacts import Manifest, read_manifest
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, MemlmError, TokenizerMismatchError
+from memlm.manifest import Manifest, read_manifest
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import MLPMemory
 from memlm.mix.scoring import as_voter, best_mix_weight, live_activations, score

@@ -15,8 +15,8 @@ from interruption import Interrupted, interrupted_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from memlm.artifacts import Manifest, read_manifest
 from memlm.errors import ConfigError, InputError, MemlmError, OutputExistsError, TokenizerMismatchError, TrainingError
+from memlm.manifest import Manifest, read_manifest
 from memlm.memory.loading import load_memory
 from memlm.mix.scoring import as_voter, best_mix_weight, score
 from memlm.models.loading import load_causal_lm

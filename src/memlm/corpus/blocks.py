@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from memlm.artifacts import Facts, Manifest, check_payload, load_array, payload_file, read_manifest
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ArtifactError
+from memlm.files import load_array
+from memlm.manifest import Facts, Manifest, check_payload, payload_file, read_manifest
 from memlm.models.tokenizers import check_reads, load_tokenizer, vocabulary_size
 
 SPLITS = ("train", "validation", "test")

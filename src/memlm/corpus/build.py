@@ -5,21 +5,23 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from memlm.artifacts import Manifest, Stage, open_stage, read_manifest
 from memlm.config import nearest
 from memlm.corpus.blocks import SPLITS
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
 from memlm.corpus.readers import Document, find_sources, read_documents, source_digest
 from memlm.errors import ConfigError, InputError
+from memlm.manifest import Manifest
 from memlm.models.loading import resolve
 from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
 from memlm.progress import progress_bar
+from memlm.stage import Plan, Stage, StageSpec, run_stage
 
 _SHARD_CHARACTERS = 4 << 20
 
@@ -48,25 +50,31 @@ def build_corpus(
         InputError: Nothing usable is in the documents, or they cannot be read.
         ConfigError: The tokenizer lacks a token that the settings name.
     """
+    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config), repair=repair)
+
+
+def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | None = None) -> Plan:
+    """What `build_corpus` with these arguments is to make, and the work; raises what it raises before any work."""
     config = config or CorpusConfig()
-    sources = find_sources(documents)
+    files = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
-    with open_stage(
-        out,
+    ends = tuple(special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token"))
+    spec = StageSpec(
         "corpus",
         config=config.model_dump(),
-        inputs={"documents": source_digest(sources)},
+        inputs={"documents": source_digest(files)},
         tokenizer=fingerprint(loaded),
         sources={"documents": "; ".join(documents), "tokenizer": tokenizer},
-        repair=repair,
-    ) as stage:
-        if stage.finished:
-            return read_manifest(out, "corpus")
-        _tokenize(stage, sources, loaded, config)
+        intermediate=("raw",),
+    )
+
+    def work(stage: Stage) -> dict[str, Any]:
+        _tokenize(stage, files, loaded, ends, config)
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
-        facts["vocab_size"] = vocabulary_size(loaded)
-        return stage.finish(facts, intermediate=("raw",))
+        return {**facts, "vocab_size": vocabulary_size(loaded)}
+
+    return Plan(spec, work)
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> int | None:
@@ -104,10 +112,19 @@ def _single(token_id: object) -> int | None:
     return token_id if isinstance(token_id, int) else None
 
 
-def _tokenize(stage: Stage, sources: list[str], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> None:
-    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each."""
-    start = special_id(tokenizer, config.start_token, "start_token")
-    end = special_id(tokenizer, config.end_token, "end_token")
+def _tokenize(
+    stage: Stage,
+    sources: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: tuple[int | None, ...],
+    config: CorpusConfig,
+) -> None:
+    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each.
+
+    Args:
+        ends: The tokens put before and behind each document.
+    """
+    start, end = ([] if token is None else [token] for token in ends)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
         for number, shard in enumerate(_shards(read_documents(sources, config))):
@@ -115,12 +132,7 @@ def _tokenize(stage: Stage, sources: list[str], tokenizer: PreTrainedTokenizerBa
                 bar.update(len(np.load(stage.path / f"raw/{number:05d}.tokens.npy", mmap_mode="r")))
                 continue
             encoded = tokenizer([d.text for d in shard], add_special_tokens=False, verbose=False)["input_ids"]
-            rows = [
-                np.array(
-                    [*([start] * (start is not None)), *ids, *([end] * (end is not None))] if ids else [], np.int32
-                )
-                for ids in encoded
-            ]
+            rows = [np.array([*start, *ids, *end] if ids else [], np.int32) for ids in encoded]
             stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
             stage.save_array(

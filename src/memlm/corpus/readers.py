@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from memlm.artifacts import digest, file_digest
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import InputError
+from memlm.files import digest, file_digest
 
 TEXT = (".txt", ".md")
 FORMATS = (*TEXT, ".jsonl", ".parquet")

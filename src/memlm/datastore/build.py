@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.artifacts import MANIFEST, Manifest, Stage, open_stage, read_manifest, writing_behind
 from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import Extension
 from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
 from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
+from memlm.manifest import MANIFEST, Manifest
 from memlm.models.loading import (
     default_device,
     load_causal_lm,
@@ -27,6 +27,7 @@ from memlm.models.loading import (
 )
 from memlm.models.taps import TapReader, resolve_tap
 from memlm.progress import progress_bar
+from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 
 _TAP_FILE = "tap.txt"
 
@@ -70,6 +71,17 @@ def build_datastore(
         ArtifactError: The corpus or the teacher does not fit the extended datastore.
         InputError: The corpus shares no training document with the extended datastore.
     """
+    return run_stage(out, *plan_datastore(corpus, teacher=teacher, config=config, extend=extend), repair=repair)
+
+
+def plan_datastore(
+    corpus: str | Path,
+    *,
+    teacher: str | None = None,
+    config: DatastoreConfig | None = None,
+    extend: str | Path | None = None,
+) -> Plan:
+    """What `build_datastore` with these arguments is to make, and the work; raises what it raises before any work."""
     source = Corpus(corpus)
     extension = None if extend is None else Extension(extend, source)
     config = config or DatastoreConfig()
@@ -84,43 +96,45 @@ def build_datastore(
     if extension is not None:
         extension.check_teacher(teacher, identity)
         inputs["extended"], sources["extended"] = extension.store.manifest.hash, str(extend)
-    with open_stage(
-        out,
+    spec = StageSpec(
         "datastore",
         config=config.model_dump(),
         inputs=inputs,
         tokenizer=source.manifest.tokenizer,
         sources={**source.manifest.sources, **sources},
-        repair=repair,
-    ) as stage:
-        if stage.finished:
-            return read_manifest(out, "datastore")
-        if any(not stage.has(f"{CORPUS_PAYLOAD}/{name}") for name in (MANIFEST, *source.manifest.payload)):
-            stage.remove(CORPUS_PAYLOAD)
-            shutil.copytree(source.folder, stage.path / ".corpus", dirs_exist_ok=True)
-            (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
-        split = source.split("train")
-        before, index_is_whole = stage.previous, False
-        if before is not None:
-            stage.save_text(_TAP_FILE, before.facts["tap"] + "\n")
-            index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
-        needs_keys = config.keep_keys or not index_is_whole
-        tap = _save_keys(stage, split, teacher, config, extension) if needs_keys else None
-        _save_values(stage, split)
-        if before is not None and index_is_whole:
-            return stage.finish(before.facts, intermediate=(_TAP_FILE,))
-        keys = open_keys(stage.path)
-        facts = {
-            "entries": split.n_positions,
-            "key_width": keys.shape[1],
-            "tap": tap,
-            "distance": "squared L2",
-            "key_dtype": "float16",
-            **_save_index(stage, keys, config, extension),
-        }
-        if extension is not None:
-            facts["extended"] = extension.facts
-        return stage.finish(facts, intermediate=(_TAP_FILE, *(() if config.keep_keys else ("keys",))))
+        intermediate=(_TAP_FILE, *(() if config.keep_keys else ("keys",))),
+    )
+    return Plan(spec, lambda stage: _build(stage, source, teacher, config, extension))
+
+
+def _build(
+    stage: Stage, source: Corpus, teacher: str, config: DatastoreConfig, extension: Extension | None
+) -> dict[str, Any]:
+    """Write the datastore, and return its facts."""
+    if any(not stage.has(f"{CORPUS_PAYLOAD}/{name}") for name in (MANIFEST, *source.manifest.payload)):
+        stage.remove(CORPUS_PAYLOAD)
+        shutil.copytree(source.folder, stage.path / ".corpus", dirs_exist_ok=True)
+        (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
+    split = source.split("train")
+    before, index_is_whole = stage.previous, False
+    if before is not None:
+        stage.save_text(_TAP_FILE, before.facts["tap"] + "\n")
+        index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
+    needs_keys = config.keep_keys or not index_is_whole
+    tap = _save_keys(stage, split, teacher, config, extension) if needs_keys else None
+    _save_values(stage, split)
+    if before is not None and index_is_whole:
+        return before.facts
+    keys = open_keys(stage.path)
+    facts = {
+        "entries": split.n_positions,
+        "key_width": keys.shape[1],
+        "tap": tap,
+        "distance": "squared L2",
+        "key_dtype": "float16",
+        **_save_index(stage, keys, config, extension),
+    }
+    return facts if extension is None else {**facts, "extended": extension.facts}
 
 
 def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig, extension: Extension | None) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import Field
 
-from memlm.artifacts import Facts
 from memlm.datastore.config import IndexKind
 from memlm.errors import ArtifactError
+from memlm.manifest import Facts
 
 
 class IndexFacts(Facts):

@@ -8,12 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from memlm.artifacts import Facts, Manifest, load_array, payload_file, read_manifest
 from memlm.corpus.blocks import Corpus, check_ids
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys
 from memlm.datastore.layout import IndexFacts
 from memlm.errors import ArtifactError
+from memlm.files import load_array
+from memlm.manifest import Facts, Manifest, payload_file, read_manifest
 from memlm.models.loading import model_identity
 
 CORPUS_PAYLOAD = "corpus"

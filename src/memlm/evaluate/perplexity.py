@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.artifacts import check_output, open_stage, stage_identity, write_json
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.scores import score_corpus
+from memlm.files import write_json
 from memlm.memory.loading import read_settings
 from memlm.mix.scoring import GRID, best_mix_weight, mixture_label_log_probs, perplexity_curve
 from memlm.models.loading import model_identity
 from memlm.models.tokenizers import ADVICE
+from memlm.stage import Stage, StageSpec, check_output, run_stage
 from memlm.targets.config import RetrievalConfig
 
 _FREQUENCY_EDGES = (0, 1, 10, 100, 1000)
@@ -64,9 +65,9 @@ def evaluate_perplexity(
         raise InputError(f"corpus {corpus} has no validation tokens to choose mix_weight on; give --mix-weight")
     source.check_read_by(base)
     check_memory(source, memory)
+    spec = _spec(source, base, memory, config, retrieval)
     if out is not None:
-        identity = stage_identity("evaluation", **_identity(source, base, memory, config, retrieval))
-        check_output(out, identity, repair=repair)
+        check_output(out, spec, repair=repair)
     shared: dict[str, Any] = {"dtype": config.dtype, "batch_tokens": config.batch_tokens, "repair": repair}
     base_scores = score_corpus(source, base, beside=None, **shared)
     memory_scores = score_corpus(source, memory, beside=base, retrieval=retrieval, **shared)
@@ -100,7 +101,7 @@ def evaluate_perplexity(
     if retrieval is not None:
         report["run"]["retrieval"] = retrieval.model_dump()
     if out is not None:
-        _write(out, report, source, base, memory, config, retrieval, repair)
+        run_stage(out, spec, lambda stage: _write(stage, report), repair=repair)
     return report
 
 
@@ -175,35 +176,23 @@ def _finite(perplexity: float) -> float | None:
     return round(float(perplexity), 4) if np.isfinite(perplexity) else None
 
 
-def _identity(
+def _spec(
     corpus: Corpus, base: str, memory: str, config: EvaluateConfig, retrieval: RetrievalConfig | None
-) -> dict[str, Any]:
-    return {
-        "config": config.model_dump() | ({"retrieval": retrieval.model_dump()} if retrieval is not None else {}),
-        "inputs": {"corpus": corpus.manifest.hash, "base": model_identity(base), "memory": model_identity(memory)},
-        "tokenizer": corpus.manifest.tokenizer,
-    }
+) -> StageSpec:
+    return StageSpec(
+        "evaluation",
+        config=config.model_dump() | ({"retrieval": retrieval.model_dump()} if retrieval is not None else {}),
+        inputs={"corpus": corpus.manifest.hash, "base": model_identity(base), "memory": model_identity(memory)},
+        tokenizer=corpus.manifest.tokenizer,
+        sources={"corpus": str(corpus.folder), "base": base, "memory": memory},
+    )
 
 
-def _write(
-    out: str | Path,
-    report: dict[str, Any],
-    corpus: Corpus,
-    base: str,
-    memory: str,
-    config: EvaluateConfig,
-    retrieval: RetrievalConfig | None,
-    repair: bool,
-) -> None:
-    sources = {"corpus": str(corpus.folder), "base": base, "memory": memory}
-    identity = _identity(corpus, base, memory, config, retrieval)
-    with open_stage(out, "evaluation", **identity, sources=sources, repair=repair) as stage:
-        if stage.finished:
-            return
-        write_json(stage.path / "report.json", report)
-        with stage.writing("perplexity.png") as temporary:
-            plot_curve(report, temporary)
-        stage.finish({name: report[name] for name in ("base", "memory", "mixture", "tokens")})
+def _write(stage: Stage, report: dict[str, Any]) -> dict[str, Any]:
+    write_json(stage.path / "report.json", report)
+    with stage.writing("perplexity.png") as temporary:
+        plot_curve(report, temporary)
+    return {name: report[name] for name in ("base", "memory", "mixture", "tokens")}
 
 
 def plot_curve(report: dict[str, Any], path: Path) -> None:

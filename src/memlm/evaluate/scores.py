@@ -10,14 +10,16 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memlm.artifacts import cache_dir, digest, load_array, open_stage, payload_file, read_manifest
 from memlm.corpus.blocks import Corpus
+from memlm.files import cache_dir, digest, load_array
+from memlm.manifest import payload_file
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory
 from memlm.memory.retrieval import RetrievalSettings
 from memlm.mix.scoring import COLUMNS, as_voter, live_activations, score
 from memlm.models.loading import default_device, load_causal_lm, model_identity, parse_dtype
 from memlm.progress import progress_bar
+from memlm.stage import Stage, StageSpec, run_stage
 from memlm.targets.config import RetrievalConfig
 
 SCORED_SPLITS = ("validation", "test")
@@ -85,37 +87,31 @@ def score_corpus(
     splits = {name: corpus.split(name) for name in SCORED_SPLITS}
     splits = {name: split for name, split in splits.items() if split.n_positions}
     sources = {"corpus": str(corpus.folder), "model": model}
-    with open_stage(
-        folder,
-        "scores",
-        config=config,
-        inputs=inputs,
-        tokenizer=corpus.manifest.tokenizer,
-        sources=sources,
-        repair=repair,
-    ) as stage:
-        if not stage.finished:
-            voter, base = _load(model, beside, retrieval, precision, corpus.vocab_size)
-            counts = np.bincount(corpus.split("train").labels(), minlength=corpus.vocab_size)
-            total = sum(split.n_positions for split in splits.values())
-            with contextlib.ExitStack() as open_now:
-                bar = open_now.enter_context(progress_bar(total, f"scoring {'base' if beside is None else 'memory'}"))
-                activations = None
-                if base is not None and voter.tap is not None:
-                    activations = open_now.enter_context(live_activations(base, voter.tap))
-                for name, split in splits.items():
-                    if all(stage.has(f"{name}.{column}.npy") for column in _COLUMNS):
-                        bar.update(split.n_positions)
-                        continue
-                    found = score(voter, split, activations=activations, batch_tokens=batch_tokens, progress=bar.update)
-                    columns = found | {
-                        "document": split.documents_of(np.arange(split.n_positions)),
-                        "label_count": counts[split.labels()],
-                    }
-                    for column, values in columns.items():
-                        stage.save_array(f"{name}.{column}.npy", values)
-            stage.finish({name: {"positions": split.n_positions} for name, split in splits.items()})
-    manifest = read_manifest(folder, "scores")
+    spec = StageSpec("scores", config=config, inputs=inputs, tokenizer=corpus.manifest.tokenizer, sources=sources)
+
+    def work(stage: Stage) -> dict[str, Any]:
+        voter, base = _load(model, beside, retrieval, precision, corpus.vocab_size)
+        counts = np.bincount(corpus.split("train").labels(), minlength=corpus.vocab_size)
+        total = sum(split.n_positions for split in splits.values())
+        with contextlib.ExitStack() as open_now:
+            bar = open_now.enter_context(progress_bar(total, f"scoring {'base' if beside is None else 'memory'}"))
+            activations = None
+            if base is not None and voter.tap is not None:
+                activations = open_now.enter_context(live_activations(base, voter.tap))
+            for name, split in splits.items():
+                if all(stage.has(f"{name}.{column}.npy") for column in _COLUMNS):
+                    bar.update(split.n_positions)
+                    continue
+                found = score(voter, split, activations=activations, batch_tokens=batch_tokens, progress=bar.update)
+                columns = found | {
+                    "document": split.documents_of(np.arange(split.n_positions)),
+                    "label_count": counts[split.labels()],
+                }
+                for column, values in columns.items():
+                    stage.save_array(f"{name}.{column}.npy", values)
+        return {name: {"positions": split.n_positions} for name, split in splits.items()}
+
+    manifest = run_stage(folder, spec, work, repair=repair)
 
     def read(split: str, column: str) -> NDArray:
         path = payload_file(folder, manifest, f"{split}.{column}.npy")

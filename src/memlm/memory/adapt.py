@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from memlm.artifacts import Facts, Manifest, is_artifact, open_stage, read_manifest
 from memlm.errors import ConfigError
+from memlm.manifest import Facts, Manifest, is_artifact, read_manifest
 from memlm.memory.card import CARD_FILE
 from memlm.memory.config import AdaptConfig
 from memlm.memory.decoder import MemoryDecoder
@@ -19,6 +19,7 @@ from memlm.memory.loading import load_memory, read_settings
 from memlm.models.loading import model_identity, resolve
 from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
 from memlm.models.vocabularies import Alignment, align_vocabularies
+from memlm.stage import Stage, StageSpec, run_stage
 
 _CARD = """---
 library_name: memlm
@@ -81,17 +82,15 @@ def adapt_memory(
     old, new = load_tokenizer(resolve(name)), load_tokenizer(resolve(tokenizer))
     if fingerprint(old) == fingerprint(new):
         raise ConfigError(f"memory {name} has the tokenizer of {tokenizer} already; use it as it is")
-    with open_stage(
-        out,
+    spec = StageSpec(
         "memory",
         config=config.model_dump(),
         inputs={"memory": model_identity(name)},
         tokenizer=fingerprint(new),
         sources={"memory": name, "tokenizer": tokenizer},
-        repair=repair,
-    ) as stage:
-        if stage.finished:
-            return read_manifest(out, "memory")
+    )
+
+    def work(stage: Stage) -> dict[str, Any]:
         source = load_memory(name)
         assert isinstance(source, MemoryDecoder)
         tokens = replace_vocabulary(source.decoder, old, new, config)
@@ -106,7 +105,9 @@ def adapt_memory(
         adapted.save_pretrained(stage.path)
         new.save_pretrained(stage.path)
         stage.save_text(CARD_FILE, _card(facts, stage.sources))
-        return stage.finish(facts)
+        return facts
+
+    return run_stage(out, spec, work, repair=repair)
 
 
 def tokens_line(tokens: dict[str, int]) -> str:

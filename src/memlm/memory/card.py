@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from memlm.artifacts import is_artifact, read_manifest
 from memlm.errors import ArtifactError
+from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.protocol import MemorySettings
 
 CARD_FILE = "README.md"

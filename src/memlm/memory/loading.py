@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from memlm.artifacts import is_artifact, payload_file, read_json, read_manifest
 from memlm.errors import ArtifactError, ModelError
+from memlm.files import read_json
+from memlm.manifest import is_artifact, payload_file, read_manifest
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.protocol import SETTINGS_FILE, Memory, MemorySettings

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from memlm.artifacts import is_artifact, payload_file, read_manifest
 from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.manifest import is_artifact, payload_file, read_manifest
 from memlm.memory.config import StartConfig
 from memlm.memory.loss import DistillationLoss, distillation_loss
 from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache, predicting_places

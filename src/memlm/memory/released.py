@@ -17,13 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from memlm.artifacts import Manifest, open_stage, read_manifest
 from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE
 from memlm.memory.mlp import MLPMemory, MLPSettings, check_tensors, shapes
 from memlm.models.loading import block_list, find_file, load_config, model_identity, resolve
 from memlm.models.taps import resolve_tap, tap_width
 from memlm.models.tokenizers import check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
+from memlm.stage import Stage, StageSpec, run_stage
 
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # as transformers prefers
 _NESTED, _NESTED_CONFIG = "knn_generator", "mlp_memory_config.json"
@@ -174,17 +175,15 @@ def convert_released(
     with torch.device("meta"):
         memory = MLPMemory(settings)
     state = _state(memory, tensors, LAYOUTS[config.model_type], config.vocab_size, name)
-    with open_stage(
-        out,
+    spec = StageSpec(
         "memory",
         config={"released": True, "tap": place.tap},
         inputs={"released": model_identity(name), "base": model_identity(base)},
         tokenizer=settings.tokenizer,
         sources={"released": name, "base": base},
-        repair=repair,
-    ) as stage:
-        if stage.finished:
-            return read_manifest(out, "memory")
+    )
+
+    def work(stage: Stage) -> dict[str, Any]:
         memory.load_state_dict(state, assign=True)
         facts = {
             "parameters": sum(p.numel() for p in memory.parameters()),
@@ -195,7 +194,9 @@ def convert_released(
         memory.save_pretrained(stage.path)
         tokenizer.save_pretrained(stage.path)
         stage.save_text(CARD_FILE, _CARD.format(**facts, **stage.sources))
-        return stage.finish(facts)
+        return facts
+
+    return run_stage(out, spec, work, repair=repair)
 
 
 # --- the checkpoint -----------------------------------------------------------------------------------------------

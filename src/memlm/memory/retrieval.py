@@ -11,11 +11,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.artifacts import MANIFEST
 from memlm.corpus.blocks import IGNORE
 from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ModelError
+from memlm.manifest import MANIFEST
 from memlm.memory.mlp import check_activations
 from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache
 from memlm.memory.reading import WindowedReader, longest_context

@@ -11,8 +11,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from memlm.artifacts import cache_dir, file_digest
 from memlm.errors import ModelError
+from memlm.files import cache_dir, file_digest
 
 
 @dataclass(frozen=True)

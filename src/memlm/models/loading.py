@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlm.artifacts import check_payload, digest, is_artifact, payload_file, read_json, read_manifest
 from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.files import digest, read_json
+from memlm.manifest import check_payload, is_artifact, payload_file, read_manifest
 from memlm.models.fetching import PACKAGED, fetch
 
 WEIGHTS_FILE = "model.safetensors"

@@ -4,8 +4,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from memlm.artifacts import check_payload, digest, is_artifact, read_manifest
 from memlm.errors import InputError, ModelError, TokenizerMismatchError
+from memlm.files import digest
+from memlm.manifest import check_payload, is_artifact, read_manifest
 from memlm.models.loading import load_config, resolve
 
 _PROBE = (

@@ -11,13 +11,15 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from memlm.artifacts import Manifest, Stage, file_digest, open_stage, read_manifest, writing_behind
 from memlm.corpus.blocks import Block, Corpus, Split
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, InputError
+from memlm.files import file_digest
+from memlm.manifest import Manifest
 from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
+from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
 from memlm.targets.shards import (
     ROWS_AT_ONCE,
@@ -52,6 +54,11 @@ def build_targets(
         ConfigError: k is larger than the datastore allows.
         ArtifactError: The datastore kept no keys and its teacher is no longer the one that made it.
     """
+    return run_stage(out, *plan_targets(datastore, config=config), repair=repair)
+
+
+def plan_targets(datastore: str | Path, *, config: TargetsConfig | None = None) -> Plan:
+    """What `build_targets` with these arguments is to make, and the work; raises what it raises before any work."""
     config = config or TargetsConfig()
     store = Datastore(datastore)
     if config.k > store.n_entries - 1:
@@ -60,35 +67,36 @@ def build_targets(
         )
     if not store.config.keep_keys:
         store.check_teacher()
-    with open_stage(
-        out,
+    spec = StageSpec(
         "targets",
         config=config.model_dump(),
         inputs={"datastore": store.manifest.hash},
         tokenizer=store.manifest.tokenizer,
         sources={**store.manifest.sources, "datastore": str(datastore)},
-        repair=repair,
-    ) as stage:
-        if stage.finished:
-            return read_manifest(out, "targets")
-        split = store.corpus.split("train")
-        shards = shard_blocks(split, store.config.shard_positions)
-        missing = [i for i in range(len(shards)) if not stage.has(_shard(i))]
-        done = split.n_positions - sum(_positions(split, *shards[i]) for i in missing)
-        bar = progress_bar(split.n_positions, "searching", initial=done)
-        with bar, _queries(store, split) as queries, writing_behind() as write:
-            for i in missing:
-                first, end = shards[i]
-                start = int(split.position_starts[first])
-                votes = []
-                for chunk in queries(first, end):
-                    own = np.arange(start, start + len(chunk))
-                    votes.append(retrieve(store, chunk, own, **config.model_dump()))
-                    start += len(chunk)
-                    bar.update(len(chunk))
-                blocks = [split[b] for b in range(first, end)]
-                write(_write_shard, stage, i, blocks, SparseProbs.concatenate(votes))
-        return _finish(stage, store.corpus, len(shards), store.manifest.facts)
+    )
+    return Plan(spec, lambda stage: _search(stage, store, config))
+
+
+def _search(stage: Stage, store: Datastore, config: TargetsConfig) -> dict[str, Any]:
+    """Write the targets of all positions, and return the facts."""
+    split = store.corpus.split("train")
+    shards = shard_blocks(split, store.config.shard_positions)
+    missing = [i for i in range(len(shards)) if not stage.has(_shard(i))]
+    done = split.n_positions - sum(_positions(split, *shards[i]) for i in missing)
+    bar = progress_bar(split.n_positions, "searching", initial=done)
+    with bar, _queries(store, split) as queries, writing_behind() as write:
+        for i in missing:
+            first, end = shards[i]
+            start = int(split.position_starts[first])
+            votes = []
+            for chunk in queries(first, end):
+                own = np.arange(start, start + len(chunk))
+                votes.append(retrieve(store, chunk, own, **config.model_dump()))
+                start += len(chunk)
+                bar.update(len(chunk))
+            blocks = [split[b] for b in range(first, end)]
+            write(_write_shard, stage, i, blocks, SparseProbs.concatenate(votes))
+    return _write_rest(stage, store.corpus, len(shards), store.manifest.facts)
 
 
 def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path, repair: bool = False) -> Manifest:
@@ -121,24 +129,24 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path, r
         raise InputError(
             f"{arrow} has {len(labels):,} labels, corpus {corpus} {len(expected):,} positions; they differ in {at}"
         )
-    with open_stage(
-        out,
+    spec = StageSpec(
         "targets",
         config=IMPORTED,
         inputs={"corpus": source.manifest.hash, "arrow": file_digest(Path(arrow))},
         tokenizer=source.manifest.tokenizer,
         sources={**source.manifest.sources, "corpus": str(corpus), "arrow": str(arrow)},
-        repair=repair,
-    ) as stage:
-        if stage.finished:
-            return read_manifest(out, "targets")
+    )
+
+    def work(stage: Stage) -> dict[str, Any]:
         shards = shard_blocks(split, _IMPORT_SHARD_POSITIONS)
         for i, (first, end) in enumerate(shards):
             start, stop = int(split.position_starts[first]), int(split.position_starts[end])
             rows = table.slice(start, stop - start)
             votes = _released_votes(rows, source.vocab_size, arrow, start)
             _write_shard(stage, i, [split[b] for b in range(first, end)], votes)
-        return _finish(stage, source, len(shards), {})
+        return _write_rest(stage, source, len(shards), {})
+
+    return run_stage(out, spec, work, repair=repair)
 
 
 def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: int) -> SparseProbs:
@@ -237,13 +245,14 @@ def _validation_rows(validation: Split) -> Iterator[dict[str, list[np.ndarray]]]
         yield {"input_ids": [b.input_ids for b in blocks], "labels": [b.labels.astype(np.int32) for b in blocks]}
 
 
-def _finish(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[str, Any]) -> Manifest:
+def _write_rest(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[str, Any]) -> dict[str, Any]:
+    """Write what stands beside the shards, and return the facts."""
     with stage.writing(VALIDATION_FILE) as temporary:
         write_rows(temporary, VALIDATION_SCHEMA, _validation_rows(corpus.split("validation")))
     shutil.copytree(corpus.folder / "tokenizer", stage.path / "tokenizer", dirs_exist_ok=True)
     stats = [read_statistics(stage.path / _shard(i)) for i in range(n_shards)]
     positions = sum(s["positions"] for s in stats)
-    facts = {
+    return {
         "positions": positions,
         "mean_support": round(sum(s["support"] for s in stats) / positions, 3),
         "mean_lost_mass": round(sum(s["lost_mass"] for s in stats) / positions, 6),
@@ -253,4 +262,3 @@ def _finish(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[s
         "corpus_config": corpus.manifest.config,
         "datastore": datastore_facts,
     }
-    return stage.finish(facts)

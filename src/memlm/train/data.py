@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from memlm.artifacts import Facts, Manifest, payload_file, read_manifest
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY, Block, Blocks, Corpus, CorpusFacts, Split, open_tokenizer
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.index import Keys
 from memlm.errors import ArtifactError, ConfigError
+from memlm.manifest import Facts, Manifest, payload_file, read_manifest
 from memlm.memory.protocol import predicting_places
 from memlm.models.tokenizers import check_reads
 from memlm.targets.config import IMPORTED, TargetsConfig

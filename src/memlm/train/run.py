@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from memlm.artifacts import Manifest, Stage, load_array, open_stage, partial_path, read_manifest
 from memlm.config import nearest
 from memlm.corpus.blocks import Blocks
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
+from memlm.files import load_array
+from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import KINDS, load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
@@ -23,10 +24,12 @@ from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, m
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
 from memlm.progress import progress_bar
+from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
 from memlm.train.trainer import MemoryTrainer, last_whole_checkpoint, training_arguments
 
+_CHECKPOINTS = "checkpoints"
 _HELD_OUT = "validation-activations.npy"
 _ASIDE = "repaired"  # where files are written that are to go beside whole weights
 
@@ -62,6 +65,19 @@ def train_memory(
         ArtifactError: `activations` are of another corpus, base or tap.
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
+    plan = plan_memory(data, init=init, base=base, activations=activations, config=config)
+    return run_stage(out, *plan, repair=repair)
+
+
+def plan_memory(
+    data: str | Path,
+    *,
+    init: str | None = None,
+    base: str | None = None,
+    activations: str | Path | None = None,
+    config: TrainConfig | None = None,
+) -> Plan:
+    """What `train_memory` with these arguments is to make, and the work; raises what it raises before any work."""
     config = config or TrainConfig()
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
     base, goes_on = check_start(config, init=init, base=base, block_size=rows.corpus_config.block_size)
@@ -73,15 +89,14 @@ def train_memory(
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
-    validation = rows.validation if len(rows.validation) else None
     batches = math.ceil(len(rows.train) / config.batch_size)
     arguments = training_arguments(
         config,
-        partial_path(out) / "checkpoints",
+        Path(_CHECKPOINTS),
         steps_per_epoch=math.ceil(batches / config.accumulation),
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        validate=validation is not None,
+        validate=len(rows.validation) > 0,
     )
     inputs = {"data": rows.manifest.hash, "base": model_identity(base)}
     sources = {**rows.manifest.sources, "data": str(data), "base": base}
@@ -89,20 +104,16 @@ def train_memory(
         inputs["init"], sources["init"] = model_identity(init), init
     if store is not None:
         inputs["activations"], sources["activations"] = store.manifest.hash, str(activations)
-    with (
-        open_stage(
-            out,
-            "memory",
-            config=config.model_dump(),
-            inputs=inputs,
-            tokenizer=rows.manifest.tokenizer,
-            sources=sources,
-            repair=repair,
-        ) as stage,
-        contextlib.ExitStack() as open_now,
-    ):
-        if stage.finished:
-            return read_manifest(out, "memory")
+    spec = StageSpec(
+        "memory",
+        config=config.model_dump(),
+        inputs=inputs,
+        tokenizer=rows.manifest.tokenizer,
+        sources=sources,
+        intermediate=(_CHECKPOINTS, _HELD_OUT),
+    )
+
+    def work(stage: Stage) -> dict[str, Any]:
         base_model: PreTrainedModel = load_causal_lm(base, dtype=dtype).to(device)  # type: ignore[arg-type]
         torch.manual_seed(config.seed)
         memory = _start(rows, init, goes_on, base_model, config)
@@ -112,34 +123,54 @@ def train_memory(
             )
         if stage.previous is not None and stage.has(WEIGHTS_FILE):
             return _repair_beside_weights(stage, stage.previous, memory, rows, config)
-        scores = held_out = reader = None
-        if validation is not None:
-            scores = _base_scores(validation, base_model, rows.vocab_size, config.batch_tokens)
-        if memory.tap is not None:
-            reader = open_now.enter_context(TapReader(base_model, memory.tap))
-            if validation is not None:
-                held_out = _held_out_activations(stage, validation, reader, config.batch_tokens)
-        trainer = MemoryTrainer(
-            memory,
-            arguments,
-            rows=WithActivations(rows.train, store.keys)
-            if store is not None and store.keys is not None
-            else rows.train,
-            kl_weight=config.kl_weight,
-            validation=validation,
-            base_scores=scores,
-            validation_activations=held_out,
-            batch_tokens=config.batch_tokens,
-            online=reader if store is None else None,
-        )
-        del base_model
-        if store is not None:
-            open_now.close()
-            reader = None  # the base's memory is free for training
-        _train(trainer, last_whole_checkpoint(stage.path / "checkpoints"))
+        with contextlib.ExitStack() as open_now:
+            arguments.output_dir = str(stage.path / _CHECKPOINTS)
+            trainer = _trainer(stage, memory, base_model, rows, store, arguments, config, open_now)
+            del base_model
+            if store is not None:
+                open_now.close()  # the base's memory is free for training
+            _train(trainer, last_whole_checkpoint(stage.path / _CHECKPOINTS))
         facts = _facts(trainer, rows, memory, config)
         _save(stage, memory, rows, facts, config)
-        return stage.finish(facts, intermediate=("checkpoints", _HELD_OUT))
+        return facts
+
+    return Plan(spec, work)
+
+
+def _trainer(
+    stage: Stage,
+    memory: Memory,
+    base: PreTrainedModel,
+    rows: TrainingData,
+    store: Datastore | None,
+    arguments: TrainingArguments,
+    config: TrainConfig,
+    open_now: contextlib.ExitStack,
+) -> MemoryTrainer:
+    """The trainer of `memory`, with what it validates by.
+
+    Args:
+        open_now: Given the reader of the base, which online training needs as long as it lasts.
+    """
+    validation = rows.validation if len(rows.validation) else None
+    scores = held_out = reader = None
+    if validation is not None:
+        scores = _base_scores(validation, base, rows.vocab_size, config.batch_tokens)
+    if memory.tap is not None:
+        reader = open_now.enter_context(TapReader(base, memory.tap))
+        if validation is not None:
+            held_out = _held_out_activations(stage, validation, reader, config.batch_tokens)
+    return MemoryTrainer(
+        memory,
+        arguments,
+        rows=WithActivations(rows.train, store.keys) if store is not None and store.keys is not None else rows.train,
+        kl_weight=config.kl_weight,
+        validation=validation,
+        base_scores=scores,
+        validation_activations=held_out,
+        batch_tokens=config.batch_tokens,
+        online=reader if store is None else None,
+    )
 
 
 def _save(
@@ -158,14 +189,14 @@ def _save(
 
 def _repair_beside_weights(
     stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData, config: TrainConfig
-) -> Manifest:
+) -> dict[str, Any]:
     """Make again what does not depend on the weights; `memory` is untrained, and its weights are left behind."""
     _save(stage, memory, rows, previous.facts, config, _ASIDE)
     for name in previous.payload:
         if not stage.has(name) and stage.has(f"{_ASIDE}/{name}"):
             (stage.path / _ASIDE / name).replace(stage.path / name)
     stage.remove(_ASIDE)
-    return stage.finish(previous.facts, intermediate=("checkpoints", _HELD_OUT))
+    return previous.facts
 
 
 def check_start(config: TrainConfig, *, init: str | None, base: str | None, block_size: int) -> tuple[str, bool]:
@@ -188,7 +219,7 @@ def check_start(config: TrainConfig, *, init: str | None, base: str | None, bloc
 
 
 def _check_init(rows: TrainingData, init: str) -> None:
-    """Nothing, where start model or memory has the data's tokenizer."""
+    """Raise unless start model or memory has the data's tokenizer."""
     there = read_settings(init)
     if there is None or there.tap is None:
         rows.check_read_by(init, "init")

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
-from memlm.artifacts import flush_to_disk, written_whole
 from memlm.config import nearest
 from memlm.corpus.blocks import Blocks
 from memlm.errors import ConfigError, TrainingError
+from memlm.files import flush_to_disk, written_whole
 from memlm.memory.protocol import Memory
 from memlm.mix.scoring import ReadActivations, best_mix_weight, score
 from memlm.models.taps import TapReader

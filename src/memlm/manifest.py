@@ -1,0 +1,232 @@
+"""The manifest of a folder: which stage made it, with which settings, from what, and a checksum of every file.
+
+A folder may come from a stranger. What its manifest says is held against the files, and a file's checksum is verified
+before the file is read.
+"""
+
+import contextlib
+import os
+import platform
+import stat
+import sys
+from importlib import metadata
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from memlm.config import first_problem
+from memlm.errors import ArtifactError
+from memlm.files import digest, file_digest, read_json, repair_hint
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PREVIOUS = "previous.json"  # the manifest of a folder under repair
+UNHASHED = {MANIFEST, PREVIOUS, "run.json", "plan.json", "lock"}  # times, logs and what describes the rest
+_MANIFEST_BYTES = 16 << 20  # a hundred thousand files; parsed JSON takes up to 25 times its bytes
+_LIBRARIES = ("memlm", "torch", "transformers", "faiss-cpu", "datasets", "pyarrow", "numpy", "tokenizers")
+Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "evaluation"]
+
+
+class PayloadFile(BaseModel):
+    """Size and checksum of one file of a folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: int = Field(ge=0, strict=True)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """What a folder is: made by which stage, with which settings, from which inputs, holding which files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Kind
+    format_version: int
+    config: dict[str, Any]
+    """The stage's settings, without paths."""
+    inputs: dict[str, str]
+    """Name to content hash of everything that was read."""
+    tokenizer: str | None
+    """Fingerprint of the tokenizer that made the token ids."""
+    facts: dict[str, Any]
+    """What the stage found out: counts, shapes, recall, figures. Deterministic."""
+    payload: dict[str, PayloadFile]
+    sources: dict[str, str]
+    """Where inputs were found, to find them again; not part of the hash."""
+    versions: dict[str, str]
+    """Libraries, Python, machine and thread count that wrote it; not part of the hash."""
+
+    @property
+    def hash(self) -> str:
+        """What identifies the folder's content: equal for equal settings, inputs and payload bytes."""
+        return digest(self.model_dump(mode="json", exclude={"sources", "versions"}))
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides whether a run is the same run: everything known before the work starts."""
+        return {
+            "kind": self.kind,
+            "format_version": self.format_version,
+            "config": self.config,
+            "inputs": self.inputs,
+            "tokenizer": self.tokenizer,
+        }
+
+
+class Facts(BaseModel):
+    """Facts of a manifest that a reader relies on, with their types and ranges."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True, protected_namespaces=())
+
+    @classmethod
+    def of(cls, folder: str | Path, manifest: Manifest) -> Self:
+        """The facts in the manifest of `folder`, checked.
+
+        Raises:
+            ArtifactError: One is missing, of another type, or out of range.
+        """
+        try:
+            return cls.model_validate(manifest.facts)
+        except ValidationError as error:
+            raise ArtifactError(f"{Path(folder) / MANIFEST}: facts.{first_problem(error)}") from None
+
+
+def is_artifact(folder: str | Path) -> bool:
+    """Whether `folder` holds a manifest."""
+    return (Path(folder) / MANIFEST).is_file()
+
+
+def read_manifest(folder: str | Path, *kinds: Kind) -> Manifest:
+    """The manifest of `folder`, with its files' presence, kinds and sizes checked; `payload_file` looks at their bytes.
+
+    Args:
+        folder: What a stage wrote.
+        kinds: The kinds that will do; none means any.
+
+    Raises:
+        ArtifactError: No such folder, no manifest, another kind or version, a file is missing or truncated, or leads
+            out of the folder.
+    """
+    manifest = parse_manifest(Path(folder), *kinds)
+    for name in manifest.payload:
+        _locate(Path(folder), manifest, name)
+    return manifest
+
+
+def partial_path(out: str | Path) -> Path:
+    """Where a stage works until `out` is complete."""
+    out = Path(os.path.abspath(out))
+    return out.with_name(out.name + ".partial")
+
+
+def parse_manifest(folder: Path, *kinds: Kind) -> Manifest:
+    path = folder / MANIFEST
+    wanted = " or ".join(kinds) or "memlm"
+    if not path.is_file():
+        partial = partial_path(folder)
+        if partial.is_dir():
+            raise ArtifactError(
+                f"{folder} is not finished: run the command that makes it again, it goes on in {partial}"
+            )
+        what = "has no manifest.json" if folder.is_dir() else "does not exist"
+        raise ArtifactError(f"{folder} {what}; expected a {wanted} folder")
+    manifest = manifest_in(path)
+    if kinds and manifest.kind not in kinds:
+        raise ArtifactError(f"{folder} is a {manifest.kind} folder, expected {wanted}")
+    return manifest
+
+
+def manifest_in(path: Path) -> Manifest:
+    raw = read_json(path, limit=_MANIFEST_BYTES)
+    if not isinstance(raw, dict) or "format_version" not in raw:
+        raise ArtifactError(f"{path} is not a memlm manifest")
+    if type(raw["format_version"]) is not int or raw["format_version"] != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has format version {short(raw['format_version'])}, this memlm reads {FORMAT_VERSION}; rebuild it"
+        )
+    try:
+        manifest = Manifest.model_validate(raw)
+    except ValidationError as error:
+        raise ArtifactError(f"{path}: {first_problem(error)}") from None
+    for name in manifest.payload:
+        parts = PurePosixPath(name).parts
+        if ".." in parts or name.startswith("/"):
+            raise ArtifactError(f"{path} names a file outside its folder: {short(name)}")
+        if not parts or not name.isprintable() or "/".join(parts) != name or parts[-1] in UNHASHED:
+            raise ArtifactError(f"{path} names a file that no stage writes: {short(name)}")
+    return manifest
+
+
+def _locate(folder: Path, manifest: Manifest, name: str) -> os.stat_result:
+    """What the file system says of a payload file, which is there, within the folder, and of the right size.
+
+    The hub's cache has a model's files as links into its `blobs`, beside the folder of snapshots.
+    """
+    target = folder / name
+    try:
+        real, home = os.path.realpath(target, strict=True), os.path.realpath(folder)
+        found = os.stat(real)
+    except (OSError, ValueError):
+        raise ArtifactError(f"{target} is missing; {repair_hint(folder)}") from None
+    blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
+    if not stat.S_ISREG(found.st_mode) or not real.startswith((home + os.sep, blobs + os.sep)):
+        raise ArtifactError(f"{target} is a link that leads out of its folder, or no file; {repair_hint(folder)}")
+    size = manifest.payload[name].bytes
+    if found.st_size != size:
+        raise ArtifactError(f"{target} has {found.st_size} bytes, its manifest says {size}; {repair_hint(folder)}")
+    return found
+
+
+_verified: set[tuple[int, int, int, int, str]] = set()
+
+
+def payload_file(folder: str | Path, manifest: Manifest, name: str) -> Path:
+    """The path of a payload file, whose bytes are those that the manifest was made for.
+
+    A file is hashed once per process, and again when its size or time of change differs.
+
+    Raises:
+        ArtifactError: The manifest has no such file, or it is missing, damaged, or a link out of the folder.
+    """
+    folder = Path(folder)
+    if name not in manifest.payload:
+        raise ArtifactError(f"{folder} has no {name}; expected of a {manifest.kind} folder")
+    there, expected = _locate(folder, manifest, name), manifest.payload[name].sha256
+    state = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, expected)
+    if state not in _verified:
+        if file_digest(folder / name) != expected:
+            raise ArtifactError(
+                f"{folder / name} is damaged: its checksum is not its manifest's; {repair_hint(folder)}"
+            )
+        _verified.add(state)
+    return folder / name
+
+
+def check_payload(folder: str | Path, manifest: Manifest, start: str = "") -> None:
+    """Raise unless the files whose names start with `start` are what the manifest was made for.
+
+    Raises:
+        ArtifactError: One is missing or damaged, as in `payload_file`.
+    """
+    for name in manifest.payload:
+        if name.startswith(start):
+            payload_file(folder, manifest, name)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions, machine and thread count, as recorded in every manifest and report."""
+    versions = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    if "torch" in sys.modules:
+        versions["threads"] = str(sys.modules["torch"].get_num_threads())
+    return versions
+
+
+def short(value: Any) -> str:
+    """`repr` of a value, 40 characters at most."""
+    text = repr(value)
+    return text if len(text) <= 40 else text[:16] + "…" + text[-3:]
