@@ -2,9 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from memlm.stage import Stage
@@ -32,17 +33,21 @@ def interrupted_after(step: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interrupted_after_arrays(count: int) -> Iterator[None]:
-    """The stage in the `with` block ends when it is about to save one more array than these."""
-    save, saved = Stage.save_array, []
+def files_written(pattern: str = "*", *, most: int | None = None) -> Iterator[list[str]]:
+    """Names, filled in as they come, of the files that match and that stages in the `with` block begin to write.
 
-    def save_array(stage: Stage, name: str, array: np.ndarray) -> None:
-        if len(saved) == count:
-            raise Interrupted
-        saved.append(name)
-        save(stage, name, array)
+    With `most`, the stage ends as it is about to write one more; if it writes no more, the test fails.
+    """
+    writing, names = Stage.writing, []
+
+    def recorded(stage: Stage, name: str) -> contextlib.AbstractContextManager[Path]:
+        if fnmatch(name, pattern):
+            if len(names) == most:
+                raise Interrupted
+            names.append(name)
+        return writing(stage, name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stage, "save_array", save_array)
-        with pytest.raises(Interrupted):
-            yield
+        patch.setattr(Stage, "writing", recorded)
+        with contextlib.nullcontext() if most is None else pytest.raises(Interrupted):
+            yield names

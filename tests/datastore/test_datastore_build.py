@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from interruption import interrupted_after_arrays
+from interruption import files_written
 from strangers import edit_manifest, reseal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -92,7 +92,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(
 ) -> None:
     config = {"shard_positions": 200, "index": index, "code_bytes": 4, "nlist": None if index == "exact" else 6}
     whole = build(corpus_folder, model_folder, tmp_path / "whole", **config)
-    with interrupted_after_arrays(2):
+    with files_written("keys/*", most=2):
         build(corpus_folder, model_folder, tmp_path / "resumed", **config)
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
     assert sorted(p.name for p in kept) == ["00000.npy", "00001.npy"]

@@ -7,7 +7,7 @@ import pytest
 from conftest import sentences, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from interruption import interrupted_after_arrays
+from interruption import files_written
 
 from memlm.corpus.blocks import Corpus, Split
 from memlm.corpus.build import build_corpus
@@ -174,7 +174,7 @@ def test_an_interrupted_extension_goes_on_to_the_same_bytes(
     config = {} if index == "exact" else {"nlist": 6, "code_bytes": 4}
     build(old, tmp_path / "old", teacher=model_folder, index=index, **config)
     whole = build(grown, tmp_path / "whole", extend=tmp_path / "old")
-    with interrupted_after_arrays(2):
+    with files_written("keys/*", most=2):
         build(grown, tmp_path / "resumed", extend=tmp_path / "old")
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
     assert sorted(kept) == ["00000.npy", "00001.npy"]

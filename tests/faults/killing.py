@@ -27,8 +27,7 @@ from tiny_tokenizers import sentencepiece_like
 from tqdm import tqdm
 
 from memlm.cli import main
-from memlm.corpus import build as corpus_build
-from memlm.corpus.build import build_corpus
+from memlm.corpus.build import plan_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
@@ -108,9 +107,8 @@ def _folder(at: Ingredients, out: Path) -> None:
 
 
 def _corpus(at: Ingredients, out: Path) -> None:
-    corpus_build._SHARD_CHARACTERS = 2000
     config = CorpusConfig(document_separator="\n\n", block_size=32, near_duplicate_ngram=8)
-    build_corpus([at.documents], tokenizer=at.model, out=out, config=config)
+    run_stage(out, *plan_corpus([at.documents], tokenizer=at.model, config=config, shard_characters=2000))
 
 
 def _train(data: Path, out: Path, *, base: str, init: str | None, activations: Path | None = None, **more: Any) -> None:

@@ -23,8 +23,6 @@ from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 
-_SHARD_CHARACTERS = 4 << 20
-
 
 def build_corpus(
     documents: list[str],
@@ -53,8 +51,13 @@ def build_corpus(
     return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config), repair=repair)
 
 
-def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | None = None) -> Plan:
-    """What `build_corpus` with these arguments is to make, and the work; raises what it raises before any work."""
+def plan_corpus(
+    documents: list[str], *, tokenizer: str, config: CorpusConfig | None = None, shard_characters: int = 4 << 20
+) -> Plan:
+    """What `build_corpus` with these arguments is to make, and the work; raises what it raises before any work.
+
+    `shard_characters` are tokenised at a time, and done once if the stage is interrupted.
+    """
     config = config or CorpusConfig()
     files = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
@@ -69,7 +72,8 @@ def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | 
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        _tokenize(stage, files, loaded, ends, config)
+        shards = _shards(read_documents(files, config), shard_characters)
+        _tokenize(stage, shards, loaded, ends, config.seed)
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
@@ -114,10 +118,10 @@ def _single(token_id: object) -> int | None:
 
 def _tokenize(
     stage: Stage,
-    sources: list[str],
+    shards: Iterator[list[Document]],
     tokenizer: PreTrainedTokenizerBase,
     ends: tuple[int | None, ...],
-    config: CorpusConfig,
+    seed: int,
 ) -> None:
     """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each.
 
@@ -127,7 +131,7 @@ def _tokenize(
     start, end = ([] if token is None else [token] for token in ends)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
-        for number, shard in enumerate(_shards(read_documents(sources, config))):
+        for number, shard in enumerate(shards):
             if stage.has(f"raw/{number:05d}.names.txt"):  # written last
                 bar.update(len(np.load(stage.path / f"raw/{number:05d}.tokens.npy", mmap_mode="r")))
                 continue
@@ -135,20 +139,18 @@ def _tokenize(
             rows = [np.array([*start, *ids, *end] if ids else [], np.int32) for ids in encoded]
             stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
-            stage.save_array(
-                f"raw/{number:05d}.hashes.npy", np.array([document_hash(d.text, config.seed) for d in shard])
-            )
+            stage.save_array(f"raw/{number:05d}.hashes.npy", np.array([document_hash(d.text, seed) for d in shard]))
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
             bar.update(sum(map(len, rows)))
 
 
-def _shards(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def _shards(documents: Iterator[Document], characters: int) -> Iterator[list[Document]]:
     shard: list[Document] = []
     size = 0
     for document in documents:
         shard.append(document)
         size += len(document.text)
-        if size >= _SHARD_CHARACTERS:
+        if size >= characters:
             yield shard
             shard, size = [], 0
     if shard:
