@@ -2,6 +2,7 @@
 
 import inspect
 
+import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -43,7 +44,7 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, object]]] = {
 }
 """Family to its class, and what it has of its own."""
 
-CACHED = ["llama", "gpt2", "gemma3", "bloom", "opt"]
+CACHED = ["llama", "gpt2", *(pytest.param(family, marks=pytest.mark.slow) for family in ("gemma3", "bloom", "opt"))]
 """Families that place tokens and attend differently: what a cache must do right."""
 
 TAPS = {

@@ -256,6 +256,7 @@ def test_convert_makes_a_memory_of_a_released_checkpoint(
         assert line in found.err
 
 
+@pytest.mark.slow
 def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
     """Training shows bars on a terminal; a pipe gets results on stdout and nothing on stderr."""
     found = shell(
@@ -323,6 +324,7 @@ def test_explain_prints_tokens_with_snippets_or_one_object(
     assert [len(token["neighbors"]) for token in found["tokens"]] == [3, 3]
 
 
+@pytest.mark.slow
 def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path) -> None:
     both = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32", "--temperature", 0)
     found = shell(
@@ -843,6 +845,7 @@ def test_wrong_usage_exits_with_2_and_says_why(memlm: Callable[..., Result], arg
     assert re.match(r"Usage: memlm .*\nTry 'memlm .*-h' for help", found.err)
 
 
+@pytest.mark.slow
 def test_a_process_exits_with_2_on_bad_input(corpus_folder: Path, tmp_path: Path) -> None:
     one_line(shell("datastore", corpus_folder, "--teacher", "no/such", "--out", tmp_path / "d"), "'no/such' cannot be")
     assert not list(tmp_path.iterdir())

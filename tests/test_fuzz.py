@@ -82,6 +82,7 @@ def write_mlp(out: Path, vocab_size: int) -> None:
     run_stage(out, StageSpec("memory", {}, {}, None), work)
 
 
+@pytest.mark.slow
 def test_no_folder_breaks_a_reader(root: Path) -> None:
     assert sum(CASES.values()) >= 10_000
     script = Path(__file__).with_name("fuzzing.py")

@@ -167,6 +167,7 @@ def test_without_new_documents_the_teacher_is_not_loaded(
     assert extended.facts["tap"] == rebuilt.facts["tap"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])
 def test_an_interrupted_extension_goes_on_to_the_same_bytes(
     old: Path, grown: Path, model_folder: str, tmp_path: Path, index: str
@@ -216,6 +217,7 @@ def test_the_extended_datastore_can_be_extended(stores: Path, old: Path, tmp_pat
     assert back.payload == read_manifest(stores / "old").payload
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [{"nlist": 5}, {"seed": 1}, {"index": "ivf-pq"}, {"index": "exact"}], ids=str)
 def test_an_index_of_other_settings_is_built_from_the_keys(
     old: Path, grown: Path, model_folder: str, tmp_path: Path, change: dict[str, Any]
@@ -270,6 +272,7 @@ def test_a_stride_spelt_out_is_the_same_stride(stores: Path, corpus_of: Callable
     assert manifest.payload["values.npy"] == read_manifest(stores / "old").payload["values.npy"]
 
 
+@pytest.mark.slow
 def test_a_datastore_without_keys_is_refused(old: Path, grown: Path, model_folder: str, tmp_path: Path) -> None:
     build(old, tmp_path / "codes" / "d", teacher=model_folder, keep_keys=False)
     refused(grown, tmp_path / "codes" / "d", tmp_path, ArtifactError, r"d kept no keys \(keep_keys false\)")

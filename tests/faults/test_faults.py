@@ -21,6 +21,8 @@ from memlm.train import data as data_module
 from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:

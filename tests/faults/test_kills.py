@@ -9,6 +9,8 @@ from signal import SIGKILL
 import pytest
 from killing import STAGES, Fault, Runs, content, forking
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(int(os.environ.get("MEMLM_KILL_SEEDS", "6")))
 """Each is one case of every stage; a longer hunt sets the number."""
 

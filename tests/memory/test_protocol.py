@@ -88,7 +88,10 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 pytestmark = pytest.mark.filterwarnings(LONG_TEXT)
 
 
-@pytest.fixture(params=MEMORIES)
+QUICK = {"decoder", "decoder-window", "decoder-gpt2-window", "mlp-gated", "retrieval"}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MEMORIES])
 def memory(request: pytest.FixtureRequest, datastore_folder: Path) -> Memory:
     return MEMORIES[request.param](datastore_folder).eval()
 

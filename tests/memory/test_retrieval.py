@@ -72,6 +72,7 @@ def dense_rows(memory: RetrievalMemory, state: Tensor) -> NDArray[np.float32]:
 # --- it says what targets say -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exclude_document", [False, True])
 def test_asked_about_its_own_corpus_it_gives_the_stored_targets(
     memory: RetrievalMemory, datastore_folder: Path, model_folder: str, tmp_path: Path, exclude_document: bool

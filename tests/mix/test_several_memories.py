@@ -80,7 +80,7 @@ def make(places: dict[str, Path], model_folder: str) -> Make:
     return mixture
 
 
-@pytest.fixture(params=["reads the base", "runs its teacher"])
+@pytest.fixture(params=["reads the base", pytest.param("runs its teacher", marks=pytest.mark.slow)])
 def trio(request: pytest.FixtureRequest, make: Make, other_base: str) -> MixedLM:
     """All three memories, the retriever reading the base's activations or running the datastore's teacher."""
     own = request.param == "runs its teacher"

@@ -205,6 +205,7 @@ def test_every_other_entry_may_be_a_neighbour(documents: str, model_folder: str,
     assert manifest.facts["mean_lost_mass"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_datastore_without_keys_gives_nearly_the_same_targets(
     corpus_folder: Path, model_folder: str, targets_folder: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_rows_get_the_activations_of_the_places_that_predict(
             np.testing.assert_allclose(row["activations"], read[before], rtol=2**-10, atol=1e-5)  # kept in float16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
 def test_stored_and_live_activations_give_the_same_training(
     corpus_folder: Path,

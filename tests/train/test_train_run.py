@@ -36,6 +36,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 # --- the loss and its accumulation --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kl_weight", [0.0, 0.5])
 def test_accumulated_steps_equal_whole_ones(
     targets_folder: Path, model_folder: str, tmp_path: Path, kl_weight: float
@@ -240,6 +241,7 @@ def test_without_validation_documents_the_last_step_is_kept(
     assert "No validation split" in (tmp_path / "m" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"max_steps": 3}, {"epochs": 0.05}, {"epochs": 0.3, "validations": 2}])
 def test_runs_that_end_within_an_epoch_are_validated_at_their_end(
     targets_folder: Path, model_folder: str, tmp_path: Path, settings: dict[str, Any]
@@ -280,6 +282,7 @@ def test_chosen_layers_of_the_start_are_kept(
     torch.testing.assert_close(ours["model.embed_tokens.weight"], start["model.embed_tokens.weight"], atol=1e-9, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_fresh_start_has_the_configured_shape_and_other_weights(
     targets_folder: Path, tokenizer: PreTrainedTokenizerFast, model_folder: str, tmp_path: Path
 ) -> None:
@@ -332,6 +335,7 @@ def uninterrupted(targets_folder: Path, dropout_model: str, tmp_path_factory: py
     return train_memory(targets_folder, init=dropout_model, out=out, config=RESUMED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 9, 23], ids=["before any checkpoint", "after the first", "after the third"])
 def test_an_interrupted_run_continued_gives_the_same_bytes(
     targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path, step: int
@@ -362,6 +366,7 @@ def stopped_after_training() -> Iterator[None]:
             yield
 
 
+@pytest.mark.slow
 def test_a_run_interrupted_after_its_last_step_takes_none_more(
     targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path
 ) -> None:
@@ -374,6 +379,7 @@ def test_a_run_interrupted_after_its_last_step_takes_none_more(
     assert resumed.hash == uninterrupted.hash
 
 
+@pytest.mark.slow
 def test_a_run_that_was_moved_finds_its_best_checkpoint(
     targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -409,6 +415,7 @@ def test_a_resumed_run_does_only_the_missing_steps(
     assert steps == list(range(14, 26))
 
 
+@pytest.mark.slow
 def test_half_written_checkpoints_are_passed_over(
     targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path
 ) -> None:
