@@ -217,8 +217,9 @@ def test_the_extended_datastore_can_be_extended(stores: Path, old: Path, tmp_pat
     assert back.payload == read_manifest(stores / "old").payload
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("change", [{"nlist": 5}, {"seed": 1}, {"index": "ivf-pq"}, {"index": "exact"}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"nlist": 5}, {"seed": 1}, {"index": "ivf-pq", "code_bytes": 2}, {"index": "exact"}], ids=str
+)
 def test_an_index_of_other_settings_is_built_from_the_keys(
     old: Path, grown: Path, model_folder: str, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -272,9 +273,8 @@ def test_a_stride_spelt_out_is_the_same_stride(stores: Path, corpus_of: Callable
     assert manifest.payload["values.npy"] == read_manifest(stores / "old").payload["values.npy"]
 
 
-@pytest.mark.slow
 def test_a_datastore_without_keys_is_refused(old: Path, grown: Path, model_folder: str, tmp_path: Path) -> None:
-    build(old, tmp_path / "codes" / "d", teacher=model_folder, keep_keys=False)
+    build(old, tmp_path / "codes" / "d", teacher=model_folder, keep_keys=False, code_bytes=2)
     refused(grown, tmp_path / "codes" / "d", tmp_path, ArtifactError, r"d kept no keys \(keep_keys false\)")
 
 
