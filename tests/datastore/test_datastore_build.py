@@ -118,11 +118,11 @@ def test_shards_hold_whole_blocks_and_at_least_the_positions_asked_for(corpus_fo
 
 
 def test_without_keys_only_codes_are_kept(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
-    manifest = build(corpus_folder, model_folder, tmp_path / "d", keep_keys=False, code_bytes=17)
+    manifest = build(corpus_folder, model_folder, tmp_path / "d", keep_keys=False, code_bytes=9)
     assert not (tmp_path / "d" / "keys").exists()
     assert not [name for name in manifest.payload if name.startswith("keys")]
     assert manifest.facts["index"]["kind"] == "ivf-pq"
-    assert manifest.facts["index"]["code_bytes"] == 16
+    assert manifest.facts["index"]["code_bytes"] == 8
     assert 0.5 < manifest.facts["recall"]["value"] < 1.0  # of codes, not of the keys that are gone
     store = Datastore(tmp_path / "d")
     assert store.keys is None

@@ -217,6 +217,7 @@ def test_the_extended_datastore_can_be_extended(stores: Path, old: Path, tmp_pat
     assert back.payload == read_manifest(stores / "old").payload
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [{"nlist": 5}, {"seed": 1}, {"index": "ivf-pq", "code_bytes": 2}, {"index": "exact"}], ids=str
 )

@@ -139,6 +139,7 @@ def test_states_equal_a_separate_pass_over_what_each_token_sees(family: str, win
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     cuts=st.lists(st.integers(1, 7), max_size=6),
 )
+@pytest.mark.slow
 def test_however_a_text_is_cut_and_padded_its_states_are_the_same(
     window: int, lengths: list[int], cuts: list[int]
 ) -> None:

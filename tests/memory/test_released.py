@@ -84,6 +84,7 @@ def refused(error: type[MemlmError], match: str, convert: Callable[[], object], 
 # --- what it computes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_converted_memory_computes_what_the_released_module_does(

@@ -187,6 +187,7 @@ def test_a_streamer_hears_every_token() -> None:
     assert listener.ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 4, 11, 50])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
 def test_a_prompt_read_in_chunks_gives_the_same(family: str, chunk: int) -> None:

@@ -76,6 +76,7 @@ def test_each_stage_names_the_hashes_of_what_it_read(walked: tuple[Path, dict[st
     assert len({manifest.tokenizer for manifest in made.values()}) == 1
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(
     walked: tuple[Path, dict[str, Any]], documents: str, model_folder: str, tmp_path: Path
 ) -> None:

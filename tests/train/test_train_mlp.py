@@ -185,6 +185,7 @@ def uninterrupted(targets_folder: Path, model_folder: str, tmp_path_factory: pyt
     return train_memory(targets_folder, base=model_folder, out=out, config=RESUMED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 16], ids=["before any checkpoint", "after the second"])
 def test_an_interrupted_run_continued_gives_the_same_bytes(
     targets_folder: Path, model_folder: str, uninterrupted: Manifest, tmp_path: Path, step: int
