@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from memlm import manifest as manifest_module
 from memlm.errors import ArtifactError, OutputExistsError
 from memlm.files import cache_dir, load_array, write_json
-from memlm.manifest import Manifest, check_payload, is_artifact, partial_path, payload_file, read_manifest
-from memlm.stage import StageSpec, check_output, open_stage
+from memlm.manifest import Manifest, check_payload, is_artifact, payload_file, read_manifest
+from memlm.stage import Stage, StageSpec, check_output, open_stage, run_stage
 
 ASKED = StageSpec("corpus", {"k": 4, "taus": (1.0, 2.0)}, {"corpus": "a" * 64}, "t" * 64)
 
@@ -42,7 +42,6 @@ def test_a_manifest_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert read.payload["part/0.txt"].bytes == 3
     assert read.facts == {"parts": 2}
     assert read.identity == ASKED.identity
-    assert not partial_path(tmp_path / "out").exists()
 
 
 def test_the_hash_covers_payload_facts_and_settings_but_not_sources_times_or_versions(tmp_path: Path) -> None:
@@ -81,11 +80,11 @@ def test_a_crashed_stage_goes_on_with_the_files_it_finished(tmp_path: Path) -> N
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         crash(out)
-    kept = partial_path(out) / "part/0.txt"
+    kept = out / "part/0.txt"
     before = kept.stat().st_mtime_ns
-    assert not is_artifact(out)
-    with pytest.raises(ArtifactError, match="is not finished: run the command that makes it again"):
-        read_manifest(out)
+    for look in (read_manifest, is_artifact):  # no model stands here half written
+        with pytest.raises(ArtifactError, match="out is not finished: run the command that makes it again"):
+            look(out)
     with open_stage(out, ASKED) as stage:
         assert [stage.has(f"part/{i}.txt") for i in range(2)] == [True, False]
         stage.save_text("part/1.txt", "two")
@@ -98,11 +97,10 @@ def test_a_crashed_stage_goes_on_with_the_files_it_finished(tmp_path: Path) -> N
 
 def test_half_written_files_of_a_killed_process_do_not_enter_the_payload(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    partial = partial_path(out)
     with open_stage(out, ASKED) as stage:
         stage.save_text("part/0.txt", "one")
     for name in (".manifest.json.writing", "part/.7.txt.writing"):  # kill -9 leaves no time to remove them
-        (partial / name).write_text("half")
+        (out / name).write_text("half")
     with open_stage(out, ASKED) as stage:
         stage.save_text("part/1.txt", "two")
         stage.save_array("numbers.npy", np.arange(3))
@@ -126,22 +124,25 @@ def test_files_of_a_finished_folder_may_be_read_by_whom_the_umask_lets(tmp_path:
 def test_a_process_killed_while_finishing_is_finished_by_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, renamed = tmp_path / "out", os.replace
+    out, asked = tmp_path / "out", replace(ASKED, intermediate=("raw",))
 
-    def killed(source: Path, target: Path) -> None:
-        if Path(target) == out:
-            raise SystemExit("killed before the folder got its name")
-        renamed(source, target)
+    def killed(stage: Stage, manifest: Manifest) -> None:
+        raise SystemExit("killed when the manifest was written")
+
+    def work(stage: Stage) -> dict:
+        for name in ("raw/0.txt", "part/0.txt"):
+            stage.save_text(name, "one")
+        return {}
 
     with monkeypatch.context() as patch:
-        patch.setattr("memlm.stage.os.replace", killed)
+        patch.setattr(Stage, "settle", killed)
         with pytest.raises(SystemExit):
-            build(out)
-    assert not out.exists()
-    with open_stage(out, ASKED) as stage:
-        if not stage.finished:
-            stage.finish({"parts": 2})
-    assert read_manifest(out).hash == build(tmp_path / "other").hash
+            run_stage(out, asked, work)
+    (out / "notes.txt").write_text("years of work")
+    found = run_stage(out, asked, lambda stage: pytest.fail("it was finished"))
+    assert found == read_manifest(out)
+    assert set(found.payload) == {"part/0.txt"}
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "notes.txt", "part", "run.json"]
 
 
 def test_a_finished_stage_is_left_alone(tmp_path: Path) -> None:
@@ -173,10 +174,11 @@ def test_an_output_made_otherwise_is_refused_and_the_difference_named(
         stage.save_text("a.txt", "a")
         if complete:
             stage.finish({})
-    with pytest.raises(OutputExistsError, match=named):
+    match = rf"(exists and was made otherwise|is an unfinished run of something else) \({named}"
+    with pytest.raises(OutputExistsError, match=match):
         with open_stage(out, replace(ASKED, **change)):
             pytest.fail("the body must not run")
-    assert (out if complete else partial_path(out)).joinpath("a.txt").read_text() == "a"
+    assert (out / "a.txt").read_text() == "a"
 
 
 def test_a_run_refused_before_its_first_file_leaves_its_place_to_another(tmp_path: Path) -> None:
@@ -195,18 +197,42 @@ def test_a_foreign_folder_or_file_is_refused_and_kept(tmp_path: Path) -> None:
     foreign.mkdir()
     (foreign / "chapter1.txt").write_text("years of work")
     (tmp_path / "file").write_text("a file")
-    (tmp_path / "new.partial").mkdir()
-    (tmp_path / "new.partial" / "mine.txt").write_text("mine")
-    for name, message in (
-        ("thesis", "no memlm folder"),
-        ("file", "no memlm folder"),
-        ("new", "no unfinished memlm run"),
-    ):
-        with pytest.raises(OutputExistsError, match=message):
+    for name in ("thesis", "file"):
+        with pytest.raises(OutputExistsError, match="no memlm folder"):
             with open_stage(tmp_path / name, ASKED):
                 pytest.fail("the body must not run")
-    assert (foreign / "chapter1.txt").read_text() == "years of work"
-    assert [p.name for p in (tmp_path / "new.partial").iterdir()] == ["mine.txt"]
+    assert [path.read_text() for path in foreign.iterdir()] == ["years of work"]
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_an_unfinished_run_of_an_earlier_memlm_goes_on_under_the_name_of_the_output(tmp_path: Path) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    partial.mkdir()
+    write_json(partial / "plan.json", ASKED.identity)
+    (partial / "lock").touch()
+    (partial / "part").mkdir()
+    (partial / "part" / "0.txt").write_text("one")
+    kept = (partial / "part" / "0.txt").stat().st_ino
+    with open_stage(out, ASKED) as stage:
+        assert not partial.exists()
+        assert [stage.has(f"part/{i}.txt") for i in range(2)] == [True, False]
+        stage.save_text("part/1.txt", "two")
+        stage.save_array("numbers.npy", np.arange(3))
+        stage.finish({"parts": 2})
+    assert (out / "part" / "0.txt").stat().st_ino == kept
+    assert read_manifest(out).hash == build(tmp_path / "other").hash
+
+
+def test_a_partial_folder_that_is_no_run_or_has_a_finished_folder_beside_it_is_left(tmp_path: Path) -> None:
+    for name in ("foreign", "finished"):
+        (tmp_path / f"{name}.partial").mkdir()
+        (tmp_path / f"{name}.partial" / "mine.txt").write_text("mine")
+    write_json(tmp_path / "finished.partial" / "plan.json", ASKED.identity)
+    (tmp_path / "finished").mkdir()
+    for name in ("foreign", "finished"):
+        build(tmp_path / name)
+        assert (tmp_path / f"{name}.partial" / "mine.txt").read_text() == "mine"
+        assert not (tmp_path / name / "mine.txt").exists()
 
 
 def test_an_empty_folder_may_become_the_output(tmp_path: Path) -> None:
@@ -216,7 +242,7 @@ def test_an_empty_folder_may_become_the_output(tmp_path: Path) -> None:
 
 def test_an_output_below_a_file_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtifactError, match=r"out\.partial: Not a directory; choose another place"):
+    with pytest.raises(ArtifactError, match=r"file/out: Not a directory; choose another place"):
         with open_stage(tmp_path / "file" / "out", ASKED):
             pytest.fail("the body must not run")
 
@@ -244,12 +270,12 @@ def test_a_missing_or_truncated_file_is_found(tmp_path: Path) -> None:
     build(tmp_path / "out")
     part = tmp_path / "out" / "part" / "1.txt"
     part.write_text("t")
-    with pytest.raises(
-        ArtifactError, match=r"1\.txt has 1 bytes, its manifest says 3; run the command that made .*/out again"
-    ):
+    with pytest.raises(ArtifactError, match=r"1\.txt has 1 bytes, its manifest says 3; run `memlm repair .*/out`"):
         read_manifest(tmp_path / "out")
     part.unlink()
-    with pytest.raises(ArtifactError, match=r"1\.txt is missing; run the command that made .* --repair"):
+    with pytest.raises(
+        ArtifactError, match=r"1\.txt is missing; run `memlm repair .*/out`, then the command that made it"
+    ):
         read_manifest(tmp_path / "out")
 
 
@@ -316,7 +342,7 @@ def test_a_files_checksum_is_verified_when_it_is_read_and_again_when_it_changed(
         assert payload_file(out, written, "part/0.txt").read_text() == "one"
     assert hashed == [out / "part/0.txt"]
     (out / "part" / "0.txt").write_text("two")
-    with pytest.raises(ArtifactError, match=r"0\.txt is damaged: .*; run the command that made .*/out again"):
+    with pytest.raises(ArtifactError, match=r"0\.txt is damaged: .*; run `memlm repair .*/out`"):
         payload_file(out, written, "part/0.txt")
     with pytest.raises(ArtifactError, match=r"0\.txt is damaged"):
         check_payload(out, written, "part/")

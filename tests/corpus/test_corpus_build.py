@@ -103,7 +103,7 @@ def test_no_document_at_all_is_an_error(build, tmp_path: Path) -> None:
         build([" ", "\n"])
     with pytest.raises(InputError, match="the corpus is empty: 2 documents were read, none of two tokens"):
         build(["a", "b"], "short", end_token="none")
-    assert not (tmp_path / "corpus").exists()
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
 
 
 def test_limited_splits_are_filled_to_the_token_and_grow_by_whole_documents(build) -> None:
@@ -217,7 +217,7 @@ def test_interrupted_tokenising_goes_on_to_the_same_bytes(
         patch.setattr(Stage, "save_array", save_until)
         with pytest.raises(KeyboardInterrupt):
             build(texts, "resumed")
-    kept = sorted((tmp_path / "resumed.partial" / "raw").glob("*.names.txt"))
+    kept = sorted((tmp_path / "resumed" / "raw").glob("*.names.txt"))
     assert len(kept) == stop_at // 3  # three arrays a shard
     times = [path.stat().st_mtime_ns for path in kept]
     rewritten: list[str] = []

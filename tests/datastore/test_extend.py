@@ -186,7 +186,7 @@ def test_an_interrupted_extension_goes_on_to_the_same_bytes(
         patch.setattr(Stage, "save_array", save_until)
         with pytest.raises(KeyboardInterrupt):
             build(grown, tmp_path / "resumed", extend=tmp_path / "old")
-    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed" / "keys").iterdir()}
     assert sorted(kept) == ["00000.npy", "00001.npy"]
     resumed = build(grown, tmp_path / "resumed", extend=tmp_path / "old")
     assert {name: (tmp_path / "resumed" / "keys" / name).stat().st_mtime_ns for name in kept} == kept

@@ -32,7 +32,6 @@ def build_corpus(
     tokenizer: str,
     out: str | Path,
     config: CorpusConfig | None = None,
-    repair: bool = False,
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 
@@ -44,13 +43,12 @@ def build_corpus(
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
         config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         InputError: Nothing usable is in the documents, or they cannot be read.
         ConfigError: The tokenizer lacks a token that the settings name.
     """
-    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config), repair=repair)
+    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config))
 
 
 def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | None = None) -> Plan:
