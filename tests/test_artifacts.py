@@ -184,6 +184,10 @@ def test_an_output_made_otherwise_is_refused_and_the_difference_named(
 def test_a_run_refused_before_its_first_file_leaves_its_place_to_another(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such tap"), open_stage(tmp_path / "out", ASKED):
         raise ValueError("no such tap")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "lock").touch()  # as a killed process leaves it
+    write_json(tmp_path / "out" / "plan.json", ASKED.identity)
     other = replace(ASKED, config={"k": 5})
     with open_stage(tmp_path / "out", other) as stage:
         stage.save_text("a.txt", "a")

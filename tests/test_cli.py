@@ -628,6 +628,7 @@ def another_unfinished_run(w: World) -> tuple[Any, ...]:
     (w.tmp / "out").mkdir()
     (w.tmp / "out" / "plan.json").write_text('{"kind": "corpus"}')
     (w.tmp / "out" / "train.tokens.npy").write_text("work")
+    (w.tmp / "out" / "lock").touch()
     return w.targets_of(w.datastore, "--k", 8)
 
 
@@ -660,7 +661,7 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
     "ids outside the vocabulary": (small_vocabulary, "token ids up to 319, outside the 300"),
     "missing shard": (
         missing_shard,
-        r"keys/00001\.npy is missing; run `memlm repair .*/\w+`, then the command that made it",
+        r"keys/00001\.npy is missing; run `memlm repair .*/copy-of-datastore`, then the command that made it",
     ),
     "truncated shard": (truncated_shard, r"train-00000\.arrow has \d+ bytes, its manifest says \d+"),
     "truncated weights": (truncated_weights, r"model\.safetensors has 5 bytes"),

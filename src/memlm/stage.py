@@ -112,6 +112,10 @@ class Stage:
         else:
             path.unlink(missing_ok=True)
 
+    def has_begun(self) -> bool:
+        """Whether there is anything but the plan."""
+        return any(path.name not in (PLAN, LOCK) for path in self.path.iterdir())
+
     def begin(self) -> None:
         """Write the plan, or go on with the one that is there.
 
@@ -119,8 +123,7 @@ class Stage:
             OutputExistsError: The folder is another run's, which has made something already.
         """
         plan, identity = self.path / PLAN, self.spec.identity
-        begun = any(path.name not in (PLAN, LOCK) for path in self.path.iterdir())
-        if begun and plan.is_file() and (there := read_json(plan)) != identity:
+        if self.has_begun() and plan.is_file() and (there := read_json(plan)) != identity:
             raise OutputExistsError(
                 f"{self.path} is an unfinished run of something else ({_difference(there, identity)});"
                 " delete it or choose another output"
@@ -246,7 +249,11 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
                 stage.settle(manifest)  # of a run that was stopped just before the end, or that ended just now
             else:
                 stage.begin()
-            yield stage
+            try:
+                yield stage
+            finally:
+                if not stage.has_begun():
+                    (out / PLAN).unlink()  # what was refused leaves no trace
     except (OSError, SafetensorError) as error:
         raise file_error(error, out) from error
 
@@ -291,7 +298,7 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from `folder`.
 
-    The lock's file stays in an unfinished folder. From a finished one it is removed before others can have it.
+    The lock's file stays in an unfinished folder. From others it is removed before another process can have it.
 
     Raises:
         OutputExistsError: Another process works on it.
@@ -304,9 +311,10 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if is_finished(folder):
+        if not (folder / PLAN).is_file():
             with contextlib.suppress(OSError):  # where open files cannot be removed, the release does it
                 (folder / LOCK).unlink()
+                folder.rmdir()  # where it is empty
         lock.release()
 
 

@@ -103,7 +103,7 @@ def test_no_document_at_all_is_an_error(build, tmp_path: Path) -> None:
         build([" ", "\n"])
     with pytest.raises(InputError, match="the corpus is empty: 2 documents were read, none of two tokens"):
         build(["a", "b"], "short", end_token="none")
-    assert not (tmp_path / "corpus" / "manifest.json").exists()
+    assert not (tmp_path / "corpus").exists()
 
 
 def test_limited_splits_are_filled_to_the_token_and_grow_by_whole_documents(build) -> None:

@@ -206,12 +206,11 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
             candidates, dropped = _drop_near_duplicates(raw, candidates, chosen, config)
             facts["documents_near_duplicate"] += dropped
         chosen[split] = _within_budget(raw, candidates, config.budget(split))
+        if split == "train" and not chosen[split]:
+            read = f"{len(raw.lengths):,} documents were read"
+            raise InputError(f"the corpus is empty: {read}, none of two tokens is left for training")
         tokens, documents = _write_split(stage, raw, split, chosen[split])
         facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
-    if not chosen["train"]:
-        raise InputError(
-            f"the corpus is empty: {len(raw.lengths):,} documents were read, none of two tokens is left for training"
-        )
     return facts
 
 
