@@ -435,20 +435,6 @@ def test_fetch_prints_the_folder_of_a_fetched_model_last(
     assert (found.code, found.out.splitlines()[-1]) == (0, str(tmp_path / "models" / "smollm2"))
 
 
-def test_a_damaged_file_is_named_and_repaired(
-    memlm: Callable[..., Result], targets_folder: Path, datastore_folder: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "t"
-    shutil.copytree(targets_folder, folder)
-    command = ("targets", datastore_folder, "--k", 16, "--target-temperature", 4, "--out", folder, "--repair")
-    assert memlm(*command).err == ""
-    shard = folder / "train-00001.arrow"
-    whole = shard.read_bytes()
-    shard.write_bytes(b"\0" * len(whole))
-    assert memlm(*command).err == f"{shard} is damaged or missing; it is made again\n"
-    assert shard.read_bytes() == whole
-
-
 def test_what_a_stranger_wrote_moves_no_cursor(
     memlm: Callable[..., Result], corpus_folder: Path, tmp_path: Path
 ) -> None:
@@ -636,9 +622,10 @@ def taken_by_another_run(w: World) -> tuple[Any, ...]:
 
 
 def another_unfinished_run(w: World) -> tuple[Any, ...]:
-    (w.tmp / "out.partial").mkdir()
-    (w.tmp / "out.partial" / "plan.json").write_text('{"kind": "corpus"}')
-    (w.tmp / "out.partial" / "train.tokens.npy").write_text("work")
+    (w.tmp / "out").mkdir()
+    (w.tmp / "out" / "plan.json").write_text('{"kind": "corpus"}')
+    (w.tmp / "out" / "train.tokens.npy").write_text("work")
+    (w.tmp / "out" / "lock").touch()
     return w.targets_of(w.datastore, "--k", 8)
 
 
@@ -669,7 +656,10 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
         "stride 8 must be below block_size 8",
     ),
     "ids outside the vocabulary": (small_vocabulary, "token ids up to 319, outside the 300"),
-    "missing shard": (missing_shard, r"keys/00001\.npy is missing; run the command .* with --repair"),
+    "missing shard": (
+        missing_shard,
+        r"keys/00001\.npy is missing; run `memlm repair .*/copy-of-datastore`, then the command that made it",
+    ),
     "truncated shard": (truncated_shard, r"train-00000\.arrow has \d+ bytes, its manifest says \d+"),
     "truncated weights": (truncated_weights, r"model\.safetensors has 5 bytes"),
     "other version": (other_version, "format version 99, this memlm reads 1; rebuild"),

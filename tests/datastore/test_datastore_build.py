@@ -94,7 +94,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(
     whole = build(corpus_folder, model_folder, tmp_path / "whole", **config)
     with files_written("keys/*", most=2):
         build(corpus_folder, model_folder, tmp_path / "resumed", **config)
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "resumed" / "keys").iterdir()}
     assert sorted(p.name for p in kept) == ["00000.npy", "00001.npy"]
     with pytest.raises(ArtifactError, match="is not finished: run the command that makes it again"):
         Datastore(tmp_path / "resumed")
@@ -233,7 +233,7 @@ def test_a_damaged_shard_of_keys_is_found_when_it_is_first_read(copied: Path) ->
     assert keys is not None
     first = len(np.load(copied / "keys" / "00000.npy"))
     assert keys.rows(0, first).shape == (first, 32)
-    with pytest.raises(ArtifactError, match=r"00001\.npy is damaged: .* --repair"):
+    with pytest.raises(ArtifactError, match=r"00001\.npy is damaged: .* run `memlm repair "):
         keys.rows(first - 1, first + 1)
 
 

@@ -177,7 +177,7 @@ def test_an_interrupted_extension_goes_on_to_the_same_bytes(
     whole = build(grown, tmp_path / "whole", extend=tmp_path / "old")
     with files_written("keys/*", most=2):
         build(grown, tmp_path / "resumed", extend=tmp_path / "old")
-    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed" / "keys").iterdir()}
     assert sorted(kept) == ["00000.npy", "00001.npy"]
     resumed = build(grown, tmp_path / "resumed", extend=tmp_path / "old")
     assert {name: (tmp_path / "resumed" / "keys" / name).stat().st_mtime_ns for name in kept} == kept

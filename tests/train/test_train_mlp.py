@@ -192,7 +192,7 @@ def test_an_interrupted_run_continued_gives_the_same_bytes(
 ) -> None:
     with interrupted_after(step):
         train_memory(targets_folder, base=model_folder, out=tmp_path / "m", config=RESUMED)
-    assert (tmp_path / "m.partial" / "checkpoints" / "checkpoint-14").exists() == (step > 14)
+    assert (tmp_path / "m" / "checkpoints" / "checkpoint-14").exists() == (step > 14)
     resumed = train_memory(targets_folder, base=model_folder, out=tmp_path / "m", config=RESUMED)
     assert resumed.payload == uninterrupted.payload
     assert resumed.hash == uninterrupted.hash
@@ -219,7 +219,6 @@ def refused(error: type[MemlmError], match: str, data: Path, out: Path, **argume
     with pytest.raises(error, match=match):
         train_memory(data, out=out, config=TrainConfig(**{"kind": "mlp", **arguments}), **where)
     assert not out.exists()
-    assert not out.with_name(out.name + ".partial").exists()
 
 
 @pytest.mark.usefixtures("no_models")

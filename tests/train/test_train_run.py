@@ -15,7 +15,15 @@ from interruption import Interrupted, interrupted_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from memlm.errors import ConfigError, InputError, MemlmError, OutputExistsError, TokenizerMismatchError, TrainingError
+from memlm.errors import (
+    ArtifactError,
+    ConfigError,
+    InputError,
+    MemlmError,
+    OutputExistsError,
+    TokenizerMismatchError,
+    TrainingError,
+)
 from memlm.manifest import Manifest, read_manifest
 from memlm.memory.loading import load_memory
 from memlm.mix.scoring import as_voter, best_mix_weight, score
@@ -343,14 +351,15 @@ def test_an_interrupted_run_continued_gives_the_same_bytes(
     """Checkpoints lie between logs (steps 7, 14, 21 and 10, 20), so logged means must survive as well."""
     with interrupted_after(step):
         train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
-    assert not (tmp_path / "m").exists()
-    there = sorted(p.name for p in (tmp_path / "m.partial" / "checkpoints").glob("*"))
+    with pytest.raises(ArtifactError, match="is not finished"):
+        load_memory(tmp_path / "m")
+    there = sorted(p.name for p in (tmp_path / "m" / "checkpoints").glob("*"))
     assert ("checkpoint-7" in there or "checkpoint-14" in there) == (step > 7)
     resumed = train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
     assert resumed.payload == uninterrupted.payload
     assert resumed.facts == uninterrupted.facts
     assert resumed.hash == uninterrupted.hash
-    assert not (tmp_path / "m.partial").exists()
+    assert not (tmp_path / "m" / "checkpoints").exists()
 
 
 @contextlib.contextmanager
@@ -373,7 +382,7 @@ def test_a_run_interrupted_after_its_last_step_takes_none_more(
     """Step 26 lies in the middle of an epoch, which the Trainer would go on with."""
     with stopped_after_training():
         train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
-    assert (tmp_path / "m.partial" / "checkpoints" / "checkpoint-26" / "whole").is_file()
+    assert (tmp_path / "m" / "checkpoints" / "checkpoint-26" / "whole").is_file()
     resumed = train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
     assert resumed.facts["steps"] == 26
     assert resumed.hash == uninterrupted.hash
@@ -392,7 +401,7 @@ def test_a_run_that_was_moved_finds_its_best_checkpoint(
     expected = train("other", [1.0, 2.0, 3.0, 4.0])
     with stopped_after_training():
         train("m", [1.0, 2.0, 3.0, 4.0])
-    (tmp_path / "m.partial").rename(tmp_path / "moved.partial")
+    (tmp_path / "m").rename(tmp_path / "moved")
     moved = train("moved", [])
     assert moved.facts["validation"]["best"]["step"] == 7
     assert moved.hash == expected.hash
@@ -423,7 +432,7 @@ def test_half_written_checkpoints_are_passed_over(
     for _ in range(2):
         with interrupted_after(16):
             train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
-        half = tmp_path / "m.partial" / "checkpoints" / "checkpoint-14"
+        half = tmp_path / "m" / "checkpoints" / "checkpoint-14"
         (half / "whole").unlink()
         (half / "model.safetensors").write_bytes(b"half")
     assert (
@@ -471,8 +480,7 @@ def test_a_loss_that_overflows_stops_the_run_and_names_the_step(
     assert 1 < first < 10
     assert f"in step {first}; lower --learning-rate" in str(caught.value)
     assert len(losses) == 10  # stopped at the next log
-    assert not (tmp_path / "m").exists()
-    assert not list((tmp_path / "m.partial" / "checkpoints").glob("checkpoint-*"))  # nothing poisoned to resume from
+    assert not list((tmp_path / "m" / "checkpoints").glob("checkpoint-*"))  # nothing poisoned to resume from
 
 
 @pytest.mark.parametrize("validated", [True, False])
@@ -493,7 +501,7 @@ def test_poisoned_weights_stop_the_run_before_its_first_checkpoint(
     data = corpus_folder if validated else unvalidated_corpus
     with pytest.raises(TrainingError, match="not finite in step 1;"):
         train_memory(data, init=str(tmp_path / "poisoned"), base=model_folder, out=tmp_path / "m", config=config)
-    assert not list((tmp_path / "m.partial" / "checkpoints").glob("checkpoint-*"))
+    assert not list((tmp_path / "m" / "checkpoints").glob("checkpoint-*"))
 
 
 def test_a_gradient_that_overflows_stops_the_run(
@@ -523,7 +531,6 @@ class TestRefusedBeforeAnyModelIsLoaded:
         with pytest.raises(error, match=match):
             train_memory(data, init=init, base=base, out=out, config=TrainConfig(**settings))
         assert not out.exists()
-        assert not out.with_name(out.name + ".partial").exists()
 
     def test_a_corpus_without_targets_at_kl_weight_above_zero(
         self, corpus_folder: Path, model_folder: str, tmp_path: Path

@@ -30,7 +30,6 @@ def build_corpus(
     tokenizer: str,
     out: str | Path,
     config: CorpusConfig | None = None,
-    repair: bool = False,
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 
@@ -42,13 +41,12 @@ def build_corpus(
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
         config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         InputError: Nothing usable is in the documents, or they cannot be read.
         ConfigError: The tokenizer lacks a token that the settings name.
     """
-    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config), repair=repair)
+    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config))
 
 
 def plan_corpus(
@@ -210,12 +208,11 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
             candidates, dropped = _drop_near_duplicates(raw, candidates, chosen, config)
             facts["documents_near_duplicate"] += dropped
         chosen[split] = _within_budget(raw, candidates, config.budget(split))
+        if split == "train" and not chosen[split]:
+            read = f"{len(raw.lengths):,} documents were read"
+            raise InputError(f"the corpus is empty: {read}, none of two tokens is left for training")
         tokens, documents = _write_split(stage, raw, split, chosen[split])
         facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
-    if not chosen["train"]:
-        raise InputError(
-            f"the corpus is empty: {len(raw.lengths):,} documents were read, none of two tokens is left for training"
-        )
     return facts
 
 

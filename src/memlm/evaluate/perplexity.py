@@ -29,7 +29,6 @@ def evaluate_perplexity(
     out: str | Path | None = None,
     config: EvaluateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
-    repair: bool = False,
 ) -> dict[str, Any]:
     """Test perplexity of base, memory alone and their mixture.
 
@@ -43,7 +42,6 @@ def evaluate_perplexity(
         out: Folder for `report.json` and a plot; none is written if None.
         config: Default settings if None.
         retrieval: How a datastore is searched; the defaults if None.
-        repair: Make damaged or missing files of finished scores, and of `out`, again.
 
     Returns:
         `base`, `memory` and `mixture`, each with `perplexity` and `interval` (95%, documents resampled); `mixture` has
@@ -67,8 +65,8 @@ def evaluate_perplexity(
     check_memory(source, memory)
     spec = _spec(source, base, memory, config, retrieval)
     if out is not None:
-        check_output(out, spec, repair=repair)
-    shared: dict[str, Any] = {"dtype": config.dtype, "batch_tokens": config.batch_tokens, "repair": repair}
+        check_output(out, spec)
+    shared: dict[str, Any] = {"dtype": config.dtype, "batch_tokens": config.batch_tokens}
     base_scores = score_corpus(source, base, beside=None, **shared)
     memory_scores = score_corpus(source, memory, beside=base, retrieval=retrieval, **shared)
 
@@ -101,7 +99,7 @@ def evaluate_perplexity(
     if retrieval is not None:
         report["run"]["retrieval"] = retrieval.model_dump()
     if out is not None:
-        run_stage(out, spec, lambda stage: _write(stage, report), repair=repair)
+        run_stage(out, spec, lambda stage: _write(stage, report))
     return report
 
 

@@ -51,7 +51,6 @@ def score_corpus(
     batch_tokens: int,
     retrieval: RetrievalConfig | None = None,
     out: str | Path | None = None,
-    repair: bool = False,
 ) -> dict[str, Scores]:
     """Scores of `model` on the validation and test split; read back where they were computed before.
 
@@ -64,7 +63,6 @@ def score_corpus(
         batch_tokens: Tokens in one forward pass.
         retrieval: Neighbours and temperature of a datastore; the defaults if None.
         out: Folder of the artefact; in the cache if None.
-        repair: Make damaged or missing files of a finished folder again.
 
     Returns:
         Split name to scores. A split without positions is left out.
@@ -111,7 +109,7 @@ def score_corpus(
                     stage.save_array(f"{name}.{column}.npy", values)
         return {name: {"positions": split.n_positions} for name, split in splits.items()}
 
-    manifest = run_stage(folder, spec, work, repair=repair)
+    manifest = run_stage(folder, spec, work)
 
     def read(split: str, column: str) -> NDArray:
         path = payload_file(folder, manifest, f"{split}.{column}.npy")

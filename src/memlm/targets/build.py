@@ -31,9 +31,7 @@ from memlm.targets.shards import (
 from memlm.targets.votes import SparseProbs, retrieve
 
 
-def build_targets(
-    datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None, repair: bool = False
-) -> Manifest:
+def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None) -> Manifest:
     """Search every training position's neighbours and write their votes to `out`.
 
     A row of `train-NNNNN.arrow` is one block: `input_ids`; `target_counts`, the support of each token's distribution
@@ -44,13 +42,12 @@ def build_targets(
         datastore: Folder of the datastore stage.
         out: Folder to write; resumed where an earlier run stopped.
         config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         ConfigError: k is larger than the datastore allows.
         ArtifactError: The datastore kept no keys and its teacher is no longer the one that made it.
     """
-    return run_stage(out, *plan_targets(datastore, config=config), repair=repair)
+    return run_stage(out, *plan_targets(datastore, config=config))
 
 
 def plan_targets(datastore: str | Path, *, config: TargetsConfig | None = None, positions_at_once: int = 4096) -> Plan:
@@ -99,7 +96,7 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
 
 
 def import_released(
-    corpus: str | Path, arrow: str | Path, *, out: str | Path, shard_positions: int = 65536, repair: bool = False
+    corpus: str | Path, arrow: str | Path, *, out: str | Path, shard_positions: int = 65536
 ) -> Manifest:
     """Targets from a file of the released Memory Decoder code, matched to `corpus` position by position.
 
@@ -108,7 +105,6 @@ def import_released(
         arrow: Arrow stream with a row per position: `id_cnt`, `token_id`, `prob`, `label`.
         out: Folder to write.
         shard_positions: Positions per file, at least.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         InputError: The file has other columns, or its labels are not the corpus's training labels in order.
@@ -148,7 +144,7 @@ def import_released(
             _write_shard(stage, i, [split[b] for b in range(first, end)], votes)
         return _write_rest(stage, source, len(shards), {})
 
-    return run_stage(out, spec, work, repair=repair)
+    return run_stage(out, spec, work)
 
 
 def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: int) -> SparseProbs:

@@ -42,7 +42,6 @@ def train_memory(
     base: str | None = None,
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
-    repair: bool = False,
 ) -> Manifest:
     """Train a memory and write it to `out`, with its card.
 
@@ -56,7 +55,6 @@ def train_memory(
         activations: Datastore whose keys are the base's activations at the tap, for an MLP memory; None: the frozen
             base runs inside every step.
         config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again; only damaged weights are trained again.
 
     Raises:
         ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist; a
@@ -66,7 +64,7 @@ def train_memory(
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
     plan = plan_memory(data, init=init, base=base, activations=activations, config=config)
-    return run_stage(out, *plan, repair=repair)
+    return run_stage(out, *plan)
 
 
 def plan_memory(
