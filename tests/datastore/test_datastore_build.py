@@ -90,7 +90,8 @@ def test_a_tap_may_be_named_or_missing(corpus_folder: Path, model_folder: str, t
 def test_an_interrupted_pass_goes_on_to_the_same_bytes(
     corpus_folder: Path, model_folder: str, tmp_path: Path, index: str
 ) -> None:
-    config = {"shard_positions": 200, "index": index, "code_bytes": 4, "nlist": None if index == "exact" else 6}
+    small = {"shard_positions": 200, "code_bytes": 4, "train_vectors": 64}
+    config = {"index": index, "nlist": None if index == "exact" else 6, **small}
     whole = build(corpus_folder, model_folder, tmp_path / "whole", **config)
     with files_written("keys/*", most=2):
         build(corpus_folder, model_folder, tmp_path / "resumed", **config)

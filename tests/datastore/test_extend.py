@@ -149,6 +149,7 @@ def test_only_new_documents_are_read(
     np.testing.assert_array_equal(keys_of(tmp_path / "d")[reused], keys_of(stores / "rebuilt")[reused])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [OLD, OLD[::-1], OLD[10:50]], ids=["the same", "another order", "fewer"])
 def test_without_new_documents_the_teacher_is_not_loaded(
     stores: Path,
@@ -172,7 +173,7 @@ def test_without_new_documents_the_teacher_is_not_loaded(
 def test_an_interrupted_extension_goes_on_to_the_same_bytes(
     old: Path, grown: Path, model_folder: str, tmp_path: Path, index: str
 ) -> None:
-    config = {} if index == "exact" else {"nlist": 6, "code_bytes": 4}
+    config = {} if index == "exact" else {"nlist": 6, "code_bytes": 4, "train_vectors": 64}
     build(old, tmp_path / "old", teacher=model_folder, index=index, **config)
     whole = build(grown, tmp_path / "whole", extend=tmp_path / "old")
     with files_written("keys/*", most=2):
@@ -186,6 +187,7 @@ def test_an_interrupted_extension_goes_on_to_the_same_bytes(
     assert build(grown, tmp_path / "resumed", extend=tmp_path / "old") == resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq"])
 def test_an_approximate_index_grows_without_training(
     old: Path, grown: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -103,6 +103,7 @@ def test_the_memorys_temperature_counts(corpus_folder: Path, model_folder: str, 
     assert report["memory"]["perplexity"] < 0.9 * report["base"]["perplexity"]  # a random model gains by softening
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [1, 40, 333])
 def test_figures_do_not_depend_on_batch_size(
     report: dict[str, Any], corpus_folder: Path, model_folder: str, memory_folder: Path, batch_tokens: int

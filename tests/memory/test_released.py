@@ -99,6 +99,7 @@ def test_a_converted_memory_computes_what_the_released_module_does(
     torch.testing.assert_close(logits(tmp_path / "out", x), expected, **ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [

@@ -466,6 +466,7 @@ def rows_alone(model: MixedLM, act: Callable[..., Tensor], tokens: Tensor) -> li
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "tensor", "array"])
 def test_every_row_of_a_batch_has_its_own_weight(trio: MixedLM, kind: str) -> None:
     convert: dict[str, Callable[[list[float]], Any]] = {"list": list, "tensor": torch.tensor, "array": np.array}

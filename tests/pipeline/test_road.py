@@ -18,6 +18,7 @@ from memlm.manifest import Manifest, read_manifest
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow  # tests/test_recipes.py walks all stages too
 STAGES = ("corpus", "teacher", "datastore", "targets", "memory", "evaluation")
 
 
@@ -76,7 +77,6 @@ def test_each_stage_names_the_hashes_of_what_it_read(walked: tuple[Path, dict[st
     assert len({manifest.tokenizer for manifest in made.values()}) == 1
 
 
-@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(
     walked: tuple[Path, dict[str, Any]], documents: str, model_folder: str, tmp_path: Path
 ) -> None:

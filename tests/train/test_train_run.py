@@ -128,6 +128,7 @@ def learnt(targets_folder: Path, model_folder: str, tmp_path_factory: pytest.Tem
     return out
 
 
+@pytest.mark.slow
 def test_training_lowers_loss_and_validation_perplexity(learnt: Path, targets_folder: Path, model_folder: str) -> None:
     facts = read_manifest(learnt, "memory").facts
     assert facts["training"][-1]["loss"] < 0.7 * facts["training"][0]["loss"]
@@ -138,6 +139,7 @@ def test_training_lowers_loss_and_validation_perplexity(learnt: Path, targets_fo
     assert facts["validation"]["best"]["memory_perplexity"] < before / 4
 
 
+@pytest.mark.slow
 def test_the_figures_of_the_best_checkpoint_hold_for_the_saved_memory(
     learnt: Path, targets_folder: Path, model_folder: str
 ) -> None:
@@ -153,6 +155,7 @@ def test_the_figures_of_the_best_checkpoint_hold_for_the_saved_memory(
     assert weight == best["mix_weight"]
 
 
+@pytest.mark.slow
 def test_mix_weight_and_its_base_are_recorded_in_the_memory(learnt: Path, model_folder: str) -> None:
     best = read_manifest(learnt, "memory").facts["validation"]["best"]
     settings = json.loads((learnt / "memory.json").read_text())
@@ -163,6 +166,7 @@ def test_mix_weight_and_its_base_are_recorded_in_the_memory(learnt: Path, model_
     assert f"mix_weight={best['mix_weight']}" in (learnt / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_history_has_the_wanted_number_of_validations(learnt: Path) -> None:
     facts = read_manifest(learnt, "memory").facts
     steps = [entry["step"] for entry in facts["validation"]["history"]]
@@ -171,11 +175,13 @@ def test_the_history_has_the_wanted_number_of_validations(learnt: Path) -> None:
     assert steps[-1] == facts["steps"]
 
 
+@pytest.mark.slow
 def test_no_checkpoints_are_left_in_a_finished_memory(learnt: Path) -> None:
     assert not (learnt / "checkpoints").exists()
     assert not any("checkpoint" in name for name in read_manifest(learnt).payload)
 
 
+@pytest.mark.slow
 def test_a_finished_memory_is_a_model_of_transformers(learnt: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = AutoModelForCausalLM.from_pretrained(learnt)
     assert model.config.num_hidden_layers == 2
@@ -267,6 +273,7 @@ def four_layers(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layers", "kept"), [(2, [0, 3]), (3, [0, 1, 3]), ([1, 2], [1, 2]), (None, [0, 1, 2, 3])], ids=str
 )
@@ -407,6 +414,7 @@ def test_a_run_that_was_moved_finds_its_best_checkpoint(
     assert moved.hash == expected.hash
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_only_the_missing_steps(
     targets_folder: Path, dropout_model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
