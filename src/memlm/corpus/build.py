@@ -56,7 +56,7 @@ def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | 
     config = config or CorpusConfig()
     files = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
-    ends = tuple(special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token"))
+    _special_ids(loaded, config)
     spec = StageSpec(
         "corpus",
         config=config.model_dump(),
@@ -67,7 +67,7 @@ def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | 
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        _tokenize(stage, files, loaded, ends, config)
+        _tokenize(stage, files, loaded, config)
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
@@ -105,27 +105,21 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
     return vocabulary[setting]
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> list[int | None]:
+    return [special_id(tokenizer, getattr(config, role), role) for role in ("start_token", "end_token")]
+
+
 def _single(token_id: object) -> int | None:
     """A special id as transformers gives it: an integer, or None."""
     return token_id if isinstance(token_id, int) else None
 
 
-def _tokenize(
-    stage: Stage,
-    sources: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: tuple[int | None, ...],
-    config: CorpusConfig,
-) -> None:
-    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each.
-
-    Args:
-        ends: The tokens put before and behind each document.
-    """
-    start, end = ([] if token is None else [token] for token in ends)
+def _tokenize(stage: Stage, files: list[str], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> None:
+    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each."""
+    start, end = ([] if token is None else [token] for token in _special_ids(tokenizer, config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
-        for number, shard in enumerate(_shards(read_documents(sources, config))):
+        for number, shard in enumerate(_shards(read_documents(files, config))):
             if stage.has(f"raw/{number:05d}.names.txt"):  # written last
                 bar.update(len(np.load(stage.path / f"raw/{number:05d}.tokens.npy", mmap_mode="r")))
                 continue
