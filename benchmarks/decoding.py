@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.report import prove
 from memlm.mix.cache import MixedCache
-from memlm.mix.mixed_lm import MixedLM, activations_for
+from memlm.mix.mixed_lm import MixedLM
 from memlm.models.taps import capture
 from memlm.targets.votes import SparseProbs
 
@@ -48,7 +48,7 @@ def _new_cache(model: PreTrainedModel, rows: int) -> DynamicCache | MixedCache:
 
 @torch.inference_mode()
 def prove_mixture(mixed: MixedLM, context: Tensor, tokens: Tensor) -> None:
-    """Nothing, where what `mixed` decodes is the sum of what base and memory say alone, and at weight 0 the base.
+    """Prove that what `mixed` decodes is the sum of what base and memory say alone, and at weight 0 the base.
 
     Raises:
         WrongAnswerError: It is not.
@@ -59,7 +59,8 @@ def prove_mixture(mixed: MixedLM, context: Tensor, tokens: Tensor) -> None:
     with capture(mixed.base, () if memory.tap is None else (memory.tap,)) as captured:
         for number, piece in enumerate([context, *tokens.split(1, dim=1)]):
             logits = mixed.base(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            state = memory.step(piece, activations_for(memory, captured, piece), cache=memory_cache)
+            activations = captured[memory.tap].reshape(*piece.shape, -1) if memory.tap is not None else None
+            state = memory.step(piece, activations, cache=memory_cache)
             votes = memory.votes(state, slice(-1, None))
             if number == 0:
                 continue

@@ -28,6 +28,7 @@ LOCK = "lock"
 UNHASHED = {MANIFEST, PLAN, PREVIOUS, RUN, LOCK}  # what describes the rest
 _MANIFEST_BYTES = 16 << 20  # a hundred thousand files; parsed JSON takes up to 25 times its bytes
 _LIBRARIES = ("memlm", "torch", "transformers", "faiss-cpu", "datasets", "pyarrow", "numpy", "tokenizers")
+IDENTITY = ("kind", "format_version", "config", "inputs", "tokenizer")  # fields that are known before the work starts
 Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "evaluation"]
 
 
@@ -68,14 +69,8 @@ class Manifest(BaseModel):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides whether a run is the same run: everything known before the work starts."""
-        return {
-            "kind": self.kind,
-            "format_version": self.format_version,
-            "config": self.config,
-            "inputs": self.inputs,
-            "tokenizer": self.tokenizer,
-        }
+        """What decides whether a run is the same run."""
+        return self.model_dump(mode="json", include=set(IDENTITY))
 
 
 class Facts(BaseModel):

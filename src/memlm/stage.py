@@ -25,6 +25,7 @@ from memlm.errors import ArtifactError, OutputExistsError
 from memlm.files import file_digest, file_error, flush_to_disk, is_half_written, read_json, replacing, write_json
 from memlm.manifest import (
     FORMAT_VERSION,
+    IDENTITY,
     LOCK,
     MANIFEST,
     PLAN,
@@ -57,17 +58,12 @@ class StageSpec:
     """Where the inputs are found."""
     intermediate: tuple[str, ...] = ()
     """Files and folders of the work that the result does without."""
+    format_version: int = FORMAT_VERSION
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides whether two runs are the same run; a finished folder's manifest has it as `identity`."""
-        identity = {
-            "kind": self.kind,
-            "format_version": FORMAT_VERSION,
-            "config": self.config,
-            "inputs": self.inputs,
-            "tokenizer": self.tokenizer,
-        }
+        identity = {name: getattr(self, name) for name in IDENTITY}
         return json.loads(json.dumps(identity))  # tuples become lists, as they will when read back
 
 
@@ -88,11 +84,9 @@ class Stage:
         """Whether file `name` is already complete, so that a resumed run can skip it."""
         return (self.path / name).is_file()
 
-    @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator[Path]:
+    def writing(self, name: str) -> contextlib.AbstractContextManager[Path]:
         """A temporary path for file `name`, which appears under its name when the block ends well."""
-        with replacing(self.path / name) as temporary:
-            yield temporary
+        return replacing(self.path / name)
 
     def save_array(self, name: str, array: np.ndarray) -> None:
         """Write `array` as a `.npy` file, without pickle."""
@@ -148,9 +142,8 @@ class Stage:
         readers = stat.S_IMODE((self.path / PLAN).stat().st_mode)
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path)
-            if not path.is_file() or path.name in UNHASHED or is_half_written(path):
-                continue  # also of a folder copied into this one
-            if name.parts[0] not in self.spec.intermediate:
+            described = path.name not in UNHASHED  # of a folder copied into this one as well
+            if path.is_file() and described and not self._is_left_over(path):
                 flush_to_disk(path)  # what libraries wrote, they did not flush
                 payload[name.as_posix()] = PayloadFile(bytes=path.stat().st_size, sha256=file_digest(path))
                 with contextlib.suppress(OSError):  # a file system without permissions
@@ -183,18 +176,16 @@ class Stage:
     def settle(self, manifest: Manifest) -> None:
         """All that is left to do after the manifest: remove what the work left, and the plan last."""
         for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
-            name = path.relative_to(self.path).as_posix()
             if path.is_dir():
                 with contextlib.suppress(OSError):  # it is not empty
                     path.rmdir()
-            elif (
-                path.relative_to(self.path).parts[0] in self.spec.intermediate
-                or is_half_written(path)
-                or (path.name in UNHASHED - {MANIFEST, RUN} and name not in (PLAN, LOCK))
-            ):
+            elif self._is_left_over(path):
                 path.unlink()
         (self.path / PLAN).unlink(missing_ok=True)
         self.finished = manifest
+
+    def _is_left_over(self, path: Path) -> bool:
+        return is_half_written(path) or path.relative_to(self.path).parts[0] in self.spec.intermediate
 
 
 Work = Callable[[Stage], dict[str, Any]]
@@ -283,7 +274,7 @@ def check_output(out: str | Path, spec: StageSpec) -> Manifest | None:
 
 
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
-    for part in ("kind", "format_version", "config", "inputs", "tokenizer"):
+    for part in IDENTITY:
         old, new = there.get(part), here.get(part)
         if old == new:
             continue
@@ -321,7 +312,7 @@ def locked(folder: Path) -> Iterator[None]:
 def _take_over(out: Path) -> None:
     """Give an unfinished `OUT.partial`, as memlm 0.1.0 left it, the name OUT where nothing else has it."""
     partial = Path(f"{os.path.abspath(out)}.partial")
-    if not out.exists() and any((partial / name).is_file() for name in (PLAN, PREVIOUS, MANIFEST)):
+    if not out.exists() and any((partial / name).is_file() for name in (PLAN, MANIFEST)):
         with contextlib.suppress(FileNotFoundError), locked(partial):  # where another process was faster
             partial.rename(out)
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
-from memlm.memory.protocol import Memory, MemoryCache
+from memlm.memory.protocol import Memory
 from memlm.memory.retrieval import RetrievalMemory
+from memlm.memory.voter import VoterCache
 from memlm.models.loading import load_causal_lm
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
@@ -104,7 +105,7 @@ ACTIVATIONS = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(
 
 
 @torch.no_grad()
-def step(memory: Memory, tokens: Tensor, cache: MemoryCache | None = None, mask: Tensor | None = None) -> Any:
+def step(memory: Memory, tokens: Tensor, cache: VoterCache | None = None, mask: Tensor | None = None) -> Any:
     activations = ACTIVATIONS[tokens] if memory.tap is not None else None
     return memory.step(tokens, activations, attention_mask=mask, cache=cache)
 
@@ -118,7 +119,7 @@ def log_votes(memory: Memory, state: Any, keep: slice | Tensor) -> Tensor:
     return found
 
 
-def read(memory: Memory, tokens: Tensor, cache: MemoryCache | None = None, mask: Tensor | None = None) -> Tensor:
+def read(memory: Memory, tokens: Tensor, cache: VoterCache | None = None, mask: Tensor | None = None) -> Tensor:
     """Log-probs after each of `tokens`."""
     return log_votes(memory, step(memory, tokens, cache, mask), slice(None))
 
@@ -231,11 +232,13 @@ def test_label_scores_equal_those_read_off_the_votes(memory: Memory) -> None:
     with torch.no_grad():
         scores = memory.label_log_probs(step(memory, tokens), labels)
     assert {name: values.shape for name, values in scores.items()} == dict.fromkeys(
-        ("label", "entropy", "top1"), (int(there.sum()),)
+        ("label", "entropy", "top1", "top1_id"), (int(there.sum()),)
     )
     torch.testing.assert_close(scores["label"], votes.gather(1, labels[there][:, None])[:, 0], **CLOSE)
     torch.testing.assert_close(scores["entropy"], -torch.xlogy(votes.exp(), votes.exp()).sum(1), **CLOSE)
     torch.testing.assert_close(scores["top1"], votes.exp().amax(1), **CLOSE)
+    chosen = votes.gather(1, scores["top1_id"].long()[:, None])[:, 0]  # of two nearly as likely, either will do
+    torch.testing.assert_close(chosen, votes.amax(1), **CLOSE)
 
 
 def test_a_saved_memory_votes_as_before(memory: Memory, model_folder: str, tmp_path: Path) -> None:

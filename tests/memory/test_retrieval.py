@@ -21,8 +21,8 @@ from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.memory.loading import load_memory
-from memlm.memory.protocol import MemoryCache
 from memlm.memory.retrieval import RetrievalMemory
+from memlm.memory.voter import VoterCache
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import load_causal_lm
 from memlm.models.taps import TapReader
@@ -147,7 +147,7 @@ def test_a_tap_inside_the_teacher_leaves_a_cache_that_goes_on(
     assert memory.teacher is not None
     memory.teacher.model.layers[1].register_forward_pre_hook(lambda *_: ran.append("behind the tap"))
     tokens = unseen(corpus_folder)
-    cache: MemoryCache = memory.new_cache(3)
+    cache: VoterCache = memory.new_cache(3)
     memory.step(tokens[:, :12], cache=cache)
     cache.crop(4)
     cache.select(torch.tensor([2, 0]))
@@ -178,7 +178,9 @@ def test_a_label_that_no_neighbour_voted_for_is_impossible(
 def test_no_labels_give_no_scores(memory: RetrievalMemory) -> None:
     state = torch.zeros(1, 2, 32)
     found = memory.label_log_probs(state, torch.full((1, 2), -100))
-    assert {name: len(values) for name, values in found.items()} == {"label": 0, "entropy": 0, "top1": 0}
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys(
+        ("label", "entropy", "top1", "top1_id"), 0
+    )
 
 
 # --- how it searches --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from memlm import MixedLM, load_memory
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
-from memlm.mix import mixed_lm
+from memlm.mix import loading
 from memlm.models.tokenizers import fingerprint
 
 
@@ -35,8 +35,8 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr(mixed_lm, "load_causal_lm", fail)
-    monkeypatch.setattr(mixed_lm, "load_memory", fail)
+    monkeypatch.setattr(loading, "load_causal_lm", fail)
+    monkeypatch.setattr(loading, "load_memory", fail)
 
 
 @pytest.fixture(scope="session")
@@ -138,13 +138,13 @@ def test_further_keywords_go_to_the_base(
     model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    load = mixed_lm.load_causal_lm
+    load = loading.load_causal_lm
 
     def spy(name: str, **kwargs: Any) -> Any:
         seen.update(kwargs)
         return load(name, **kwargs)
 
-    monkeypatch.setattr(mixed_lm, "load_causal_lm", spy)
+    monkeypatch.setattr(loading, "load_causal_lm", spy)
     MixedLM.from_pretrained(
         model_folder, memory=memory_folder, mix_weight=0.5, device_map="cpu", attn_implementation="eager"
     )
@@ -155,13 +155,13 @@ def test_the_revision_of_the_memory_is_the_one_that_is_checked(
     model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checked: list[str | None] = []
-    read = mixed_lm.read_settings
+    read = loading.read_settings
 
     def spy(source: Any, *, revision: str | None = None) -> Any:
         checked.append(revision)
         return read(source)
 
-    monkeypatch.setattr(mixed_lm, "read_settings", spy)
+    monkeypatch.setattr(loading, "read_settings", spy)
     options = {"dtype": torch.float32, "revision": "v2"}
     MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5, memory_kwargs=options)
     assert set(checked) == {"v2"}

@@ -12,7 +12,8 @@ from reference_lm import mixed_probs
 from torch import Tensor
 
 from memlm.errors import ConfigError
-from memlm.mix.mixture import Weight, check_weights, mix_log_probs
+from memlm.mix.mixture import mix_log_probs
+from memlm.mix.weights import Weight, check_weights
 from memlm.targets.votes import SparseProbs
 
 weights = st.lists(st.floats(0, 1), min_size=1, max_size=3).map(

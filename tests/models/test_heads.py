@@ -70,10 +70,13 @@ def test_label_log_probs_equal_a_dense_softmax_in_float64(chunk: int, temperatur
     tolerance = {"rtol": 1e-5, "atol": 1e-5}  # float32 against float64, logits of size 10
     torch.testing.assert_close(found["label"].double(), log_probs[torch.arange(7), labels], **tolerance)
     torch.testing.assert_close(found["top1"].double(), log_probs.exp().amax(-1), **tolerance)
+    assert torch.equal(found["top1_id"].long(), log_probs.argmax(-1))
     torch.testing.assert_close(found["entropy"].double(), -(log_probs.exp() * log_probs).sum(-1), **tolerance)
 
 
 def test_label_log_probs_of_nothing_are_empty() -> None:
     head = find_head(family_model("gpt2"))
     found = label_log_probs(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.long), head, vocab_size=60)
-    assert {name: tuple(x.shape) for name, x in found.items()} == {"label": (0,), "entropy": (0,), "top1": (0,)}
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys(
+        ("label", "entropy", "top1", "top1_id"), 0
+    )

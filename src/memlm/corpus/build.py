@@ -59,7 +59,7 @@ def plan_corpus(
     config = config or CorpusConfig()
     files = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
-    ends = tuple(special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token"))
+    _special_ids(loaded, config)
     spec = StageSpec(
         "corpus",
         config=config.model_dump(),
@@ -71,7 +71,7 @@ def plan_corpus(
 
     def work(stage: Stage) -> dict[str, Any]:
         shards = _shards(read_documents(files, config), shard_characters)
-        _tokenize(stage, shards, loaded, ends, config.seed)
+        _tokenize(stage, shards, loaded, config)
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
@@ -109,24 +109,20 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
     return vocabulary[setting]
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> list[int | None]:
+    return [special_id(tokenizer, getattr(config, role), role) for role in ("start_token", "end_token")]
+
+
 def _single(token_id: object) -> int | None:
     """A special id as transformers gives it: an integer, or None."""
     return token_id if isinstance(token_id, int) else None
 
 
 def _tokenize(
-    stage: Stage,
-    shards: Iterator[list[Document]],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: tuple[int | None, ...],
-    seed: int,
+    stage: Stage, shards: Iterator[list[Document]], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
 ) -> None:
-    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each.
-
-    Args:
-        ends: The tokens put before and behind each document.
-    """
-    start, end = ([] if token is None else [token] for token in ends)
+    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each."""
+    start, end = ([] if token is None else [token] for token in _special_ids(tokenizer, config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
         for number, shard in enumerate(shards):
@@ -137,7 +133,8 @@ def _tokenize(
             rows = [np.array([*start, *ids, *end] if ids else [], np.int32) for ids in encoded]
             stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
-            stage.save_array(f"raw/{number:05d}.hashes.npy", np.array([document_hash(d.text, seed) for d in shard]))
+            hashes = np.array([document_hash(d.text, config.seed) for d in shard])
+            stage.save_array(f"raw/{number:05d}.hashes.npy", hashes)
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
             bar.update(sum(map(len, rows)))
 

@@ -8,17 +8,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError
 from memlm.memory.config import StartConfig
-from memlm.memory.loss import DistillationLoss, distillation_loss
-from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, predicting_places
+from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import TokenCache, WindowedReader, longest_context
-from memlm.models.heads import find_head, label_log_probs
+from memlm.memory.voter import VoterCache
+from memlm.models.heads import find_head
 from memlm.models.loading import chosen_layers, fresh_model, keep_layers, load_causal_lm, load_config
 
 
-class MemoryDecoder(Memory):
+class MemoryDecoder(ParametricMemory):
     """A causal LM as a memory; it reads tokens only, so one memory serves every base of its tokenizer.
 
     Source: Memory Decoder (arXiv:2508.09874).
@@ -76,29 +75,10 @@ class MemoryDecoder(Memory):
         model = load_causal_lm(init, dtype=torch.float32)
         return cls(model if config.layers is None else keep_layers(model, config.layers), settings)
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        labels: Int[Tensor, "B T"],
-        kl_weight: float,
-        activations: Tensor | None = None,
-        target_counts: Int[Tensor, "P"] | None = None,
-        target_ids: Int[Tensor, "S"] | None = None,
-        target_probs: Float[Tensor, "S"] | None = None,
-        places: Int[Tensor, "P"] | None = None,
-    ) -> DistillationLoss:
-        hidden = self.decoder.base_model(input_ids=input_ids, use_cache=False)[0]
-        places = predicting_places(labels) if places is None else places
-        return distillation_loss(
-            hidden.flatten(0, 1)[places],
-            labels.flatten()[places + 1],
-            self.head,
-            kl_weight=kl_weight,
-            vocab_size=self.vocab_size,
-            target_counts=target_counts,
-            target_ids=target_ids,
-            target_probs=target_probs,
-        )
+    def training_hidden(
+        self, input_ids: Int[Tensor, "B T"], activations: Tensor | None, places: Int[Tensor, "P"]
+    ) -> Float[Tensor, "P D"]:
+        return self.decoder.base_model(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)[places]
 
     # --- inference ----------------------------------------------------------------------------------------------
 
@@ -117,18 +97,10 @@ class MemoryDecoder(Memory):
         self,
         tokens: Int[Tensor, "B T"],
         activations: Tensor | None = None,
-        attention_mask: Bool[Tensor, "B T"] | None = None,
-        cache: MemoryCache | None = None,
+        attention_mask: Bool[Tensor, "B L"] | None = None,
+        cache: VoterCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         return self.reader.step(tokens, attention_mask, cache)
 
-    def votes(self, state: Float[Tensor, "B T D"], keep: slice | Tensor) -> Float[Tensor, "B T2 V"]:
-        logits = self.head(state[:, keep])[..., : self.vocab_size].float()
-        return (logits / self.settings.memory_temperature).log_softmax(-1)
-
-    def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-        there = labels != IGNORE
-        temperature = self.settings.memory_temperature
-        return label_log_probs(
-            state[there], labels[there], self.head, vocab_size=self.vocab_size, temperature=temperature
-        )
+    def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... D"]:
+        return state[places]

@@ -14,13 +14,12 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from memlm.config import StageConfig
-from memlm.corpus.blocks import IGNORE
 from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.manifest import is_artifact, payload_file, read_manifest
 from memlm.memory.config import StartConfig
-from memlm.memory.loss import DistillationLoss, distillation_loss
-from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache, predicting_places
-from memlm.models.heads import Head, find_head, label_log_probs
+from memlm.memory.protocol import MemorySettings, ParametricMemory
+from memlm.memory.voter import NoCache, VoterCache
+from memlm.models.heads import Head, find_head
 from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes
 from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
 
@@ -88,7 +87,7 @@ class MLPBlock(nn.Module):
         return x + self.down(h)
 
 
-class MLPMemory(Memory):
+class MLPMemory(ParametricMemory):
     """Blocks of norm and FFN over one hidden state of the base per token, and a head of their own.
 
     No attention, no positions, no cache; it belongs to the base that it was trained with.
@@ -235,29 +234,11 @@ class MLPMemory(Memory):
             if norm.bias is not None:
                 self.norm.bias.copy_(norm.bias.float())  # type: ignore[operator]
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        labels: Int[Tensor, "B T"],
-        kl_weight: float,
-        activations: Float[Tensor, "P D"] | None = None,
-        target_counts: Int[Tensor, "P"] | None = None,
-        target_ids: Int[Tensor, "S"] | None = None,
-        target_probs: Float[Tensor, "S"] | None = None,
-        places: Int[Tensor, "P"] | None = None,
-    ) -> DistillationLoss:
+    def training_hidden(
+        self, input_ids: Int[Tensor, "B T"], activations: Float[Tensor, "P D"] | None, places: Int[Tensor, "P"]
+    ) -> Float[Tensor, "P W"]:
         assert activations is not None
-        places = predicting_places(labels) if places is None else places
-        return distillation_loss(
-            self.body(activations),
-            labels.flatten()[places + 1],
-            self.head,
-            kl_weight=kl_weight,
-            vocab_size=self.vocab_size,
-            target_counts=target_counts,
-            target_ids=target_ids,
-            target_probs=target_probs,
-        )
+        return self.body(activations)
 
     def body(self, activations: Float[Tensor, "... D"]) -> Float[Tensor, "... W"]:
         """What the head reads."""
@@ -276,8 +257,8 @@ class MLPMemory(Memory):
         self,
         tokens: Int[Tensor, "B T"],
         activations: Float[Tensor, "B T D"] | None = None,
-        attention_mask: Bool[Tensor, "B T"] | None = None,
-        cache: MemoryCache | None = None,
+        attention_mask: Bool[Tensor, "B L"] | None = None,
+        cache: VoterCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The activations as they are: no token looks at another, so `votes` runs the blocks too, where asked only.
 
@@ -286,19 +267,8 @@ class MLPMemory(Memory):
         """
         return check_activations(activations, self.settings.input_width, "an MLP memory").to(self.device)
 
-    def votes(self, state: Float[Tensor, "B T D"], keep: slice | Tensor) -> Float[Tensor, "B T2 V"]:
-        logits = self.head(self.body(state[:, keep]))[..., : self.vocab_size].float()
-        return (logits / self.settings.memory_temperature).log_softmax(-1)
-
-    def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-        there = labels != IGNORE
-        return label_log_probs(
-            self.body(state[there]),
-            labels[there],
-            self.head,
-            vocab_size=self.vocab_size,
-            temperature=self.settings.memory_temperature,
-        )
+    def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... W"]:
+        return self.body(state[places])
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

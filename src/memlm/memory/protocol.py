@@ -1,11 +1,11 @@
-"""What every memory is: a model that stands beside a frozen base and votes on the next token."""
+"""What every memory is: a voter that stands beside a frozen base."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, final
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -14,8 +14,8 @@ from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.errors import ConfigError
 from memlm.memory.config import StartConfig
-from memlm.memory.loss import DistillationLoss
-from memlm.targets.votes import SparseProbs
+from memlm.memory.loss import DistillationLoss, distillation_loss
+from memlm.memory.voter import HeadVoter, Voter
 
 SETTINGS_FILE = "memory.json"
 
@@ -46,51 +46,8 @@ def predicting_places(labels: Int[Tensor, "B T"]) -> Int[Tensor, "P"]:
     return nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]
 
 
-class MemoryCache(ABC):
-    """What a memory keeps of the tokens it has read; follows the cache of the base through generation."""
-
-    @abstractmethod
-    def crop(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens."""
-
-    @abstractmethod
-    def select(self, rows: Int[Tensor, "B2"]) -> None:
-        """Keep these rows of the batch, in this order; a row may come several times."""
-
-    @abstractmethod
-    def repeat(self, times: int) -> None:
-        """Repeat every row of the batch `times` times, copies side by side."""
-
-    @abstractmethod
-    def reset(self) -> None:
-        """Forget all tokens."""
-
-
-class NoCache(MemoryCache):
-    """The cache of a memory that looks at nothing but the base's hidden state."""
-
-    def crop(self, tokens: int) -> None:
-        pass
-
-    def select(self, rows: Int[Tensor, "B2"]) -> None:
-        pass
-
-    def repeat(self, times: int) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
-
-
-Votes = Tensor | SparseProbs
-"""Log-probs `(B, T, V)` in float32, or sparse distributions of B * T positions in reading order."""
-
-
-class Memory(nn.Module, ABC):
-    """A model that stands beside a frozen base and votes on the next token.
-
-    `step` reads tokens (or the base's activations) and extends the cache; `votes` runs the head where asked.
-    """
+class Memory(nn.Module, Voter):
+    """A voter beside a frozen base, with settings and a folder of its own."""
 
     kind: ClassVar[str]
     settings_class: ClassVar[type[MemorySettings]] = MemorySettings
@@ -104,12 +61,11 @@ class Memory(nn.Module, ABC):
         self.settings = settings
 
     @property
-    def vocab_size(self) -> int:
+    def vocab_size(self) -> int:  # type: ignore[override]
         return self.settings.vocab_size
 
     @property
-    def tap(self) -> str | None:
-        """Base module whose input it reads; None: tokens only."""
+    def tap(self) -> str | None:  # type: ignore[override]
         return self.settings.tap
 
     @property
@@ -118,7 +74,7 @@ class Memory(nn.Module, ABC):
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def check_base(self, base: PreTrainedModel) -> None:
-        """Nothing, where the memory can stand beside `base`.
+        """Refuse a base that the memory cannot stand beside.
 
         Raises:
             ModelError: It reads activations that `base` does not have.
@@ -135,50 +91,11 @@ class Memory(nn.Module, ABC):
     def context_length(self) -> int | None:
         return self.settings.context_length
 
-    @abstractmethod
-    def new_cache(self, batch_size: int) -> MemoryCache:
-        """An empty cache for a batch."""
-
-    @abstractmethod
-    def step(
-        self,
-        tokens: Int[Tensor, "B T"],
-        activations: Float[Tensor, "B T D"] | None = None,
-        attention_mask: Bool[Tensor, "B T"] | None = None,
-        cache: MemoryCache | None = None,
-    ) -> Any:
-        """Read tokens and return a state that `votes` understands, one place per token.
-
-        Args:
-            tokens: The new tokens only.
-            activations: The base's activations at `tap`; None where `tap` is None.
-            attention_mask: False where a new token is padding; None: none is.
-            cache: Extended by `tokens`; None: they are all there is.
-        """
-
-    @abstractmethod
-    def votes(self, state: Any, keep: slice | Tensor) -> Votes:
-        """The next token's distribution after the places in `keep`, the memory's temperature applied.
-
-        A parametric memory gives normalised log-probs in float32, a retriever sparse probabilities.
-        """
-
-    @abstractmethod
-    def label_log_probs(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-        """Label log-prob, entropy and top-1 probability at every place whose label is not -100, in reading order.
-
-        Args:
-            labels: The token that follows each place, or -100; no shift is applied.
-
-        Returns:
-            `label` and `entropy` (nats), `top1`; each `(P,)` float32 on the CPU. Logits exist for a chunk at a time.
-        """
-
     # --- training; a memory that is not trained leaves these ------------------------------------------------------
 
     @classmethod
     def check_start(cls, config: StartConfig, *, init: str | None, goes_on: bool, block_size: int) -> None:
-        """Nothing, where a memory can start like this; looks at configs only, before any weights are loaded.
+        """Refuse a start that cannot be; looks at configs only, before any weights are loaded.
 
         Args:
             config: What is asked for.
@@ -206,29 +123,6 @@ class Memory(nn.Module, ABC):
         """
         raise NotImplementedError
 
-    def forward(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        labels: Int[Tensor, "B T"],
-        kl_weight: float,
-        activations: Float[Tensor, "P D"] | None = None,
-        target_counts: Int[Tensor, "P"] | None = None,
-        target_ids: Int[Tensor, "S"] | None = None,
-        target_probs: Float[Tensor, "S"] | None = None,
-        places: Int[Tensor, "P"] | None = None,
-    ) -> DistillationLoss:
-        """The distillation loss of a batch, summed over its positions.
-
-        Args:
-            input_ids: Padded on the right with anything.
-            labels: `input_ids` where a token is predicted, -100 elsewhere; shifted here, as transformers does.
-            kl_weight: In [0, 1].
-            activations: The base's at `tap`, of the places that predict, in reading order; None where `tap` is None.
-            target_counts, target_ids, target_probs: Targets of the predicted tokens in reading order.
-            places: What `predicting_places` finds in the labels; where it is given, no accelerator is waited for.
-        """
-        raise NotImplementedError
-
     # --- saving -----------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -253,3 +147,60 @@ class Memory(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder)
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+class ParametricMemory(Memory, HeadVoter):
+    """A memory with weights that are trained; kinds differ in the hidden states that its head reads."""
+
+    @property
+    def temperature(self) -> float:
+        return self.settings.memory_temperature
+
+    @abstractmethod
+    def training_hidden(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        activations: Float[Tensor, "P D"] | None,
+        places: Int[Tensor, "P"],
+    ) -> Float[Tensor, "P W"]:
+        """What the head reads at `places`, with gradients.
+
+        Args:
+            input_ids: Padded on the right with anything.
+            activations: The base's at `tap`, at these places; None where `tap` is None.
+            places: From `predicting_places`.
+        """
+
+    @final
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        labels: Int[Tensor, "B T"],
+        kl_weight: float,
+        activations: Float[Tensor, "P D"] | None = None,
+        target_counts: Int[Tensor, "P"] | None = None,
+        target_ids: Int[Tensor, "S"] | None = None,
+        target_probs: Float[Tensor, "S"] | None = None,
+        places: Int[Tensor, "P"] | None = None,
+    ) -> DistillationLoss:
+        """The distillation loss of a batch, summed over its positions.
+
+        Args:
+            input_ids: Padded on the right with anything.
+            labels: `input_ids` where a token is predicted, -100 elsewhere; shifted here, as transformers does.
+            kl_weight: In [0, 1].
+            activations: The base's at `tap`, of the places that predict, in reading order; None where `tap` is None.
+            target_counts, target_ids, target_probs: Targets of the predicted tokens in reading order.
+            places: What `predicting_places` finds in the labels; where it is given, no accelerator is waited for.
+        """
+        places = predicting_places(labels) if places is None else places
+        return distillation_loss(
+            self.training_hidden(input_ids, activations, places),
+            labels.flatten()[places + 1],
+            self.head,
+            kl_weight=kl_weight,
+            vocab_size=self.vocab_size,
+            target_counts=target_counts,
+            target_ids=target_ids,
+            target_probs=target_probs,
+        )

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from memlm.errors import ConfigError
-from memlm.memory.protocol import MemoryCache
+from memlm.memory.voter import VoterCache
 
 
-class TokenCache(MemoryCache):
+class TokenCache(VoterCache):
     """Tokens read so far, and keys and values of those that are in the window.
 
     A row's window starts at token 0 until it is full; then it jumps ahead by half its size, and the tokens left in it
@@ -105,17 +105,17 @@ class WindowedReader:
     def step(
         self,
         tokens: Int[Tensor, "B T"],
-        attention_mask: Bool[Tensor, "B T"] | None = None,
-        cache: MemoryCache | None = None,
+        attention_mask: Bool[Tensor, "B L"] | None = None,
+        cache: VoterCache | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """One vector per new token; arguments as `Memory.step` takes them."""
+        """One vector per new token; arguments as `Voter.step` takes them."""
         cache = cache if cache is not None else self.new_cache(len(tokens))
         assert isinstance(cache, TokenCache)
         tokens = tokens.to(self.model.device)
         mask = (
             torch.ones_like(tokens, dtype=torch.bool)
             if attention_mask is None
-            else attention_mask.to(tokens.device).bool()
+            else attention_mask[:, -tokens.shape[1] :].to(tokens.device).bool()
         )
         states, column = [], 0
         while column < tokens.shape[1]:

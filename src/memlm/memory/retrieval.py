@@ -17,8 +17,9 @@ from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ModelError
 from memlm.manifest import MANIFEST
 from memlm.memory.mlp import check_activations
-from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache
+from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.reading import WindowedReader, longest_context
+from memlm.memory.voter import NoCache, VoterCache
 from memlm.models.loading import model_identity
 from memlm.models.taps import TapReader, get_module, tap_width
 from memlm.targets.config import RetrievalConfig
@@ -142,15 +143,15 @@ class RetrievalMemory(Memory):
 
     # --- inference ------------------------------------------------------------------------------------------------
 
-    def new_cache(self, batch_size: int) -> MemoryCache:
+    def new_cache(self, batch_size: int) -> VoterCache:
         return self.reader.new_cache(batch_size) if self.reader is not None else NoCache()
 
     def step(
         self,
         tokens: Int[Tensor, "B T"],
         activations: Float[Tensor, "B T D"] | None = None,
-        attention_mask: Bool[Tensor, "B T"] | None = None,
-        cache: MemoryCache | None = None,
+        attention_mask: Bool[Tensor, "B L"] | None = None,
+        cache: VoterCache | None = None,
     ) -> Float[Tensor, "B T D"]:
         """The queries: the base's activations, or the teacher's.
 
@@ -167,7 +168,7 @@ class RetrievalMemory(Memory):
     def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         there = labels != IGNORE
         queries, wanted = state[there], labels[there].cpu()
-        parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": []}
+        parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": [], "top1_id": []}
         for start in range(0, len(queries), _POSITIONS_AT_ONCE):
             found = self.retrieve(queries[start : start + _POSITIONS_AT_ONCE])
             rows = len(found.counts)
@@ -175,8 +176,11 @@ class RetrievalMemory(Memory):
             hit = found.ids == wanted[start : start + rows][owner]
             parts["label"].append(torch.zeros(rows).index_add_(0, owner, found.probs * hit).log())
             parts["entropy"].append(-torch.zeros(rows).index_add_(0, owner, torch.xlogy(found.probs, found.probs)))
-            parts["top1"].append(found.probs[found.counts.cumsum(0) - found.counts])
-        return {name: torch.cat(tensors) if tensors else torch.empty(0) for name, tensors in parts.items()}
+            likeliest = found.counts.cumsum(0) - found.counts
+            parts["top1"].append(found.probs[likeliest])
+            parts["top1_id"].append(found.ids[likeliest].int())
+        nothing = {"top1_id": torch.empty(0, dtype=torch.int32)}
+        return {n: torch.cat(found) if found else nothing.get(n, torch.empty(0)) for n, found in parts.items()}
 
     # --- the search -----------------------------------------------------------------------------------------------
 

@@ -1,25 +1,33 @@
-"""One cache for a mixed model: the base's and every memory's, moved together."""
+"""One cache for a mixture: the base's, every memory's and the weight rule's, moved together."""
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from transformers import Cache
 
 from memlm.errors import ConfigError
-from memlm.memory.protocol import Memory, MemoryCache
+from memlm.memory.protocol import Memory
+from memlm.memory.voter import VoterCache
+from memlm.mix.base import BaseCache
 
 
 class MixedCache(Cache):
-    """The base's cache and the memories'. Crop, reorder, repeat and select act on all of them."""
+    """What a mixture keeps of the text so far. Crop, reorder, repeat and select act on all parts."""
 
-    def __init__(self, base: Cache, memories: Mapping[str, Memory], batch_size: int) -> None:
-        self.base = base
+    def __init__(self, base: Cache, memories: Mapping[str, Memory], rule: VoterCache, batch_size: int) -> None:
+        self.of_base = BaseCache(base)
         self.memories = {name: memory.new_cache(batch_size) for name, memory in memories.items()}
+        self.rule = rule
         # weak, so that a deep copy of the cache copies no memory
         self._made_for = {name: weakref.ref(memory) for name, memory in memories.items()}
 
-    def of(self, name: str, memory: Memory) -> MemoryCache:
+    @property
+    def base(self) -> Cache:
+        """transformers' cache of the base."""
+        return self.of_base.inner
+
+    def of(self, name: str, memory: Memory) -> VoterCache:
         """The cache of one memory.
 
         Raises:
@@ -28,6 +36,13 @@ class MixedCache(Cache):
         if name not in self.memories or self._made_for[name]() is not memory:
             raise ConfigError(f"the cache is older than memory {name!r}; start a new one after adding a memory")
         return self.memories[name]
+
+    def _parts(self) -> Iterator[VoterCache]:
+        yield self.of_base
+        yield from self.memories.values()
+        yield self.rule
+
+    # --- what transformers asks for -------------------------------------------------------------------------------
 
     @property
     def layers(self) -> list:  # type: ignore[override]
@@ -52,28 +67,22 @@ class MixedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (a negative number, as everywhere in transformers 5)."""
-        self.base.crop(tokens_to_remove)
-        for cache in self.memories.values():
-            cache.crop(-tokens_to_remove)
+        for part in self._parts():
+            part.crop(-tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.base.reorder_cache(beam_idx)
-        self._select(beam_idx)
+        self.base.reorder_cache(beam_idx)  # static caches know this one alone
+        for part in (*self.memories.values(), self.rule):
+            part.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.base.batch_repeat_interleave(repeats)
-        for cache in self.memories.values():
-            cache.repeat(repeats)
+        for part in self._parts():
+            part.repeat(repeats)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.base.batch_select_indices(indices)
-        self._select(indices)
-
-    def _select(self, rows: torch.Tensor) -> None:
-        for cache in self.memories.values():
-            cache.select(rows)
+        for part in self._parts():
+            part.select(indices)
 
     def reset(self) -> None:
-        self.base.reset()
-        for cache in self.memories.values():
-            cache.reset()
+        for part in self._parts():
+            part.reset()

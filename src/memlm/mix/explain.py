@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError
 from memlm.memory.loading import load_memory
-from memlm.memory.protocol import Votes
 from memlm.memory.retrieval import RetrievalMemory
-from memlm.mix.mixed_lm import MixedLM, activations_for
+from memlm.memory.voter import Votes
+from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.mixture import mix_log_probs
-from memlm.models.taps import capture
 from memlm.models.tokenizers import check_same, encode_prompt
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
@@ -129,9 +128,8 @@ def explain(
     )
     answer = sequence[0, read:]
 
-    tap = memory.tap if memory is not None else None
-    with capture(model.base, [tap] if tap is not None else []) as activations:
-        parts = model.components(sequence[:, :-1], logits_to_keep=len(answer))
+    taps = [memory.tap] if memory is not None and memory.tap is not None else []
+    parts = model.components(sequence[:, :-1], logits_to_keep=len(answer), taps=taps)
     base = parts.logits.log_softmax(-1)
     mixture = mix_log_probs(base, list(parts.votes.values()), list(model.mix_weights.values()))
     base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)
@@ -139,7 +137,7 @@ def explain(
     choices = base[0].max(-1)
     near: list[list[Neighbor]] = [[] for _ in answer]
     if memory is not None and neighbors:
-        states = memory.step(sequence[:, :-1], activations_for(memory, activations, sequence[:, :-1]))
+        states = memory.step(sequence[:, :-1], parts.base.activations.get(memory.tap or ""))
         near = _neighbors(memory, tokenizer, states[0, read - 1 :], neighbors, snippet_tokens)
 
     texts = _texts(tokenizer, sequence[0, :read].tolist(), *answer[:, None].tolist())[1:]
@@ -166,7 +164,7 @@ def explain(
 
 
 def check_datastore(datastore: str | Path | RetrievalMemory, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Nothing, where `datastore` holds token ids of `tokenizer`; loads no weights.
+    """Refuse a datastore of another tokenizer than `tokenizer`; loads no weights.
 
     Raises:
         ArtifactError: The folder is no complete datastore.

@@ -7,30 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from memlm.errors import ConfigError
+from memlm.mix.weights import Weight
 from memlm.targets.votes import SparseProbs
-
-Weight = float | Tensor
-"""One weight, or one per row of a batch."""
-
-
-def check_weights(weights: Sequence[Weight]) -> None:
-    """Nothing, where each weight is in [0, 1] and their sum, in every row, is at most 1.
-
-    Raises:
-        ConfigError: Otherwise.
-    """
-    numbers = [weight.tolist() if isinstance(weight, Tensor) else weight for weight in weights]
-    rows = max((len(weight) for weight in numbers if isinstance(weight, list)), default=1)
-    for row in range(rows):
-        here = [weight[row] if isinstance(weight, list) else weight for weight in numbers]
-        place = f" in row {row}" if rows > 1 else ""
-        for weight in here:
-            if not 0 <= weight <= 1:  # also false for NaN
-                raise ConfigError(f"mix_weight = {weight:g}{place}: must be in [0, 1]")
-        if sum(here) > 1 + 1e-6:
-            listed = ", ".join(f"{weight:g}" for weight in here)
-            raise ConfigError(f"mix_weight: the weights {listed}{place} sum to {sum(here):g}, above 1")
 
 
 def mix_log_probs(

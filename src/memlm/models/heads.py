@@ -38,8 +38,11 @@ class Head:
         return logits
 
 
-def find_head(model: PreTrainedModel) -> Head:
+def find_head(model: PreTrainedModel, *, exact: bool = False) -> Head:
     """The model's head, checked on a probe: body plus head must give the model's own logits.
+
+    Args:
+        exact: To the last bit; otherwise as near as its precision allows.
 
     Raises:
         ModelError: They do not, so the model does something behind its output layer that memlm does not know.
@@ -55,7 +58,7 @@ def find_head(model: PreTrainedModel) -> Head:
     with torch.no_grad():
         expected = model(input_ids=probe, use_cache=False).logits.float()
         found = head(body(input_ids=probe, use_cache=False)[0]).float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
+    tolerance = 0.0 if exact else 1e-3 if model.dtype == torch.float32 else 5e-2
     if expected.shape != found.shape or (expected - found).abs().max() > tolerance * expected.abs().max().clamp(min=1):
         raise ModelError(
             f"{type(model).__name__} changes its logits after the output layer in a way memlm does not know"
@@ -73,7 +76,7 @@ def label_log_probs(
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> dict[str, Tensor]:
-    """Per position: log-prob of the label, entropy and top-1 probability, without logits of all positions at once.
+    """Per position: log-prob of the label, entropy and the likeliest token, without logits of all positions at once.
 
     Args:
         labels: `(P,)` ids in `[0, vocab_size)`.
@@ -82,13 +85,16 @@ def label_log_probs(
         chunk: Positions whose logits exist at a time.
 
     Returns:
-        `label`, `entropy` (nats) and `top1` (a probability), each `(P,)` float32 on the CPU.
+        `label`, `entropy` (nats) and `top1` (a probability) in float32, `top1_id` in int32; each `(P,)` on the CPU.
     """
-    parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": []}
+    parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": [], "top1_id": []}
     for start in range(0, len(labels), chunk):
         logits = head(hidden[start : start + chunk])[..., :vocab_size].float()
         log_probs = (logits / temperature).log_softmax(-1)
         parts["label"].append(log_probs.gather(-1, labels[start : start + chunk, None])[:, 0].cpu())
-        parts["top1"].append(log_probs.amax(-1).exp().cpu())
+        likeliest, ids = log_probs.max(-1)
+        parts["top1"].append(likeliest.exp().cpu())
+        parts["top1_id"].append(ids.int().cpu())
         parts["entropy"].append(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1).cpu())
-    return {name: torch.cat(tensors) if tensors else torch.empty(0) for name, tensors in parts.items()}
+    nothing = {"top1_id": torch.empty(0, dtype=torch.int32)}
+    return {n: torch.cat(found) if found else nothing.get(n, torch.empty(0)) for n, found in parts.items()}

@@ -1,0 +1,119 @@
+"""The base as the first voter."""
+
+import inspect
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from memlm.memory.voter import HeadVoter, VoterCache
+from memlm.models.heads import Head, find_head
+from memlm.models.taps import capture
+
+
+class BaseCache(VoterCache):
+    """transformers' cache of the base, moved in the words of a voter's cache."""
+
+    def __init__(self, inner: Cache) -> None:
+        self.inner = inner
+
+    def crop(self, tokens: int) -> None:
+        self.inner.crop(-tokens)
+
+    def select(self, rows: Int[Tensor, "B2"]) -> None:
+        self.inner.batch_select_indices(rows)
+
+    def repeat(self, times: int) -> None:
+        self.inner.batch_repeat_interleave(times)
+
+    def reset(self) -> None:
+        self.inner.reset()
+
+
+@dataclass(frozen=True)
+class BaseState:
+    """What the base made of some tokens."""
+
+    hidden: Float[Tensor, "B T D"]
+    """What its head reads; its logits where no head splits off."""
+    activations: dict[str, Tensor]
+    """Tap to what went into that module, `(B, T, D)`."""
+    output: Any
+    """As transformers gives it: hidden states of all layers, attentions …"""
+
+
+class BaseVoter(HeadVoter):
+    """A frozen base, read by its body; its head runs where votes are asked for.
+
+    Where body and head do not give the model's own logits, the whole model is read and its logits are the state.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocab_size: int, *, exact: bool = True) -> None:
+        """
+        Args:
+            model: Any causal LM.
+            vocab_size: Ids of the tokenizer are below it; output rows beyond are padding.
+            exact: Split a head off only where this changes no bit; otherwise rounding may differ.
+        """
+        self.model = model
+        self.vocab_size = vocab_size
+        self.tap = None
+        try:
+            self._head: Head | None = find_head(model, exact=exact)
+        except Exception:  # the model is a stranger's code; whatever goes wrong with its parts, the whole may work
+            self._head = None
+        self._reader = model if self._head is None else model.base_model
+        parameters = inspect.signature(self._reader.forward).parameters
+        self._arguments = set(parameters)
+        self._takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def head(self) -> Head:  # type: ignore[override]
+        if self._head is None:
+            return Head(nn.Identity())
+        return replace(self._head, linear=self.model.get_output_embeddings())  # an adapter may have wrapped it since
+
+    def hidden(self, state: BaseState, places: Any) -> Float[Tensor, "... D"]:
+        return state.hidden[places]
+
+    def new_cache(self, batch_size: int) -> BaseCache:
+        return BaseCache(DynamicCache(config=self.model.config.get_text_config(decoder=True)))
+
+    def step(
+        self,
+        tokens: Int[Tensor, "B T"],
+        activations: None = None,
+        attention_mask: Tensor | None = None,
+        cache: BaseCache | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        taps: Iterable[str] = (),
+        use_cache: bool = False,
+        **inputs: Any,
+    ) -> BaseState:
+        """Read tokens, as `Voter.step`.
+
+        Args:
+            position_ids: `(B, T)`; None: the model counts.
+            taps: Modules whose inputs are kept.
+            use_cache: Passed to the model.
+            inputs: Further arguments; those that the model does not know are left out.
+        """
+        if cache is not None:
+            inputs["past_key_values"] = cache.inner
+        known = {name: value for name, value in inputs.items() if name in self._arguments or self._takes_more}
+        for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if value is not None and name in self._arguments:
+                known[name] = value
+        with capture(self.model, taps) as found:
+            output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)
+        kept = {tap: value.reshape(*tokens.shape, -1) for tap, value in found.items()}  # some models flatten rows
+        return BaseState(output.logits if self._head is None else output[0], kept, output)

@@ -1,0 +1,161 @@
+"""A mixture from paths and hub ids, checked before any weights are loaded; and its folder."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
+from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.protocol import Memory, MemorySettings
+from memlm.mix.config import MixedLMConfig
+from memlm.mix.weights import settle_weights
+from memlm.models.loading import load_causal_lm, load_config, resolve
+from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
+
+if TYPE_CHECKING:
+    from memlm.mix.mixed_lm import MixedLM
+
+Mixture = TypeVar("Mixture", bound="MixedLM")
+MemorySource = str | Path | Memory
+"""Folder, hub id or loaded memory."""
+
+
+def load_mixture(
+    kind: type[Mixture],
+    base: str | Path,
+    memory: MemorySource | Mapping[str, MemorySource] | None,
+    mix_weight: float | Mapping[str, float] | None,
+    memory_window: int | None,
+    memory_kwargs: dict[str, Any] | None,
+    base_kwargs: dict[str, Any],
+) -> Mixture:
+    """What `MixedLM.from_pretrained` gives, with its arguments and errors."""
+    if isinstance(base_kwargs.get("config"), MixedLMConfig):  # AutoModel hands over the config it found
+        base_kwargs.pop("config")
+    place = Path(base)
+    base, memory, saved = _open_saved(str(base), memory)
+    sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+    if saved is not None:
+        if mix_weight is None or isinstance(mix_weight, Mapping):
+            kept = {name: weight for name, weight in (saved.mix_weights or {}).items() if name in sources}
+            mix_weight = kept | dict(mix_weight or {})
+        memory_window = saved.memory_window if memory_window is None else memory_window
+        base_kwargs.setdefault("revision", saved.base_revision)
+    memory_kwargs = dict(memory_kwargs or {})
+    check_names(sources)
+    check_window(memory_window)
+    settings = {name: settings_of(source, memory_kwargs) for name, source in sources.items()}
+    settle_weights({name: found.mix_weight if found else None for name, found in settings.items()}, mix_weight)
+    size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
+    model = load_causal_lm(base, **base_kwargs)
+    memory_kwargs.setdefault("dtype", model.dtype)
+    memories = {}
+    for name, source in sources.items():
+        loaded = source if isinstance(source, Memory) else load_memory(source, base=base, **memory_kwargs)
+        memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
+    mixed = kind(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
+    if saved is not None and (place / GENERATION_CONFIG_NAME).is_file():
+        mixed.generation_config = GenerationConfig.from_pretrained(place)
+    return mixed
+
+
+def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:
+    """What `MixedLM.save_pretrained` does, with its arguments and errors."""
+    if not mixed.config.base and not include_base:
+        raise ConfigError("the base came from no folder or hub id to refer to; save it too with include_base=True")
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(mixed.config)
+    config.memories = {name: f"memories/{name}" for name in mixed.memories}
+    for name, memory in mixed.named_memories().items():
+        memory.save_pretrained(folder / "memories" / name)
+    if include_base:
+        mixed.base.save_pretrained(folder / "base", **kwargs)
+        config.base, config.base_revision = "base", None
+    config.architectures = [type(mixed).__name__]
+    config.save_pretrained(folder)
+    mixed.generation_config.save_pretrained(folder)
+    try:
+        load_tokenizer(mixed.config.base, revision=mixed.config.base_revision).save_pretrained(folder)
+        if include_base:
+            load_tokenizer(mixed.config.base).save_pretrained(folder / "base")
+    except ModelError:
+        pass  # a base without tokenizer, as in tests, is saved without
+
+
+def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
+    return (
+        source.settings if isinstance(source, Memory) else read_settings(source, revision=memory_kwargs.get("revision"))
+    )
+
+
+def check_names(memories: Iterable[str]) -> None:
+    for name in memories:
+        if not re.fullmatch(r"[\w-]+", name):  # names a module, and a folder where the mixture is saved
+            raise ConfigError(f"memory name {name!r}: use letters, digits, '_' and '-' only")
+        if hasattr(nn.ModuleDict(), name):
+            raise ConfigError(f"memory name {name!r} is what torch calls something of its own; take another")
+
+
+def check_window(memory_window: int | None) -> None:
+    if memory_window is not None and memory_window < 2:
+        raise ConfigError(f"memory_window = {memory_window}: must be at least 2")
+
+
+def _open_saved(
+    base: str, memory: MemorySource | Mapping[str, MemorySource] | None
+) -> tuple[str, MemorySource | Mapping[str, MemorySource], MixedLMConfig | None]:
+    """Base and memories, looked up in the config where `base` is a folder that `save_pretrained` wrote."""
+    folder = Path(base)
+    path = folder / "config.json"
+    saved = None
+    if path.is_file():
+        config = load_config(base)
+        saved = config if isinstance(config, MixedLMConfig) else None
+    if saved is None:
+        if memory is None:
+            raise ConfigError(f"memory is missing: {base} is a plain model, so name the memory to put beside it")
+        return base, memory, None
+    names = {name: str(folder / place) for name, place in (saved.memories or {}).items()}
+    inside = folder / saved.base
+    return str(inside) if saved.base and inside.is_dir() else saved.base, memory if memory is not None else names, saved
+
+
+def check_tokenizers(
+    base: str,
+    memories: Mapping[str, MemorySource],
+    base_kwargs: Mapping[str, Any] | None = None,
+    memory_kwargs: Mapping[str, Any] | None = None,
+) -> int | None:
+    """The size of the vocabulary that base and memories share; None where the base comes without a tokenizer.
+
+    Reads configs and tokenizers only, so it is done before any weights are loaded.
+
+    Raises:
+        TokenizerMismatchError: They differ; the message says in what.
+        ModelError: Base or memory cannot be reached.
+    """
+    options, memory_options = _where_from(base_kwargs), _where_from(memory_kwargs)
+    load_config(base, **options)
+    ours = find_tokenizer(base, **options)
+    for name, source in memories.items():
+        settings = settings_of(source, memory_options)
+        if ours is None or (settings is not None and settings.tokenizer == fingerprint(ours)):
+            continue
+        label = name if isinstance(source, Memory) else str(source)
+        theirs = None if isinstance(source, Memory) else find_tokenizer(str(source), **memory_options)
+        if theirs is not None:
+            check_same(ours, theirs, f"base {base}", f"memory {label}")
+        elif settings is not None and settings.tokenizer is not None:
+            raise TokenizerMismatchError(f"base {base} and memory {label} have different tokenizers; {ADVICE}")
+    return vocabulary_size(ours) if ours is not None else None
+
+
+def _where_from(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {name: value for name, value in (kwargs or {}).items() if name in ("revision", "trust_remote_code")}
