@@ -355,6 +355,7 @@ def test_the_loss_that_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> N
         distillation_loss.prove_loss(shape, CPU)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_dense_loss_holds_its_logits() -> None:
     shape = distillation_loss.Shape(2000, 4, 5000, 4, torch.float32)
     peaks = {side: distillation_loss.peak(side, shape, CPU) for side in distillation_loss.SIDES}

@@ -17,6 +17,8 @@ from conftest import sentences
 from memlm import demo
 from memlm.recipes import Recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_documents_are_read_without_importing_the_packages() -> None:
     """A fresh interpreter, in which only the demo's own imports are allowed to have happened."""

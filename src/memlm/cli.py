@@ -44,10 +44,6 @@ app.add_typer(evaluate_app, name="evaluate")
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells report a process that a signal ended
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Repair = Annotated[
-    bool,
-    typer.Option("--repair", help="Check a finished folder by its checksums; make what is damaged or missing again."),
-]
 Model = "path, hub id, or a packaged name such as smollm2"
 Base = Annotated[str, typer.Option(help=f"Frozen base: {Model}.")]
 Memories = Annotated[
@@ -219,7 +215,6 @@ def corpus(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     tokenizer: Annotated[str, typer.Option(help=f"Tokenizer of the bases to serve: {Model}.")],
     config: CorpusConfig,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Turn documents into token blocks, split into train, validation and test by document.
@@ -232,7 +227,7 @@ def corpus(
     _quiet()
     from memlm.corpus.build import build_corpus
 
-    manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config, repair=repair)
+    manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
     facts = manifest.facts
     lines = [
         f"{out}: {facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
@@ -256,7 +251,6 @@ def datastore(
     extend: Annotated[
         str | None, typer.Option(metavar="DATASTORE", help="Datastore whose documents need not be read again.")
     ] = None,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Run a teacher over the training split; keep a key and the next token of every position, and an index over them.
@@ -275,7 +269,7 @@ def datastore(
     _quiet()
     from memlm.datastore.build import build_datastore
 
-    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config, extend=extend, repair=repair)
+    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config, extend=extend)
     facts = manifest.facts
     text = (
         f"{out}: {facts['entries']:,} entries of width {facts['key_width']} from {facts['tap']};"
@@ -300,7 +294,6 @@ def targets(
         Path | None,
         typer.Option(help="Arrow file of the released Memory Decoder code to import; the argument is then the corpus."),
     ] = None,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
@@ -313,9 +306,9 @@ def targets(
     from memlm.targets.build import build_targets, import_released
 
     manifest = (
-        build_targets(datastore, out=out, config=config, repair=repair)
+        build_targets(datastore, out=out, config=config)
         if released is None
-        else import_released(datastore, released, out=out, repair=repair)
+        else import_released(datastore, released, out=out)
     )
     facts = manifest.facts
     text = (
@@ -349,7 +342,6 @@ def train(
             " inside every step.",
         ),
     ] = None,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Train a memory to imitate the retriever: kl_weight * KL(target || memory) + (1 - kl_weight) * cross-entropy.
@@ -365,7 +357,7 @@ def train(
     _quiet()
     from memlm.train.run import train_memory
 
-    manifest = train_memory(data, init=init, base=base, activations=activations, out=out, config=config, repair=repair)
+    manifest = train_memory(data, init=init, base=base, activations=activations, out=out, config=config)
     _print(_summary(out, manifest), as_json, f"{out}: {_memory_line(manifest.facts)}")
 
 
@@ -393,7 +385,6 @@ def adapt(
     tokenizer: Annotated[str, typer.Option(help=f"The other tokenizer: {Model}.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     config: AdaptConfig,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Carry a memory to bases of another tokenizer: new rows of embeddings and head, the body stays.
@@ -406,7 +397,7 @@ def adapt(
     _quiet()
     from memlm.memory.adapt import adapt_memory, tokens_line
 
-    manifest = adapt_memory(memory, tokenizer=tokenizer, out=out, config=config, repair=repair)
+    manifest = adapt_memory(memory, tokenizer=tokenizer, out=out, config=config)
     epochs = f" --epochs {manifest.facts['epochs_ahead']:g}" if "epochs_ahead" in manifest.facts else ""
     lines = [
         f"{out}: {manifest.facts['parameters']:,} parameters; tokens {tokens_line(manifest.facts['tokens'])}",
@@ -431,7 +422,6 @@ def convert(
             " MLP, as all released ones."
         ),
     ] = None,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Turn a released MLP Memory into a memory folder with safetensors, its tensors checked against config and base.
@@ -444,7 +434,7 @@ def convert(
     _quiet()
     from memlm.memory.released import convert_released
 
-    manifest = convert_released(released, base=base, out=out, tap=tap, repair=repair)
+    manifest = convert_released(released, base=base, out=out, tap=tap)
     lines = [
         f"{out}: {_memory_line(manifest.facts)}; reads {manifest.facts['tap']} of {base}",
         f"next: memlm evaluate perplexity CORPUS --base {base} --memory {out}",
@@ -469,7 +459,6 @@ def perplexity(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
     ] = None,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Test perplexity of base, memory and mixture, with intervals; mix_weight is chosen on the validation split.
@@ -484,9 +473,7 @@ def perplexity(
     _quiet()
     from memlm.evaluate.perplexity import evaluate_perplexity, report_table
 
-    report = evaluate_perplexity(
-        corpus, base=base, memory=memory, out=out, config=config, retrieval=retrieval, repair=repair
-    )
+    report = evaluate_perplexity(corpus, base=base, memory=memory, out=out, config=config, retrieval=retrieval)
     _print(report, as_json, report_table(report))
 
 
@@ -714,7 +701,6 @@ def run(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all stages; default runs/RECIPE_NAME.")] = None,
-    repair: Repair = False,
     as_json: Json = False,
 ) -> None:
     """Run all stages of a recipe; finished ones are skipped when their inputs' hashes match.
@@ -729,7 +715,7 @@ def run(
     _quiet()
     from memlm.evaluate.perplexity import report_table
 
-    folder, reports = run_recipe_file(recipe, out, overrides=settings, repair=repair, say=_say)
+    folder, reports = run_recipe_file(recipe, out, overrides=settings, say=_say)
     text = "\n\n".join(f"{name} ({folder / name})\n{report_table(report)}" for name, report in reports.items())
     _print({"folder": str(folder), **reports}, as_json, text)
 

@@ -12,11 +12,11 @@ import numpy as np
 
 from memlm.corpus.blocks import Corpus
 from memlm.evaluate.perplexity import report_table
-from memlm.evaluate.scores import Scores, score_corpus
 from memlm.manifest import library_versions
-from memlm.mix.scoring import mixture_label_log_probs
 from memlm.models.fetching import fetch
 from memlm.recipes import run_recipe
+from memlm.scores.mixtures import mixture_label_log_probs
+from memlm.scores.table import score_corpus
 
 PACKAGES = ("transformers", "torch")
 MODEL = "smollm2"
@@ -124,14 +124,14 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     """Three held-out passages: where the memory helped most, typically, and least."""
     corpus = Corpus(out / "corpus")
     split, tokenizer = corpus.split("test"), corpus.tokenizer
-    settings = report["run"]["config"]
-    shared = {"dtype": settings["dtype"], "batch_tokens": settings["batch_tokens"]}
-    base: Scores = score_corpus(corpus, report["run"]["base"], beside=None, **shared)["test"]
-    memory = score_corpus(corpus, report["run"]["memory"], beside=report["run"]["base"], **shared)["test"]
-    mixed = mixture_label_log_probs(base.label, memory.label, report["mixture"]["mix_weight"])
+    run = report["run"]
+    asked = {name: run["config"][name] for name in ("dtype", "batch_tokens")}
+    table = score_corpus(corpus, run["base"], {"memory": run["memory"]}, **asked)["test"]
+    base, memory = table.voters["base"], table.voters["memory"]
+    mixed = mixture_label_log_probs(base.label, [memory.label], [report["mixture"]["mix_weight"]])
     gain = mixed - base.label
-    counts = np.bincount(base.document)
-    means = np.bincount(base.document, weights=gain) / np.maximum(counts, 1)
+    counts = np.bincount(table.document)
+    means = np.bincount(table.document, weights=gain) / np.maximum(counts, 1)
     long_enough = np.flatnonzero(counts >= _PASSAGE_TOKENS)
     ranked = long_enough[np.argsort(-means[long_enough])]
     if not len(ranked):
@@ -141,7 +141,7 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     for title, document in zip(
         ("helped most", "typical", "helped least"), ranked[[0, len(ranked) // 2, -1]], strict=True
     ):
-        places = np.flatnonzero(base.document == document)
+        places = np.flatnonzero(table.document == document)
         sums = np.convolve(gain[places], np.ones(_PASSAGE_TOKENS), "valid")
         start = int(
             sums.argmin() if title == "helped least" else sums.argmax() if title == "helped most" else len(sums) // 2

@@ -103,7 +103,6 @@ def run_recipe(
     sections: dict[str, dict[str, Any]],
     out: str | Path,
     *,
-    repair: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run every stage of a recipe into folders below `out`; finished stages are skipped.
@@ -111,7 +110,6 @@ def run_recipe(
     Args:
         sections: As in the YAML file.
         out: Folder for `corpus/`, `teacher/`, `datastore/`, `targets/`, `memory/`, `twin/` and their evaluations.
-        repair: Make damaged or missing files of finished stages again.
         say: Told what starts, a line a stage.
 
     Returns:
@@ -137,25 +135,23 @@ def run_recipe(
     base, _ = check_start(configs["train"], init=init, base=places["train"].get("base"), block_size=block_size)
     activations = places["train"].get("activations")
     activations = folder["datastore"] if activations == "datastore" else activations
-    shared = {"init": init, "base": base, "activations": activations, "repair": repair}
+    shared = {"init": init, "base": base, "activations": activations}
 
     def stage(name: str) -> None:
         say(f"{name} -> {folder[name]}")
 
     stage("corpus")
     tokenizer = places["corpus"]["tokenizer"]
-    build_corpus(documents, tokenizer=tokenizer, out=folder["corpus"], config=configs["corpus"], repair=repair)
+    build_corpus(documents, tokenizer=tokenizer, out=folder["corpus"], config=configs["corpus"])
     if "teacher" in configs:
         stage("teacher")
         start = places["teacher"]["init"]
-        train_memory(folder["corpus"], init=start, out=folder["teacher"], config=configs["teacher"], repair=repair)
+        train_memory(folder["corpus"], init=start, out=folder["teacher"], config=configs["teacher"])
     stage("datastore")
     teacher = places["datastore"].get("teacher", str(folder["teacher"]))
-    build_datastore(
-        folder["corpus"], teacher=teacher, out=folder["datastore"], config=configs["datastore"], repair=repair
-    )
+    build_datastore(folder["corpus"], teacher=teacher, out=folder["datastore"], config=configs["datastore"])
     stage("targets")
-    build_targets(folder["datastore"], out=folder["targets"], config=configs["targets"], repair=repair)
+    build_targets(folder["datastore"], out=folder["targets"], config=configs["targets"])
     stage("memory")
     train_memory(folder["targets"], out=folder["memory"], config=configs["train"], **shared)
     if "twin" in configs:
@@ -173,7 +169,6 @@ def run_recipe(
                 out=out / f"evaluation-{row}",
                 config=configs.get("evaluate"),
                 retrieval=configs.get("retrieval") if row == "retrieval" else None,
-                repair=repair,
             )
     return reports
 
@@ -183,10 +178,9 @@ def run_recipe_file(
     out: str | Path | None = None,
     *,
     overrides: list[str] | None = None,
-    repair: bool = False,
     say: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
     """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
     sections = read_recipe(path, overrides or [])
     folder = Path(out) if out is not None else Path("runs") / Path(path).stem
-    return folder, run_recipe(sections, folder, repair=repair, say=say)
+    return folder, run_recipe(sections, folder, say=say)

@@ -46,7 +46,6 @@ def build_datastore(
     out: str | Path,
     config: DatastoreConfig | None = None,
     extend: str | Path | None = None,
-    repair: bool = False,
 ) -> Manifest:
     """Run `teacher` over the training split of `corpus` and write keys, values and index to `out`.
 
@@ -62,7 +61,6 @@ def build_datastore(
         out: Folder to write; resumed where an earlier run stopped.
         config: Default settings if None. With `extend`, settings that were not given are those of that datastore.
         extend: Folder of the datastore of a smaller corpus.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         TokenizerMismatchError: The teacher has another tokenizer than the corpus.
@@ -71,7 +69,7 @@ def build_datastore(
         ArtifactError: The corpus or the teacher does not fit the extended datastore.
         InputError: The corpus shares no training document with the extended datastore.
     """
-    return run_stage(out, *plan_datastore(corpus, teacher=teacher, config=config, extend=extend), repair=repair)
+    return run_stage(out, *plan_datastore(corpus, teacher=teacher, config=config, extend=extend))
 
 
 def plan_datastore(

@@ -1,15 +1,20 @@
 """Settings of the evaluate stage."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from memlm.config import StageConfig
+
+Weight = Annotated[float, Field(ge=0, le=1)]
 
 
 class EvaluateConfig(StageConfig):
     """How perplexity is measured."""
 
-    mix_weight: float | None = Field(default=None, ge=0, le=1)
-    """Weight of the memory in the mixture; default the best on validation. α in Memory Decoder, λ in kNN-LM."""
+    mix_weight: Weight | dict[str, Weight] | None = None
+    """Weight of the memory in the mixture, by name where there are several; default the best on validation. α in Memory
+    Decoder, λ in kNN-LM."""
     dtype: str = "auto"
     """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
     batch_tokens: int = Field(default=4096, ge=1)

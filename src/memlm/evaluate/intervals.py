@@ -30,7 +30,9 @@ class Resampled:
             drawn_at_once: Documents of all resamplings that exist at a time at most, but for a single one.
         """
         counts = np.bincount(document).astype(np.float64)
-        sums = np.stack([np.bincount(document, weights=-values) for values in log_probs.values()])  # (models, documents)
+        sums = np.stack(
+            [np.bincount(document, weights=-values) for values in log_probs.values()]
+        )  # (models, documents)
         rng, n = np.random.default_rng(config.seed), len(counts)
         means = [np.empty((0, len(sums)))]
         with np.errstate(invalid="ignore"):  # an infinite sum that is not drawn

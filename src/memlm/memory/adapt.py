@@ -48,9 +48,7 @@ class _TrainingFacts(Facts):
     """Those of the memory it was before it was adapted."""
 
 
-def adapt_memory(
-    memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None, repair: bool = False
-) -> Manifest:
+def adapt_memory(memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None) -> Manifest:
     """Give a Memory Decoder the vocabulary of another tokenizer, and write it to `out`, to be trained on.
 
     Its body stays. A token that both vocabularies have keeps its rows, any other gets the mean of its pieces' rows
@@ -62,7 +60,6 @@ def adapt_memory(
         tokenizer: The other tokenizer: a model's path, hub id or packaged name.
         out: Folder to write.
         config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         ConfigError: It has that tokenizer already, or is no Memory Decoder.
@@ -107,7 +104,7 @@ def adapt_memory(
         stage.save_text(CARD_FILE, _card(facts, stage.sources))
         return facts
 
-    return run_stage(out, spec, work, repair=repair)
+    return run_stage(out, spec, work)
 
 
 def tokens_line(tokens: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -113,16 +114,17 @@ def score(
         labels = torch.full(tokens.shape, IGNORE)
         for row, block in enumerate(members):
             labels[row, : len(block.input_ids) - 1] = torch.from_numpy(block.labels[1:])
-        state, activations = None, {}
+        base_state, activations = None, {}
         if base is not None and base_votes:
-            state = base.step(tokens.to(base.device), taps=wanted)
-            activations = state.activations
+            base_state = base.step(tokens.to(base.device), taps=wanted)
+            activations = base_state.activations
         elif base is not None and wanted:
             activations = base.read(tokens.to(base.device), wanted)
         if on_activations is not None:
             on_activations(members, activations)
         edges = np.cumsum([0, *(labels != IGNORE).sum(1).tolist()])
         for name, voter in voters.items():
+            state = base_state
             if voter is not base:
                 read = None
                 if voter.tap is not None:
@@ -137,5 +139,8 @@ def score(
 
 def _in_order(pieces: dict[int, list[NDArray]]) -> Scores:
     parts = [pieces[block] for block in sorted(pieces)]
-    columns = enumerate(COLUMNS.items())
-    return Scores(**{name: np.concatenate([np.empty(0, dtype), *(p[i] for p in parts)]) for i, (name, dtype) in columns})
+    columns: dict[str, Any] = {
+        name: np.concatenate([np.empty(0, dtype), *(part[i] for part in parts)])
+        for i, (name, dtype) in enumerate(COLUMNS.items())
+    }
+    return Scores(**columns)

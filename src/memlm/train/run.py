@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from memlm.config import nearest
 from memlm.datastore.build import read_keys
@@ -42,7 +42,6 @@ def train_memory(
     base: str | None = None,
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
-    repair: bool = False,
 ) -> Manifest:
     """Train a memory and write it to `out`, with its card.
 
@@ -56,7 +55,6 @@ def train_memory(
         activations: Datastore whose keys are the base's activations at the tap, for an MLP memory; None: the frozen
             base runs inside every step.
         config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again; only damaged weights are trained again.
 
     Raises:
         ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist; a
@@ -66,7 +64,7 @@ def train_memory(
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
     plan = plan_memory(data, init=init, base=base, activations=activations, config=config)
-    return run_stage(out, *plan, repair=repair)
+    return run_stage(out, *plan)
 
 
 def plan_memory(
@@ -89,6 +87,7 @@ def plan_memory(
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
+    validation = rows.validation if len(rows.validation) else None
     batches = math.ceil(len(rows.train) / config.batch_size)
     arguments = training_arguments(
         config,
@@ -96,7 +95,7 @@ def plan_memory(
         steps_per_epoch=math.ceil(batches / config.accumulation),
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        validate=len(rows.validation) > 0,
+        validate=validation is not None,
     )
     inputs = {"data": rows.manifest.hash, "base": model_identity(base)}
     sources = {**rows.manifest.sources, "data": str(data), "base": base}
@@ -123,52 +122,34 @@ def plan_memory(
             )
         if stage.previous is not None and stage.has(WEIGHTS_FILE):
             return _repair_beside_weights(stage, stage.previous, memory, rows, config)
+        scores = held_out = reader = None
+        if validation is not None:
+            scores, held_out = _base_on_validation(stage, rows, base_model, memory.tap, config)
         with contextlib.ExitStack() as open_now:
+            if memory.tap is not None:
+                reader = open_now.enter_context(TapReader(base_model, memory.tap))
             arguments.output_dir = str(stage.path / _CHECKPOINTS)
-            trainer = _trainer(stage, memory, base_model, rows, store, arguments, config, open_now)
+            trainer = MemoryTrainer(
+                memory,
+                arguments,
+                rows=rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys),
+                kl_weight=config.kl_weight,
+                validation=validation,
+                base_scores=scores,
+                validation_activations=held_out,
+                batch_tokens=config.batch_tokens,
+                online=reader if store is None else None,
+            )
             del base_model
             if store is not None:
-                open_now.close()  # the base's memory is free for training
+                open_now.close()
+                reader = None  # the base's memory is free for training
             _train(trainer, last_whole_checkpoint(stage.path / _CHECKPOINTS))
         facts = _facts(trainer, rows, memory, config)
         _save(stage, memory, rows, facts, config)
         return facts
 
     return Plan(spec, work)
-
-
-def _trainer(
-    stage: Stage,
-    memory: Memory,
-    base: PreTrainedModel,
-    rows: TrainingData,
-    store: Datastore | None,
-    arguments: TrainingArguments,
-    config: TrainConfig,
-    open_now: contextlib.ExitStack,
-) -> MemoryTrainer:
-    """The trainer of `memory`, with what it validates by.
-
-    Args:
-        open_now: Given the reader of the base, which online training needs as long as it lasts.
-    """
-    validation = rows.validation if len(rows.validation) else None
-    scores = held_out = reader = None
-    if validation is not None:
-        scores, held_out = _base_on_validation(stage, rows, base, memory.tap, config)
-    if memory.tap is not None:
-        reader = open_now.enter_context(TapReader(base, memory.tap))
-    return MemoryTrainer(
-        memory,
-        arguments,
-        rows=WithActivations(rows.train, store.keys) if store is not None and store.keys is not None else rows.train,
-        kl_weight=config.kl_weight,
-        validation=validation,
-        base_scores=scores,
-        validation_activations=held_out,
-        batch_tokens=config.batch_tokens,
-        online=reader if store is None else None,
-    )
 
 
 def _save(
