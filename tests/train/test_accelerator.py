@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from memlm.corpus.blocks import IGNORE
 from memlm.memory import loss as loss_module
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.protocol import Memory, MemorySettings, predicting_places
@@ -29,7 +29,7 @@ def decoder() -> Memory:
 
 def mlp() -> Memory:
     settings = MemorySettings(kind="mlp", vocab_size=VOCABULARY)
-    return MLPMemory.start(StartConfig(kind="mlp", layers=2), settings, init=None, base=tiny_model(VOCABULARY), seed=0)
+    return MLPMemory.start(MLPStart(layers=2), settings, init=None, base=tiny_model(VOCABULARY), seed=0)
 
 
 def batch(kind: Callable[[], Memory]) -> dict[str, Tensor]:

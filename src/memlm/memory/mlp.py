@@ -17,7 +17,7 @@ from memlm.artifacts import is_artifact, payload_file, read_manifest
 from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ArtifactError, ConfigError, ModelError
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.loss import DistillationLoss, distillation_loss
 from memlm.memory.protocol import Memory, MemoryCache, MemorySettings, NoCache, predicting_places
 from memlm.models.heads import Head, find_head, label_log_probs
@@ -170,26 +170,16 @@ class MLPMemory(Memory):
     # --- training -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def check_start(cls, config: StartConfig, *, init: str | None, goes_on: bool, block_size: int) -> None:
-        if config.fresh:
-            raise ConfigError("fresh = true: only a memory of kind decoder has it; an mlp starts fresh without --init")
-        if isinstance(config.layers, list):
-            raise ConfigError(f"layers = {config.layers}: an mlp memory takes a number of blocks")
-        if config.layers is not None and config.layers < 1:
-            raise ConfigError(f"layers = {config.layers}: must be at least 1")
-        sizes = {name: getattr(config, name) for name in ("layers", "width", "ffn_width")}
-        given = [f"{name} = {value}" for name, value in sizes.items() if value is not None]
-        if config.like is not None and given:
-            raise ConfigError(f"like = {config.like!r} and {given[0]}: give one of them")
+    def check_start(cls, config: MLPStart, *, init: str | None, goes_on: bool, block_size: int) -> None:
         if init is not None and not goes_on:
             raise ConfigError(f"init = {init!r}: an mlp memory starts fresh, or from another mlp memory's folder")
-        given += [f"{name} = {value!r}" for name in ("like", "head", "tap") if (value := getattr(config, name))]
-        if goes_on and given:
-            raise ConfigError(f"{given[0]}: --init {init} decides it")
+        if goes_on and (given := config.given()):
+            name, value = next(iter(given.items()))
+            raise ConfigError(f"{name} = {value!r}: --init {init} decides it")
 
     @classmethod
     def start(
-        cls, config: StartConfig, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
+        cls, config: MLPStart, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
     ) -> Self:
         tap = resolve_tap(base, config.tap or "1.0")
         input_width = tap_width(base, tap)
@@ -197,7 +187,6 @@ class MLPMemory(Memory):
         layers, width, ffn_width = SIZES.get(config.like or "", (None, None, None))
         width = width or config.width or input_width
         layers = layers or config.layers or _DEFAULT_LAYERS
-        assert isinstance(layers, int)
         if ffn_width is None:
             ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
         own = MLPSettings(
