@@ -37,6 +37,7 @@ COMMANDS = [
     ("chat",),
     ("run",),
     ("info",),
+    ("repair",),
     ("demo",),
 ]
 
@@ -337,7 +338,7 @@ def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path) ->
 def test_chat_forgets_on_clear_and_obeys_the_weight(
     memlm: Callable[..., Result], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import memlm.cli as cli
+    import memlm.cli.use as cli
 
     seen = []
 
@@ -359,7 +360,7 @@ def test_chat_changes_weights_by_name(
     datastore_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import memlm.cli as cli
+    import memlm.cli.use as cli
 
     seen = []
 
@@ -432,17 +433,19 @@ def test_fetch_prints_the_folder_of_a_fetched_model_last(
     assert (found.code, found.out.splitlines()[-1]) == (0, str(tmp_path / "models" / "smollm2"))
 
 
-def test_a_damaged_file_is_named_and_repaired(
+def test_a_damaged_folder_is_repaired_and_then_finished_by_its_command(
     memlm: Callable[..., Result], targets_folder: Path, datastore_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "t"
     shutil.copytree(targets_folder, folder)
-    command = ("targets", datastore_folder, "--k", 16, "--target-temperature", 4, "--out", folder, "--repair")
-    assert memlm(*command).err == ""
+    assert f"{folder} is whole" in memlm("repair", folder).out
     shard = folder / "train-00001.arrow"
     whole = shard.read_bytes()
     shard.write_bytes(b"\0" * len(whole))
-    assert memlm(*command).err == f"{shard} is damaged or missing; it is made again\n"
+    found = memlm("repair", folder)
+    assert found.code == 0
+    assert f"run the command that made {folder} again" in found.out
+    ok(memlm("targets", datastore_folder, "--k", 16, "--target-temperature", 4, "--out", folder, "--json"))
     assert shard.read_bytes() == whole
 
 
