@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -13,6 +13,9 @@ from memlm.errors import ConfigError
 
 _TOLD = 100  # problems looked at one by one at most
 _SHOWN = 5
+
+
+_Config = TypeVar("_Config", bound="StageConfig")
 
 
 class StageConfig(BaseModel):
@@ -43,6 +46,17 @@ class StageConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(_explain(error, cls, where)) from None
+
+
+def settings_from(cls: type[_Config], config: _Config | None, settings: dict[str, Any]) -> _Config:
+    """The settings of a stage, given as `config`, as keywords, or not at all.
+
+    Raises:
+        ConfigError: Both are given, or a keyword is unknown or has a wrong value.
+    """
+    if config is not None and settings:
+        raise ConfigError(f"{next(iter(settings))}: give settings as keywords or as config, not both")
+    return config or cls.parse(settings)
 
 
 def first_problem(error: ValidationError) -> str:

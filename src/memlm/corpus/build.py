@@ -5,13 +5,14 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from memlm.artifacts import Manifest, Stage, open_stage, read_manifest
-from memlm.config import nearest
+from memlm.config import nearest, settings_from
 from memlm.corpus.blocks import SPLITS
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
@@ -31,6 +32,7 @@ def build_corpus(
     out: str | Path,
     config: CorpusConfig | None = None,
     repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 
@@ -41,14 +43,14 @@ def build_corpus(
         documents: Files, folders, dataset folders or dataset names (`name[:config[:split]]`).
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
         repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         InputError: Nothing usable is in the documents, or they cannot be read.
         ConfigError: The tokenizer lacks a token that the settings name.
     """
-    config = config or CorpusConfig()
+    config = settings_from(CorpusConfig, config, settings)
     sources = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
     with open_stage(

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.artifacts import MANIFEST, Manifest, Stage, open_stage, read_manifest, writing_behind
+from memlm.config import settings_from
 from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import Extension
@@ -46,6 +47,7 @@ def build_datastore(
     config: DatastoreConfig | None = None,
     extend: str | Path | None = None,
     repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Run `teacher` over the training split of `corpus` and write keys, values and index to `out`.
 
@@ -59,7 +61,8 @@ def build_datastore(
         teacher: Path, hub id or packaged name of any causal LM with the corpus's tokenizer. None: the one that made
             `extend`.
         out: Folder to write; resumed where an earlier run stopped.
-        config: Default settings if None. With `extend`, settings that were not given are those of that datastore.
+        config: Default settings if None; or give them as keywords. With `extend`, settings that were not given are
+            those of that datastore.
         extend: Folder of the datastore of a smaller corpus.
         repair: Make damaged or missing files of a finished folder again.
 
@@ -72,7 +75,7 @@ def build_datastore(
     """
     source = Corpus(corpus)
     extension = None if extend is None else Extension(extend, source)
-    config = config or DatastoreConfig()
+    config = settings_from(DatastoreConfig, config, settings)
     if extension is not None:
         config, teacher = extension.settings(config), teacher or extension.store.teacher
     if teacher is None:

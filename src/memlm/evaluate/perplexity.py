@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.artifacts import check_output, open_stage, stage_identity, write_json
+from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
@@ -29,6 +30,7 @@ def evaluate_perplexity(
     config: EvaluateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
     repair: bool = False,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Test perplexity of base, memory alone and their mixture.
 
@@ -40,7 +42,7 @@ def evaluate_perplexity(
         base: Path, hub id or packaged name.
         memory: Folder or hub id of a memory, a datastore (live kNN-LM), or any causal LM of the same tokenizer.
         out: Folder for `report.json` and a plot; none is written if None.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
         retrieval: How a datastore is searched; the defaults if None.
         repair: Make damaged or missing files of finished scores, and of `out`, again.
 
@@ -55,7 +57,7 @@ def evaluate_perplexity(
         TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
         OutputExistsError: `out` holds something else.
     """
-    config = config or EvaluateConfig()
+    config = settings_from(EvaluateConfig, config, settings)
     source = Corpus(corpus)
     splits = source.manifest.facts["splits"]
     if not splits["test"]["positions"]:

@@ -11,6 +11,7 @@ from torch.nn.functional import embedding_bag
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm.artifacts import Facts, Manifest, is_artifact, open_stage, read_manifest
+from memlm.config import settings_from
 from memlm.errors import ConfigError
 from memlm.memory.card import CARD_FILE
 from memlm.memory.config import AdaptConfig
@@ -48,7 +49,13 @@ class _TrainingFacts(Facts):
 
 
 def adapt_memory(
-    memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None, repair: bool = False
+    memory: str | Path,
+    *,
+    tokenizer: str,
+    out: str | Path,
+    config: AdaptConfig | None = None,
+    repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Give a Memory Decoder the vocabulary of another tokenizer, and write it to `out`, to be trained on.
 
@@ -60,7 +67,7 @@ def adapt_memory(
         memory: What `memlm train` wrote, a hub id of one, or any causal LM.
         tokenizer: The other tokenizer: a model's path, hub id or packaged name.
         out: Folder to write.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
         repair: Make damaged or missing files of a finished folder again.
 
     Raises:
@@ -70,7 +77,7 @@ def adapt_memory(
 
     Source: Memory Decoder, cross-vocabulary adaptation (arXiv:2508.09874), which draws all rows at random.
     """
-    config = config or AdaptConfig()
+    config = settings_from(AdaptConfig, config, settings)
     name = str(memory)
     settings = read_settings(name)
     if settings is not None and settings.kind != MemoryDecoder.kind:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from memlm.artifacts import Manifest, Stage, file_digest, open_stage, read_manifest, writing_behind
+from memlm.config import settings_from
 from memlm.corpus.blocks import Block, Corpus, Split
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.store import Datastore
@@ -34,7 +35,12 @@ _IMPORT_SHARD_POSITIONS = 65536
 
 
 def build_targets(
-    datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None, repair: bool = False
+    datastore: str | Path,
+    *,
+    out: str | Path,
+    config: TargetsConfig | None = None,
+    repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Search every training position's neighbours and write their votes to `out`.
 
@@ -45,14 +51,14 @@ def build_targets(
     Args:
         datastore: Folder of the datastore stage.
         out: Folder to write; resumed where an earlier run stopped.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
         repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         ConfigError: k is larger than the datastore allows.
         ArtifactError: The datastore kept no keys and its teacher is no longer the one that made it.
     """
-    config = config or TargetsConfig()
+    config = settings_from(TargetsConfig, config, settings)
     store = Datastore(datastore)
     if config.k > store.n_entries - 1:
         raise ConfigError(

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from memlm.artifacts import Manifest, Stage, load_array, open_stage, partial_path, read_manifest
+from memlm.config import settings_from
 from memlm.corpus.blocks import Blocks
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
@@ -39,6 +40,7 @@ def train_memory(
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
     repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Train a memory and write it to `out`, with its card.
 
@@ -51,7 +53,7 @@ def train_memory(
         base: Base whose mixture with the memory is validated, and which an MLP memory reads; `init` if None.
         activations: Datastore whose keys are the base's activations at the tap, for an MLP memory; None: the frozen
             base runs inside every step.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
         repair: Make damaged or missing files of a finished folder again; only damaged weights are trained again.
 
     Raises:
@@ -61,7 +63,7 @@ def train_memory(
         ArtifactError: `activations` are of another corpus, base or tap.
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
-    config = config or TrainConfig()
+    config = settings_from(TrainConfig, config, settings)
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
     base, goes_on = check_start(config, init=init, base=base, block_size=rows.corpus_config.block_size)
     if init is not None:
