@@ -22,7 +22,7 @@ from transformers.utils import logging
 from memlm.cli import app, main
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
-from memlm.manifest import MANIFEST
+from memlm.manifest import MANIFEST, read_manifest
 
 COMMANDS = [
     ("fetch",),
@@ -38,6 +38,7 @@ COMMANDS = [
     ("chat",),
     ("run",),
     ("info",),
+    ("repair",),
     ("demo",),
 ]
 
@@ -340,7 +341,7 @@ def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path) ->
 def test_chat_forgets_on_clear_and_obeys_the_weight(
     memlm: Callable[..., Result], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import memlm.cli as cli
+    import memlm.cli.use as cli
 
     seen = []
 
@@ -362,7 +363,7 @@ def test_chat_changes_weights_by_name(
     datastore_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import memlm.cli as cli
+    import memlm.cli.use as cli
 
     seen = []
 
@@ -433,6 +434,22 @@ def test_fetch_prints_the_folder_of_a_fetched_model_last(
     (tmp_path / "models" / "smollm2").mkdir(parents=True)
     found = memlm("fetch", "smollm2")
     assert (found.code, found.out.splitlines()[-1]) == (0, str(tmp_path / "models" / "smollm2"))
+
+
+def test_a_damaged_folder_is_repaired_and_then_finished_by_its_command(
+    memlm: Callable[..., Result], targets_folder: Path, datastore_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "t"
+    shutil.copytree(targets_folder, folder)
+    assert f"{folder} is whole" in memlm("repair", folder).out
+    shard = folder / "train-00001.arrow"
+    whole = shard.read_bytes()
+    shard.write_bytes(b"\0" * len(whole))
+    found = memlm("repair", folder)
+    assert found.code == 0
+    assert f"run the command that made {folder} again" in found.out
+    ok(memlm("targets", datastore_folder, "--k", 16, "--target-temperature", 4, "--out", folder, "--json"))
+    assert shard.read_bytes() == whole
 
 
 def test_what_a_stranger_wrote_moves_no_cursor(
@@ -855,7 +872,9 @@ def test_an_interrupt_says_that_work_goes_on(
 
 def test_json_numbers_are_those_of_the_arrays_in_the_cache(memlm: Callable[..., Result], world: World) -> None:
     report = ok(memlm(*world.evaluate("--json", "--mix-weight", 0, "--dtype", "float32")))
-    found = [np.load(p) for p in (world.tmp / "home" / "scores").glob("*/test.label.npy")]
+    folders = (world.tmp / "home" / "scores").iterdir()
+    found = [np.load(f / "label.npy") for f in folders if read_manifest(f).config["split"] == "test"]
+    assert len(found) == 2
     perplexities = sorted(float(np.exp(-values.astype(np.float64).mean())) for values in found)
     ours = sorted([report["base"]["perplexity"], report["memory"]["perplexity"]])
     assert ours == pytest.approx(perplexities, abs=1e-4)  # the report rounds to four digits

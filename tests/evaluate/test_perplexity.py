@@ -468,3 +468,72 @@ def test_the_table_names_every_row(report: dict[str, Any]) -> None:
     ):
         assert words in table
     assert f"{report['base']['perplexity']:.2f}" in table
+
+
+# --- several memories -----------------------------------------------------------------------------------------------
+
+
+def test_several_memories_are_mixed_with_weights_of_their_own(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, datastore_folder: Path, tmp_path: Path
+) -> None:
+    """The mixture equals the one that plain arithmetic makes of the two single reports' scores."""
+    memories = {"law": str(memory_folder), "live": str(datastore_folder)}
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=memories, out=tmp_path / "e", config=EXACT)
+    weights = report["mixture"]["mix_weight"]
+    assert list(weights) == ["law", "live"]
+    assert 0 < sum(weights.values()) <= 1
+    table = score_corpus(Corpus(corpus_folder), model_folder, memories, dtype="float32")["test"]
+    probs = {name: np.exp(scores.label.astype(np.float64)) for name, scores in table.voters.items()}
+    mixed = (1 - sum(weights.values())) * probs["base"] + sum(w * probs[name] for name, w in weights.items())
+    assert report["mixture"]["perplexity"] == pytest.approx(np.exp(-np.log(mixed).mean()), rel=1e-5)
+    alone = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    assert report["law"] == alone["memory"]
+    assert report["live"]["perplexity"] is None, "a retriever finds some labels impossible"
+    curve = [value for value in report["validation"]["perplexities"] if value is not None]
+    assert min(curve) <= min(value for value in alone["validation"]["perplexities"] if value is not None) + 1e-4
+    assert "law alone" in report_table(report)
+    assert (tmp_path / "e" / "perplexity.png").is_file()
+
+
+def test_weights_of_several_memories_are_given_by_name(
+    corpus_folder: Path, model_folder: str, memory_folder: Path
+) -> None:
+    memories = {"a": str(memory_folder), "b": model_folder}
+    config = EXACT.model_copy(update={"mix_weight": {"a": 0.5, "b": 0.25}})
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=memories, config=config)
+    assert report["mixture"]["mix_weight"] == {"a": 0.5, "b": 0.25}
+    same = evaluate_perplexity(
+        corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT.model_copy(update={"mix_weight": 0.5})
+    )
+    assert report["mixture"]["perplexity"] == pytest.approx(same["mixture"]["perplexity"], rel=1e-4)  # b is the base
+
+
+@pytest.mark.parametrize(
+    ("memories", "weights", "message"),
+    [
+        ({"a": "x", "b": "y"}, 0.5, r"give one weight per memory \(a, b\), by name"),
+        ({"a": "x", "b": "y"}, {"a": 0.5}, "mix_weight of 'b' is missing"),
+        ({"a": "x", "b": "y"}, {"a": 0.7, "b": 0.7}, "sum to 1.4, above 1"),
+        ({"mixture": "x"}, None, "memory name 'mixture' is what the report calls something of its own"),
+    ],
+)
+def test_names_and_weights_that_do_not_fit_are_refused(
+    corpus_folder: Path, model_folder: str, memories: dict[str, str], weights: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate_perplexity(corpus_folder, base=model_folder, memory=memories, mix_weight=weights)
+
+
+def test_without_matplotlib_the_report_is_written_and_the_plot_is_named_as_missing(
+    corpus_folder: Path,
+    model_folder: str,
+    memory_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(perplexity_module, "find_spec", lambda name: None)
+    out = tmp_path / "e"
+    evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), out=out, config=EXACT)
+    assert set(read_manifest(out).payload) == {"report.json"}
+    assert "pip install 'memlm[plot]'" in capsys.readouterr().err

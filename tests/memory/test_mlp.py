@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlm.errors import ArtifactError, ConfigError, MemlmError, ModelError
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import SIZES, FFNStyle, MLPBlock, MLPMemory, MLPSettings, ffn_style
 from memlm.memory.protocol import MemorySettings
@@ -33,7 +33,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def start(base: PreTrainedModel, *, seed: int = 0, **config: Any) -> MLPMemory:
     settings = MemorySettings(kind="mlp", vocab_size=base.config.get_text_config().vocab_size)
-    return MLPMemory.start(StartConfig(kind="mlp", **config), settings, init=None, base=base, seed=seed).eval()
+    return MLPMemory.start(MLPStart(**config), settings, init=None, base=base, seed=seed).eval()
 
 
 def moved(memory: MLPMemory) -> MLPMemory:
@@ -264,9 +264,9 @@ def test_a_tap_that_does_not_exist_names_near_ones() -> None:
 @pytest.mark.parametrize(
     ("config", "init", "goes_on", "message"),
     [
-        ({"fresh": True}, None, False, "fresh = true: only a memory of kind decoder has it"),
-        ({"layers": [0, 1]}, None, False, r"layers = \[0, 1\]: an mlp memory takes a number of blocks"),
-        ({"layers": 0}, None, False, "layers = 0: must be at least 1"),
+        ({"fresh": True}, None, False, "unknown setting 'fresh'"),
+        ({"layers": [0, 1]}, None, False, r"layers = \[0, 1\]: input should be a valid integer"),
+        ({"layers": 0}, None, False, "layers = 0: input should be greater than or equal to 1"),
         ({"like": "small", "layers": 3}, None, False, "like = 'small' and layers = 3: give one of them"),
         ({"like": "small", "ffn_width": 8}, None, False, "like = 'small' and ffn_width = 8: give one of them"),
         ({}, "gpt2", False, "init = 'gpt2': an mlp memory starts fresh, or from another mlp memory's folder"),
@@ -281,7 +281,7 @@ def test_starts_that_contradict_themselves_are_refused(
     config: dict[str, Any], init: str | None, goes_on: bool, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        MLPMemory.check_start(StartConfig(kind="mlp", **config), init=init, goes_on=goes_on, block_size=32)
+        MLPMemory.check_start(MLPStart.parse(config), init=init, goes_on=goes_on, block_size=32)
 
 
 # --- beside its base --------------------------------------------------------------------------------------------------

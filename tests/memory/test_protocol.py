@@ -14,6 +14,7 @@ from families import token_ids
 from memories import LONG_TEXT, decoder_memory
 from torch import Tensor
 
+from memlm.memory.config import KINDS
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
@@ -252,6 +253,4 @@ def test_a_saved_memory_votes_as_before(memory: Memory, model_folder: str, tmp_p
 
 
 def test_every_kind_is_listed_here(datastore_folder: Path) -> None:
-    from memlm.memory.loading import KINDS
-
     assert {make(datastore_folder).kind for make in MEMORIES.values()} == set(KINDS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from memlm.corpus.blocks import IGNORE
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loss import distillation_loss
 from memlm.memory.mlp import MLPMemory
@@ -31,7 +31,7 @@ def decoder() -> Memory:
 
 def mlp() -> Memory:
     settings = MemorySettings(kind="mlp", vocab_size=VOCABULARY)
-    return MLPMemory.start(StartConfig(kind="mlp", layers=2), settings, init=None, base=tiny_model(VOCABULARY), seed=0)
+    return MLPMemory.start(MLPStart(layers=2), settings, init=None, base=tiny_model(VOCABULARY), seed=0)
 
 
 def batch(kind: Callable[[], Memory]) -> dict[str, Tensor]:

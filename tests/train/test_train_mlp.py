@@ -219,7 +219,7 @@ def refused(error: type[MemlmError], match: str, data: Path, out: Path, **argume
     names = ("init", "base", "activations")
     where = {name: arguments.pop(name) for name in names if name in arguments}
     with pytest.raises(error, match=match):
-        train_memory(data, out=out, config=TrainConfig(**{"kind": "mlp", **arguments}), **where)
+        train_memory(data, out=out, config=TrainConfig.parse({"kind": "mlp", **arguments}), **where)
     assert not out.exists()
 
 
@@ -229,9 +229,9 @@ def refused(error: type[MemlmError], match: str, data: Path, out: Path, **argume
     [
         ({"kind": "mpl"}, "kind = 'mpl'; did you mean 'mlp'"),
         ({"kind": "retrieval"}, "kind = 'retrieval': such a memory is not trained"),
-        ({"fresh": True}, "fresh = true: only a memory of kind decoder has it"),
-        ({"layers": [0, 1]}, r"layers = \[0, 1\]: an mlp memory takes a number of blocks"),
-        ({"layers": -1}, "layers = -1: must be at least 1"),
+        ({"fresh": True}, "fresh = True: only a memory of kind decoder has it"),
+        ({"layers": [0, 1]}, r"layers = \[0, 1\]: input should be a valid integer"),
+        ({"layers": -1}, "layers = -1: input should be greater than or equal to 1"),
         ({"like": "small", "layers": 2}, "like = 'small' and layers = 2: give one of them"),
         *(
             ({"kind": "decoder", name: value}, f"{name} = .*only a memory of kind mlp has it; add --kind mlp")

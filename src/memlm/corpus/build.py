@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from memlm.config import nearest
+from memlm.config import nearest, settings_from
 from memlm.corpus.blocks import SPLITS
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
@@ -30,6 +30,7 @@ def build_corpus(
     tokenizer: str,
     out: str | Path,
     config: CorpusConfig | None = None,
+    **settings: Any,
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 
@@ -40,12 +41,13 @@ def build_corpus(
         documents: Files, folders, dataset folders or dataset names (`name[:config[:split]]`).
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
 
     Raises:
         InputError: Nothing usable is in the documents, or they cannot be read.
         ConfigError: The tokenizer lacks a token that the settings name.
     """
+    config = settings_from(CorpusConfig, config, settings)
     return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config))
 
 

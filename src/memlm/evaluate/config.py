@@ -1,18 +1,14 @@
 """Settings of the evaluate stage."""
 
-from typing import Annotated
-
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from memlm.config import StageConfig
-
-Weight = Annotated[float, Field(ge=0, le=1)]
 
 
 class EvaluateConfig(StageConfig):
     """How perplexity is measured."""
 
-    mix_weight: Weight | dict[str, Weight] | None = None
+    mix_weight: float | dict[str, float] | None = None
     """Weight of the memory in the mixture, by name where there are several; default the best on validation. α in Memory
     Decoder, λ in kNN-LM."""
     dtype: str = "auto"
@@ -23,3 +19,11 @@ class EvaluateConfig(StageConfig):
     """Resamplings of documents behind the 95% intervals; 0 leaves them out."""
     seed: int = Field(default=0, ge=0)
     """Draws the resamplings."""
+
+    @field_validator("mix_weight")
+    @classmethod
+    def _in_range(cls, value: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        weights = value.values() if isinstance(value, dict) else [] if value is None else [value]
+        if not all(0 <= weight <= 1 for weight in weights):  # also false for NaN
+            raise ValueError("must be in [0, 1]")
+        return value

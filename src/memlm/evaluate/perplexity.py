@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
@@ -38,6 +39,7 @@ def evaluate_perplexity(
     out: str | Path | None = None,
     config: EvaluateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Test perplexity of base, each memory alone and their mixture.
 
@@ -50,7 +52,7 @@ def evaluate_perplexity(
         memory: Folder or hub id of a memory, a datastore (live kNN-LM), or any causal LM of the same tokenizer; or name
             to any of these.
         out: Folder for `report.json` and a plot; none is written if None.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
         retrieval: How datastores are searched; as they say if None.
 
     Returns:
@@ -65,7 +67,7 @@ def evaluate_perplexity(
         TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
         OutputExistsError: `out` holds something else.
     """
-    config = config or EvaluateConfig()
+    config = settings_from(EvaluateConfig, config, settings)
     memories = dict(memory) if isinstance(memory, Mapping) else {MEMORY: memory}
     source = Corpus(corpus)
     splits = source.manifest.facts["splits"]

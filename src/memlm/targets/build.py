@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from memlm.config import settings_from
 from memlm.corpus.blocks import Block, Corpus, Split
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.store import Datastore
@@ -31,7 +32,9 @@ from memlm.targets.shards import (
 from memlm.targets.votes import SparseProbs, retrieve
 
 
-def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None) -> Manifest:
+def build_targets(
+    datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None, **settings: Any
+) -> Manifest:
     """Search every training position's neighbours and write their votes to `out`.
 
     A row of `train-NNNNN.arrow` is one block: `input_ids`; `target_counts`, the support of each token's distribution
@@ -41,13 +44,13 @@ def build_targets(datastore: str | Path, *, out: str | Path, config: TargetsConf
     Args:
         datastore: Folder of the datastore stage.
         out: Folder to write; resumed where an earlier run stopped.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
 
     Raises:
         ConfigError: k is larger than the datastore allows.
         ArtifactError: The datastore kept no keys and its teacher is no longer the one that made it.
     """
-    return run_stage(out, *plan_targets(datastore, config=config))
+    return run_stage(out, *plan_targets(datastore, config=settings_from(TargetsConfig, config, settings)))
 
 
 def plan_targets(datastore: str | Path, *, config: TargetsConfig | None = None, positions_at_once: int = 4096) -> Plan:

@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from memlm.config import nearest
+from memlm.config import settings_from
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
 from memlm.files import load_array
 from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE, memory_card
-from memlm.memory.loading import KINDS, load_memory, read_settings
+from memlm.memory.loading import load_memory, memory_class, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, model_identity, parse_dtype
 from memlm.models.taps import TapReader
@@ -42,6 +42,7 @@ def train_memory(
     base: str | None = None,
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
+    **settings: Any,
 ) -> Manifest:
     """Train a memory and write it to `out`, with its card.
 
@@ -54,7 +55,7 @@ def train_memory(
         base: Base whose mixture with the memory is validated, and which an MLP memory reads; `init` if None.
         activations: Datastore whose keys are the base's activations at the tap, for an MLP memory; None: the frozen
             base runs inside every step.
-        config: Default settings if None.
+        config: Default settings if None; or give them as keywords.
 
     Raises:
         ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist; a
@@ -63,6 +64,7 @@ def train_memory(
         ArtifactError: `activations` are of another corpus, base or tap.
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
+    config = settings_from(TrainConfig, config, settings)
     plan = plan_memory(data, init=init, base=base, activations=activations, config=config)
     return run_stage(out, *plan)
 
@@ -182,16 +184,14 @@ def check_start(config: TrainConfig, *, init: str | None, base: str | None, bloc
     """The base, and whether `init` is a memory to go on with; reads configs only, no data and no weights.
 
     Raises:
-        ConfigError: The kind is unknown, init or base is missing, or a setting does not fit the kind.
+        ConfigError: init or base is missing, or a setting does not fit them.
         ModelError: init cannot be reached.
     """
-    if config.kind not in KINDS:
-        raise ConfigError(f"kind = {config.kind!r}{nearest(config.kind, KINDS)}")
-    kind = KINDS[config.kind]
+    kind = memory_class(config.start.kind)
     there = read_settings(init) if init is not None else None
-    if there is not None and there.kind != config.kind:
+    if there is not None and there.kind != kind.kind:
         raise ConfigError(f"init = {init!r} is a memory of kind {there.kind}; add --kind {there.kind}")
-    kind.check_start(config, init=init, goes_on=there is not None, block_size=block_size)
+    kind.check_start(config.start, init=init, goes_on=there is not None, block_size=block_size)
     if base is None and (init is None or kind.reads_base):
         raise ConfigError("base is missing: name the model that the memory will stand beside (--base)")
     return base or str(init), there is not None
@@ -208,8 +208,8 @@ def _check_init(rows: TrainingData, init: str) -> None:
 
 def _stored_activations(rows: TrainingData, base: str, activations: str | Path, config: TrainConfig) -> Datastore:
     """The datastore of `activations`, checked but for its tap, which only the loaded base tells."""
-    if not KINDS[config.kind].reads_base:
-        raise ConfigError(f"activations: a memory of kind {config.kind} reads no base; leave --activations out")
+    if not memory_class(config.start.kind).reads_base:
+        raise ConfigError(f"activations: a memory of kind {config.start.kind} reads no base; leave --activations out")
     store = Datastore(activations)
     if not store.config.keep_keys:
         raise ArtifactError(f"activations {activations}: the datastore kept no keys; train online, without them")
@@ -227,7 +227,7 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
         "context_length": rows.corpus_config.block_size,
         "tokenizer": rows.manifest.tokenizer,
     }
-    if goes_on and config.layers is None and not config.fresh:
+    if goes_on and not config.start.given():
         assert init is not None
         memory = load_memory(init, dtype=torch.float32)
         memory.check_base(base)
@@ -235,8 +235,9 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
             update={**shared, "vocab_size": min(rows.vocab_size, memory.vocab_size)}
         )
         return memory
-    settings = MemorySettings(kind=config.kind, **shared)
-    return KINDS[config.kind].start(config, settings, init=init, base=base, seed=config.seed).float()
+    kind = memory_class(config.start.kind)
+    settings = MemorySettings(kind=kind.kind, **shared)
+    return kind.start(config.start, settings, init=init, base=base, seed=config.seed).float()
 
 
 def _base_on_validation(
