@@ -200,10 +200,11 @@ class TimeLeft:
 
     @property
     def seconds(self) -> float:
-        """Seconds left, at the pace of what was done since the start; at the expected one where that is too little."""
+        """Seconds left, at the pace of what was done since the start, which counts for more the more was done."""
         whole = sum(self._parts.values())
+        trusted = whole / 4  # a fast first part says little of training, so this much counts as gone as expected
         paced = self.share * whole - self._skipped
-        pace = (self._clock() - self._began) / paced if paced > _PART_SECONDS else 1.0
+        pace = (self._clock() - self._began + trusted) / (paced + trusted)
         return (1 - self.share) * whole * pace
 
 
