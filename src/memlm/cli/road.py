@@ -333,20 +333,23 @@ def run(
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("memlm-demo"),
-    train_tokens: Annotated[int, typer.Option(min=2000, help="Training tokens; time grows with them.")] = 60_000,
+    train_tokens: Annotated[
+        int | None, typer.Option(min=2000, help="Training tokens; default as many as fit into --minutes here.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=1.0, help="What it may take, once the model is fetched.")] = 10,
     as_json: Json = False,
 ) -> None:
-    """Walk the whole road in some minutes on two CPU cores: from documentation strings to a table of what was gained.
+    """Walk the whole road in ten minutes on two CPU cores: from documentation strings to a table of what was gained.
 
     The corpus is the documentation of the transformers and torch packages installed here, which is newer than the
-    model. An interrupted demo goes on where it stopped.
+    model. A few steps are timed first, and the demo is as large as fits. An interrupted one goes on where it stopped.
 
     Example: memlm demo
     """
     quiet()
     from memlm.demo import run_demo
 
-    report, text = run_demo(out, train_tokens=train_tokens, say=say)
+    report, text = run_demo(out, train_tokens=train_tokens, minutes=minutes, say=say)
     print_result(report, as_json, text)
 
 
