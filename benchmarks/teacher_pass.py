@@ -58,8 +58,7 @@ def measure(
         stage = Stage(Path(scratch) / "datastore", StageSpec("datastore", {}, {}, None))
 
         def teacher_pass() -> np.ndarray:
-            with reader:  # its hook stops the pass at the tap, so it must not be there for the other side
-                keys = read_keys(reader, split, range(len(split)), batch_tokens=batch * length)
+            keys = read_keys(reader, split, range(len(split)), batch_tokens=batch * length)
             stage.save_array("keys.npy", keys)
             return keys
 
