@@ -318,10 +318,10 @@ def test_scores_and_evaluation_are_repaired(
 
     report = evaluate()
     before = read_manifest(tmp_path / "e")
-    scores = next((tmp_path / "home" / "scores").glob("*/test.entropy.npy")).parent
+    scores = next((tmp_path / "home" / "scores").glob("*/entropy.npy")).parent
     flip(tmp_path / "e" / "report.json")
-    flip(scores / "test.entropy.npy")
-    with pytest.raises(ArtifactError, match=rf"test\.entropy\.npy is damaged: .* run `memlm repair {scores}`"):
+    flip(scores / "entropy.npy")
+    with pytest.raises(ArtifactError, match=rf"entropy\.npy is damaged: .* run `memlm repair {scores}`"):
         evaluate()
     for folder in (tmp_path / "e", scores):
         assert len(repair_folder(folder)) == 2
