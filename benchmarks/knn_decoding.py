@@ -149,7 +149,7 @@ def measure(
 
 
 def prove_search(live: RetrievalMemory, sample: int = 32) -> None:
-    """Nothing, where stored keys find themselves first, at no distance.
+    """Raise unless stored keys find themselves first, at no distance.
 
     Raises:
         WrongAnswerError: They do not.

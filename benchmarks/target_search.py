@@ -162,7 +162,7 @@ def measure(
 def prove_search(
     index: Index, keys: Keys, queries: NDArray[np.float32], own: NDArray[np.int64], k: int, *, sample: int = 512
 ) -> None:
-    """Nothing, where each position finds itself among its neighbours and distances are those of the entries found.
+    """Raise unless each position finds itself among its neighbours and distances are those of the entries found.
 
     Raises:
         WrongAnswerError: One does not, or a distance differs.

@@ -82,7 +82,7 @@ def measure(
 
 @torch.inference_mode()
 def prove_keys(model: PreTrainedModel, tap: str, pieces: Sequence[Tensor], keys: np.ndarray) -> None:
-    """Nothing, where `keys` are what goes into the tap in a whole forward pass, at every place that predicts a token.
+    """Raise unless `keys` are what goes into the tap in a whole forward pass, at every place that predicts a token.
 
     Raises:
         WrongAnswerError: They are not.
