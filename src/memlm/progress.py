@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from memlm.ranks import speaks
+
 Listener = Callable[[str, float, float], None]
 """Told a bar's description, what is done and the total, whenever either changes."""
 
@@ -39,6 +41,7 @@ def progress_bar(total: int, description: str, *, unit: str = "tok", initial: in
     """A bar over `total` units, shown on a terminal only (stderr)."""
     if _listener is not None:
         return _ToldBar(_listener, description, total, initial)
+    silent = None if speaks() else True
     return tqdm(
-        total=total, desc=description, unit=unit, unit_scale=True, initial=initial, disable=None, dynamic_ncols=True
+        total=total, desc=description, unit=unit, unit_scale=True, initial=initial, disable=silent, dynamic_ncols=True
     )

@@ -41,6 +41,7 @@ from memlm.manifest import (
     read_manifest,
     short,
 )
+from memlm.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -199,21 +200,25 @@ class Plan(NamedTuple):
     work: Work
 
 
-def run_stage(out: str | Path, spec: StageSpec, work: Work) -> Manifest:
+def run_stage(out: str | Path, spec: StageSpec, work: Work, ranks: Ranks = ALONE) -> Manifest:
     """The manifest of `out`, which is left alone where it is finished, and else made by `work`.
 
     Args:
         out: Folder to write; resumed where an earlier run of the same `spec` stopped.
         spec: What is asked for.
         work: What makes it.
+        ranks: Who works together; the first opens and finishes the folder, and `work` leaves writing to it.
 
     Raises:
         OutputExistsError: `out` belongs to another run, or another process works on it.
         ArtifactError: The file system failed the stage, as when the disk is full or an input is gone; or a repaired
             file came out otherwise than it was.
     """
-    with open_stage(out, spec) as stage:
-        return stage.finished or stage.finish(work(stage))
+    with open_stage(out, spec) if ranks.first else contextlib.nullcontext(Stage(Path(out), spec)) as stage:
+        if finished := ranks.from_first(stage.finished):
+            return finished
+        facts = work(stage)
+        return ranks.from_first(stage.finish(facts) if ranks.first else None)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

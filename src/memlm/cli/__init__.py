@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import typer
 
 from memlm.cli.folders import info, repair
+from memlm.cli.printing import say
 from memlm.cli.road import adapt, convert, corpus, datastore, demo, fetch, perplexity, run, targets, train, version
 from memlm.cli.use import chat, explain, generate
 from memlm.errors import MemlmError
@@ -51,7 +52,7 @@ def main() -> None:
         _end(error)
     except SystemExit as stop:
         if stop.code in (_INTERRUPTED, _TERMINATED):
-            print("\nmemlm: stopped; the same command goes on where this one was", file=sys.stderr)
+            say("\nmemlm: stopped; the same command goes on where this one was")
         raise
     except BrokenPipeError:
         sys.stderr.close()
@@ -72,5 +73,5 @@ def _stop_again(otherwise: Callable[[Any], Any], lost: Any) -> None:
 
 
 def _end(error: MemlmError) -> NoReturn:
-    print(f"memlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    say(f"memlm: error: {' '.join(str(error).split())}")
     sys.exit(2)

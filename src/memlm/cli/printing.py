@@ -6,15 +6,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memlm.ranks import speaks
+
 
 def say(line: str) -> None:
     """Tell what is no result."""
-    print(line, file=sys.stderr)
+    if speaks():
+        print(line, file=sys.stderr)
 
 
 def print_result(value: dict[str, Any], as_json: bool, text: str = "") -> None:
     """Print `value` as one JSON object, or `text` where there is some."""
-    if as_json or text:
+    if speaks() and (as_json or text):
         print(json.dumps(value) if as_json else text)
 
 

@@ -174,6 +174,41 @@ class WithActivations(Rows):
         return self._rows[index] | {"activations": self._keys.rows(*self.position_starts[index : index + 2])}
 
 
+class WithBlank(Rows):
+    """Rows, and as number -1 one that predicts nothing."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self.lengths, self.position_starts = rows.lengths, rows.position_starts
+
+    def __getitem__(self, index: int) -> dict[str, NDArray]:
+        row = self._rows[max(index, 0)]
+        if index >= 0:
+            return row
+        first = row["input_ids"][:1]
+        return {name: values[:0] for name, values in row.items()} | {"input_ids": first, "labels": first * 0 + IGNORE}
+
+
+class Share:
+    """Every `count`-th block, from block `index` on."""
+
+    def __init__(self, blocks: Blocks, index: int, count: int) -> None:
+        self._blocks = blocks
+        self._numbers = np.arange(index, len(blocks), count)
+        starts = blocks.position_starts
+        ranges = [np.arange(starts[i], starts[i + 1]) for i in self._numbers]
+        self.positions: NDArray[np.int64] = np.concatenate([np.empty(0, np.int64), *ranges])
+        """Numbers of their positions, in order."""
+        self.lengths = blocks.lengths[self._numbers]
+        self.position_starts = np.append(0, np.diff(starts)[self._numbers].cumsum())
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index: int) -> Block:
+        return self._blocks[int(self._numbers[index])]
+
+
 class ArrowBlocks:
     """The validation blocks of a targets folder."""
 
@@ -240,14 +275,18 @@ class LengthGroupedSampler(Sampler[int]):
     order from the global generator.
     """
 
-    def __init__(self, lengths: NDArray[np.int64], batch_size: int, seed: int, pool: int = 32) -> None:
+    def __init__(
+        self, lengths: NDArray[np.int64], batch_size: int, seed: int, pool: int = 32, fill_to: int = 1
+    ) -> None:
         """
         Args:
             lengths: Tokens per row.
             batch_size: Rows of one optimizer step.
             seed: With the epoch, decides the order.
             pool: Batches whose rows are sorted together.
+            fill_to: An epoch is filled up to a multiple of this many rows, with rows of number -1.
         """
+        self._fill = -len(lengths) % fill_to
         self._lengths = lengths
         self._batch_size = batch_size
         self._seed = seed
@@ -259,7 +298,7 @@ class LengthGroupedSampler(Sampler[int]):
         self._epoch = int(epoch)
 
     def __len__(self) -> int:
-        return len(self._lengths)
+        return len(self._lengths) + self._fill
 
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng([self._seed, self._epoch])
@@ -271,3 +310,4 @@ class LengthGroupedSampler(Sampler[int]):
         whole, rest = (batches, []) if len(batches[-1]) == self._batch_size else (batches[:-1], batches[-1:])
         rng.shuffle(whole)
         yield from (int(i) for batch in [*whole, *rest] for i in batch)
+        yield from [-1] * self._fill

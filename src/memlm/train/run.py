@@ -21,7 +21,8 @@ from memlm.memory.protocol import Memory, MemorySettings
 from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, model_identity, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
-from memlm.scores.score import Collected, ReadActivations, stored_activations
+from memlm.ranks import ALONE, Ranks, together
+from memlm.scores.score import Collected, stored_activations
 from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.config import TrainConfig
@@ -64,8 +65,9 @@ def train_memory(
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
     config = settings_from(TrainConfig, config, settings)
-    plan = plan_memory(data, init=init, base=base, activations=activations, config=config)
-    return run_stage(out, *plan)
+    with together() as ranks:
+        plan = plan_memory(data, init=init, base=base, activations=activations, config=config, ranks=ranks)
+        return run_stage(out, *plan, ranks)
 
 
 def plan_memory(
@@ -75,6 +77,7 @@ def plan_memory(
     base: str | None = None,
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """What `train_memory` with these arguments is to make, and the work; raises what it raises before any work."""
     config = config or TrainConfig()
@@ -89,7 +92,7 @@ def plan_memory(
     if dtype == torch.float16:
         raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
     validation = rows.validation if len(rows.validation) else None
-    batches = math.ceil(len(rows.train) / config.batch_size)
+    batches = math.ceil(len(rows.train) / (config.batch_size * ranks.count))
     arguments = training_arguments(
         config,
         Path(_CHECKPOINTS),
@@ -106,7 +109,7 @@ def plan_memory(
         inputs["activations"], sources["activations"] = store.manifest.hash, str(activations)
     spec = StageSpec(
         "memory",
-        config=config.model_dump(),
+        config=config.model_dump() | ({"processes": ranks.count} if ranks.count > 1 else {}),
         inputs=inputs,
         tokenizer=rows.manifest.tokenizer,
         sources=sources,
@@ -121,12 +124,20 @@ def plan_memory(
             raise ArtifactError(
                 f"activations {activations} were read at {store.manifest.facts['tap']}, the memory reads {memory.tap}"
             )
-        if stage.previous is not None and stage.has(WEIGHTS_FILE):
-            return _repair_beside_weights(stage, stage.previous, memory, rows, config)
+        previous = ranks.from_first(stage.previous if stage.has(WEIGHTS_FILE) else None)
+        if previous is not None:
+            if ranks.first:
+                _repair_beside_weights(stage, previous, memory, rows, config)
+            return previous.facts
         scores = held_out = None
         if validation is not None:
-            scores, held_out = _base_on_validation(stage, rows, base_model, memory.tap, config)
-        arguments.output_dir = str(stage.path / _CHECKPOINTS)
+            scores = ranks.from_first(
+                _base_scores(stage, rows, base_model, memory.tap, config) if ranks.first else None
+            )
+            if memory.tap is not None:
+                held_out = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+        checkpoints = stage.path / _CHECKPOINTS
+        arguments.output_dir = str(checkpoints)
         trainer = MemoryTrainer(
             memory,
             arguments,
@@ -139,9 +150,10 @@ def plan_memory(
             online=TapReader(base_model, memory.tap) if memory.tap is not None and store is None else None,
         )
         del base_model  # where nothing reads it online, its memory is free for training
-        _train(trainer, last_whole_checkpoint(stage.path / _CHECKPOINTS))
+        _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
         facts = _facts(trainer, rows, memory, config)
-        _save(stage, memory, rows, facts, config)
+        if ranks.first:
+            _save(stage, memory, rows, facts, config)
         return facts
 
     return Plan(spec, work)
@@ -163,14 +175,13 @@ def _save(
 
 def _repair_beside_weights(
     stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData, config: TrainConfig
-) -> dict[str, Any]:
+) -> None:
     """Make again what does not depend on the weights; `memory` is untrained, and its weights are left behind."""
     _save(stage, memory, rows, previous.facts, config, _ASIDE)
     for name in previous.payload:
         if not stage.has(name) and stage.has(f"{_ASIDE}/{name}"):
             (stage.path / _ASIDE / name).replace(stage.path / name)
     stage.remove(_ASIDE)
-    return previous.facts
 
 
 def check_start(config: TrainConfig, *, init: str | None, base: str | None, block_size: int) -> tuple[str, bool]:
@@ -233,10 +244,10 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
     return kind.start(config.start, settings, init=init, base=base, seed=config.seed).float()
 
 
-def _base_on_validation(
+def _base_scores(
     stage: Stage, rows: TrainingData, base: PreTrainedModel, tap: str | None, config: TrainConfig
-) -> tuple[NDArray[np.float32], ReadActivations | None]:
-    """The base's label log-probs on the validation blocks, and its activations there, which stay on disk meanwhile.
+) -> NDArray[np.float32]:
+    """The base's label log-probs on the validation blocks; what it reads there at a tap is left on disk.
 
     One pass gives both; scores that an earlier run left in the cache are read back.
     """
@@ -250,18 +261,14 @@ def _base_on_validation(
     )
     blocks = rows.validation
     text = Text(rows.corpus_hash, "validation", blocks, rows.manifest.tokenizer, str(rows.folder))
-    if tap is None:
-        return scorers.score(text)["base"].label, None
-    if stage.has(_HELD_OUT):
-        label = scorers.score(text)["base"].label
-    else:
-        keys = Collected(int(blocks.position_starts[-1]), tap)
-        label = scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label
-        if keys.array is None:
-            reader = TapReader(base, tap)
-            keys.array = read_keys(reader, blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
-        stage.save_array(_HELD_OUT, keys.array)
-    return label, stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+    if tap is None or stage.has(_HELD_OUT):
+        return scorers.score(text)["base"].label
+    keys = Collected(int(blocks.position_starts[-1]), tap)
+    label = scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label
+    if keys.array is None:
+        keys.array = read_keys(TapReader(base, tap), blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
+    stage.save_array(_HELD_OUT, keys.array)
+    return label
 
 
 def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
@@ -26,7 +27,7 @@ from memlm.progress import progress_bar
 from memlm.scores.mixtures import best_mix_weight, perplexity
 from memlm.scores.score import ReadActivations, score
 from memlm.train.config import TrainConfig
-from memlm.train.data import LengthGroupedSampler, Rows, collate
+from memlm.train.data import LengthGroupedSampler, Rows, Share, WithBlank, collate
 
 _WHOLE = "whole"  # the last file of a checkpoint, made when the others are on disk
 
@@ -81,6 +82,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "dataloader_pin_memory": not use_cpu,
         "accelerator_config": {"non_blocking": not use_cpu},
+        "ddp_find_unused_parameters": False,
         "disable_tqdm": True,
         "report_to": "none",
     }
@@ -136,7 +138,7 @@ class MemoryTrainer(Trainer):
         super().__init__(
             model=memory,
             args=args,
-            train_dataset=rows,
+            train_dataset=WithBlank(rows) if args.world_size > 1 else rows,
             eval_dataset=rows if validation is not None else None,  # never read: `evaluate` is our own
             data_collator=collate,  # type: ignore[arg-type]
         )
@@ -150,8 +152,10 @@ class MemoryTrainer(Trainer):
         self.add_callback(_TokenBar(int(rows.lengths.sum())))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        step_rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(self._rows.lengths, step_rows, self.args.seed)
+        rows = self.args.per_device_train_batch_size * self.args.world_size  # of one forward pass on every rank
+        step_rows = rows * self.args.gradient_accumulation_steps
+        fill_to = rows if self.args.world_size > 1 else 1
+        return LengthGroupedSampler(self._rows.lengths, step_rows, self.args.seed, fill_to=fill_to)
 
     def compute_loss(
         self,
@@ -178,7 +182,7 @@ class MemoryTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            kl, cross_entropy, positions = self._sums.tolist()
+            kl, cross_entropy, positions = self.accelerator.reduce(self._sums, "sum").tolist()  # type: ignore[union-attr]
             self._sums = torch.zeros_like(self._sums)
             logs |= {"kl_nats": kl / max(positions, 1), "cross_entropy_nats": cross_entropy / max(positions, 1)}
             self._stop_if_not_finite(logs)
@@ -186,13 +190,17 @@ class MemoryTrainer(Trainer):
 
     def _stop_if_not_finite(self, logs: dict[str, float]) -> None:
         advice = "lower --learning-rate, or train with --dtype float32"
-        if math.isfinite(float(self._bad_step)):
-            raise TrainingError(f"the loss is not finite in step {int(self._bad_step)}; {advice}")
+        bad_step = min(gather_object([float(self._bad_step)]))
+        if math.isfinite(bad_step):
+            raise TrainingError(f"the loss is not finite in step {int(bad_step)}; {advice}")
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             raise TrainingError(f"the gradient overflowed by step {self.state.global_step}; {advice}")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Perplexity on the validation blocks: the memory alone, and its best mixture with the base."""
+        """Perplexity on the validation blocks: the memory alone, and its best mixture with the base.
+
+        Each rank scores its share of the blocks.
+        """
         assert self._validation is not None
         assert self._base_scores is not None
         self._stop_if_not_finite({})
@@ -201,11 +209,15 @@ class MemoryTrainer(Trainer):
         with self.compute_loss_context_manager():
             found = score(
                 {"memory": memory},
-                self._validation,
+                Share(self._validation, self.args.process_index, self.args.world_size),
                 stored=self._validation_activations,
                 batch_tokens=self._batch_tokens,
             )
         scores = found["memory"].label
+        if self.args.world_size > 1:
+            shares, scores = gather_object([scores]), np.empty_like(self._base_scores)
+            for rank, label in enumerate(shares):
+                scores[Share(self._validation, rank, self.args.world_size).positions] = label
         weight, mixture = best_mix_weight(self._base_scores, scores)
         metrics = {
             "eval_memory_perplexity": perplexity(scores),
