@@ -15,7 +15,7 @@ import pytest
 from conftest import sentences
 
 from memlm import demo
-from memlm.recipes import Recipe
+from memlm.runs.recipe import Recipe
 
 
 def test_documents_are_read_without_importing_the_packages() -> None:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from memlm.config import read_recipe
 from memlm.errors import ConfigError, MemlmError, OutputExistsError
 from memlm.manifest import read_manifest
-from memlm.recipes import SECTIONS, Recipe, data_path, run_recipe, run_recipe_file
+from memlm.runs.plan import run_recipe, run_recipe_file
+from memlm.runs.recipe import SECTIONS, Recipe, data_path
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -151,7 +152,7 @@ def test_a_recipe_file_runs_below_runs_under_its_own_name(
     folder, found = run_recipe_file("small.tiny.yaml", overrides=["evaluate.bootstrap=10"], say=said.append)
     assert folder == Path("runs/small.tiny")
     assert {k: v["base"] for k, v in found.items()} == {k: v["base"] for k, v in reports.items()}
-    assert said[0] == "corpus -> runs/small.tiny/corpus"
+    assert said[0] == "corpus found at runs/small.tiny/corpus"
 
 
 def test_documents_are_looked_for_below_memlm_data(
@@ -171,6 +172,64 @@ def test_documents_are_looked_for_below_memlm_data(
     with pytest.raises(ConfigError, match="k = 100000 is larger"):
         run_recipe(recipe, tmp_path / "out")
     assert read_manifest(tmp_path / "out" / "corpus").sources["documents"] == str(tmp_path / "elsewhere" / "b.txt")
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_runs_share_what_is_equal_and_leave_each_other_alone(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    out, reports, _ = whole
+    before = files(out)
+    recipe = changed(tiny(documents, model_folder), "targets", k=6)
+    said: list[str] = []
+    shared = run_recipe(recipe, out.parent / "k6", say=said.append)
+    alone = run_recipe(recipe, tmp_path / "alone" / "k6")
+    assert [line.split(" ")[0] for line in said if " found at " in line] == ["corpus", "teacher", "datastore"]
+    assert (out.parent / "k6" / "datastore").readlink() == Path("../out/datastore")
+    for name in ("targets", "memory", "twin"):
+        assert read_manifest(out.parent / "k6" / name).hash == read_manifest(tmp_path / "alone" / "k6" / name).hash
+    assert [r["mixture"] for r in shared.values()] == [r["mixture"] for r in alone.values()]
+    assert files(out) == before
+    assert [r["mixture"] for r in reports.values()] != [r["mixture"] for r in shared.values()]
+
+
+def test_a_sweep_over_the_learning_rate_makes_only_the_memories(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str
+) -> None:
+    out = whole[0]
+    recipe = changed(tiny(documents, model_folder), "train", learning_rate=5e-4)
+    said: list[str] = []
+    run_recipe(recipe, out.parent / "rate", say=said.append)
+    made = [line.split(" ")[0] for line in said if " -> " in line and "evaluation" not in line]
+    assert made == ["memory"]  # the twin's own learning rate is as it was
+
+
+def test_damaged_folders_and_changed_documents_are_not_shared_and_dead_links_are_made_anew(
+    documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "documents.txt"
+    text.write_text(Path(documents).read_text())
+    recipe = changed(tiny(str(text), model_folder), "targets", k=100_000)  # stops once the datastore is there
+
+    def run(name: str) -> Path:
+        with pytest.raises(ConfigError, match="k = 100000 is larger"):
+            run_recipe(recipe, tmp_path / "runs" / name)
+        return tmp_path / "runs" / name / "corpus"
+
+    first, second = run("a"), run("b")
+    assert second.is_symlink()
+    payload = first / next(iter(read_manifest(first).payload))
+    payload.unlink()
+    third = run("c")
+    assert not third.is_symlink()
+    first.rename(tmp_path / "elsewhere")
+    assert not second.exists()
+    assert run("b").resolve() == third
+    text.write_text(text.read_text() + "\n\nOne more document.\n")
+    assert not run("d").is_symlink()
 
 
 # --- what is refused before anything runs -------------------------------------------------------------------------

@@ -723,7 +723,9 @@ def run(
 
     Example: memlm run recipes/cpu/medquad.yaml --set targets.k=512
     """
-    from memlm.recipes import Recipe, read_recipe, run_recipe_file
+    from memlm.config import read_recipe
+    from memlm.runs.plan import run_recipe_file
+    from memlm.runs.recipe import Recipe
 
     Recipe(read_recipe(recipe, settings or []))  # wrong keys and values before anything heavy is imported
     _quiet()

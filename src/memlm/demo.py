@@ -16,7 +16,7 @@ from memlm.evaluate.scores import Scores, score_corpus
 from memlm.manifest import library_versions
 from memlm.mix.scoring import mixture_label_log_probs
 from memlm.models.fetching import fetch
-from memlm.recipes import run_recipe
+from memlm.runs.plan import run_recipe
 
 PACKAGES = ("transformers", "torch")
 MODEL = "smollm2"
