@@ -5,16 +5,24 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo test check lint types pytest format clean
+.PHONY: help demo quick accelerator-report test check lint types pytest format clean
 
 help:
-	@echo "make demo    train a small memory and show what it gained (about ten minutes on two CPU cores)"
+	@echo "make demo    train a small memory and show what it gained (at most ten minutes, sized to the machine)"
+	@echo "make quick   lint and the tests that are not slow"
+	@echo "make accelerator-report   GPU tests, benchmarks and medquad in pieces of under 8 minutes"
 	@echo "make test    what CI runs: ruff, import-linter, pyright, pytest"
 	@echo "make format  format the code"
 	@echo "make clean   remove .venv and caches"
 
 demo: .venv/ready
 	$(BIN)/memlm demo
+
+accelerator-report: .venv/ready
+	PYTHONPATH=src $(BIN)/python -m benchmarks.accelerator
+
+quick: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not assets"
 
 test: lint types pytest
 check: test

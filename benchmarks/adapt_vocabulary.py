@@ -31,7 +31,7 @@ from benchmarks.stories import check
 from memlm import adapt_memory, build_corpus, build_datastore, build_targets, evaluate_perplexity, train_memory
 from memlm.corpus.config import CorpusConfig
 from memlm.manifest import library_versions
-from memlm.memory.config import AdaptConfig
+from memlm.memory.config import AdaptConfig, DecoderStart
 from memlm.runs.recipe import data_path
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
@@ -108,7 +108,7 @@ def run(settings: argparse.Namespace) -> dict[str, Any]:
     table: dict[str, dict[str, Any]] = {}
     report: dict[str, Any] = {}
     for name, (rows, fresh, epochs) in plan.items():
-        config = TrainConfig(epochs=epochs, fresh=fresh, **common)
+        config = TrainConfig(start=DecoderStart(fresh=fresh), epochs=epochs, **common)
         init, folder = str(out / f"start-{rows}"), stage(f"memory-{name}")
         facts = train_memory(out / "targets", init=init, base=base, out=folder, config=config).facts
         report = evaluate_perplexity(corpus, base=base, memory=str(folder), out=stage(f"evaluation-{name}"))

@@ -10,7 +10,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.protocol import MemorySettings
 
@@ -69,8 +69,7 @@ def random_model(
 def untrained_mlp(base: PreTrainedModel, layers: int, *, seed: int = 0) -> MLPMemory:
     """An MLP Memory for `base` as training starts it, but for FFNs that add something, so that an answer shows them."""
     settings = MemorySettings(kind=MLPMemory.kind, vocab_size=base.config.get_text_config().vocab_size)
-    config = StartConfig(kind=MLPMemory.kind, layers=layers)
-    memory = MLPMemory.start(config, settings, init=None, base=base, seed=seed)
+    memory = MLPMemory.start(MLPStart(layers=layers), settings, init=None, base=base, seed=seed)
     memory.to(device=base.device, dtype=base.dtype)
     torch.manual_seed(seed)
     for block in memory.blocks:

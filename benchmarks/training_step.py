@@ -153,14 +153,15 @@ def _write_targets(path: Path, *, rows: int, length: int, vocab_size: int) -> No
     support = min(_SUPPORT, vocab_size)
     counts = np.full(length, support, np.int32)
     counts[0] = 0
-    columns: dict[str, list[Any]] = {name: [] for name in TRAIN_SCHEMA.names}
-    for _ in range(rows):
-        columns["input_ids"].append(rng.integers(vocab_size, size=length, dtype=np.int32))
-        columns["target_counts"].append(counts)
+    probs = np.full((length - 1) * support, 1 / support, np.float16)
+
+    def row() -> dict[str, Any]:
+        tokens = rng.integers(vocab_size, size=length, dtype=np.int32)
         ids = (rng.integers(vocab_size, size=(length - 1, 1)) + np.arange(support)) % vocab_size
-        columns["target_ids"].append(ids.ravel().astype(np.int32))
-        columns["target_probs"].append(np.full(ids.size, 1 / support, np.float16))
-    write_rows(path, TRAIN_SCHEMA, [columns])
+        target = {"target_counts": counts, "target_ids": ids.ravel().astype(np.int32), "target_probs": probs}
+        return {"input_ids": tokens, **target}
+
+    write_rows(path, TRAIN_SCHEMA, (row() for _ in range(rows)))
 
 
 def _prove_losses(losses: dict[str, list[float]]) -> None:

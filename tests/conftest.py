@@ -1,16 +1,25 @@
 """Tiny models, a tiny tokenizer and a tiny corpus, made here; no test needs the network unless marked `assets`."""
 
+import copy
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+from families import family_config, family_model
+from tiny_tokenizers import byte_level
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = [
     *"the memory reads a corpus and votes on every next token while the frozen base keeps its weights".split(),
@@ -42,49 +51,70 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of about 320 tokens, with BOS, EOS and padding."""
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    core.train_from_iterator(sentences(200, seed=1), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return byte_level(sentences(200, seed=1))
 
 
-def tiny_config(vocab_size: int, layers: int = 2, width: int = 32) -> LlamaConfig:
-    return LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=vocab_size,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
+TINY = {"layers": 2, "positions": 256, "tied": True, "deviation": 0.2}
 
 
-def tiny_model(vocab_size: int, *, seed: int = 0, layers: int = 2, width: int = 32) -> PreTrainedModel:
-    """A random Llama in float32, in evaluation mode."""
-    torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(tiny_config(vocab_size, layers, width), dtype=torch.float32).eval()
+def tiny_config(vocab_size: int, **sizes: Any) -> PreTrainedConfig:
+    """The small Llama with which stages are run."""
+    return family_config("llama", vocab_size, **{**TINY, **sizes})
+
+
+def tiny_model(vocab_size: int, *, seed: int = 0, **sizes: Any) -> PreTrainedModel:
+    """Of `tiny_config`, random, in float32, in evaluation mode."""
+    return family_model("llama", vocab_size, seed=seed, **{**TINY, **sizes})
+
+
+def save_model(folder: Path, tokenizer: PreTrainedTokenizerBase, *, padding: int = 0, **sizes: Any) -> str:
+    """Save a tiny model of that tokenizer in `folder`, its output layer padded by some rows; returns the folder."""
+    tiny_model(len(tokenizer) + padding, **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved tiny model with the tiny tokenizer; its output layer is padded by 8 rows."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tiny_model(len(tokenizer) + 8).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", tokenizer, padding=8)
+
+
+def save_stranger(folder: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """Save the config of a model, no weights, and a tokenizer with one more token; returns the folder."""
+    tiny_config(len(tokenizer) + 8).save_pretrained(folder)
+    changed = copy.deepcopy(tokenizer)
+    changed.add_tokens(["asthmatic"])
+    changed.save_pretrained(folder)
     return str(folder)
+
+
+def make_corpus(documents: str, model: str, out: Path, **settings: Any) -> Path:
+    """Write a corpus of blocks of 32 tokens; returns its folder."""
+    from memlm.corpus.build import build_corpus
+    from memlm.corpus.config import CorpusConfig
+
+    split = {"document_separator": "\n\n", "block_size": 32, "validation_fraction": 0.15, "test_fraction": 0.15}
+    build_corpus([documents], tokenizer=model, out=out, config=CorpusConfig.parse({**split, **settings}))
+    return out
+
+
+def forbid_models(patch: pytest.MonkeyPatch) -> None:
+    """From now on weights fail the test, loaded or drawn; a model on the meta device has none."""
+    from_config = AutoModelForCausalLM.from_config
+
+    def only_meta(*args: Any, **kwargs: Any) -> Any:
+        assert torch.get_default_device().type == "meta", "a model was loaded or made"
+        return from_config(*args, **kwargs)
+
+    patch.setattr(AutoModelForCausalLM, "from_pretrained", only_meta)
+    patch.setattr(AutoModelForCausalLM, "from_config", only_meta)
+
+
+@pytest.fixture
+def no_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test in which no model may be loaded or made."""
+    forbid_models(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -97,14 +127,8 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def corpus_folder(documents: str, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of blocks of 32 tokens."""
-    from memlm.corpus.build import build_corpus
-    from memlm.corpus.config import CorpusConfig
-
-    out = tmp_path_factory.mktemp("stages") / "corpus"
-    config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
-    build_corpus([documents], tokenizer=model_folder, out=out, config=config)
-    return out
+    """A corpus of those documents."""
+    return make_corpus(documents, model_folder, tmp_path_factory.mktemp("stages") / "corpus")
 
 
 @pytest.fixture(scope="session")

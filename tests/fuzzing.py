@@ -32,7 +32,6 @@ from memlm import manifest as manifest_module
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.datastore.store import Datastore
 from memlm.errors import MemlmError
-from memlm.evaluate.scores import score_corpus
 from memlm.memory.loading import load_memory
 from memlm.targets.shards import TRAIN_SCHEMA
 from memlm.train.data import TrainingData, collate
@@ -281,8 +280,7 @@ def read_memory(folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> None:
-    model = str(folder.parent / "model")
-    score_corpus(_corpus(folder.parent), model, beside=None, dtype="float32", batch_tokens=4096, out=folder)
+    open_scores(folder, _corpus(folder.parent).facts.splits["test"].positions)
 
 
 def _corpus(root: Path, known: dict[Path, Corpus] = {}) -> Corpus:  # noqa: B006

@@ -12,38 +12,9 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import GPT2Config, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 Tensors = dict[str, Tensor]
-
-WIDTH, HEADS = 32, 4
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def gpt2_config(vocab_size: int, layers: int, **changes: object) -> PreTrainedConfig:
-    sizes = {"n_embd": WIDTH, "n_head": HEADS, "n_layer": layers, "n_positions": 64, "vocab_size": vocab_size}
-    return GPT2Config(**{**sizes, "initializer_range": 0.2, **IDS, **changes})
-
-
-def llama_config(vocab_size: int, layers: int, **changes: object) -> PreTrainedConfig:
-    return LlamaConfig(**{**_gated(vocab_size, layers), **changes})
-
-
-def mistral_config(vocab_size: int, layers: int, **changes: object) -> PreTrainedConfig:
-    return MistralConfig(**{**_gated(vocab_size, layers), **changes})
-
-
-def _gated(vocab_size: int, layers: int) -> dict[str, object]:
-    sizes = {"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": layers, "vocab_size": vocab_size}
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    return {**sizes, **heads, "initializer_range": 0.2, **IDS}
-
-
-CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
-    "gpt2": gpt2_config,
-    "llama": llama_config,
-    "mistral": mistral_config,
-}
 
 
 def random_tensors(config: PreTrainedConfig, *, seed: int = 0, input_width: int | None = None) -> Tensors:

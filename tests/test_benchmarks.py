@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from benchmarks import __main__ as command
 from benchmarks import (
+    accelerator,
     distillation_loss,
     help_time,
     knn_decoding,
@@ -355,6 +356,7 @@ def test_the_loss_that_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> N
         distillation_loss.prove_loss(shape, CPU)
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_dense_loss_holds_its_logits() -> None:
     shape = distillation_loss.Shape(2000, 4, 5000, 4, torch.float32)
     peaks = {side: distillation_loss.peak(side, shape, CPU) for side in distillation_loss.SIDES}
@@ -377,3 +379,25 @@ def test_help_that_loads_something_heavy_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(help_time, "HEAVY", ("torch", "pydantic"))
     with pytest.raises(WrongAnswerError, match="pydantic"):
         next(help_time.run(quick=True))
+
+
+# --- the accelerator's report -----------------------------------------------------------------------------------------
+
+
+def test_each_piece_leaves_its_report_however_it_ends(tmp_path: Path) -> None:
+    endings = {
+        "ok": ("-c", "print('{\"ratio\": 1}')"),
+        "failed": ("-c", "raise SystemExit(3)"),
+        "timed out": ("-c", "import time; print('begun', flush=True); time.sleep(60)"),
+    }
+    for status, piece in endings.items():
+        found = accelerator.run_piece(accelerator.Piece(status, 3, piece, piece), tmp_path, quick=True)
+        assert found["status"] == status
+        assert json.loads((tmp_path / f"accelerator-{status}.json").read_text()) == found
+        assert found["lines"] == ([{"ratio": 1}] if status == "ok" else [])
+    lacking = accelerator.Piece("lacking", 3, ("-c", ""), ("-c", ""), needs=("no_such_package",))
+    assert accelerator.run_piece(lacking, tmp_path, quick=True)["note"] == "needs no_such_package"
+
+
+def test_no_piece_takes_eight_minutes() -> None:
+    assert all(piece.seconds < 480 for piece in accelerator.PIECES)

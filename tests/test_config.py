@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from pydantic import Field
 
-from memlm.config import StageConfig, parse_yaml, read_recipe
+from memlm.config import StageConfig, parse_yaml, read_recipe, settings_from
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError
@@ -158,3 +158,11 @@ def test_a_recipe_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes(b"corpus: {text_column: \xe9}")
     with pytest.raises(ConfigError, match=r"cannot read recipe .*latin\.yaml"):
         read_recipe(tmp_path / "latin.yaml")
+
+
+def test_settings_come_as_config_or_as_keywords() -> None:
+    assert settings_from(Sample, None, {"k": 3}) == settings_from(Sample, Sample(k=3), {}) == Sample(k=3)
+    with pytest.raises(ConfigError, match="k: give settings as keywords or as config, not both"):
+        settings_from(Sample, Sample(), {"k": 3})
+    with pytest.raises(ConfigError, match="unknown setting 'nam'; did you mean 'name'"):
+        settings_from(Sample, None, {"nam": "x"})

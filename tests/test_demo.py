@@ -17,6 +17,8 @@ from conftest import sentences
 from memlm import demo
 from memlm.runs.recipe import Recipe
 
+pytestmark = pytest.mark.slow
+
 
 def test_documents_are_read_without_importing_the_packages() -> None:
     """A fresh interpreter, in which only the demo's own imports are allowed to have happened."""
@@ -67,6 +69,68 @@ def test_the_recipe_of_the_demo_parses() -> None:
     assert recipe.places["train"]["init"] == demo.MODEL
 
 
+def test_a_fast_machine_takes_all_tokens_and_a_slow_one_as_many_as_fit() -> None:
+    assert demo.tokens_within(600, demo.Speed(reading=3000, training=600)) == demo.MOST
+    slow = demo.Speed(reading=300, training=80)
+    tokens = demo.tokens_within(600, slow)
+    assert demo.FEWEST < tokens < demo.MOST
+    taken = [sum(demo.seconds_by_part(count, slow).values()) for count in (tokens, tokens + 500)]
+    assert taken[0] <= 600 < taken[1]
+
+
+def test_a_machine_that_is_too_slow_still_gets_a_table() -> None:
+    assert demo.tokens_within(600, demo.Speed(reading=30, training=8)) == demo.FEWEST
+    assert demo.tokens_within(-5, demo.Speed(reading=30, training=8)) == demo.FEWEST
+
+
+def test_every_pass_over_the_splits_is_in_the_expected_time() -> None:
+    read = demo.seconds_by_part(24_000, demo.Speed(reading=100, training=1e12))
+    passes = 1 + 3 / 8 + 2 / 6  # the training split once; validation by the base, and by the memory twice; test by both
+    fixed = sum(demo.seconds_by_part(0, demo.Speed(1, 1)).values())
+    assert sum(read.values()) - fixed == pytest.approx(passes * 24_000 * demo._BLOCK_TOKENS / 100)
+    trained = demo.seconds_by_part(24_000, demo.Speed(reading=1e12, training=100))
+    assert sum(trained.values()) - fixed == pytest.approx(24_000 * demo._BLOCK_TOKENS / 100)
+
+
+def test_the_time_left_follows_the_pace_of_what_was_done() -> None:
+    now = [0.0]
+    left = demo.TimeLeft({"reading": 100.0, "training": 300.0}, clock=lambda: now[0])
+    assert left.seconds == 400
+    left.hear("reading", 0, 100)
+    now[0] = 100.0
+    left.hear("reading", 50, 100)  # twice as slow as expected
+    assert left.seconds == pytest.approx(350 * (100 + 100) / (50 + 100))
+    left.hear("unknown", 1, 1)
+    assert left.seconds == pytest.approx(350 * (100 + 100) / (50 + 100))
+    now[0] = 200.0
+    left.hear("training", 0, 2)
+    now[0] = 500.0
+    left.hear("training", 1, 2)
+    assert left.seconds == pytest.approx(150 * (500 + 100) / (250 + 100))
+
+
+def test_what_an_earlier_run_did_says_nothing_of_the_pace() -> None:
+    now = [0.0]
+    left = demo.TimeLeft({"reading": 100.0, "training": 300.0}, clock=lambda: now[0])
+    left.hear("training", 1, 3)  # goes on there
+    assert left.seconds == 200
+    now[0] = 50.0
+    left.hear("training", 2, 3)
+    assert left.seconds == pytest.approx(100 * (50 + 100) / (100 + 100))
+
+
+def test_more_than_was_asked_for_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(demo, "fetch", lambda name: Path(name))
+    monkeypatch.setattr(demo, "docstrings", lambda: iter(["text"]))
+    monkeypatch.setattr(demo, "measured_speed", lambda: demo.Speed(reading=30, training=8))
+    monkeypatch.setattr(demo, "run_recipe", lambda *args, **kwargs: sys.exit())
+    with pytest.raises(SystemExit):
+        demo.run_demo(tmp_path, minutes=10, say=said.append)
+    assert "6,000 training tokens, about 27 minutes" in said[-2]
+    assert "more than 10 minutes" in said[-1]
+
+
 @pytest.fixture(scope="module")
 def walked(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any], str]]:
     """Folder, report and text of a demo on random documents of up to 360 words."""
@@ -83,11 +147,21 @@ def walked(model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
         patch.setattr(demo, "fetch", lambda name: Path(name))
         patch.setattr(demo, "docstrings", docstrings)
         said: list[str] = []
-        report, text = demo.run_demo(folder / "out", train_tokens=4000, say=said.append)
+        patch.setattr(demo, "FEWEST", 4000)
+        patch.setattr(demo, "MOST", 4000)
+        heard: list[str] = []
+        hear = demo.TimeLeft.hear
+        patch.setattr(demo.TimeLeft, "hear", lambda left, part, *done: heard.append(part) or hear(left, part, *done))
+        report, text = demo.run_demo(folder / "out", say=said.append)
         assert any("reading documentation strings" in line for line in said)
+        assert any(re.search(r"reads [\d,]+ and trains [\d,]+ tokens/s: 4,000 training tokens", line) for line in said)
+        assert any(re.fullmatch(r"memory -> .* \(about \d+ (s|min) left\)", line) for line in said)
+        assert set(heard) >= set(demo.seconds_by_part(4000, demo.Speed(1, 1)))  # the stages' bars are called so
         shutil.rmtree(folder / "home" / "scores")
         patch.setattr(demo, "docstrings", lambda: pytest.fail("documents are read once"))
-        again, text_again = demo.run_demo(folder / "out", train_tokens=4000, say=said.append)
+        patch.setattr(demo, "measured_speed", lambda: pytest.fail("a demo keeps the size it was begun with"))
+        patch.setattr(demo, "MOST", 8000)
+        again, text_again = demo.run_demo(folder / "out", say=said.append)
         assert (again, text_again) == (report, text)
         yield folder / "out", report, text
 

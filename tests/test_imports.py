@@ -1,5 +1,6 @@
 """What imports what, and how light the package is until it is used."""
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,15 @@ def test_no_module_has_a_name_that_says_nothing() -> None:
     names = {path.stem for path in (ROOT / "src" / "memlm").rglob("*.py")}
     assert names
     assert not names & {"utils", "util", "common", "helpers", "misc"}
+
+
+def test_no_module_is_of_unix_alone() -> None:
+    unix = {"fcntl", "resource", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "readline"}
+    for path in (ROOT / "src" / "memlm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & unix, path
 
 
 @pytest.mark.parametrize(("package", "home"), [("faiss", "datastore"), ("typer", "cli"), ("lm_eval", "evaluate")])

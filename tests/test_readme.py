@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import sentences, tiny_model
+from conftest import save_model, sentences
 from tiny_tokenizers import sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
@@ -35,17 +35,13 @@ def test_the_readme_has_commands_to_test() -> None:
 def test_commands_of_the_pages_run(block: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """`smollm2` is already fetched, so to say: a model of 10 thin layers lies where the command would put it."""
     model = tmp_path / "home" / "models" / "smollm2"
-    small = tiny_model(len(tokenizer), layers=10, width=16)
-    small.config.max_position_embeddings = 512
-    small.save_pretrained(model)
-    tokenizer.save_pretrained(model)
+    save_model(model, tokenizer, layers=10, width=16, positions=512)
     work, documents = tmp_path / "work", sentences(60, seed=3)
     (work / "DOCS").mkdir(parents=True)
     for number, text in enumerate(documents):
         (work / "DOCS" / f"{number}.txt").write_text(text)
     foreign = sentencepiece_like(documents)
-    tiny_model(len(foreign), layers=2, width=16).save_pretrained(work / "OTHER")
-    foreign.save_pretrained(work / "OTHER")
+    save_model(work / "OTHER", foreign, width=16)
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "memlm").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m memlm "$@"\n')

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoModelForCausalLM
+from conftest import forbid_models
 
 from memlm.config import read_recipe
 from memlm.errors import ConfigError, MemlmError, OutputExistsError
@@ -97,11 +97,8 @@ def test_a_second_run_skips_every_stage(
 ) -> None:
     out, reports, _ = whole
 
-    def no_model(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
     monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+    forbid_models(monkeypatch)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert run_recipe(tiny(documents, model_folder), out) == reports
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before

@@ -1,13 +1,28 @@
-"""Tiny tokenizers beside conftest's byte-level one: sentencepiece's spelling, and the same tokens under other ids."""
+"""Tiny tokenizers: byte-level, in sentencepiece's spelling, and the same tokens under other ids."""
 
 import json
 from collections.abc import Iterable
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def byte_level(texts: Iterable[str], *, vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as GPT-2 has it, with BOS, EOS and padding; 259 tokens without any merge."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def sentencepiece_like(texts: Iterable[str], *, vocab_size: int = 400) -> PreTrainedTokenizerFast:

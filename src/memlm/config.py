@@ -3,15 +3,19 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from memlm.errors import ConfigError
 
 _TOLD = 100  # problems looked at one by one at most
 _SHOWN = 5
+
+
+_Config = TypeVar("_Config", bound="StageConfig")
 
 
 class StageConfig(BaseModel):
@@ -21,6 +25,11 @@ class StageConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+    @classmethod
+    def options(cls) -> dict[str, FieldInfo]:
+        """Every setting by the name that recipes and the command line give it."""
+        return dict(cls.model_fields)
 
     @classmethod
     def parse(cls, values: dict[str, Any], where: str = "") -> Self:
@@ -39,6 +48,17 @@ class StageConfig(BaseModel):
             raise ConfigError(_explain(error, cls, where)) from None
 
 
+def settings_from(cls: type[_Config], config: _Config | None, settings: dict[str, Any]) -> _Config:
+    """The settings of a stage, given as `config`, as keywords, or not at all.
+
+    Raises:
+        ConfigError: Both are given, or a keyword is unknown or has a wrong value.
+    """
+    if config is not None and settings:
+        raise ConfigError(f"{next(iter(settings))}: give settings as keywords or as config, not both")
+    return config or cls.parse(settings)
+
+
 def first_problem(error: ValidationError) -> str:
     """Where the first wrong value is, and what is wrong with it; told of a stranger's file, which may have millions."""
     if error.error_count() > _TOLD:
@@ -47,15 +67,19 @@ def first_problem(error: ValidationError) -> str:
     return f"{_brief('.'.join(map(str, problem['loc'])))[1:-1]}: {problem['msg'][:200]}"
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], where: str) -> str:
+def _explain(error: ValidationError, cls: type[StageConfig], where: str) -> str:
+    known = cls.options()
     if error.error_count() > _TOLD:
         return f"{where.rstrip('.')}: {first_problem(error)}"
     lines = []
     for problem in error.errors():
-        key = _brief(".".join(str(part) for part in problem["loc"]))[1:-1]
+        loc = problem["loc"]
+        if loc and loc[0] in cls.model_fields.keys() - known.keys():  # settings that stand beside the others
+            loc = loc[1:]
+        key = _brief(".".join(str(part) for part in loc))[1:-1]
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            lines.append(f"unknown setting '{where}{key}'{nearest(key, cls.model_fields)}")
+            lines.append(f"unknown setting '{where}{key}'{nearest(key, known)}")
         elif not key:  # settings that contradict each other
             lines.append(f"{where.rstrip('.')}: {message}" if where else message)
         else:

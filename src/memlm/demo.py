@@ -1,37 +1,63 @@
 """The demo: the whole road on documentation strings of packages that are installed anyway."""
 
 import ast
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from memlm.corpus.blocks import Corpus
 from memlm.evaluate.perplexity import report_table
-from memlm.evaluate.scores import Scores, score_corpus
+from memlm.files import write_json
 from memlm.manifest import library_versions
-from memlm.mix.scoring import mixture_label_log_probs
 from memlm.models.fetching import fetch
+from memlm.models.loading import default_device, load_causal_lm, parse_dtype
+from memlm.progress import told_to
 from memlm.runs.plan import run_recipe
+from memlm.scores.mixtures import mixture_label_log_probs
+from memlm.scores.table import score_corpus
 
 PACKAGES = ("transformers", "torch")
 MODEL = "smollm2"
+FEWEST, MOST = 6_000, 60_000
+"""Training tokens of a demo that sizes itself: with fewer, two documents are left to test on; more gains little."""
+_BLOCK, _BATCH = 256, 4
+_VALIDATION, _TEST = 1 / 8, 1 / 6  # tokens, as shares of the training split's
+_BLOCK_TOKENS = 1.45  # tokens in blocks per token of the corpus, as measured at 6,000 and 20,000 tokens (1.40 to 1.45)
+_PART_SECONDS = 10  # of each part: loading a model, saving, searching
 _LONGEST = 2000  # characters of one module, so that no module fills the corpus
 _SHORTEST = 300
 _SHARE = 0.3  # of all modules, chosen by the hash of their names: parsing all takes a minute and is not needed
 _PASSAGE_TOKENS = 48
 
 
-def run_demo(out: str | Path, *, train_tokens: int, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+@dataclass(frozen=True)
+class Speed:
+    """What this machine does with the demo's model, in tokens a second."""
+
+    reading: float
+    """Forward pass, head included."""
+    training: float
+    """Forward and backward pass and the optimizer's share."""
+
+
+def run_demo(
+    out: str | Path, *, train_tokens: int | None = None, minutes: float = 10, say: Callable[[str], None]
+) -> tuple[dict[str, Any], str]:
     """Fetch the model, build the corpus, train a memory, evaluate it.
 
     Args:
-        out: Folder for everything.
-        train_tokens: Training tokens.
+        out: Folder for everything. A demo that goes on there keeps the size it was begun with.
+        train_tokens: Training tokens; None: as many as fit into `minutes` on this machine.
+        minutes: What the demo may take, once the model is fetched.
         say: Told what starts.
 
     Returns:
@@ -40,6 +66,7 @@ def run_demo(out: str | Path, *, train_tokens: int, say: Callable[[str], None]) 
     out = Path(out)
     say(f"model {MODEL} (135M parameters), fetched once")
     fetch(MODEL)
+    began = time.monotonic()
     documents = out / "docstrings.jsonl"
     if not documents.is_file():
         say(f"reading documentation strings of {' and '.join(PACKAGES)}")
@@ -48,10 +75,162 @@ def run_demo(out: str | Path, *, train_tokens: int, say: Callable[[str], None]) 
         rows = (json.dumps({"text": text}) + "\n" for text in docstrings())
         temporary.write_text("".join(rows), encoding="utf-8")
         temporary.rename(documents)
-    report = run_recipe(demo_recipe(str(documents), train_tokens), out, say=say)["memory"]
+    size = out / "size.json"
+    if not size.is_file():
+        say("measuring how fast this machine reads and trains")
+        speed = measured_speed()
+        left = 60 * minutes - (time.monotonic() - began)
+        write_json(size, {"train_tokens": train_tokens or tokens_within(left, speed), **asdict(speed)})
+    kept = json.loads(size.read_text(encoding="utf-8"))
+    speed, tokens = Speed(kept["reading"], kept["training"]), train_tokens or kept["train_tokens"]
+    parts = seconds_by_part(tokens, speed)
+    expected = sum(parts.values()) / 60
+    say(
+        f"this machine reads {speed.reading:,.0f} and trains {speed.training:,.0f} tokens/s:"
+        f" {tokens:,} training tokens, about {expected:.0f} minutes"
+    )
+    if train_tokens is None and expected > minutes:
+        say(f"that is more than {minutes:g} minutes, but fewer tokens would give a table that says nothing")
+    with _one_bar(TimeLeft(parts), say) as told:
+        report = run_recipe(demo_recipe(str(documents), tokens), out, say=told)["memory"]
+    say(f"took {(time.monotonic() - began) / 60:.1f} minutes")
     return report, "\n".join(
         [*_headline(report), "", report_table(report), "", *_passages(out, report), "", *_next(out, report)]
     )
+
+
+def measured_speed() -> Speed:
+    """A few steps of the demo's model on one block, timed: about half a minute on the slowest machines.
+
+    A step of plain fine-tuning stands for one of distillation, which takes hardly longer (docs/performance.md).
+    """
+    import torch
+
+    device = default_device()
+    native = parse_dtype("auto", device) == torch.bfloat16
+    model = load_causal_lm(MODEL, dtype=torch.float32).to(device)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    tokens = torch.randint(model.config.get_text_config().vocab_size, (1, _BLOCK), device=device)
+
+    def read(tokens: torch.Tensor = tokens) -> None:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=native):
+            model(tokens, use_cache=False)
+
+    def learn(tokens: torch.Tensor = tokens) -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=native):
+            loss = model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    read(tokens[:, :16])  # the first of each kind allocates
+    learn(tokens[:, :16])
+    step()
+    reading, learning, stepping = _seconds(read, 4), _seconds(learn, 8), _seconds(step, 1)
+    return Speed(_BLOCK / reading, _BLOCK / (learning + stepping / _BATCH))
+
+
+def _seconds(act: Callable[[], None], enough: float) -> float:
+    """Mean seconds of a call, over as many as `enough` seconds hold, at least one and at most ten."""
+    import torch
+
+    began, calls = time.monotonic(), 0
+    while not calls or (calls < 10 and time.monotonic() - began < enough):
+        act()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        calls += 1
+    return (time.monotonic() - began) / calls
+
+
+def seconds_by_part(train_tokens: int, speed: Speed) -> dict[str, float]:
+    """Expected seconds of what takes long, in order, named as the stages' progress bars are.
+
+    Blocks overlap, so more is read than the corpus holds; validation and test split are shares of the training split.
+    """
+    training = _BLOCK_TOKENS * train_tokens / speed.training
+
+    def reading(share: float) -> float:
+        return _BLOCK_TOKENS * share * train_tokens / speed.reading
+
+    work = {
+        "teacher pass": reading(1),
+        "scoring validation: base": reading(_VALIDATION),
+        "training": training + reading(_VALIDATION),
+        "scoring validation: memory": reading(_VALIDATION),
+        "scoring test: base, memory": 2 * reading(_TEST),
+    }
+    return {part: seconds + _PART_SECONDS for part, seconds in work.items()}
+
+
+def tokens_within(seconds: float, speed: Speed) -> int:
+    """The most training tokens that are expected to take at most `seconds`, between `FEWEST` and `MOST`."""
+    fixed = sum(seconds_by_part(0, speed).values())
+    each = (sum(seconds_by_part(MOST, speed).values()) - fixed) / MOST
+    return max(FEWEST, min(MOST, int((seconds - fixed) / each) // 500 * 500))
+
+
+class TimeLeft:
+    """What is left of a plan, from what its parts have taken until now."""
+
+    def __init__(self, parts: dict[str, float], clock: Callable[[], float] = time.monotonic) -> None:
+        """
+        Args:
+            parts: Name to expected seconds, in order.
+            clock: Seconds that have gone by.
+        """
+        self._parts, self._clock, self._began = parts, clock, clock()
+        self._done: dict[str, float] = {}  # share of each part that was begun
+        self._skipped = 0.0  # expected seconds of what an earlier run has done
+
+    def hear(self, part: str, done: float, total: float) -> None:
+        """Note how far a part is; those before it are over. Parts without a place in the plan are passed over."""
+        if part not in self._parts:
+            return
+        names = list(self._parts)
+        told = dict.fromkeys(names[: names.index(part)], 1.0) | {part: done / total if total else 0.0}
+        self._skipped += sum(share * self._parts[name] for name, share in told.items() if name not in self._done)
+        self._done |= told
+
+    @property
+    def share(self) -> float:
+        """How much of all is done, in [0, 1]."""
+        return sum(share * self._parts[part] for part, share in self._done.items()) / sum(self._parts.values())
+
+    @property
+    def seconds(self) -> float:
+        """Seconds left, at the pace of what was done since the start, which counts for more the more was done."""
+        whole = sum(self._parts.values())
+        trusted = whole / 4  # a fast first part says little of training, so this much counts as gone as expected
+        paced = self.share * whole - self._skipped
+        pace = (self._clock() - self._began + trusted) / (paced + trusted)
+        return (1 - self.share) * whole * pace
+
+
+@contextlib.contextmanager
+def _one_bar(left: TimeLeft, say: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
+    """One bar over all stages instead of theirs, on a terminal only; gives a `say` that adds the time left."""
+    form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {postfix}"
+    with tqdm(total=1.0, desc="demo", bar_format=form, disable=None, dynamic_ncols=True, leave=False) as bar:
+
+        def hear(part: str, done: float, total: float) -> None:
+            left.hear(part, done, total)
+            bar.set_description(part, refresh=False)
+            bar.set_postfix_str(_about(left.seconds), refresh=False)
+            bar.update(left.share - bar.n)
+
+        def told(line: str) -> None:
+            bar.clear()
+            say(f"{line} ({_about(left.seconds)})")
+
+        with told_to(hear):
+            yield told
+
+
+def _about(seconds: float) -> str:
+    return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
 
 def demo_recipe(documents: str, train_tokens: int) -> dict[str, dict[str, Any]]:
@@ -60,17 +239,17 @@ def demo_recipe(documents: str, train_tokens: int) -> dict[str, dict[str, Any]]:
         "corpus": {
             "documents": [documents],
             "tokenizer": MODEL,
-            "block_size": 256,
+            "block_size": _BLOCK,
             "stride": 192,
             "max_tokens": train_tokens,
-            "max_validation_tokens": train_tokens // 8,
-            "max_test_tokens": train_tokens // 6,
+            "max_validation_tokens": int(_VALIDATION * train_tokens),
+            "max_test_tokens": int(_TEST * train_tokens),
             "near_duplicate_ngram": 24,
             "near_duplicate_overlap": 0.1,
         },
         "datastore": {"teacher": MODEL},
         "targets": {"k": 256, "target_temperature": 4.0},
-        "train": {"init": MODEL, "epochs": 1, "learning_rate": 1e-4, "batch_size": 4},
+        "train": {"init": MODEL, "epochs": 1, "learning_rate": 1e-4, "batch_size": _BATCH},
     }
 
 
@@ -124,14 +303,14 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     """Three held-out passages: where the memory helped most, typically, and least."""
     corpus = Corpus(out / "corpus")
     split, tokenizer = corpus.split("test"), corpus.tokenizer
-    settings = report["run"]["config"]
-    shared = {"dtype": settings["dtype"], "batch_tokens": settings["batch_tokens"]}
-    base: Scores = score_corpus(corpus, report["run"]["base"], beside=None, **shared)["test"]
-    memory = score_corpus(corpus, report["run"]["memory"], beside=report["run"]["base"], **shared)["test"]
-    mixed = mixture_label_log_probs(base.label, memory.label, report["mixture"]["mix_weight"])
+    run = report["run"]
+    asked = {name: run["config"][name] for name in ("dtype", "batch_tokens")}
+    table = score_corpus(corpus, run["base"], {"memory": run["memory"]}, **asked)["test"]
+    base, memory = table.voters["base"], table.voters["memory"]
+    mixed = mixture_label_log_probs(base.label, [memory.label], [report["mixture"]["mix_weight"]])
     gain = mixed - base.label
-    counts = np.bincount(base.document)
-    means = np.bincount(base.document, weights=gain) / np.maximum(counts, 1)
+    counts = np.bincount(table.document)
+    means = np.bincount(table.document, weights=gain) / np.maximum(counts, 1)
     long_enough = np.flatnonzero(counts >= _PASSAGE_TOKENS)
     ranked = long_enough[np.argsort(-means[long_enough])]
     if not len(ranked):
@@ -141,7 +320,7 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     for title, document in zip(
         ("helped most", "typical", "helped least"), ranked[[0, len(ranked) // 2, -1]], strict=True
     ):
-        places = np.flatnonzero(base.document == document)
+        places = np.flatnonzero(table.document == document)
         sums = np.convolve(gain[places], np.ones(_PASSAGE_TOKENS), "valid")
         start = int(
             sums.argmin() if title == "helped least" else sums.argmax() if title == "helped most" else len(sums) // 2
@@ -177,4 +356,4 @@ def _next(out: Path, report: dict[str, Any]) -> list[str]:
     ]
 
 
-__all__ = ["PACKAGES", "demo_recipe", "docstrings", "run_demo"]
+__all__ = ["PACKAGES", "demo_recipe", "docstrings", "run_demo", "seconds_by_part", "tokens_within"]

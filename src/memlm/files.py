@@ -205,4 +205,4 @@ def load_array(
 
 def repair_hint(folder: Path) -> str:
     """What to do about a damaged file of `folder`, as the end of a message."""
-    return f"run the command that made {folder} again with --repair"
+    return f"run `memlm repair {folder}`, then the command that made it"

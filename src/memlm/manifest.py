@@ -21,10 +21,14 @@ from memlm.files import digest, file_digest, read_json, repair_hint
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # the identity of a folder that is not finished
 PREVIOUS = "previous.json"  # the manifest of a folder under repair
-UNHASHED = {MANIFEST, PREVIOUS, "run.json", "plan.json", "lock"}  # times, logs and what describes the rest
+RUN = "run.json"  # times
+LOCK = "lock"
+UNHASHED = {MANIFEST, PLAN, PREVIOUS, RUN, LOCK}  # what describes the rest
 _MANIFEST_BYTES = 16 << 20  # a hundred thousand files; parsed JSON takes up to 25 times its bytes
 _LIBRARIES = ("memlm", "torch", "transformers", "faiss-cpu", "datasets", "pyarrow", "numpy", "tokenizers")
+IDENTITY = ("kind", "format_version", "config", "inputs", "tokenizer")  # fields that are known before the work starts
 Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "evaluation"]
 
 
@@ -65,14 +69,8 @@ class Manifest(BaseModel):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides whether a run is the same run: everything known before the work starts."""
-        return {
-            "kind": self.kind,
-            "format_version": self.format_version,
-            "config": self.config,
-            "inputs": self.inputs,
-            "tokenizer": self.tokenizer,
-        }
+        """What decides whether a run is the same run."""
+        return self.model_dump(mode="json", include=set(IDENTITY))
 
 
 class Facts(BaseModel):
@@ -94,6 +92,19 @@ class Facts(BaseModel):
 
 
 def is_artifact(folder: str | Path) -> bool:
+    """Whether a stage has made `folder`; False where it is something else, such as a model.
+
+    Raises:
+        ArtifactError: A stage has begun it and is not finished.
+    """
+    if is_finished(folder):
+        return True
+    if (Path(folder) / PLAN).is_file():
+        raise ArtifactError(f"{folder} is not finished: run the command that makes it again, it goes on where it was")
+    return False
+
+
+def is_finished(folder: str | Path) -> bool:
     """Whether `folder` holds a manifest."""
     return (Path(folder) / MANIFEST).is_file()
 
@@ -115,21 +126,10 @@ def read_manifest(folder: str | Path, *kinds: Kind) -> Manifest:
     return manifest
 
 
-def partial_path(out: str | Path) -> Path:
-    """Where a stage works until `out` is complete."""
-    out = Path(os.path.abspath(out))
-    return out.with_name(out.name + ".partial")
-
-
 def parse_manifest(folder: Path, *kinds: Kind) -> Manifest:
     path = folder / MANIFEST
     wanted = " or ".join(kinds) or "memlm"
-    if not path.is_file():
-        partial = partial_path(folder)
-        if partial.is_dir():
-            raise ArtifactError(
-                f"{folder} is not finished: run the command that makes it again, it goes on in {partial}"
-            )
+    if not is_artifact(folder):
         what = "has no manifest.json" if folder.is_dir() else "does not exist"
         raise ArtifactError(f"{folder} {what}; expected a {wanted} folder")
     manifest = manifest_in(path)

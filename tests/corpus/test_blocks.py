@@ -139,7 +139,7 @@ def test_a_damaged_split_is_refused(copied: Path, file: str) -> None:
     content = bytearray((copied / file).read_bytes())
     content[-1] ^= 1  # as long as before, so only reading it can tell
     (copied / file).write_bytes(content)
-    with pytest.raises(ArtifactError, match=rf"{file} is damaged: .* made .*/corpus again with --repair"):
+    with pytest.raises(ArtifactError, match=rf"{file} is damaged: .* run `memlm repair .*/corpus`"):
         Corpus(copied).split("train")
 
 

@@ -2,19 +2,18 @@ import itertools
 import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import sentences
+from interruption import files_written
 from reference import shared_ngrams
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from memlm.corpus import build as build_module
 from memlm.corpus.blocks import SPLITS, Corpus
-from memlm.corpus.build import build_corpus
+from memlm.corpus.build import build_corpus, plan_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.manifest import Manifest, read_manifest
-from memlm.stage import Stage
+from memlm.stage import run_stage
 
 HALVES = {"document_separator": "\n\n", "validation_fraction": 0.25, "test_fraction": 0.25, "block_size": 16}
 
@@ -24,12 +23,13 @@ def build(tmp_path: Path, model_folder: str):
     """Builds a corpus of texts; the manifest, and each split's documents as tuples of token ids."""
 
     def run(
-        texts: list[str], name: str = "corpus", **config: object
+        texts: list[str], name: str = "corpus", sizes: dict[str, int] | None = None, **config: object
     ) -> tuple[Manifest, dict[str, list[tuple[int, ...]]]]:
         source = tmp_path / "documents.txt"
         source.write_text("\n\n".join(texts), encoding="utf-8")
         settings = CorpusConfig.parse({**HALVES, **config})
-        manifest = build_corpus([str(source)], tokenizer=model_folder, out=tmp_path / name, config=settings)
+        plan = plan_corpus([str(source)], tokenizer=model_folder, config=settings, **(sizes or {}))
+        manifest = run_stage(tmp_path / name, *plan)
         return manifest, contents(tmp_path / name)
 
     return run
@@ -198,44 +198,26 @@ def test_a_token_that_the_tokenizer_lacks_is_refused(build) -> None:
 
 
 @pytest.mark.parametrize("stop_at", [2, 7, 14])
-def test_interrupted_tokenising_goes_on_to_the_same_bytes(
-    build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
-) -> None:
-    texts = sentences(40, seed=10)
+def test_interrupted_tokenising_goes_on_to_the_same_bytes(build, tmp_path: Path, stop_at: int) -> None:
+    texts, small = sentences(40, seed=10), {"shard_characters": 1000}
     expected, _ = build(texts, "whole")
-    monkeypatch.setattr(build_module, "_SHARD_CHARACTERS", 1000)
-    saved: list[str] = []
-    save = Stage.save_array
-
-    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
-        if len(saved) == stop_at:
-            raise KeyboardInterrupt
-        saved.append(name)
-        save(stage, name, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "save_array", save_until)
-        with pytest.raises(KeyboardInterrupt):
-            build(texts, "resumed")
-    kept = sorted((tmp_path / "resumed.partial" / "raw").glob("*.names.txt"))
+    with files_written("raw/*.npy", most=stop_at):
+        build(texts, "resumed", small)
+    kept = sorted((tmp_path / "resumed" / "raw").glob("*.names.txt"))
     assert len(kept) == stop_at // 3  # three arrays a shard
-    times = [path.stat().st_mtime_ns for path in kept]
-    rewritten: list[str] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Stage, "save_text", lambda s, name, text, f=Stage.save_text: (rewritten.append(name), f(s, name, text))
-        )
-        resumed, _ = build(texts, "resumed")
-    assert len(times) == len(kept)
-    assert not {f"raw/{path.name}" for path in kept} & set(rewritten)
+    with files_written("raw/*.names.txt") as written:
+        resumed, _ = build(texts, "resumed", small)
+    assert written
+    assert not {f"raw/{path.name}" for path in kept} & set(written)
     assert resumed.hash == expected.hash
     assert resumed.payload == expected.payload
     assert not (tmp_path / "resumed" / "raw").exists()
 
 
-def test_a_finished_corpus_is_not_made_again(build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_finished_corpus_is_not_made_again(build, tmp_path: Path) -> None:
     texts = sentences(20, seed=11)
     first, _ = build(texts)
-    monkeypatch.setattr(build_module, "_tokenize", lambda *_: pytest.fail("tokenised again"))
-    again, _ = build(texts)
+    with files_written() as written:
+        again, _ = build(texts)
+    assert not written
     assert again == first == read_manifest(tmp_path / "corpus", "corpus")

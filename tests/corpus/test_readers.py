@@ -11,9 +11,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memlm.corpus import readers
 from memlm.corpus.config import CorpusConfig
-from memlm.corpus.readers import find_sources, read_documents, source_digest
+from memlm.corpus.readers import find_sources, read_documents, source_digest, split_documents
 from memlm.errors import InputError
 
 TEXTS = ["first document\nof two lines", "second: naïve 北京"]
@@ -104,9 +103,7 @@ def test_a_saved_dataset_is_read_from_its_folder(tmp_path: Path, as_dict: bool) 
     separator=st.sampled_from(["\n\n", "\n\n\n", "aba"]),
 )
 def test_separators_across_chunk_edges_are_seen(text: str, chunk: int, separator: str) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "_CHUNK", chunk)
-        assert list(readers._split(io.StringIO(text), separator)) == text.split(separator)
+    assert list(split_documents(io.StringIO(text), separator, chunk_size=chunk)) == text.split(separator)
 
 
 def test_windows_line_ends_separate_documents_too(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
+from interruption import files_written
 from strangers import edit_manifest, reseal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -15,7 +16,6 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, TokenizerMismatchError
 from memlm.manifest import Manifest, read_manifest
-from memlm.stage import Stage
 
 # float32 activations of order 1, added up in another order, then rounded to float16 (half a step: 2**-11 of the value)
 HALF = {"rtol": 2**-10, "atol": 1e-4}
@@ -88,23 +88,14 @@ def test_a_tap_may_be_named_or_missing(corpus_folder: Path, model_folder: str, t
 
 @pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])
 def test_an_interrupted_pass_goes_on_to_the_same_bytes(
-    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+    corpus_folder: Path, model_folder: str, tmp_path: Path, index: str
 ) -> None:
-    config = {"shard_positions": 200, "index": index, "code_bytes": 4, "nlist": None if index == "exact" else 6}
+    small = {"shard_positions": 200, "code_bytes": 4, "train_vectors": 64}
+    config = {"index": index, "nlist": None if index == "exact" else 6, **small}
     whole = build(corpus_folder, model_folder, tmp_path / "whole", **config)
-    save, written = Stage.save_array, []
-
-    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        save(stage, name, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "save_array", save_until)
-        with pytest.raises(KeyboardInterrupt):
-            build(corpus_folder, model_folder, tmp_path / "resumed", **config)
-    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
+    with files_written("keys/*", most=2):
+        build(corpus_folder, model_folder, tmp_path / "resumed", **config)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "resumed" / "keys").iterdir()}
     assert sorted(p.name for p in kept) == ["00000.npy", "00001.npy"]
     with pytest.raises(ArtifactError, match="is not finished: run the command that makes it again"):
         Datastore(tmp_path / "resumed")
@@ -128,11 +119,11 @@ def test_shards_hold_whole_blocks_and_at_least_the_positions_asked_for(corpus_fo
 
 
 def test_without_keys_only_codes_are_kept(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
-    manifest = build(corpus_folder, model_folder, tmp_path / "d", keep_keys=False, code_bytes=17)
+    manifest = build(corpus_folder, model_folder, tmp_path / "d", keep_keys=False, code_bytes=9)
     assert not (tmp_path / "d" / "keys").exists()
     assert not [name for name in manifest.payload if name.startswith("keys")]
     assert manifest.facts["index"]["kind"] == "ivf-pq"
-    assert manifest.facts["index"]["code_bytes"] == 16
+    assert manifest.facts["index"]["code_bytes"] == 8
     assert 0.5 < manifest.facts["recall"]["value"] < 1.0  # of codes, not of the keys that are gone
     store = Datastore(tmp_path / "d")
     assert store.keys is None
@@ -243,7 +234,7 @@ def test_a_damaged_shard_of_keys_is_found_when_it_is_first_read(copied: Path) ->
     assert keys is not None
     first = len(np.load(copied / "keys" / "00000.npy"))
     assert keys.rows(0, first).shape == (first, 32)
-    with pytest.raises(ArtifactError, match=r"00001\.npy is damaged: .* --repair"):
+    with pytest.raises(ArtifactError, match=r"00001\.npy is damaged: .* run `memlm repair "):
         keys.rows(first - 1, first + 1)
 
 

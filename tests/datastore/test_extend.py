@@ -7,6 +7,7 @@ import pytest
 from conftest import sentences, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from interruption import files_written
 
 from memlm.corpus.blocks import Corpus, Split
 from memlm.corpus.build import build_corpus
@@ -19,7 +20,6 @@ from memlm.datastore.index import INDEXES, IVFIndex, measure_recall
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError
 from memlm.manifest import Manifest, read_manifest
-from memlm.stage import Stage
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
 
@@ -149,6 +149,7 @@ def test_only_new_documents_are_read(
     np.testing.assert_array_equal(keys_of(tmp_path / "d")[reused], keys_of(stores / "rebuilt")[reused])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documents", [OLD, OLD[::-1], OLD[10:50]], ids=["the same", "another order", "fewer"])
 def test_without_new_documents_the_teacher_is_not_loaded(
     stores: Path,
@@ -167,26 +168,17 @@ def test_without_new_documents_the_teacher_is_not_loaded(
     assert extended.facts["tap"] == rebuilt.facts["tap"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])
 def test_an_interrupted_extension_goes_on_to_the_same_bytes(
-    old: Path, grown: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: str
+    old: Path, grown: Path, model_folder: str, tmp_path: Path, index: str
 ) -> None:
-    config = {} if index == "exact" else {"nlist": 6, "code_bytes": 4}
+    config = {} if index == "exact" else {"nlist": 6, "code_bytes": 4, "train_vectors": 64}
     build(old, tmp_path / "old", teacher=model_folder, index=index, **config)
     whole = build(grown, tmp_path / "whole", extend=tmp_path / "old")
-    save, written = Stage.save_array, []
-
-    def save_until(stage: Stage, name: str, array: np.ndarray) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        save(stage, name, array)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stage, "save_array", save_until)
-        with pytest.raises(KeyboardInterrupt):
-            build(grown, tmp_path / "resumed", extend=tmp_path / "old")
-    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed.partial" / "keys").iterdir()}
+    with files_written("keys/*", most=2):
+        build(grown, tmp_path / "resumed", extend=tmp_path / "old")
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed" / "keys").iterdir()}
     assert sorted(kept) == ["00000.npy", "00001.npy"]
     resumed = build(grown, tmp_path / "resumed", extend=tmp_path / "old")
     assert {name: (tmp_path / "resumed" / "keys" / name).stat().st_mtime_ns for name in kept} == kept
@@ -195,6 +187,7 @@ def test_an_interrupted_extension_goes_on_to_the_same_bytes(
     assert build(grown, tmp_path / "resumed", extend=tmp_path / "old") == resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq"])
 def test_an_approximate_index_grows_without_training(
     old: Path, grown: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -226,7 +219,10 @@ def test_the_extended_datastore_can_be_extended(stores: Path, old: Path, tmp_pat
     assert back.payload == read_manifest(stores / "old").payload
 
 
-@pytest.mark.parametrize("change", [{"nlist": 5}, {"seed": 1}, {"index": "ivf-pq"}, {"index": "exact"}], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change", [{"nlist": 5}, {"seed": 1}, {"index": "ivf-pq", "code_bytes": 2}, {"index": "exact"}], ids=str
+)
 def test_an_index_of_other_settings_is_built_from_the_keys(
     old: Path, grown: Path, model_folder: str, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -281,7 +277,7 @@ def test_a_stride_spelt_out_is_the_same_stride(stores: Path, corpus_of: Callable
 
 
 def test_a_datastore_without_keys_is_refused(old: Path, grown: Path, model_folder: str, tmp_path: Path) -> None:
-    build(old, tmp_path / "codes" / "d", teacher=model_folder, keep_keys=False)
+    build(old, tmp_path / "codes" / "d", teacher=model_folder, keep_keys=False, code_bytes=2)
     refused(grown, tmp_path / "codes" / "d", tmp_path, ArtifactError, r"d kept no keys \(keep_keys false\)")
 
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import brute_neighbors
 
-from memlm.datastore import index as index_module
 from memlm.datastore import lists as lists_module
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import (
@@ -22,10 +21,12 @@ from memlm.datastore.index import (
     IVFIndex,
     Keys,
     default_nlist,
+    exact_distances,
     measure_recall,
     tune_nprobe,
 )
 from memlm.datastore.layout import IndexFacts
+from memlm.datastore.lists import SIZES, SearchSizes
 from memlm.datastore.ranking import nearest_first
 from memlm.errors import ArtifactError, ConfigError
 
@@ -40,9 +41,9 @@ def clustered(entries: int, width: int, clusters: int = 20, seed: int = 0) -> np
     return (centres[rng.integers(clusters, size=entries)] + 0.3 * rng.normal(size=(entries, width))).astype(np.float16)
 
 
-def build(kind: str, keys: Keys, **config: object) -> Index:
+def build(kind: str, keys: Keys, sizes: SearchSizes = SIZES, **config: object) -> Index:
     settings = DatastoreConfig.parse({"index": kind, **config})
-    built = INDEXES[kind].build(keys, settings)  # type: ignore[index]
+    built = INDEXES[kind].build(keys, settings, sizes)  # type: ignore[index]
     tune_nprobe(built, keys, settings)
     return built
 
@@ -73,14 +74,11 @@ def test_the_exact_index_equals_brute_force_across_blocks(k: int, way: str, monk
     """On the CPU, and as an accelerator does it, with keys that fit its memory or do not."""
     free = 1 << 30 if way == "accelerator" else 0
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (free, free))
-    monkeypatch.setattr(index_module, "_CPU_BLOCK", 13)
-    monkeypatch.setattr(index_module, "_DEVICE_BLOCK", 13)
-    monkeypatch.setattr(index_module, "_QUERIES", 4)
     raw = clustered(60, 8)
     raw.flags.writeable = False  # as a memory-mapped shard is
     queries = np.random.default_rng(1).normal(size=(11, 8)).astype(np.float32)
-    index = ExactIndex(Keys([raw[:25], raw[25:]]))
-    monkeypatch.setattr(index, "_by_lists", way == "CPU")
+    index = ExactIndex(Keys([raw[:25], raw[25:]]), SearchSizes(core_keys=13, device_keys=13, queries=4))
+    index.by_lists = way == "CPU"
     distances, ids = index.search(queries, k)
     assert bool(index._held) == (way == "accelerator")
     expected, _ = brute_neighbors(raw, queries, k)
@@ -115,13 +113,12 @@ def test_a_forked_process_can_search() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 30])
-def test_of_equally_near_keys_exact_search_finds_the_first(queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_CPU_BLOCK", 7)
+def test_of_equally_near_keys_exact_search_finds_the_first(queries: int) -> None:
     rng = np.random.default_rng(0)
     raw = rng.integers(-2, 3, (600, 3)).astype(np.float16)
     raw = raw[np.isin((raw**2).sum(1), [0, 1, 4, 9])]  # whole numbers and lengths, so that nothing is rounded
     asked = rng.integers(-2, 3, (queries, 3)).astype(np.float32)
-    _, ids = ExactIndex(Keys([raw])).search(asked, 9)
+    _, ids = ExactIndex(Keys([raw]), SearchSizes(core_keys=7)).search(asked, 9)
     expected = ((raw[None].astype(np.float32) - asked[:, None]) ** 2).sum(-1).argsort(1, kind="stable")[:, :9]
     assert ids.tolist() == expected.tolist()
 
@@ -156,16 +153,12 @@ def test_searching_every_list_of_ivf_flat_is_exact() -> None:
 
 @pytest.mark.parametrize("k", [3, 70])
 @pytest.mark.parametrize("nprobe", [1, 4, 12])
-def test_lists_searched_for_many_queries_at_once_give_what_faiss_finds(
-    k: int, nprobe: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lists_searched_for_many_queries_at_once_give_what_faiss_finds(k: int, nprobe: int) -> None:
     raw = clustered(600, 16)
     raw[590:] = 40  # a list of few, so that lists of one query hold fewer than k
-    index = build("ivf-flat", Keys([raw[:250], raw[250:]]), nlist=12, nprobe=nprobe, recall_k=5)
+    several_runs = SearchSizes(shared=1, candidates=1500, picked=10)
+    index = build("ivf-flat", Keys([raw[:250], raw[250:]]), several_runs, nlist=12, nprobe=nprobe, recall_k=5)
     assert isinstance(index, IVFIndex)
-    monkeypatch.setattr(index_module, "_SHARED", 1)
-    monkeypatch.setattr(lists_module, "_CANDIDATES", 1500)  # picked in several runs
-    monkeypatch.setattr(lists_module, "_ROWS", 10)
     queries = raw[::7].astype(np.float32)
     distances, ids = index.search(queries, k)
     expected, expected_ids = index.index.search(queries, k)
@@ -207,14 +200,12 @@ def test_the_nearest_come_first_and_of_equal_ones_the_first_given(rows: list[lis
     assert found_ids.tolist() == np.take_along_axis(ids, order, 1).tolist()
 
 
-def test_exact_distances_of_candidates_equal_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_PAIRS", 5)
-    monkeypatch.setattr(index_module, "_RANKED_TOGETHER", 4)
+def test_exact_distances_of_candidates_equal_brute_force() -> None:
     raw = clustered(40, 8)
     queries = np.random.default_rng(1).normal(size=(6, 8)).astype(np.float32)
     ids = np.random.default_rng(2).integers(-1, 40, (6, 9))
     ids[2] = -1
-    found = index_module._exact_distances(Keys([raw[:7], raw[7:30], raw[30:]]), queries, ids)
+    found = exact_distances(Keys([raw[:7], raw[7:30], raw[30:]]), queries, ids, SearchSizes(pairs=5, ranked=4))
     expected = ((raw[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
     np.testing.assert_allclose(found, np.where(ids < 0, np.inf, expected), rtol=1e-6)  # sums of 8 float32 squares
 
@@ -246,10 +237,9 @@ def test_building_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ivf-flat", "ivf-pq"])
-def test_lists_are_filled_as_faiss_fills_them(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_BLOCK", 130)
+def test_lists_are_filled_as_faiss_fills_them(kind: str) -> None:
     raw = clustered(300, 8)
-    index = build(kind, Keys([raw[:70], raw[70:]]), nlist=6, recall_k=5)
+    index = build(kind, Keys([raw[:70], raw[70:]]), SearchSizes(filled=130), nlist=6, recall_k=5)
     assert isinstance(index, IVFIndex)
     filled = faiss.serialize_index(index.index)
     index.index.reset()
@@ -305,10 +295,7 @@ def test_more_lists_than_entries_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", INDEXES)
 @pytest.mark.parametrize("added", [0, 150])
-def test_an_extended_index_is_what_its_training_gives_for_the_new_keys(
-    kind: str, added: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(index_module, "_BLOCK", 64)
+def test_an_extended_index_is_what_its_training_gives_for_the_new_keys(kind: str, added: int) -> None:
     rng = np.random.default_rng(3)
     before = clustered(300, 8)
     stays = rng.random(300) < 0.7
@@ -319,7 +306,7 @@ def test_an_extended_index_is_what_its_training_gives_for_the_new_keys(
     new_ids = np.full(300, -1)
     new_ids[stays] = order[: stays.sum()]
     settings = DatastoreConfig(nlist=6, code_bytes=4, nprobe=6)
-    index = INDEXES[kind].build(Keys([before]), settings)  # type: ignore[index]
+    index = INDEXES[kind].build(Keys([before]), settings, SearchSizes(filled=64))  # type: ignore[index]
     queries = clustered(20, 8, seed=2).astype(np.float32)
     index.search(queries, 5)  # what it may keep of the old keys
     index.extend(keys, new_ids, settings)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,19 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from conftest import forbid_models, make_corpus, save_stranger, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import Corpus
-from memlm.corpus.build import build_corpus
-from memlm.corpus.config import CorpusConfig
 from memlm.errors import ConfigError, InputError, MemlmError, ModelError, OutputExistsError, TokenizerMismatchError
 from memlm.evaluate import perplexity as perplexity_module
 from memlm.evaluate.config import EvaluateConfig
-from memlm.evaluate.perplexity import DocumentSums, by_label_frequency, evaluate_perplexity, report_table
-from memlm.evaluate.scores import Scores, score_corpus
+from memlm.evaluate.intervals import Resampled
+from memlm.evaluate.perplexity import by_label_frequency, evaluate_perplexity, report_table
 from memlm.manifest import read_manifest
 from memlm.memory.protocol import MemorySettings
+from memlm.scores.score import Scores
+from memlm.scores.table import ScoreTable, score_corpus
 
 EXACT = EvaluateConfig(dtype="float32", bootstrap=200)
 
@@ -105,6 +106,7 @@ def test_the_memorys_temperature_counts(corpus_folder: Path, model_folder: str, 
     assert report["memory"]["perplexity"] < 0.9 * report["base"]["perplexity"]  # a random model gains by softening
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [1, 40, 333])
 def test_figures_do_not_depend_on_batch_size(
     report: dict[str, Any], corpus_folder: Path, model_folder: str, memory_folder: Path, batch_tokens: int
@@ -130,20 +132,19 @@ def scripted(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores where the memory hurts on validation text and helps on test text."""
     source = Corpus(corpus)
 
-    def score_corpus(corpus: Corpus, model: str, *, beside: str | None, **kwargs: Any) -> dict[str, Scores]:
-        level = {(False, "validation"): -2, (True, "validation"): -4, (False, "test"): -4, (True, "test"): -2}
-        scores = {}
+    level = {("base", "validation"): -2, ("memory", "validation"): -4, ("base", "test"): -4, ("memory", "test"): -2}
+
+    def score_corpus(corpus: Corpus, base: str, memories: dict[str, str], **kwargs: Any) -> dict[str, ScoreTable]:
+        tables = {}
         for name in ("validation", "test"):
             split = source.split(name)
-            label = np.full(split.n_positions, level[beside is not None, name], np.float32)
-            scores[name] = Scores(
-                label=label,
-                entropy=label,
-                top1=label,
-                document=split.documents_of(np.arange(split.n_positions)),
-                label_count=np.ones(split.n_positions, np.int64),
-            )
-        return scores
+            voters = {}
+            for voter in ("base", *memories):
+                label = np.full(split.n_positions, level[voter, name], np.float32)
+                voters[voter] = Scores(label, label, label, np.zeros(split.n_positions, np.int32))
+            documents = split.documents_of(np.arange(split.n_positions))
+            tables[name] = ScoreTable(voters, documents, np.ones(split.n_positions, np.int64))
+        return tables
 
     monkeypatch.setattr(perplexity_module, "score_corpus", score_corpus)
 
@@ -184,7 +185,7 @@ def test_a_document_is_resampled_as_a_whole() -> None:
     """All tokens of a document agree here, so resampling tokens would give an interval about ten times narrower."""
     document = np.repeat(np.arange(30), 100)
     values = np.where(document % 2, -1.0, -3.0)
-    low, high = DocumentSums(document, EvaluateConfig(bootstrap=2000)).perplexity(values)["interval"]
+    low, high = Resampled(document, {"x": values}, EvaluateConfig(bootstrap=2000)).perplexity("x")["interval"]
     # log perplexity is 2 with a standard error of 1 / sqrt(30) over documents; 4 standard errors wide, 20% for chance
     assert np.log(high) - np.log(low) == pytest.approx(4 / np.sqrt(30), rel=0.2)
 
@@ -194,18 +195,47 @@ def test_the_ratio_is_paired() -> None:
     rng = np.random.default_rng(0)
     document = np.repeat(np.arange(20), 10)
     below = -rng.uniform(1, 9, 20)[document]
-    sums = DocumentSums(document, EvaluateConfig(bootstrap=500))
-    ratio = sums.ratio(below + 0.5, below)
+    sums = Resampled(document, {"above": below + 0.5, "below": below}, EvaluateConfig(bootstrap=500))
+    ratio = sums.ratio("above", "below")
     assert ratio["perplexity"] == pytest.approx(np.exp(-0.5), abs=1e-4)
     assert ratio["interval"] == [ratio["perplexity"]] * 2
-    low, high = sums.perplexity(below)["interval"]
+    low, high = sums.perplexity("below")["interval"]
     assert high > 2 * low
 
 
 def test_longer_documents_weigh_more_in_the_estimate() -> None:
     document = np.array([0] * 9 + [1])
-    found = DocumentSums(document, EvaluateConfig(bootstrap=0)).perplexity(np.array([-1.0] * 9 + [-11.0]))
+    values = {"x": np.array([-1.0] * 9 + [-11.0])}
+    found = Resampled(document, values, EvaluateConfig(bootstrap=0)).perplexity("x")
     assert found == {"perplexity": pytest.approx(np.exp(2), abs=1e-4), "interval": None}
+
+
+@pytest.mark.parametrize("drawn_at_once", [1, 70, 10**9])
+def test_draws_some_at_a_time_are_those_of_all_at_once(drawn_at_once: int) -> None:
+    rng = np.random.default_rng(3)
+    document = np.repeat(np.arange(23), rng.integers(1, 9, 23))
+    values = {"a": -rng.uniform(1, 9, len(document)), "b": -rng.uniform(1, 9, len(document))}
+    found = Resampled(document, values, EvaluateConfig(bootstrap=50, seed=5), drawn_at_once=drawn_at_once)
+    draws = np.random.default_rng(5).multinomial(23, np.full(23, 1 / 23), size=50)
+    counts = np.bincount(document)
+    means = {name: draws @ np.bincount(document, weights=-v) / (draws @ counts) for name, v in values.items()}
+    expected = (
+        np.quantile(np.exp(means["a"]), [0.025, 0.975]),
+        np.quantile(np.exp(means["a"] - means["b"]), [0.025, 0.975]),
+    )
+    assert found.perplexity("a")["interval"] == pytest.approx(expected[0], abs=1e-4)
+    assert found.ratio("a", "b")["interval"] == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_many_documents_take_little_memory() -> None:
+    """At once, 50,000 documents in 1,000 resamplings would take 400 MB in draws alone."""
+    document = np.arange(50_000)
+    values = {"x": -np.ones(len(document)), "y": -np.ones(len(document))}
+    tracemalloc.start()
+    Resampled(document, values, EvaluateConfig(bootstrap=200), drawn_at_once=1 << 19)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
 
 
 def test_intervals_are_drawn_by_the_seed(corpus_folder: Path, model_folder: str, memory_folder: Path) -> None:
@@ -257,23 +287,16 @@ def test_frequencies_at_the_edges_fall_in_the_higher_group() -> None:
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
-def forbid_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_model(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
-
-
 def test_each_model_scores_the_text_once(
     corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
-    assert len(list((fresh_cache / "scores").glob("*/manifest.json"))) == 2
+    assert len(list((fresh_cache / "scores").glob("*/manifest.json"))) == 4, "two models on two splits"
     forbid_models(monkeypatch)
     assert evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT) == first
     other = EXACT.model_copy(update={"mix_weight": 0.5, "seed": 3})  # settings that change no score
     evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=other)
-    with pytest.raises(AssertionError, match="a model was loaded"):  # one that does
+    with pytest.raises(AssertionError, match="a model was loaded or made"):  # one that does
         evaluate_perplexity(
             corpus_folder, base=model_folder, memory=str(memory_folder), config=EvaluateConfig(dtype="bfloat16")
         )
@@ -287,18 +310,18 @@ def test_scores_of_changed_weights_are_made_anew(
     found = []
     for seed in (0, 1):
         tiny_model(len(tokenizer), seed=seed).save_pretrained(folder)
-        scores = score_corpus(Corpus(corpus_folder), str(folder), beside=None, dtype="float32", batch_tokens=4096)
-        found.append(scores["test"].label)
+        tables = score_corpus(Corpus(corpus_folder), str(folder), {}, dtype="float32")
+        found.append(tables["test"].voters["base"].label)
     assert not np.allclose(found[0], found[1], atol=0.1)
 
 
 def test_scores_hold_entropy_top1_document_and_label_frequency(corpus_folder: Path, model_folder: str) -> None:
     corpus = Corpus(corpus_folder)
-    scores = score_corpus(corpus, model_folder, beside=None, dtype="float32", batch_tokens=4096)
-    assert set(scores) == {"validation", "test"}
-    test, split = scores["test"], corpus.split("test")
+    tables = score_corpus(corpus, model_folder, {}, dtype="float32")
+    assert set(tables) == {"validation", "test"}
+    test, split = tables["test"].voters["base"], corpus.split("test")
     assert len(test.label) == len(test.entropy) == len(test.top1) == split.n_positions
-    np.testing.assert_array_equal(np.bincount(test.document), np.diff(split.offsets) - 1)
+    np.testing.assert_array_equal(np.bincount(tables["test"].document), np.diff(split.offsets) - 1)
     # the first document's first block, by a plain forward pass; float32 against float64 softmax
     tokens = torch.from_numpy(split.tokens[:32].astype(np.int64))
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -306,15 +329,16 @@ def test_scores_hold_entropy_top1_document_and_label_frequency(corpus_folder: Pa
         log_probs = model(tokens[None]).logits[0, :-1, :320].double().log_softmax(-1)
     np.testing.assert_allclose(test.entropy[:31], -(log_probs.exp() * log_probs).sum(-1), rtol=1e-4)
     np.testing.assert_allclose(test.top1[:31], log_probs.exp().amax(-1), rtol=1e-4)
+    np.testing.assert_array_equal(test.top1_id[:31], log_probs.argmax(-1))
 
 
 def test_a_damaged_score_file_is_named(
     corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path
 ) -> None:
     evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
-    victim = next((fresh_cache / "scores").glob("*/test.label.npy"))
+    victim = next((fresh_cache / "scores").glob("*/label.npy"))
     victim.write_bytes(victim.read_bytes()[:-4])
-    with pytest.raises(MemlmError, match=r"test\.label\.npy has \d+ bytes, its manifest says"):
+    with pytest.raises(MemlmError, match=r"label\.npy has \d+ bytes, its manifest says"):
         evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
 
 
@@ -373,10 +397,7 @@ def test_without_out_nothing_is_written_outside_the_cache(
 @pytest.fixture(scope="module")
 def unvalidated(model_folder: str, documents: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus with test text and no validation text."""
-    out = tmp_path_factory.mktemp("unvalidated") / "c"
-    config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0, test_fraction=0.15)
-    build_corpus([documents], tokenizer=model_folder, out=out, config=config)
-    return out
+    return make_corpus(documents, model_folder, tmp_path_factory.mktemp("unvalidated") / "c", validation_fraction=0)
 
 
 def test_a_corpus_without_validation_tokens_needs_a_given_weight(
@@ -390,11 +411,10 @@ def test_a_corpus_without_validation_tokens_needs_a_given_weight(
 def test_a_corpus_without_test_tokens_is_refused(
     documents: str, model_folder: str, memory_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = CorpusConfig(document_separator="\n\n", block_size=32, test_fraction=0)
-    build_corpus([documents], tokenizer=model_folder, out=tmp_path / "c", config=config)
+    untested = make_corpus(documents, model_folder, tmp_path / "c", test_fraction=0)
     forbid_models(monkeypatch)
     with pytest.raises(InputError, match="no test tokens; build it with a larger --test-fraction"):
-        evaluate_perplexity(tmp_path / "c", base=model_folder, memory=str(memory_folder))
+        evaluate_perplexity(untested, base=model_folder, memory=str(memory_folder))
 
 
 def test_an_output_that_holds_something_else_is_refused_before_models_load(
@@ -433,13 +453,9 @@ def test_models_that_cannot_be_used_are_refused_before_any_is_loaded(
     with pytest.raises((InputError, ConfigError), match=r"outside the 300|fewer output rows"):
         evaluate_perplexity(corpus_folder, **{**good, role: str(tmp_path / "small")})
 
-    tiny_config(328).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    changed = AutoTokenizer.from_pretrained(tmp_path / "other")
-    changed.add_tokens(["asthmatic"])
-    changed.save_pretrained(tmp_path / "other")
+    other = save_stranger(tmp_path / "other", tokenizer)
     with pytest.raises(TokenizerMismatchError, match="320 and 321 tokens"):
-        evaluate_perplexity(corpus_folder, **{**good, role: str(tmp_path / "other")})
+        evaluate_perplexity(corpus_folder, **{**good, role: other})
 
 
 def test_the_table_names_every_row(report: dict[str, Any]) -> None:
@@ -452,3 +468,72 @@ def test_the_table_names_every_row(report: dict[str, Any]) -> None:
     ):
         assert words in table
     assert f"{report['base']['perplexity']:.2f}" in table
+
+
+# --- several memories -----------------------------------------------------------------------------------------------
+
+
+def test_several_memories_are_mixed_with_weights_of_their_own(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, datastore_folder: Path, tmp_path: Path
+) -> None:
+    """The mixture equals the one that plain arithmetic makes of the two single reports' scores."""
+    memories = {"law": str(memory_folder), "live": str(datastore_folder)}
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=memories, out=tmp_path / "e", config=EXACT)
+    weights = report["mixture"]["mix_weight"]
+    assert list(weights) == ["law", "live"]
+    assert 0 < sum(weights.values()) <= 1
+    table = score_corpus(Corpus(corpus_folder), model_folder, memories, dtype="float32")["test"]
+    probs = {name: np.exp(scores.label.astype(np.float64)) for name, scores in table.voters.items()}
+    mixed = (1 - sum(weights.values())) * probs["base"] + sum(w * probs[name] for name, w in weights.items())
+    assert report["mixture"]["perplexity"] == pytest.approx(np.exp(-np.log(mixed).mean()), rel=1e-5)
+    alone = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    assert report["law"] == alone["memory"]
+    assert report["live"]["perplexity"] is None, "a retriever finds some labels impossible"
+    curve = [value for value in report["validation"]["perplexities"] if value is not None]
+    assert min(curve) <= min(value for value in alone["validation"]["perplexities"] if value is not None) + 1e-4
+    assert "law alone" in report_table(report)
+    assert (tmp_path / "e" / "perplexity.png").is_file()
+
+
+def test_weights_of_several_memories_are_given_by_name(
+    corpus_folder: Path, model_folder: str, memory_folder: Path
+) -> None:
+    memories = {"a": str(memory_folder), "b": model_folder}
+    config = EXACT.model_copy(update={"mix_weight": {"a": 0.5, "b": 0.25}})
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=memories, config=config)
+    assert report["mixture"]["mix_weight"] == {"a": 0.5, "b": 0.25}
+    same = evaluate_perplexity(
+        corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT.model_copy(update={"mix_weight": 0.5})
+    )
+    assert report["mixture"]["perplexity"] == pytest.approx(same["mixture"]["perplexity"], rel=1e-4)  # b is the base
+
+
+@pytest.mark.parametrize(
+    ("memories", "weights", "message"),
+    [
+        ({"a": "x", "b": "y"}, 0.5, r"give one weight per memory \(a, b\), by name"),
+        ({"a": "x", "b": "y"}, {"a": 0.5}, "mix_weight of 'b' is missing"),
+        ({"a": "x", "b": "y"}, {"a": 0.7, "b": 0.7}, "sum to 1.4, above 1"),
+        ({"mixture": "x"}, None, "memory name 'mixture' is what the report calls something of its own"),
+    ],
+)
+def test_names_and_weights_that_do_not_fit_are_refused(
+    corpus_folder: Path, model_folder: str, memories: dict[str, str], weights: Any, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        evaluate_perplexity(corpus_folder, base=model_folder, memory=memories, mix_weight=weights)
+
+
+def test_without_matplotlib_the_report_is_written_and_the_plot_is_named_as_missing(
+    corpus_folder: Path,
+    model_folder: str,
+    memory_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(perplexity_module, "find_spec", lambda name: None)
+    out = tmp_path / "e"
+    evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), out=out, config=EXACT)
+    assert set(read_manifest(out).payload) == {"report.json"}
+    assert "pip install 'memlm[plot]'" in capsys.readouterr().err

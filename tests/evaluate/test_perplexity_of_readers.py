@@ -9,22 +9,20 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import forbid_models, make_corpus, save_model, save_stranger
 from reference import dense_votes
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import Corpus
-from memlm.corpus.build import build_corpus
-from memlm.corpus.config import CorpusConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import MemlmError, ModelError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import evaluate_perplexity, report_table
-from memlm.evaluate.scores import score_corpus
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import MLPMemory
 from memlm.models.loading import load_causal_lm
 from memlm.models.taps import TapReader
+from memlm.scores.table import score_corpus
 from memlm.targets.config import RetrievalConfig
 from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory
@@ -117,8 +115,7 @@ def test_figures_of_an_mlp_memory_equal_plain_passes_over_the_bases_activations(
 def test_an_mlp_memory_is_scored_anew_beside_another_base(
     corpus_folder: Path, model_folder: str, mlp_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    tiny_model(len(tokenizer), seed=3).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
+    save_model(tmp_path / "other", tokenizer, seed=3)
     found = [
         evaluate_perplexity(corpus_folder, base=base, memory=mlp_folder, config=EXACT)["memory"]["perplexity"]
         for base in (model_folder, str(tmp_path / "other"))
@@ -129,8 +126,7 @@ def test_an_mlp_memory_is_scored_anew_beside_another_base(
 def test_a_base_that_an_mlp_memory_cannot_read_is_refused(
     corpus_folder: Path, mlp_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    tiny_model(len(tokenizer), layers=3).save_pretrained(tmp_path / "deeper")
-    tokenizer.save_pretrained(tmp_path / "deeper")
+    save_model(tmp_path / "deeper", tokenizer, layers=3)
     with pytest.raises(ModelError, match="a base with 2 blocks, 32 wide; this LlamaForCausalLM has 3, 32 wide"):
         evaluate_perplexity(corpus_folder, base=str(tmp_path / "deeper"), memory=mlp_folder, config=EXACT)
 
@@ -223,17 +219,11 @@ def test_beside_another_base_the_teacher_reads_for_itself(
     corpus_folder: Path, model_folder: str, datastore_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """Votes do not depend on the base; its own cache, or none, only changes the order of float32 sums."""
-    tiny_model(len(tokenizer), seed=3, width=16).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
+    save_model(tmp_path / "other", tokenizer, seed=3, width=16)
     beside, apart = (
-        score_corpus(
-            Corpus(corpus_folder),
-            str(datastore_folder),
-            beside=base,
-            dtype="float32",
-            batch_tokens=4096,
-            retrieval=FEW,
-        )["test"]
+        score_corpus(Corpus(corpus_folder), base, {"live": str(datastore_folder)}, dtype="float32", retrieval=FEW)[
+            "test"
+        ].voters["live"]
         for base in (model_folder, str(tmp_path / "other"))
     )
     # a query rounded to the other neighbour in float16 moves a vote by some 1e-3, rarely a neighbour out of the sixteen
@@ -255,22 +245,13 @@ def test_a_memory_of_another_tokenizer_is_refused_with_advice(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Only the corpus and the base have the other tokenizer, so it is the memory that does not fit."""
-    folder = tmp_path / "other"
-    tiny_config(len(tokenizer) + 8).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    changed = AutoTokenizer.from_pretrained(folder)
-    changed.add_tokens(["asthmatic"])
-    changed.save_pretrained(folder)
-    config = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
-    build_corpus([documents], tokenizer=str(folder), out=tmp_path / "c", config=config)
+    other = save_stranger(tmp_path / "other", tokenizer)
+    make_corpus(documents, other, tmp_path / "c")
 
-    def no_model(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", no_model)
+    forbid_models(monkeypatch)
     memory = mlp_folder if kind == "mlp" else str(datastore_folder)
     with pytest.raises(TokenizerMismatchError, match=f"memory {memory} have different tokenizers; .*memlm adapt"):
-        evaluate_perplexity(tmp_path / "c", base=str(folder), memory=memory)
+        evaluate_perplexity(tmp_path / "c", base=other, memory=memory)
 
 
 def test_a_stage_that_is_no_memory_is_refused(corpus_folder: Path, targets_folder: Path, model_folder: str) -> None:

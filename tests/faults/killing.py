@@ -22,14 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, tiny_config, tiny_model
+from conftest import make_corpus, save_model, sentences
 from tiny_tokenizers import sentencepiece_like
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
 from memlm.cli import main
-from memlm.corpus import build as corpus_build
-from memlm.corpus.build import build_corpus
+from memlm.corpus.build import plan_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
@@ -68,18 +66,12 @@ def prepare(request: pytest.FixtureRequest, folder: Path) -> Ingredients:
     """What the fixtures of all tests hold, and in `folder` what is needed beside."""
     at = request.getfixturevalue
     tokenizer = at("tokenizer")
-    torch.manual_seed(2)
-    config = tiny_config(len(tokenizer))
-    config.attention_dropout = 0.2  # so that random states count
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder / "dropout")
-    tokenizer.save_pretrained(folder / "dropout")
+    save_model(folder / "dropout", tokenizer, seed=2, attention_dropout=0.2)  # so that random states count
     other = sentencepiece_like(sentences(100, seed=3))
-    tiny_model(len(other), seed=5).save_pretrained(folder / "other")
-    other.save_pretrained(folder / "other")
+    save_model(folder / "other", other, seed=5)
     half = "\n\n".join(Path(at("documents")).read_text(encoding="utf-8").split("\n\n")[:40])
     (folder / "half.txt").write_text(half, encoding="utf-8")
-    settings = CorpusConfig(document_separator="\n\n", block_size=32, validation_fraction=0.15, test_fraction=0.15)
-    build_corpus([str(folder / "half.txt")], tokenizer=at("model_folder"), out=folder / "small", config=settings)
+    make_corpus(str(folder / "half.txt"), at("model_folder"), folder / "small")
     build_datastore(
         folder / "small", teacher=at("model_folder"), out=folder / "small-datastore", config=_index("ivf-flat")
     )
@@ -115,9 +107,8 @@ def _folder(at: Ingredients, out: Path) -> None:
 
 
 def _corpus(at: Ingredients, out: Path) -> None:
-    corpus_build._SHARD_CHARACTERS = 2000
     config = CorpusConfig(document_separator="\n\n", block_size=32, near_duplicate_ngram=8)
-    build_corpus([at.documents], tokenizer=at.model, out=out, config=config)
+    run_stage(out, *plan_corpus([at.documents], tokenizer=at.model, config=config, shard_characters=2000))
 
 
 def _train(data: Path, out: Path, *, base: str, init: str | None, activations: Path | None = None, **more: Any) -> None:

@@ -9,14 +9,16 @@ from signal import SIGKILL
 import pytest
 from killing import STAGES, Fault, Runs, content, forking
 
+pytestmark = pytest.mark.slow
+
 SEEDS = range(int(os.environ.get("MEMLM_KILL_SEEDS", "6")))
 """Each is one case of every stage; a longer hunt sets the number."""
 
 WHOLE = (
-    "out.partial/raw/*.names.txt",  # the last file of each shard
-    "out.partial/keys/*.npy",
-    "out.partial/train-*.arrow",
-    "out.partial/checkpoints/*/whole",
+    "out/raw/*.names.txt",  # the last file of each shard
+    "out/keys/*.npy",
+    "out/train-*.arrow",
+    "out/checkpoints/*/whole",
     "home/scores/*/*.label_count.npy",  # the last file of each split
 )
 """What stands for work that is not to be done again, once it has its name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import sentences, tiny_config, tiny_model
+from conftest import save_model, sentences, tiny_config, tiny_model
 from tiny_tokenizers import permuted, sentencepiece_like
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -34,10 +34,7 @@ def other() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="module")
 def other_folder(other: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base with that tokenizer."""
-    folder = tmp_path_factory.mktemp("other") / "model"
-    tiny_model(len(other), seed=5).save_pretrained(folder)
-    other.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("other") / "model", other, seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -1,41 +1,29 @@
 """MemoryDecoder beyond the shared protocol: its loss in training, and its window."""
 
 import warnings
-from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import pytest
 import torch
+from families import family_model, token_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from memories import LONG_TEXT, decoder_memory
 from reference_lm import dense_distillation_loss, dense_targets, window_start, windowed_hidden
-from tiny_families import family_model
-from torch import Tensor
 
 from memlm.errors import ConfigError
 from memlm.memory.decoder import MemoryDecoder
-from memlm.memory.protocol import MemorySettings
 
 VOCAB, PADDING = 40, 5
 CLOSE = {"rtol": 0, "atol": 1e-4}  # see tests/memory/test_protocol.py
 
 
 def windowed(window: int | None, family: str = "llama") -> MemoryDecoder:
-    model = family_model(family, VOCAB + PADDING)
-    return MemoryDecoder(model, MemorySettings(kind="decoder", vocab_size=VOCAB, context_length=window))
+    return decoder_memory(VOCAB, padding=PADDING, window=window, family=family)
 
 
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Without the warning about the window, which has its own test."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the text is longer than the memory's window")
-        yield
-
-
-def some_tokens(rows: int, length: int) -> Tensor:
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(0))
+some_tokens = partial(token_ids, vocab_size=VOCAB)
 
 
 @cache
@@ -134,7 +122,7 @@ def test_the_window_jumps_by_half_of_itself_when_it_is_full(window: int, place: 
     assert place < window or place - start + 1 > window - window // 2
 
 
-@pytest.mark.usefixtures("quiet")
+@pytest.mark.filterwarnings(LONG_TEXT)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "bloom", "opt"])
 @pytest.mark.parametrize("window", [2, 5, 8, None])
 def test_states_equal_a_separate_pass_over_what_each_token_sees(family: str, window: int | None) -> None:
@@ -151,6 +139,7 @@ def test_states_equal_a_separate_pass_over_what_each_token_sees(family: str, win
     lengths=st.lists(st.integers(1, 20), min_size=1, max_size=4),
     cuts=st.lists(st.integers(1, 7), max_size=6),
 )
+@pytest.mark.slow
 def test_however_a_text_is_cut_and_padded_its_states_are_the_same(
     window: int, lengths: list[int], cuts: list[int]
 ) -> None:

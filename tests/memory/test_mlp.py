@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from families import TAPS, VOCABULARY, family_model, token_ids
+from families import TAPS, VOCABULARY, WIDTH, family_model, token_ids
 from reference_lm import dense_distillation_loss, dense_targets, mixed_probs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlm.errors import ArtifactError, ConfigError, MemlmError, ModelError
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import SIZES, FFNStyle, MLPBlock, MLPMemory, MLPSettings, ffn_style
 from memlm.memory.protocol import MemorySettings
@@ -33,7 +33,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def start(base: PreTrainedModel, *, seed: int = 0, **config: Any) -> MLPMemory:
     settings = MemorySettings(kind="mlp", vocab_size=base.config.get_text_config().vocab_size)
-    return MLPMemory.start(StartConfig(kind="mlp", **config), settings, init=None, base=base, seed=seed).eval()
+    return MLPMemory.start(MLPStart(**config), settings, init=None, base=base, seed=seed).eval()
 
 
 def moved(memory: MLPMemory) -> MLPMemory:
@@ -98,7 +98,7 @@ def test_a_block_is_its_formula(style: FFNStyle) -> None:
 def test_the_memory_is_projection_blocks_norm_and_head(width: int | None) -> None:
     base = family_model("llama")
     memory = moved(start(base, layers=3, width=width, ffn_width=20))
-    x = torch.randn(2, 5, 16)
+    x = torch.randn(2, 5, WIDTH)
     assert (memory.input is None) == (width is None)
     found = memory.votes(memory.step(token_ids(2, 5), x), slice(None))
     h = x if memory.input is None else linear(x, memory.input)
@@ -116,7 +116,7 @@ def test_forward_gives_the_dense_loss_of_the_places_that_predict(kl_weight: floa
     labels = tokens.clone()
     labels[:, 0] = labels[0, 5:] = labels[1, :3] = -100
     wanted = labels[:, 1:][labels[:, 1:] != -100]
-    x = torch.randn(len(wanted), 16)
+    x = torch.randn(len(wanted), WIDTH)
     counts = torch.arange(len(wanted)) % 3 + 1
     ids = torch.cat([torch.randperm(VOCABULARY)[:count] for count in counts.tolist()])
     probs = torch.rand(len(ids)) + 0.1
@@ -140,6 +140,7 @@ def test_forward_gives_the_dense_loss_of_the_places_that_predict(kl_weight: floa
 BASES = {
     "gpt2": FFNStyle(**PLAIN, bias=True, activation="gelu_new"),
     "llama": FFNStyle(**GATED, activation="silu"),
+    "mistral": FFNStyle(**GATED, activation="silu"),
     "qwen2": FFNStyle(**GATED, activation="silu"),
     "qwen3": FFNStyle(**GATED, activation="silu"),
     "gemma2": FFNStyle(**GATED, activation="gelu_pytorch_tanh"),
@@ -159,10 +160,10 @@ def test_every_family_with_a_tap_is_here() -> None:
 
 @pytest.mark.parametrize("family", BASES)
 def test_style_and_inner_width_are_read_off_the_bases_modules(family: str) -> None:
-    """Four times the width of 16 where the family has no setting for it (GPT-2, Bloom), or experts (Mixtral)."""
+    """Four times the width where the family has no setting for it (GPT-2, Bloom), or experts (Mixtral)."""
     style, ffn_width = ffn_style(family_model(family))
     assert style == BASES[family]
-    assert ffn_width == (64 if family in ("gpt2", "bloom", "mixtral") else 24)
+    assert ffn_width == (4 if family in ("gpt2", "bloom", "mixtral") else 2) * WIDTH
 
 
 FINAL_NORMS = {
@@ -177,7 +178,7 @@ FINAL_NORMS = {
 @pytest.mark.parametrize("family", TAPS)
 def test_an_untrained_memory_is_the_bases_final_norm_and_output_layer_on_its_activations(family: str) -> None:
     """Norms are made random first: fresh ones multiply by one, so that copying nothing would do as well."""
-    base = family_model(family)
+    base = family_model(family, tied=None)
     for module in base.modules():
         if "Norm" in type(module).__name__:
             for parameter in module.parameters():
@@ -195,7 +196,7 @@ def test_gemmas_norm_counts_from_one() -> None:
     with torch.no_grad():
         base.model.norm.weight.fill_(0.5)
     # the norm of a vector of ones is its weight but for eps = 1e-6
-    torch.testing.assert_close(start(base).norm.weight.data, torch.full((16,), 1.5), rtol=1e-5, atol=0)
+    torch.testing.assert_close(start(base).norm.weight.data, torch.full((WIDTH,), 1.5), rtol=1e-5, atol=0)
 
 
 def test_a_head_of_its_own_is_drawn_by_the_seed() -> None:
@@ -218,7 +219,7 @@ def test_another_width_leaves_the_bases_head() -> None:
 
 def test_defaults_are_eight_blocks_as_the_bases_at_the_last_mlp() -> None:
     settings = start(family_model("opt")).settings
-    assert (settings.layers, settings.width, settings.input_width, settings.ffn_width) == (8, 16, 16, 24)
+    assert (settings.layers, settings.width, settings.input_width, settings.ffn_width) == (8, WIDTH, WIDTH, 2 * WIDTH)
     assert (settings.tap, settings.base_blocks) == (TAPS["opt"], 3)
 
 
@@ -228,7 +229,7 @@ def test_sizes_of_the_paper_by_name(like: Any) -> None:
     with torch.device("meta"):
         base = family_model("gpt2")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("memlm.memory.mlp.ffn_style", lambda base: (BASES["gpt2"], 64))
+        patch.setattr("memlm.memory.mlp.ffn_style", lambda base: (BASES["gpt2"], 4 * WIDTH))
         patch.setattr("memlm.memory.mlp.resolve_tap", lambda base, tap: TAPS["gpt2"])
         with torch.device("meta"):
             settings = start(base, like=like).settings
@@ -237,7 +238,7 @@ def test_sizes_of_the_paper_by_name(like: Any) -> None:
         "medium": (36, 1024, 4096),
         "large": (54, 1280, 5120),
     }[like]
-    assert settings.input_width == 16
+    assert settings.input_width == WIDTH
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_sizes_of_the_paper_by_name(like: Any) -> None:
 def test_the_tap_is_a_share_of_the_depth_or_a_module(tap: str, block: int) -> None:
     memory = start(family_model("llama"), tap=tap)
     assert memory.tap == f"model.layers.{block}.mlp"
-    assert memory.settings.input_width == 16
+    assert memory.settings.input_width == WIDTH
 
 
 @pytest.mark.parametrize("tap", ["0", "1.5", "-0.5"])
@@ -263,9 +264,9 @@ def test_a_tap_that_does_not_exist_names_near_ones() -> None:
 @pytest.mark.parametrize(
     ("config", "init", "goes_on", "message"),
     [
-        ({"fresh": True}, None, False, "fresh = true: only a memory of kind decoder has it"),
-        ({"layers": [0, 1]}, None, False, r"layers = \[0, 1\]: an mlp memory takes a number of blocks"),
-        ({"layers": 0}, None, False, "layers = 0: must be at least 1"),
+        ({"fresh": True}, None, False, "unknown setting 'fresh'"),
+        ({"layers": [0, 1]}, None, False, r"layers = \[0, 1\]: input should be a valid integer"),
+        ({"layers": 0}, None, False, "layers = 0: input should be greater than or equal to 1"),
         ({"like": "small", "layers": 3}, None, False, "like = 'small' and layers = 3: give one of them"),
         ({"like": "small", "ffn_width": 8}, None, False, "like = 'small' and ffn_width = 8: give one of them"),
         ({}, "gpt2", False, "init = 'gpt2': an mlp memory starts fresh, or from another mlp memory's folder"),
@@ -280,7 +281,7 @@ def test_starts_that_contradict_themselves_are_refused(
     config: dict[str, Any], init: str | None, goes_on: bool, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        MLPMemory.check_start(StartConfig(kind="mlp", **config), init=init, goes_on=goes_on, block_size=32)
+        MLPMemory.check_start(MLPStart.parse(config), init=init, goes_on=goes_on, block_size=32)
 
 
 # --- beside its base --------------------------------------------------------------------------------------------------

@@ -4,18 +4,21 @@ A memory with a tap gets activations that depend on the token alone, so what it 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-from tiny_families import family_model
+from families import token_ids
+from memories import LONG_TEXT, decoder_memory
 from torch import Tensor
 
+from memlm.memory.config import KINDS
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
-from memlm.memory.protocol import Memory, MemorySettings
+from memlm.memory.protocol import Memory
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.memory.voter import VoterCache
 from memlm.models.loading import load_causal_lm
@@ -27,9 +30,7 @@ WIDTH = 32  # of the activations, as in tests/conftest.py
 
 
 def decoder(window: int | None = None, family: str = "llama") -> MemoryDecoder:
-    model = family_model(family, VOCAB + PADDING)
-    settings = MemorySettings(kind="decoder", vocab_size=VOCAB, context_length=window, memory_temperature=1.5)
-    return MemoryDecoder(model, settings)
+    return decoder_memory(VOCAB, padding=PADDING, window=window, family=family, temperature=1.5)
 
 
 def mlp(*, norm: Literal["layer", "rms"], gated: bool, bias: bool, width: int = WIDTH) -> MLPMemory:
@@ -86,18 +87,18 @@ LENGTH = 21  # longer than two and a half of the windows above
 # float32 states of order 1 behind a head of 32 products, added up in another order: ten times what is seen
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:the text is longer than the memory's window"
-)  # tests/memory/test_decoder.py
+pytestmark = pytest.mark.filterwarnings(LONG_TEXT)
 
 
-@pytest.fixture(params=MEMORIES)
+QUICK = {"decoder", "decoder-window", "decoder-gpt2-window", "mlp-gated", "retrieval"}
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MEMORIES])
 def memory(request: pytest.FixtureRequest, datastore_folder: Path) -> Memory:
     return MEMORIES[request.param](datastore_folder).eval()
 
 
-def some_tokens(rows: int, length: int = LENGTH, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+some_tokens = partial(token_ids, length=LENGTH, vocab_size=VOCAB)
 
 
 ACTIVATIONS = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(2))
@@ -252,6 +253,4 @@ def test_a_saved_memory_votes_as_before(memory: Memory, model_folder: str, tmp_p
 
 
 def test_every_kind_is_listed_here(datastore_folder: Path) -> None:
-    from memlm.memory.loading import KINDS
-
     assert {make(datastore_folder).kind for make in MEMORIES.values()} == set(KINDS)

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import sentences
-from released_layouts import CONFIGS, FORMATS, Tensors, random_tensors, released_logits, save_released
+from families import TAPS, family_config, family_model
+from released_layouts import CLASSES, FORMATS, Tensors, random_tensors, released_logits, save_released
 from tiny_tokenizers import sentencepiece_like
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
@@ -21,8 +22,7 @@ from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
 from memlm.models.tokenizers import fingerprint
 
-TAPS = {"gpt2": "transformer.h.2.mlp", "llama": "model.layers.2.mlp", "mistral": "model.layers.2.mlp"}
-LAYOUTS = sorted(CONFIGS)
+LAYOUTS = sorted(CLASSES)
 ROUNDING = {"rtol": 0, "atol": 1e-5}  # float32 against float64: sums of at most 128 products, logits below 10
 
 
@@ -30,11 +30,9 @@ ROUNDING = {"rtol": 0, "atol": 1e-5}  # float32 against float64: sums of at most
 def bases(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A base of three blocks for each layout; its output layer is padded by 8 rows."""
     folders = {}
-    for layout, config in CONFIGS.items():
+    for layout in LAYOUTS:
         folder = tmp_path_factory.mktemp("bases") / layout
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config(len(tokenizer) + 8, 3), dtype=torch.float32)
-        model.save_pretrained(folder)
+        family_model(layout, len(tokenizer) + 8, tied=None).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         folders[layout] = str(folder)
     return folders
@@ -51,7 +49,7 @@ def gpt2(bases: dict[str, str], rows: int, tmp_path: Path) -> Callable[..., Path
     """Converts a GPT-2 checkpoint of these tensors, with changes to its config and the call."""
 
     def convert(tensors: Tensors | None = None, config: dict | None = None, **call: str) -> Path:
-        settings = CONFIGS["gpt2"](rows, 2, **(config or {}))
+        settings = family_config("gpt2", rows, layers=2, **(config or {}))
         source = save_released(
             tmp_path / "released", random_tensors(settings) if tensors is None else tensors, settings
         )
@@ -65,7 +63,7 @@ def gpt2(bases: dict[str, str], rows: int, tmp_path: Path) -> Callable[..., Path
 @pytest.fixture
 def tensors(rows: int) -> Tensors:
     """Of the checkpoint that `gpt2` converts."""
-    return random_tensors(CONFIGS["gpt2"](rows, 2))
+    return random_tensors(family_config("gpt2", rows, layers=2))
 
 
 def logits(folder: Path, x: torch.Tensor) -> torch.Tensor:
@@ -86,12 +84,13 @@ def refused(error: type[MemlmError], match: str, convert: Callable[[], object], 
 # --- what it computes ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", FORMATS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_converted_memory_computes_what_the_released_module_does(
     layout: str, how: str, bases: dict[str, str], rows: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = CONFIGS[layout](rows, 2)
+    config = family_config(layout, rows, layers=2)
     tensors = random_tensors(config)
     source = save_released(tmp_path / "released", tensors, config, how)
     convert_released(source, base=bases[layout], out=tmp_path / "out")
@@ -100,6 +99,7 @@ def test_a_converted_memory_computes_what_the_released_module_does(
     torch.testing.assert_close(logits(tmp_path / "out", x), expected, **ROUNDING)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "changes"),
     [
@@ -118,7 +118,7 @@ def test_a_converted_memory_computes_what_the_released_module_does(
 def test_fields_of_the_config_decide(
     layout: str, changes: dict, bases: dict[str, str], rows: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = CONFIGS[layout](rows, 2, **changes)
+    config = family_config(layout, rows, layers=2, **changes)
     tensors = random_tensors(config)
     source = save_released(tmp_path / "released", tensors, config)
     convert_released(source, base=bases[layout], out=tmp_path / "out")
@@ -131,7 +131,7 @@ def test_fields_of_the_config_decide(
 def test_it_reads_the_bases_last_mlp_and_mixes(
     layout: str, bases: dict[str, str], rows: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = CONFIGS[layout](rows, 2)
+    config = family_config(layout, rows, layers=2)
     tensors = random_tensors(config)
     out = tmp_path / "mlp"
     convert_released(save_released(tmp_path / "released", tensors, config), base=bases[layout], out=out)
@@ -152,7 +152,7 @@ def test_it_reads_the_bases_last_mlp_and_mixes(
 def test_a_projection_before_the_blocks_is_kept(
     bases: dict[str, str], rows: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = CONFIGS["llama"](rows, 2, hidden_size=16)
+    config = family_config("llama", rows, layers=2, width=16)
     tensors = random_tensors(config, input_width=32)
     source = save_released(tmp_path / "released", tensors, config)
     convert_released(source, base=bases["llama"], out=tmp_path / "out")
@@ -187,7 +187,7 @@ def test_the_folder_says_what_it_is(
 
 
 def test_pickle_and_safetensors_give_the_same_bytes(bases: dict[str, str], rows: int, tmp_path: Path) -> None:
-    config = CONFIGS["gpt2"](rows, 2)
+    config = family_config("gpt2", rows, layers=2)
     made = []
     for how in FORMATS:
         source = save_released(tmp_path / how, random_tensors(config), config, how)
@@ -211,7 +211,7 @@ def test_the_tap_can_be_named(gpt2: Callable[..., Path], tmp_path: Path) -> None
 def test_the_block_that_a_trained_model_names_is_read(
     position: int, block: int, bases: dict[str, str], rows: int, tmp_path: Path
 ) -> None:
-    config = CONFIGS["gpt2"](rows, 1)
+    config = family_config("gpt2", rows, layers=1)
     save_released(tmp_path / "whole" / "knn_generator", random_tensors(config), config)
     said = {"layer_position": position, "is_train": True}
     (tmp_path / "whole" / "mlp_memory_config.json").write_text(json.dumps(said))
@@ -268,7 +268,7 @@ class Trap:
 def test_a_pickle_that_would_run_code_is_refused_and_runs_none(
     bases: dict[str, str], rows: int, tmp_path: Path
 ) -> None:
-    config = CONFIGS["gpt2"](rows, 2)
+    config = family_config("gpt2", rows, layers=2)
     source = save_released(tmp_path / "released", random_tensors(config), config)
     trap = {**random_tensors(config), "h.9.mlp": Trap(tmp_path / "sprung")}
     torch.save(trap, Path(source) / "pytorch_model.bin")
@@ -280,7 +280,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_runs_none(
 
 @pytest.mark.parametrize("how", FORMATS)
 def test_truncated_weights_are_refused(how: str, bases: dict[str, str], rows: int, tmp_path: Path) -> None:
-    config = CONFIGS["llama"](rows, 2)
+    config = family_config("llama", rows, layers=2)
     source = Path(save_released(tmp_path / "released", random_tensors(config), config, how))
     last = max(path for path in source.iterdir() if path.suffix in (".bin", ".safetensors"))
     last.write_bytes(last.read_bytes()[:-1000])
@@ -313,7 +313,7 @@ def _index(shard: object) -> Callable[[Path], None]:
 def test_files_that_are_no_checkpoint_are_refused(
     spoil: Callable[[Path], object], match: str, bases: dict[str, str], rows: int, tmp_path: Path
 ) -> None:
-    config = CONFIGS["gpt2"](rows, 2)
+    config = family_config("gpt2", rows, layers=2)
     source = Path(save_released(tmp_path / "released", random_tensors(config), config))
     spoil(source)
     refused(ArtifactError, match, partial(convert_released, source, base=bases["gpt2"], out=tmp_path / "out"), tmp_path)
@@ -337,7 +337,7 @@ def test_a_causal_lm_needs_no_conversion(bases: dict[str, str], tmp_path: Path) 
 def test_another_family_is_refused(gpt2: Callable[..., Path], bases: dict[str, str], tmp_path: Path) -> None:
     match = "was made for a gpt2 base; base .* is llama"
     refused(ModelError, match, partial(gpt2, base=bases["llama"]), tmp_path)
-    source = save_released(tmp_path / "odd", {"h.0.mlp.x": torch.zeros(1)}, CONFIGS["gpt2"](32, 1))
+    source = save_released(tmp_path / "odd", {"h.0.mlp.x": torch.zeros(1)}, family_config("gpt2", 32, layers=1))
     said = json.loads((Path(source) / "config.json").read_text())
     (Path(source) / "config.json").write_text(json.dumps({**said, "model_type": "bloom"}))
     convert = partial(convert_released, source, base=bases["gpt2"], out=tmp_path / "out")
@@ -354,14 +354,14 @@ def changed_base(bases: dict[str, str], tmp_path: Path, config: PreTrainedConfig
 def test_a_base_of_another_width_is_refused(
     gpt2: Callable[..., Path], bases: dict[str, str], rows: int, tmp_path: Path
 ) -> None:
-    base = changed_base(bases, tmp_path, CONFIGS["gpt2"](rows, 3, n_embd=64))
+    base = changed_base(bases, tmp_path, family_config("gpt2", rows, layers=3, width=64))
     refused(ModelError, r"reads activations 32 wide; .* has 64$", partial(gpt2, base=base), tmp_path)
 
 
 def test_a_memory_of_fewer_tokens_is_refused(
     bases: dict[str, str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = CONFIGS["gpt2"](len(tokenizer) - 1, 2)
+    config = family_config("gpt2", len(tokenizer) - 1, layers=2)
     source = save_released(tmp_path / "released", random_tensors(config), config)
     convert = partial(convert_released, source, base=bases["gpt2"], out=tmp_path / "out")
     refused(ModelError, "votes on 319 tokens, base .* has 320", convert, tmp_path)
@@ -370,7 +370,7 @@ def test_a_memory_of_fewer_tokens_is_refused(
 def test_a_memory_with_another_tokenizer_is_refused(
     bases: dict[str, str], rows: int, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    config = CONFIGS["gpt2"](rows, 2)
+    config = family_config("gpt2", rows, layers=2)
     source = save_released(tmp_path / "released", random_tensors(config), config)
     sentencepiece_like(sentences(100, seed=3)).save_pretrained(source)
     convert = partial(convert_released, source, base=bases["gpt2"], out=tmp_path / "out")
@@ -380,7 +380,7 @@ def test_a_memory_with_another_tokenizer_is_refused(
 
 
 def test_a_block_that_the_base_has_not_is_refused(bases: dict[str, str], rows: int, tmp_path: Path) -> None:
-    config = CONFIGS["gpt2"](rows, 1)
+    config = family_config("gpt2", rows, layers=1)
     save_released(tmp_path / "whole" / "knn_generator", random_tensors(config), config)
     convert = partial(convert_released, tmp_path / "whole", base=bases["gpt2"], out=tmp_path / "out")
     for said, match in (
@@ -400,7 +400,7 @@ def test_a_block_that_the_base_has_not_is_refused(bases: dict[str, str], rows: i
 def test_loading_a_released_mlp_memory_as_it_is_names_the_command(
     layout: str, how: str, bases: dict[str, str], rows: int, tmp_path: Path
 ) -> None:
-    config = CONFIGS[layout](rows, 2)
+    config = family_config(layout, rows, layers=2)
     source = save_released(tmp_path / "released", random_tensors(config), config, how)
     match = rf"is a released MLP Memory; convert it: memlm convert {re.escape(source)} --base BASE"
     refused(ModelError, match, partial(load_memory, source), tmp_path)

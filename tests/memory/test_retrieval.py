@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_model, tiny_model
 from numpy.typing import NDArray
 from reference import brute_neighbors, dense_votes
 from reference_lm import dense_targets, mixed_probs
@@ -72,6 +72,7 @@ def dense_rows(memory: RetrievalMemory, state: Tensor) -> NDArray[np.float32]:
 # --- it says what targets say -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exclude_document", [False, True])
 def test_asked_about_its_own_corpus_it_gives_the_stored_targets(
     memory: RetrievalMemory, datastore_folder: Path, model_folder: str, tmp_path: Path, exclude_document: bool
@@ -223,10 +224,7 @@ def test_an_activation_that_no_key_could_have_is_refused(memory: RetrievalMemory
 @pytest.fixture(scope="module")
 def other_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Another model than the teacher, with its tokenizer."""
-    folder = tmp_path_factory.mktemp("other") / "model"
-    tiny_model(len(tokenizer), seed=4, width=16, layers=1).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("other") / "model", tokenizer, seed=4, width=16, layers=1)
 
 
 def test_beside_its_teacher_it_reads_the_bases_activations_else_it_runs_the_teacher(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_model
 from reference import brute_neighbors, predicted_tokens
 from reference_lm import mixed_probs
 from tiny_tokenizers import permuted, sentencepiece_like
@@ -36,10 +36,7 @@ CLOSE: dict[str, Any] = {"rel": 1e-3, "abs": 1e-5}
 @pytest.fixture(scope="module")
 def other_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Another model of the same tokenizer, its keys of another width."""
-    folder = tmp_path_factory.mktemp("models") / "other"
-    tiny_model(len(tokenizer), seed=5, width=16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "other", tokenizer, seed=5, width=16)
 
 
 @pytest.fixture(scope="module")
@@ -236,8 +233,7 @@ def test_a_snippet_stays_in_its_document(
 def test_spaces_survive_where_a_tokenizer_puts_one_in_front_of_a_text(documents: str, tmp_path: Path) -> None:
     text = Path(documents).read_text(encoding="utf-8")
     tokenizer = sentencepiece_like(text.split("\n\n"))
-    tiny_model(len(tokenizer)).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_model(tmp_path / "model", tokenizer)
     settings = CorpusConfig(document_separator="\n\n", block_size=64)
     build_corpus([documents], tokenizer=str(tmp_path / "model"), out=tmp_path / "c", config=settings)
     config = DatastoreConfig(dtype="float32")

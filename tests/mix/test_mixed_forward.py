@@ -2,19 +2,18 @@
 
 import hashlib
 import math
-import warnings
-from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
+from families import CACHED, family_model, token_ids
+from memories import LONG_TEXT, decoder_memory
 from reference_lm import mixed_probs, next_token_probs
-from tiny_families import FAMILIES, family_model
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from memlm.errors import ConfigError
 from memlm.memory.decoder import MemoryDecoder
-from memlm.memory.protocol import MemorySettings
 from memlm.mix.cache import MixedCache
 from memlm.mix.mixed_lm import MixedLM
 
@@ -26,29 +25,15 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 def tiny_memory(
     *, padding: int = 5, seed: int = 7, window: int | None = None, weight: float | None = None
 ) -> MemoryDecoder:
-    settings = MemorySettings(
-        kind="decoder",
-        vocab_size=VOCAB + padding,
-        context_length=window,
-        memory_temperature=1.25,
-        mix_weight=weight,
-    )
-    return MemoryDecoder(family_model("llama", VOCAB + padding, seed=seed), settings)
+    return decoder_memory(VOCAB + padding, window=window, temperature=1.25, mix_weight=weight, seed=seed)
 
 
 def mixed(mix_weight: float = 0.4, *, family: str = "llama", window: int | None = None) -> MixedLM:
     return MixedLM(family_model(family, VOCAB), tiny_memory(window=window), mix_weight)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the text is longer than the memory's window")
-        yield
-
-
-def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+some_tokens = partial(token_ids, vocab_size=VOCAB)
+pytestmark = pytest.mark.filterwarnings(LONG_TEXT)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 0.5, 1.0])
@@ -109,7 +94,7 @@ def test_the_smallest_vocabulary_is_shared_where_none_is_named() -> None:
     assert MixedLM(family_model("llama", VOCAB), tiny_memory(padding=3), 0.5).vocab_size == VOCAB
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("window", [None, 6])
 def test_forward_with_a_cache_equals_forward_without(family: str, window: int | None) -> None:
     model = mixed(family=family, window=window)
@@ -127,7 +112,7 @@ def test_forward_with_a_cache_equals_forward_without(family: str, window: int | 
     torch.testing.assert_close(torch.cat(pieces, 1), expected.logits, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 def test_left_padding_changes_no_logits(family: str) -> None:
     model = mixed(family=family, window=6)
     tokens = some_tokens(2, 12)
@@ -214,7 +199,7 @@ def test_outputs_as_a_tuple() -> None:
         assert torch.equal(model(some_tokens(1, 4), return_dict=False)[0], model(some_tokens(1, 4)).logits)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 def test_hidden_states_and_attentions_of_the_base_are_given(family: str) -> None:
     model = mixed(family=family)
     model.base.set_attn_implementation("eager")  # others keep no attentions

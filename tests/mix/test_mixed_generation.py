@@ -1,14 +1,15 @@
 """MixedLM in transformers' generate and pipeline, against a plain loop without any cache."""
 
 import logging
-import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from families import CACHED, family_model, token_ids
+from memories import LONG_TEXT, decoder_memory
 from reference_lm import greedy
-from tiny_families import FAMILIES, family_model
 from torch import Tensor
 from transformers import (
     DynamicCache,
@@ -20,22 +21,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from memlm.memory.decoder import MemoryDecoder
-from memlm.memory.protocol import MemorySettings
 from memlm.mix.mixed_lm import MixedLM
 
 VOCAB = 40
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the text is longer than the memory's window")
-        yield
-
-
 def tiny_memory(window: int | None = None, vocab_size: int = VOCAB, seed: int = 7) -> MemoryDecoder:
-    settings = MemorySettings(kind="decoder", vocab_size=vocab_size, context_length=window)
-    return MemoryDecoder(family_model("llama", vocab_size, seed=seed), settings)
+    return decoder_memory(vocab_size, window=window, seed=seed)
 
 
 def mixed(mix_weight: float = 0.5, *, family: str = "llama", window: int | None = 6, seed: int = 0) -> MixedLM:
@@ -43,8 +35,8 @@ def mixed(mix_weight: float = 0.5, *, family: str = "llama", window: int | None 
     return MixedLM(family_model(family, VOCAB, seed=seed), tiny_memory(window), mix_weight)
 
 
-def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+some_tokens = partial(token_ids, vocab_size=VOCAB)
+pytestmark = pytest.mark.filterwarnings(LONG_TEXT)
 
 
 def twin(model: MixedLM, prompt: Tensor, new_tokens: int, end: int | None = None) -> list[int]:
@@ -65,7 +57,7 @@ def generate(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
     return output[:, tokens.shape[1] :]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("weight", [0.5, 0.8])
 def test_greedy_equals_the_plain_loop(family: str, window: int | None, weight: float) -> None:
@@ -76,7 +68,7 @@ def test_greedy_equals_the_plain_loop(family: str, window: int | None, weight: f
     assert found != generate(model.base, prompt, max_new_tokens=14)[0].tolist(), "the case must need the memory"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_left_padded_rows_equal_rows_alone(family: str, use_cache: bool) -> None:
     model = mixed(family=family)
@@ -195,6 +187,7 @@ def test_a_streamer_hears_every_token() -> None:
     assert listener.ended
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 4, 11, 50])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "bloom"])
 def test_a_prompt_read_in_chunks_gives_the_same(family: str, chunk: int) -> None:
@@ -207,7 +200,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(family: str, chunk: int) -> None
     assert found[1].tolist() == twin(model, prompt[1, 6:], 8)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_a_static_cache_of_the_base_gives_the_same(family: str, beams: int) -> None:
     model = mixed(family=family)

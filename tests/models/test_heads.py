@@ -1,6 +1,6 @@
 import pytest
 import torch
-from families import TAPS, VOCABULARY, family_config, family_model, token_ids
+from families import TAPS, VOCABULARY, WIDTH, family_config, family_model, token_ids
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from memlm.errors import ModelError
@@ -9,19 +9,19 @@ from memlm.models.heads import Head, find_head, label_log_probs
 
 @pytest.mark.parametrize("family", [*TAPS, "mamba"])
 def test_body_and_head_give_the_models_own_logits(family: str) -> None:
-    model, tokens = family_model(family), token_ids()
+    model, tokens = family_model(family, tied=None), token_ids()
     head = find_head(model)
     with torch.no_grad():
         expected = model(input_ids=tokens, use_cache=False).logits
         found = head(model.base_model(input_ids=tokens, use_cache=False)[0])
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)  # the same float32 operations
-    assert head.weight.shape == (VOCABULARY, 16)
+    assert head.weight.shape == (VOCABULARY, WIDTH)
 
 
 def test_the_soft_cap_of_gemma2_is_found_and_matters() -> None:
     model = family_model("gemma2")
     head = find_head(model)
-    hidden = 50 * torch.randn(4, 16)
+    hidden = 50 * torch.randn(4, WIDTH)
     assert head.softcap == 3.0
     assert head(hidden).abs().max() <= 3.0
     assert Head(head.linear)(hidden).abs().max() > 3.0
@@ -63,7 +63,7 @@ def test_a_model_without_an_output_layer_is_refused() -> None:
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_label_log_probs_equal_a_dense_softmax_in_float64(chunk: int, temperature: float) -> None:
     head = find_head(family_model("gpt2"))
-    hidden, labels = torch.randn(7, 16), torch.randint(0, 60, (7,))
+    hidden, labels = torch.randn(7, WIDTH), torch.randint(0, 60, (7,))
     found = label_log_probs(hidden, labels, head, vocab_size=60, temperature=temperature, chunk=chunk)
     dense = (hidden.double() @ head.weight.detach().double().T)[:, :60] / temperature
     log_probs = dense.log_softmax(-1)
@@ -76,7 +76,7 @@ def test_label_log_probs_equal_a_dense_softmax_in_float64(chunk: int, temperatur
 
 def test_label_log_probs_of_nothing_are_empty() -> None:
     head = find_head(family_model("gpt2"))
-    found = label_log_probs(torch.empty(0, 16), torch.empty(0, dtype=torch.long), head, vocab_size=60)
+    found = label_log_probs(torch.empty(0, WIDTH), torch.empty(0, dtype=torch.long), head, vocab_size=60)
     assert {name: len(values) for name, values in found.items()} == dict.fromkeys(
         ("label", "entropy", "top1", "top1_id"), 0
     )

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from families import TAPS, family_model, token_ids
+from families import TAPS, WIDTH, family_model, token_ids
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -38,7 +38,7 @@ def test_the_tap_is_the_input_of_the_last_mlp_and_the_head_is_never_computed(fam
     with TapReader(model, tap) as reader:
         found = reader.read(tokens)
         again = reader.read(tokens)
-    assert found.shape == (*tokens.shape, 16)
+    assert found.shape == (*tokens.shape, WIDTH)
     torch.testing.assert_close(found, expected.reshape(found.shape), rtol=0, atol=0)
     torch.testing.assert_close(again, found, rtol=0, atol=0)
     assert hooks(model) == before
@@ -143,6 +143,6 @@ def test_the_width_is_known_without_running_the_model(family: str) -> None:
 
 
 def test_the_width_is_that_of_the_taps_own_input() -> None:
-    assert tap_width(family_model("llama"), "model.layers.2.mlp.down_proj") == 24
-    assert tap_width(family_model("gpt2"), "transformer.h.0.mlp.c_proj") == 64
-    assert tap_width(family_model("llama"), "model.layers.2.input_layernorm") == 16
+    assert tap_width(family_model("llama"), "model.layers.2.mlp.down_proj") == 2 * WIDTH
+    assert tap_width(family_model("gpt2"), "transformer.h.0.mlp.c_proj") == 4 * WIDTH
+    assert tap_width(family_model("llama"), "model.layers.2.input_layernorm") == WIDTH

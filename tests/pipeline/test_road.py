@@ -18,6 +18,7 @@ from memlm.manifest import Manifest, read_manifest
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow  # tests/test_recipes.py walks all stages too
 STAGES = ("corpus", "teacher", "datastore", "targets", "memory", "evaluation")
 
 

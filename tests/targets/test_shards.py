@@ -17,8 +17,19 @@ HELD_OUT = {"input_ids": np.array([5, 6, 7], np.int32), "labels": np.array([-100
 
 
 def write(path: Path, schema: pa.Schema, *rows: dict[str, np.ndarray], **statistics: int) -> Path:
-    write_rows(path, schema, [{name: [row[name] for row in rows] for name in schema.names}], statistics)
+    write_rows(path, schema, rows, statistics)
     return path
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 7, 100])
+def test_the_batch_of_rows_changes_nothing(batch_rows: int, tmp_path: Path) -> None:
+    rows = [{**HELD_OUT, "input_ids": np.full(3, number, np.int32)} for number in range(7)]
+    write_rows(tmp_path / "a.arrow", VALIDATION_SCHEMA, rows, batch_rows=batch_rows)
+    with pa.memory_map(str(tmp_path / "a.arrow")) as file:
+        batches = list(pa.ipc.open_stream(file))
+    assert len(batches) == -(-7 // batch_rows)
+    found = pa.Table.from_batches(batches).to_pylist()
+    assert found == [{name: values.tolist() for name, values in row.items()} for row in rows]
 
 
 def test_rows_are_found_good_and_their_statistics_read_back(tmp_path: Path) -> None:

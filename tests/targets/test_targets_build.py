@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import tiny_model
+from interruption import files_written
 from reference import brute_neighbors, dense_votes
 
 import memlm.stage
@@ -18,9 +19,8 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError
 from memlm.manifest import Manifest, read_manifest
-from memlm.stage import Stage
-from memlm.targets import build as build_module
-from memlm.targets.build import build_targets, import_released
+from memlm.stage import run_stage
+from memlm.targets.build import build_targets, import_released, plan_targets
 from memlm.targets.config import TargetsConfig
 
 VOCABULARY = 320
@@ -147,38 +147,23 @@ def test_neighbours_of_the_own_document_can_be_left_out(
     assert difference(found, dense(positions(targets_folder))).max() > 0.1  # it matters
 
 
-def test_the_chunk_of_queries_changes_nothing(
-    datastore_folder: Path, targets_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build_module, "_POSITIONS_AT_ONCE", 37)
-    monkeypatch.setattr(build_module, "ROWS_AT_ONCE", 3)
-    build(datastore_folder, tmp_path / "t")
+def test_the_chunk_of_queries_changes_nothing(datastore_folder: Path, targets_folder: Path, tmp_path: Path) -> None:
+    plan = plan_targets(datastore_folder, config=TargetsConfig(k=16, target_temperature=4.0), positions_at_once=37)
+    run_stage(tmp_path / "t", *plan)
     assert rows(tmp_path / "t") == rows(targets_folder)
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 2])
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
-    datastore_folder: Path, targets_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    datastore_folder: Path, targets_folder: Path, tmp_path: Path, stop_at: int
 ) -> None:
     whole = read_manifest(targets_folder)
     assert len([name for name in whole.payload if name.startswith("train-")]) > 2
-    write, written = build_module._write_shard, []
-
-    def write_until(stage: Stage, number: int, *args: object) -> None:
-        if number == stop_at:
-            raise KeyboardInterrupt
-        write(stage, number, *args)  # type: ignore[arg-type]
-
-    def counted(stage: Stage, number: int, *args: object) -> None:
-        written.append(number)
-        write(stage, number, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(build_module, "_write_shard", write_until)
-    with pytest.raises(KeyboardInterrupt):
+    with files_written("train-*", most=stop_at):
         build(datastore_folder, tmp_path / "t")
-    monkeypatch.setattr(build_module, "_write_shard", counted)
-    resumed = build(datastore_folder, tmp_path / "t")
-    assert written[0] == stop_at
+    with files_written() as written:
+        resumed = build(datastore_folder, tmp_path / "t")
+    assert written[0] == f"train-{stop_at:05d}.arrow"
     assert resumed.payload == whole.payload
     assert resumed.hash == whole.hash
 
@@ -193,8 +178,9 @@ def test_a_run_stopped_while_its_files_are_hashed_loses_nothing(
         patch.setattr(memlm.stage, "file_digest", stopped)
         with pytest.raises(KeyboardInterrupt):
             build(datastore_folder, tmp_path / "t")
-    monkeypatch.setattr(build_module, "_write_shard", lambda *_: pytest.fail("searched again"))
-    assert build(datastore_folder, tmp_path / "t").hash == read_manifest(targets_folder).hash
+    with files_written("train-*") as written:
+        assert build(datastore_folder, tmp_path / "t").hash == read_manifest(targets_folder).hash
+    assert not written
 
 
 def test_a_k_above_the_datastore_is_refused_before_any_work(datastore_folder: Path, tmp_path: Path) -> None:
@@ -219,6 +205,7 @@ def test_every_other_entry_may_be_a_neighbour(documents: str, model_folder: str,
     assert manifest.facts["mean_lost_mass"] < 1e-5
 
 
+@pytest.mark.slow
 def test_a_datastore_without_keys_gives_nearly_the_same_targets(
     corpus_folder: Path, model_folder: str, targets_folder: Path, tmp_path: Path
 ) -> None:
@@ -275,12 +262,9 @@ def write_released(columns: dict[str, list], path: Path) -> Path:
     return path
 
 
-def test_a_released_file_is_read_back(
-    targets_folder: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(build_module, "_IMPORT_SHARD_POSITIONS", 150)
+def test_a_released_file_is_read_back(targets_folder: Path, corpus_folder: Path, tmp_path: Path) -> None:
     file = write_released(released_columns(targets_folder), tmp_path / "released.arrow")
-    manifest = import_released(corpus_folder, file, out=tmp_path / "t")
+    manifest = import_released(corpus_folder, file, out=tmp_path / "t", shard_positions=150)
     found, original = positions(tmp_path / "t"), positions(targets_folder)
     assert len(list((tmp_path / "t").glob("train-*.arrow"))) > 2
     assert [(label, ids) for label, ids, _ in found] == [(label, ids) for label, ids, _ in original]

@@ -12,7 +12,6 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import ExactIndex, Index, IVFFlatIndex, Keys
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
-from memlm.targets import votes as votes_module
 from memlm.targets.votes import SparseProbs, neighbor_votes, search_neighbors
 
 VOCABULARY = 6
@@ -54,10 +53,11 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, float]:
     return distances, np.array(values, np.int64), draw(st.sampled_from([0.5, 4.0, 16.0]))
 
 
-def votes_of(distances: np.ndarray, values: np.ndarray, temperature: float, mass: float = 1.0) -> SparseProbs:
-    return neighbor_votes(
-        torch.from_numpy(distances), torch.from_numpy(values), target_temperature=temperature, target_mass=mass
-    )
+def votes_of(
+    distances: np.ndarray, values: np.ndarray, temperature: float, mass: float = 1.0, **at_once: int
+) -> SparseProbs:
+    votes = torch.from_numpy(distances), torch.from_numpy(values)
+    return neighbor_votes(*votes, target_temperature=temperature, target_mass=mass, **at_once)
 
 
 @settings(deadline=None, max_examples=200)
@@ -115,13 +115,12 @@ def test_a_missing_neighbour_votes_for_nothing_whatever_its_value(
 
 
 @pytest.mark.parametrize("positions", [0, 3, 7])
-def test_blocks_of_positions_give_what_one_gives(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_positions_give_what_one_gives(positions: int) -> None:
     rng = np.random.default_rng(0)
     distances = rng.uniform(0, 20, (positions, 9)).astype(np.float32)
     values = rng.integers(VOCABULARY, size=(positions, 9))
     whole = votes_of(distances, values, 4.0, 0.9)
-    monkeypatch.setattr(votes_module, "_POSITIONS_AT_ONCE", 3)
-    parts = votes_of(distances, values, 4.0, 0.9)
+    parts = votes_of(distances, values, 4.0, 0.9, at_once=3)
     for name in ("counts", "ids", "probs", "lost_mass"):
         assert torch.equal(getattr(parts, name), getattr(whole, name))
     assert len(whole.counts) == positions

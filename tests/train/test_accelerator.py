@@ -4,21 +4,23 @@ Its tensors have shapes but no values here, so an operation that would copy valu
 its result, fails.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from memlm.corpus.blocks import IGNORE
-from memlm.memory import loss as loss_module
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.loss import distillation_loss
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.protocol import Memory, MemorySettings, predicting_places
+from memlm.models.heads import Head
 
 VOCABULARY, WIDTH = 40, 32
 
@@ -29,7 +31,7 @@ def decoder() -> Memory:
 
 def mlp() -> Memory:
     settings = MemorySettings(kind="mlp", vocab_size=VOCABULARY)
-    return MLPMemory.start(StartConfig(kind="mlp", layers=2), settings, init=None, base=tiny_model(VOCABULARY), seed=0)
+    return MLPMemory.start(MLPStart(layers=2), settings, init=None, base=tiny_model(VOCABULARY), seed=0)
 
 
 def batch(kind: Callable[[], Memory]) -> dict[str, Tensor]:
@@ -84,7 +86,11 @@ class TestSuchAStepIsFoundOut:
         with pytest.raises(DynamicOutputShapeException):
             step_without_values(decoder(), inputs)
 
-    def test_a_label_sorted_by_tile(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(loss_module, "_FEW_TILES", 0)  # as the CPU has it where tiles are many
-        with pytest.raises(DataDependentOutputException):
-            step_without_values(decoder(), batch(decoder))
+    @pytest.mark.parametrize(("tile", "waits"), [((6, 20), False), ((1, 20), True)])
+    def test_a_label_sorted_by_tile(self, tile: tuple[int, int], waits: bool) -> None:
+        """As the CPU has it where tiles are many, here twelve."""
+        found = pytest.raises(DataDependentOutputException) if waits else contextlib.nullcontext()
+        with found, FakeTensorMode():
+            hidden, labels = torch.randn(6, WIDTH), torch.zeros(6, dtype=torch.long)
+            head = Head(nn.Linear(WIDTH, VOCABULARY))
+            distillation_loss(hidden, labels, head, kl_weight=0.0, vocab_size=VOCABULARY, tile=tile)

@@ -70,7 +70,7 @@ def test_a_shard_that_is_no_arrow_file_is_refused(targets_folder: Path, tmp_path
     folder = shutil.copytree(targets_folder, tmp_path / "targets")
     shard = folder / "train-00000.arrow"
     shard.write_bytes(b"\0" * shard.stat().st_size)  # the size in the manifest still fits
-    with pytest.raises(ArtifactError, match=r"train-00000\.arrow is damaged: .* --repair"):
+    with pytest.raises(ArtifactError, match=r"train-00000\.arrow is damaged: .* run `memlm repair "):
         TrainingData(folder, with_targets=True).train  # noqa: B018
     reseal(folder, shard.name)
     with pytest.raises(ArtifactError, match="cannot be read as Arrow"):

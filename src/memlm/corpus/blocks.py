@@ -203,7 +203,7 @@ class Corpus:
         return self.facts.vocab_size
 
     def check_read_by(self, model: str) -> None:
-        """Nothing, where `model` can read this corpus's token ids; `check_reads` says what is raised otherwise."""
+        """Raise, as `check_reads` does, unless `model` can read this corpus's token ids."""
         check_reads(model, self.tokenizer, self.vocab_size, data=f"corpus {self.folder}", label=f"model {model}")
 
     def split(self, name: str) -> Split:
@@ -246,10 +246,10 @@ class Corpus:
 
 
 def check_ids(ids: NDArray[np.int32], vocab_size: int, path: Path) -> None:
-    """Nothing, where all token ids are in `[0, vocab_size)`.
+    """Raise unless all token ids are in `[0, vocab_size)`.
 
     Raises:
-        ArtifactError: One is not; `path` is the file it stands in.
+        ArtifactError: One is not; the message names `path` as its file.
     """
     for found in (int(ids.min()), int(ids.max())) if len(ids) else ():
         if not 0 <= found < vocab_size:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from memlm.config import nearest
+from memlm.config import nearest, settings_from
 from memlm.corpus.blocks import SPLITS
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
@@ -23,8 +23,6 @@ from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 
-_SHARD_CHARACTERS = 4 << 20
-
 
 def build_corpus(
     documents: list[str],
@@ -32,7 +30,7 @@ def build_corpus(
     tokenizer: str,
     out: str | Path,
     config: CorpusConfig | None = None,
-    repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 
@@ -43,22 +41,27 @@ def build_corpus(
         documents: Files, folders, dataset folders or dataset names (`name[:config[:split]]`).
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
-        config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again.
+        config: Default settings if None; or give them as keywords.
 
     Raises:
         InputError: Nothing usable is in the documents, or they cannot be read.
         ConfigError: The tokenizer lacks a token that the settings name.
     """
-    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config), repair=repair)
+    config = settings_from(CorpusConfig, config, settings)
+    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config))
 
 
-def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | None = None) -> Plan:
-    """What `build_corpus` with these arguments is to make, and the work; raises what it raises before any work."""
+def plan_corpus(
+    documents: list[str], *, tokenizer: str, config: CorpusConfig | None = None, shard_characters: int = 4 << 20
+) -> Plan:
+    """What `build_corpus` with these arguments is to make, and the work; raises what it raises before any work.
+
+    `shard_characters` are tokenised at a time, and done once if the stage is interrupted.
+    """
     config = config or CorpusConfig()
     files = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
-    ends = tuple(special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token"))
+    _special_ids(loaded, config)
     spec = StageSpec(
         "corpus",
         config=config.model_dump(),
@@ -69,7 +72,8 @@ def plan_corpus(documents: list[str], *, tokenizer: str, config: CorpusConfig | 
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        _tokenize(stage, files, loaded, ends, config)
+        shards = _shards(read_documents(files, config), shard_characters)
+        _tokenize(stage, shards, loaded, config)
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
@@ -107,27 +111,23 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
     return vocabulary[setting]
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> list[int | None]:
+    return [special_id(tokenizer, getattr(config, role), role) for role in ("start_token", "end_token")]
+
+
 def _single(token_id: object) -> int | None:
     """A special id as transformers gives it: an integer, or None."""
     return token_id if isinstance(token_id, int) else None
 
 
 def _tokenize(
-    stage: Stage,
-    sources: list[str],
-    tokenizer: PreTrainedTokenizerBase,
-    ends: tuple[int | None, ...],
-    config: CorpusConfig,
+    stage: Stage, shards: Iterator[list[Document]], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
 ) -> None:
-    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each.
-
-    Args:
-        ends: The tokens put before and behind each document.
-    """
-    start, end = ([] if token is None else [token] for token in ends)
+    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each."""
+    start, end = ([] if token is None else [token] for token in _special_ids(tokenizer, config))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
-        for number, shard in enumerate(_shards(read_documents(sources, config))):
+        for number, shard in enumerate(shards):
             if stage.has(f"raw/{number:05d}.names.txt"):  # written last
                 bar.update(len(np.load(stage.path / f"raw/{number:05d}.tokens.npy", mmap_mode="r")))
                 continue
@@ -135,20 +135,19 @@ def _tokenize(
             rows = [np.array([*start, *ids, *end] if ids else [], np.int32) for ids in encoded]
             stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
-            stage.save_array(
-                f"raw/{number:05d}.hashes.npy", np.array([document_hash(d.text, config.seed) for d in shard])
-            )
+            hashes = np.array([document_hash(d.text, config.seed) for d in shard])
+            stage.save_array(f"raw/{number:05d}.hashes.npy", hashes)
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
             bar.update(sum(map(len, rows)))
 
 
-def _shards(documents: Iterator[Document]) -> Iterator[list[Document]]:
+def _shards(documents: Iterator[Document], characters: int) -> Iterator[list[Document]]:
     shard: list[Document] = []
     size = 0
     for document in documents:
         shard.append(document)
         size += len(document.text)
-        if size >= _SHARD_CHARACTERS:
+        if size >= characters:
             yield shard
             shard, size = [], 0
     if shard:
@@ -208,12 +207,11 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
             candidates, dropped = _drop_near_duplicates(raw, candidates, chosen, config)
             facts["documents_near_duplicate"] += dropped
         chosen[split] = _within_budget(raw, candidates, config.budget(split))
+        if split == "train" and not chosen[split]:
+            read = f"{len(raw.lengths):,} documents were read"
+            raise InputError(f"the corpus is empty: {read}, none of two tokens is left for training")
         tokens, documents = _write_split(stage, raw, split, chosen[split])
         facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
-    if not chosen["train"]:
-        raise InputError(
-            f"the corpus is empty: {len(raw.lengths):,} documents were read, none of two tokens is left for training"
-        )
     return facts
 
 

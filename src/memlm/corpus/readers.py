@@ -112,7 +112,7 @@ def _decoded(stream: IO[bytes], path: Path, config: CorpusConfig) -> Iterator[st
             if text_format(path) == ".jsonl":
                 yield from _jsonl(text, path, config.text_column)
             else:
-                yield from _split(text, config.document_separator)
+                yield from split_documents(text, config.document_separator)
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not {config.encoding} ({error.reason} 0x{error.object[error.start]:02x});"
@@ -173,12 +173,13 @@ class _ZstdFile(io.RawIOBase):
         super().close()
 
 
-def _split(text: IO[str], separator: str | None) -> Iterator[str]:
+def split_documents(text: IO[str], separator: str | None, *, chunk_size: int = _CHUNK) -> Iterator[str]:
+    """What stands between separators, read `chunk_size` characters at a time; the whole text if `separator` is None."""
     if separator is None:
         yield text.read()
         return
     rest = ""
-    while chunk := text.read(_CHUNK):
+    while chunk := text.read(chunk_size):
         *whole, rest = (rest + chunk).split(separator)
         yield from whole
     yield rest

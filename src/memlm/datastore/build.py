@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memlm.config import settings_from
 from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import Extension
@@ -46,7 +47,7 @@ def build_datastore(
     out: str | Path,
     config: DatastoreConfig | None = None,
     extend: str | Path | None = None,
-    repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Run `teacher` over the training split of `corpus` and write keys, values and index to `out`.
 
@@ -60,9 +61,9 @@ def build_datastore(
         teacher: Path, hub id or packaged name of any causal LM with the corpus's tokenizer. None: the one that made
             `extend`.
         out: Folder to write; resumed where an earlier run stopped.
-        config: Default settings if None. With `extend`, settings that were not given are those of that datastore.
+        config: Default settings if None; or give them as keywords. With `extend`, settings that were not given are
+            those of that datastore.
         extend: Folder of the datastore of a smaller corpus.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         TokenizerMismatchError: The teacher has another tokenizer than the corpus.
@@ -71,7 +72,8 @@ def build_datastore(
         ArtifactError: The corpus or the teacher does not fit the extended datastore.
         InputError: The corpus shares no training document with the extended datastore.
     """
-    return run_stage(out, *plan_datastore(corpus, teacher=teacher, config=config, extend=extend), repair=repair)
+    config = settings_from(DatastoreConfig, config, settings)
+    return run_stage(out, *plan_datastore(corpus, teacher=teacher, config=config, extend=extend))
 
 
 def plan_datastore(

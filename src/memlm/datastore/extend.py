@@ -20,7 +20,7 @@ _TRAINED = ("nlist", "code_bytes", "train_vectors", "seed")
 
 
 class Extension:
-    """What the datastore of a grown corpus takes over from that of the smaller one.
+    """What the datastore of a grown corpus takes over from the datastore of the smaller one.
 
     A training document whose tokens the old datastore holds keeps its keys. The others are new, and documents that are
     gone take their entries with them.
@@ -82,7 +82,7 @@ class Extension:
         return DatastoreConfig.parse({**there, **given})
 
     def check_teacher(self, teacher: str, identity: str) -> None:
-        """Nothing, where `identity` is that of the model that made the old keys.
+        """Raise unless `identity` is that of the model that made the old keys.
 
         Raises:
             ArtifactError: It is another model's.
@@ -102,7 +102,7 @@ class Extension:
         """Keys of the positions `start` to `stop`: those of new documents from `read`, the others reused.
 
         Args:
-            read: Keys of the positions among them that belong to new documents, in order; None where there are none.
+            read: Keys of those positions that belong to new documents, in order; None if there are none.
         """
         old_ids = self._old_ids(start, stop)
         reused = old_ids >= 0
@@ -166,7 +166,7 @@ def _check_corpora(store: Datastore, corpus: Corpus) -> None:
 def same_documents(old: Split, new: Split) -> NDArray[np.int64]:
     """`(documents of new,)` the document of `old` with the same tokens; -1 where there is none.
 
-    No document of `old` stands for two, even where two texts have the same tokens, so that entries keep one id.
+    Each document of `old` is found at most once, also if several texts have the same tokens: an entry keeps one id.
     """
     unused: dict[bytes, list[int]] = defaultdict(list)
     for document in range(old.n_documents):

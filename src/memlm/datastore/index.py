@@ -14,19 +14,12 @@ from torch import Tensor
 
 from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.layout import IndexFacts, IndexLayout
-from memlm.datastore.lists import fits, search_lists
-from memlm.datastore.ranking import nearest_first
+from memlm.datastore.lists import SIZES, SearchSizes, fits, search_lists
+from memlm.datastore.ranking import Floats, Ints, Neighbors, nearest_first
 from memlm.errors import ArtifactError, ConfigError
 from memlm.models.loading import default_device
 
 INDEX_FILE = "index.faiss"
-_BLOCK = 131_072
-_DEVICE_BLOCK = 32_768  # keys compared at a time on an accelerator, half a gigabyte of distances
-_CPU_BLOCK = 1024  # keys compared at a time by one core: as float32 they fit its cache
-_QUERIES = 4096
-_SHARED = 32  # queries a list, from which on a list is better compared with all of them at once
-_RANKED_TOGETHER = 512  # queries: as float32 they fit a core's cache
-_PAIRS = 16_384  # of a query and a key, compared at a time
 
 
 class Keys:
@@ -40,7 +33,7 @@ class Keys:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+    def rows(self, start: int, stop: int) -> Floats:
         """Keys `start` to `stop`, widened to float32."""
         return _widen(self.slice(start, min(stop, len(self))))
 
@@ -50,12 +43,12 @@ class Keys:
         parts = [self._shards[i][max(0, start - self._starts[i]) : stop - self._starts[i]] for i in touched]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float16), *parts])
 
-    def gather(self, ids: NDArray[np.int64], dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
+    def gather(self, ids: Ints, dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
         """The keys with these ids, `(*ids.shape, D)`."""
         flat = ids.reshape(-1)
         shard_of = np.searchsorted(self._starts, flat, side="right") - 1
         touched = np.unique(shard_of)
-        if len(touched) == 1:  # neighbouring ids are, and need no second copy
+        if len(touched) == 1:  # as neighbouring ids have: one copy is enough
             out = self._shards[touched[0]][flat - self._starts[touched[0]]]
         else:
             out = np.empty((len(flat), self.shape[1]), np.float16)
@@ -64,13 +57,13 @@ class Keys:
                 out[here] = self._shards[shard][flat[here] - self._starts[shard]]
         return (_widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
 
-    def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """(first id, keys) over all keys, a bounded number at a time."""
-        for start in range(0, len(self), _BLOCK):
-            yield start, self.rows(start, start + _BLOCK)
+    def blocks(self, size: int) -> Iterator[tuple[int, Floats]]:
+        """(first id, keys) over all keys, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield start, self.rows(start, start + size)
 
 
-def _widen(keys: NDArray[np.float16]) -> NDArray[np.float32]:
+def _widen(keys: NDArray[np.float16]) -> Floats:
     """The keys in float32; numpy takes ten times as long."""
     return faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16).decode(keys.view(np.uint8))
 
@@ -78,25 +71,26 @@ def _widen(keys: NDArray[np.float16]) -> NDArray[np.float32]:
 class Index(ABC):
     """Finds the entries nearest to a query, by squared L2 distance."""
 
+    sizes: SearchSizes = SIZES
+
     @classmethod
     @abstractmethod
-    def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
+    def build(cls, keys: Keys, config: DatastoreConfig, sizes: SearchSizes = SIZES) -> Self:
         """An index over `keys`."""
 
     @abstractmethod
-    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
-        """Go over to `keys`, whose training an approximate index does without.
+    def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
+        """Index `keys` from now on; an approximate index keeps its training.
 
         Args:
-            keys: Those of the entries that stay and of further ones.
-            new_ids: `(entries so far,)` what each entry is called from now on; -1 where it goes. An entry of `keys`
-                that is not among them is new.
-            config: Settings of the search, as for `build`; what a training decides stays as it is.
+            keys: Of the entries that stay, and of new ones.
+            new_ids: `(entries so far,)` the id in `keys` of each old entry, -1 if it goes. Other ids are new entries.
+            config: Settings of the search, as for `build`; those of the training have no effect.
         """
 
     @abstractmethod
     def save(self, path: Path) -> None:
-        """Write what `load` needs beside the keys; nothing where the keys are enough."""
+        """Write what `load` needs beyond the keys; no file if it needs no more."""
 
     @classmethod
     @abstractmethod
@@ -104,8 +98,8 @@ class Index(ABC):
         """The index of a datastore.
 
         Args:
-            path: What `save` wrote; None where it wrote nothing.
-            keys: Those of the datastore; None where none were kept.
+            path: What `save` wrote; None if it wrote nothing.
+            keys: The datastore's; None if none were kept.
             facts: What `describe` gave.
             shape: Entries and their width.
 
@@ -126,24 +120,20 @@ class Index(ABC):
         """Settings in force, for the manifest."""
 
     @abstractmethod
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         """As `search`, for a bounded number of queries."""
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, *, thorough: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, queries: Floats, k: int, *, thorough: bool = False) -> Neighbors:
         """The nearest entries of each query.
 
         Args:
             queries: `(P, D)`.
             k: Neighbours wanted.
             thorough: Leave no entry out to save time.
-
-        Returns:
-            Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there is no neighbour.
         """
         queries = np.ascontiguousarray(queries, np.float32)  # as C++ code reads them
-        parts = [self._search(queries[i : i + _QUERIES], k) for i in range(0, len(queries), _QUERIES)]
+        step = self.sizes.queries
+        parts = [self._search(queries[i : i + step], k) for i in range(0, len(queries), step)]
         if not parts:
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
         distances, ids = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -152,23 +142,24 @@ class Index(ABC):
 
 
 class ExactIndex(Index):
-    """Compares every query with every key, by blocks; on an accelerator where there is one.
+    """Compares every query with every key, by blocks; on an accelerator if there is one.
 
-    The CPU reads keys from disk each time. An accelerator holds them, in float16, where they take up to half of the
-    memory that it has left.
+    The CPU reads keys from disk each time. An accelerator holds them, in float16, if they take at most half of its free
+    memory.
     """
 
-    def __init__(self, keys: Keys) -> None:
-        self.keys = keys
+    def __init__(self, keys: Keys, sizes: SearchSizes = SIZES) -> None:
+        self.keys, self.sizes = keys, sizes
         self._device = default_device()
-        self._by_lists = self._device.type == "cpu" and fits(_QUERIES, len(keys))
+        self.by_lists = self._device.type == "cpu" and fits(sizes.queries, len(keys))
+        """Whether the CPU's cores compare runs of keys; else torch compares blocks on its default device."""
         self._held: list[tuple[int, Tensor]] = []
 
     @classmethod
-    def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
-        return cls(keys)
+    def build(cls, keys: Keys, config: DatastoreConfig, sizes: SearchSizes = SIZES) -> Self:
+        return cls(keys, sizes)
 
-    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+    def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
         self.keys, self._held = keys, []
 
     def save(self, path: Path) -> None:
@@ -183,17 +174,17 @@ class ExactIndex(Index):
     def describe(self) -> dict[str, Any]:
         return {"kind": "exact"}
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        if not self._by_lists:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
+        if not self.by_lists:
             best, ids = nearest_by_blocks(torch.from_numpy(queries).to(self._device), self._blocks(), k)
             return best.cpu().numpy(), ids.cpu().numpy()
-        starts = np.arange(0, len(self.keys), _CPU_BLOCK)
+        starts = np.arange(0, len(self.keys), self.sizes.core_keys)
 
-        def read(number: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-            ids = np.arange(starts[number], min(starts[number] + _CPU_BLOCK, len(self.keys)))
+        def read(number: int) -> tuple[NDArray[np.float16], Ints]:
+            ids = np.arange(starts[number], min(starts[number] + self.sizes.core_keys, len(self.keys)))
             return np.array(self.keys.slice(ids[0], ids[-1] + 1)), ids
 
-        return search_lists(queries, None, np.diff(starts, append=len(self.keys)), read, k)
+        return search_lists(queries, None, np.diff(starts, append=len(self.keys)), read, k, self.sizes)
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first id, keys) on the device, kept there where they fit."""
@@ -203,8 +194,8 @@ class ExactIndex(Index):
         entries, width = self.keys.shape
         keep = 2 * entries * width <= torch.accelerator.get_memory_info(self._device)[0] // 2
         found = []
-        for start in range(0, entries, _DEVICE_BLOCK):
-            keys = np.array(self.keys.slice(start, min(start + _DEVICE_BLOCK, entries)))
+        for start in range(0, entries, self.sizes.device_keys):
+            keys = np.array(self.keys.slice(start, min(start + self.sizes.device_keys, entries)))
             found.append((start, torch.from_numpy(keys).to(self._device)))
             yield found[-1]
             found = found if keep else []
@@ -236,20 +227,18 @@ def nearest_by_blocks(
 class IVFIndex(Index):
     """Searches only the lists whose centroids are nearest; a subclass says how a key is kept in its list."""
 
-    def __init__(self, index: faiss.IndexIVF, keys: Keys | None, rerank_factor: int) -> None:
-        self.index = index
-        self.keys = keys
-        self.rerank_factor = rerank_factor
+    def __init__(
+        self, index: faiss.IndexIVF, keys: Keys | None, rerank_factor: int, sizes: SearchSizes = SIZES
+    ) -> None:
+        self.index, self.keys, self.rerank_factor, self.sizes = index, keys, rerank_factor, sizes
 
     @classmethod
     @abstractmethod
-    def _empty(
-        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
-    ) -> faiss.IndexIVF:
+    def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
         """An untrained index."""
 
     @classmethod
-    def build(cls, keys: Keys, config: DatastoreConfig) -> Self:
+    def build(cls, keys: Keys, config: DatastoreConfig, sizes: SearchSizes = SIZES) -> Self:
         entries, width = keys.shape
         nlist = config.nlist or default_nlist(entries)
         if nlist > entries:
@@ -257,15 +246,15 @@ class IVFIndex(Index):
         rng = np.random.default_rng(config.seed)
         sample = np.sort(rng.choice(entries, min(entries, config.train_vectors), replace=False))
         quantizer = faiss.IndexFlatL2(width)
-        index = cls._empty(quantizer, width, nlist, len(sample), config)
+        index = cls._empty(quantizer, nlist, len(sample), config)
         index.cp.seed = config.seed + 1
         index.cp.min_points_per_centroid = 1  # silences faiss; recall is measured afterwards
         index.train(keys.gather(sample))
-        _fill(index, keys)
+        _fill(index, keys, sizes.filled)
         index.nprobe = min(config.nprobe or 8, nlist)
-        return cls(index, keys, config.rerank_factor)
+        return cls(index, keys, config.rerank_factor, sizes)
 
-    def extend(self, keys: Keys, new_ids: NDArray[np.int64], config: DatastoreConfig) -> None:
+    def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
         index: Any = self.index  # its stubs do not know what the Python wrappers add
         index.remove_ids(faiss.IDSelectorBitmap(np.packbits(new_ids < 0, bitorder="little")))  # type: ignore[call-arg]
         for number in range(index.nlist):
@@ -275,8 +264,8 @@ class IVFIndex(Index):
         is_new = np.ones(len(keys), bool)
         is_new[new_ids[new_ids >= 0]] = False
         added = np.flatnonzero(is_new)
-        for start in range(0, len(added), _BLOCK):
-            ids = added[start : start + _BLOCK]
+        for start in range(0, len(added), self.sizes.filled):
+            ids = added[start : start + self.sizes.filled]
             index.add_with_ids(keys.gather(ids), ids)
         index.nprobe = min(config.nprobe or 8, index.nlist)
         self.keys, self.rerank_factor = keys, config.rerank_factor
@@ -301,9 +290,7 @@ class IVFIndex(Index):
     def describe(self) -> dict[str, Any]:
         return {"nlist": self.index.nlist, "nprobe": self.index.nprobe, "rerank_factor": self.rerank_factor}
 
-    def search(
-        self, queries: NDArray[np.float32], k: int, *, thorough: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def search(self, queries: Floats, k: int, *, thorough: bool = False) -> Neighbors:
         nprobe = self.index.nprobe
         self.index.nprobe = self.index.nlist if thorough else nprobe
         try:
@@ -311,7 +298,7 @@ class IVFIndex(Index):
         finally:
             self.index.nprobe = nprobe
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         return self.index.search(queries, k)
 
 
@@ -319,45 +306,36 @@ class IVFFlatIndex(IVFIndex):
     """Lists of whole float16 keys: exact distances, approximate choice."""
 
     @classmethod
-    def _empty(
-        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
-    ) -> faiss.IndexIVF:
-        return faiss.IndexIVFScalarQuantizer(
-            quantizer,
-            width,
-            nlist,
-            faiss.ScalarQuantizer.QT_fp16,
-            faiss.METRIC_L2,
-            False,  # keys, not residuals: lossless
-        )
+    def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+        float16, by_residual = faiss.ScalarQuantizer.QT_fp16, False  # keys themselves: lossless
+        return faiss.IndexIVFScalarQuantizer(quantizer, quantizer.d, nlist, float16, faiss.METRIC_L2, by_residual)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-flat", **super().describe()}
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         """As `search`; where lists are probed by many queries each, list by list."""
         index: Any = self.index
-        if len(queries) * index.nprobe < _SHARED * index.nlist or not fits(len(queries), index.ntotal):
+        if len(queries) * index.nprobe < self.sizes.shared * index.nlist or not fits(len(queries), index.ntotal):
             return super()._search(queries, k)
-        sizes = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
+        entries = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
 
-        def read(number: int) -> tuple[NDArray[np.float16], NDArray[np.int64]]:
-            size = int(sizes[number])
+        def read(number: int) -> tuple[NDArray[np.float16], Ints]:
+            size = int(entries[number])
             codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
             ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
             return codes.view(np.float16).reshape(size, -1), ids
 
         _, probed = index.quantizer.search(queries, index.nprobe)
-        return search_lists(queries, probed, sizes, read, k)
+        return search_lists(queries, probed, entries, read, k, self.sizes)
 
 
 class IVFPQIndex(IVFIndex):
     """Lists of product-quantised keys, re-ranked with exact distances while the keys are there."""
 
     @classmethod
-    def _empty(
-        cls, quantizer: faiss.Index, width: int, nlist: int, sample: int, config: DatastoreConfig
-    ) -> faiss.IndexIVF:
+    def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
+        width = quantizer.d
         pieces = max(m for m in range(1, min(config.code_bytes, width) + 1) if width % m == 0)
         bits = int(min(8, max(1, np.log2(max(2, sample)))))
         index = faiss.IndexIVFPQ(quantizer, width, nlist, pieces, bits)
@@ -367,11 +345,11 @@ class IVFPQIndex(IVFIndex):
     def describe(self) -> dict[str, Any]:
         return {"kind": "ivf-pq", "code_bytes": int(self.index.code_size), **super().describe()}
 
-    def _search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _search(self, queries: Floats, k: int) -> Neighbors:
         if self.keys is None:
             return super()._search(queries, k)
         _, candidates = super()._search(queries, min(k * self.rerank_factor, len(self.keys)))
-        distances, ids = nearest_first(_exact_distances(self.keys, queries, candidates), candidates, k)
+        distances, ids = nearest_first(exact_distances(self.keys, queries, candidates, self.sizes), candidates, k)
         missing = ((0, 0), (0, k - ids.shape[1]))
         return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
 
@@ -379,19 +357,19 @@ class IVFPQIndex(IVFIndex):
 INDEXES: dict[IndexKind, type[Index]] = {"exact": ExactIndex, "ivf-flat": IVFFlatIndex, "ivf-pq": IVFPQIndex}
 
 
-def _exact_distances(keys: Keys, queries: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:
+def exact_distances(keys: Keys, queries: Floats, ids: Ints, sizes: SearchSizes = SIZES) -> Floats:
     """Squared distance of each query to the entries of its row, `(P, C)`; `inf` where an id is -1.
 
-    A few queries at a time, which stay in the cache; each key that they ask for is read once, in the order of ids.
+    A few queries at a time, which stay in the cache; each key that they need is read once, in the order of ids.
     """
     distances = np.full(ids.shape, np.inf, np.float32)
-    for start in range(0, len(ids), _RANKED_TOGETHER):
-        here = slice(start, start + _RANKED_TOGETHER)
+    for start in range(0, len(ids), sizes.ranked):
+        here = slice(start, start + sizes.ranked)
         asked, wanted, found = queries[here], ids[here].reshape(-1), distances[here].reshape(-1)
         order = np.argsort(wanted, kind="stable")
         order = order[np.searchsorted(wanted, 0, sorter=order) :]
-        for first in range(0, len(order), _PAIRS):
-            pairs = order[first : first + _PAIRS]
+        for first in range(0, len(order), sizes.pairs):
+            pairs = order[first : first + sizes.pairs]
             compared, which = np.unique(wanted[pairs], return_inverse=True)
             part = np.empty(len(pairs), np.float32)
             arrays = (keys.gather(compared), which, asked, pairs // ids.shape[1], part)
@@ -401,15 +379,15 @@ def _exact_distances(keys: Keys, queries: NDArray[np.float32], ids: NDArray[np.i
     return distances
 
 
-def _fill(index: Any, keys: Keys) -> None:
-    """Add all keys. Lists get the room that they need at once, for one that grows leaves as much unused behind."""
+def _fill(index: Any, keys: Keys, at_once: int) -> None:
+    """Add all keys. Lists get their final room at once, for a list that grows leaves as much unused behind."""
     lists = np.empty(len(keys), np.int32)
-    for start, block in keys.blocks():
+    for start, block in keys.blocks(at_once):
         lists[start : start + len(block)] = index.quantizer.assign(block, 1)[:, 0]
     for number, size in enumerate(np.bincount(lists, minlength=index.nlist).tolist()):
         index.invlists.resize(number, size)
         index.invlists.resize(number, 0)
-    for start, block in keys.blocks():
+    for start, block in keys.blocks(at_once):
         assigned = lists[start : start + len(block)].astype(np.int64)
         index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(assigned))  # type: ignore[attr-defined]
 

@@ -30,9 +30,9 @@ class IndexLayout:
         self._at = 0
 
     def check(self, facts: IndexFacts, shape: tuple[int, int]) -> None:
-        """Nothing, where the file is an index of this kind over `shape` entries and width, to its last byte.
+        """Raise unless the whole file is an index of this kind over `shape` (entries, width).
 
-        Every size, setting and entry id is looked at. Centroids and codes are any numbers: they decide what a search
+        Every size, setting and entry id is checked. Centroids and codes may be any numbers: they decide what a search
         finds, not what memory it touches.
 
         Raises:

@@ -1,7 +1,7 @@
-"""Many queries search lists of keys, those of an inverted file or all there are: list by list, not query by query.
+"""Search for many queries at once, list by list: the lists of an inverted file, or runs of all keys.
 
 A list is compared with all queries that probe it by one matrix product. Each query's nearest lists come first; the k-th
-distance among what was met bounds what other lists can add, so that few of their entries are looked at again.
+distance found there bounds what other lists can add, so that few of their entries are looked at again.
 """
 
 import math
@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -16,47 +17,60 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlm.datastore.ranking import LARGEST_NUMBER, MISSING, distances_in, pack, unpack
+from memlm.datastore.ranking import LARGEST_NUMBER, MISSING, Floats, Ints, Neighbors, distances_in, pack, unpack
 
 MOST_QUERIES = 1 << 16
 _FIRST = 2  # times k: entries in the lists that come first
-_CANDIDATES = 1 << 25  # compared before the nearest are picked
-_ROWS = 128  # queries whose nearest are picked at a time: what they found fits a core's cache
 
-ReadList = Callable[[int], tuple[NDArray[np.float16], NDArray[np.int64]]]
-"""Number of a list to its keys `(B, D)`, not read-only, which torch does not take, and their ids `(B,)`."""
+Visit = tuple[int, Ints]
+"""Number of a list, and the queries that are compared with it."""
+ReadList = Callable[[int], tuple[NDArray[np.float16], Ints]]
+"""Gives the list of a number: keys `(B, D)`, writable because torch takes no read-only array, and their ids `(B,)`."""
+
+
+@dataclass(frozen=True)
+class SearchSizes:
+    """How much a search handles at a time. It decides speed and memory, not what is found."""
+
+    queries: int = 4096
+    filled: int = 131_072  # keys read at a time to fill an index
+    device_keys: int = 32_768  # compared at a time on an accelerator: half a gigabyte of distances
+    core_keys: int = 1024  # compared at a time by one core: as float32 they fit its cache
+    shared: int = 32  # queries per list from which on a list is better compared with all of them at once
+    candidates: int = 1 << 25  # compared before the nearest are picked
+    picked: int = 128  # queries whose nearest are picked at a time: what they found fits a core's cache
+    ranked: int = 512  # queries re-ranked at a time: as float32 they fit a core's cache
+    pairs: int = 16_384  # of a query and a key, compared at a time in re-ranking
+
+
+SIZES = SearchSizes()
 
 
 def search_lists(
-    queries: NDArray[np.float32], probed: NDArray[np.int64] | None, sizes: NDArray[np.int64], read: ReadList, k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    queries: Floats, probed: Ints | None, entries: Ints, read: ReadList, k: int, sizes: SearchSizes = SIZES
+) -> Neighbors:
     """The nearest entries of the lists that each query probes; of equally near ones, those with the smallest ids.
 
     Args:
         queries: `(P, D)`, at most `MOST_QUERIES`.
         probed: `(P, nprobe)` numbers of lists, nearest first; None: all lists.
-        sizes: `(nlist,)` entries of each list.
+        entries: `(nlist,)` number of entries in each list.
         read: Gives a list; called by several threads.
         k: Neighbours wanted.
-
-    Returns:
-        As `Index.search`.
+        sizes: `candidates` and `picked` are used.
     """
-    found = _Nearest(queries, k)
+    found = _Nearest(queries, k, sizes.picked)
     if probed is None:
         all_rows = np.arange(len(queries))
-        phases = [((number, all_rows) for number in range(len(sizes)))]
+        phases = [((number, all_rows) for number in range(len(entries)))]
     else:
-        entries = sizes[probed]
-        first = entries.cumsum(1) - entries < _FIRST * k
+        probed_entries = entries[probed]
+        first = probed_entries.cumsum(1) - probed_entries < _FIRST * k
         phases = [_visits(probed, first), _visits(probed, ~first)]
-    pool = _pool(torch.get_num_threads())
     for phase in phases:
-        for visits in _in_groups(phase, sizes, _FIRST * k * len(queries)):
-            results = list(pool.map(lambda visit: found.compare(*read(visit[0]), visit[1]), visits))
-            found.pick(results, pool)
-    list(pool.map(lambda start: found.best[start : start + _ROWS].sort(1), range(0, len(queries), _ROWS)))
-    return unpack(found.best)
+        for visits in _in_groups(phase, entries, _FIRST * k * len(queries), sizes.candidates):
+            found.add(visits, read)
+    return unpack(found.sorted())
 
 
 def fits(queries: int, entries: int) -> bool:
@@ -66,14 +80,15 @@ def fits(queries: int, entries: int) -> bool:
 
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """As many threads, in each of which torch computes alone: sharing out every small product costs more than it saves.
+    """A pool of `threads` threads, each computing its products alone: sharing out small ones costs more than it saves.
 
-    torch hands a thread's number on to threads that start later, so it is put back once all of these have started.
+    A thread's number of threads is torch's default for threads that start later, so it is put back once all of these
+    have started.
     """
     started = threading.Barrier(threads + 1)
 
     def compute_alone() -> None:
-        torch.get_num_threads()  # a thread's first question takes over the number of threads to come
+        torch.get_num_threads()  # a thread's first question would undo what was set before it
         torch.set_num_threads(1)
         started.wait()
 
@@ -94,8 +109,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 
-def _visits(probed: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Each list with the queries that probe it, of the pairs chosen."""
+def _visits(probed: Ints, chosen: NDArray[np.bool_]) -> Iterator[Visit]:
+    """Each list in the chosen (query, rank) pairs, with the queries that probe it."""
     rows, ranks = np.nonzero(chosen)
     lists = probed[rows, ranks]
     order = np.argsort(lists, kind="stable")
@@ -104,22 +119,20 @@ def _visits(probed: NDArray[np.int64], chosen: NDArray[np.bool_]) -> Iterator[tu
             yield int(lists[part[0]]), rows[part]
 
 
-def _in_groups(
-    visits: Iterable[tuple[int, NDArray[np.int64]]], sizes: NDArray[np.int64], room: int
-) -> Iterator[list[tuple[int, NDArray[np.int64]]]]:
-    """The visits to lists that hold something, in runs of `room` comparisons, then of twice as many each, to a limit.
+def _in_groups(visits: Iterable[Visit], entries: Ints, room: int, most: int) -> Iterator[list[Visit]]:
+    """The visits to lists that are not empty, in runs of at most `room` comparisons, doubled from run to run to `most`.
 
-    As many as were made before: while a bound tells little, what it lets through stays few.
+    So the bound is drawn tighter early, before many candidates pass a loose one.
     """
-    group: list[tuple[int, NDArray[np.int64]]] = []
+    group: list[Visit] = []
     candidates = 0
     for number, rows in visits:
-        if not sizes[number]:
+        if not entries[number]:
             continue
-        candidates += int(sizes[number]) * len(rows)
-        if candidates > min(room, _CANDIDATES) and group:
+        candidates += int(entries[number]) * len(rows)
+        if candidates > min(room, most) and group:
             yield group
-            group, candidates = [], int(sizes[number]) * len(rows)
+            group, candidates = [], int(entries[number]) * len(rows)
             room *= 2
         group.append((number, rows))
     if group:
@@ -129,18 +142,44 @@ def _in_groups(
 class _Nearest:
     """The k nearest entries that each query has met so far."""
 
-    def __init__(self, queries: NDArray[np.float32], k: int) -> None:
+    def __init__(self, queries: Floats, k: int, picked: int) -> None:
         self._queries = torch.from_numpy(queries)
         self._norms = self._queries.square().sum(1)
         self._bound = np.full(len(queries), np.inf, np.float32)
+        self._best = np.full((len(queries), k), MISSING)  # (P, k) packed; the last is the furthest
+        self._parts = [slice(start, start + picked) for start in range(0, len(queries), picked)]
+        self._pool = _pool(torch.get_num_threads())
         self._buffers = threading.local()
-        self.best = np.full((len(queries), k), MISSING)
-        """`(P, k)` packed; the last is the furthest."""
 
-    def compare(
-        self, keys: NDArray[np.float16], ids: NDArray[np.int64], rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        """Entries within the bound of a query in `rows`: the query's number, and distance and id packed."""
+    def add(self, visits: list[Visit], read: ReadList) -> None:
+        """Keep the nearest of those so far and of the lists visited."""
+        found = list(self._pool.map(lambda visit: self._compare(*read(visit[0]), visit[1]), visits))
+        rows = np.concatenate([part for part, _ in found])
+        packed = np.concatenate([part for _, part in found])
+        packed = packed[np.argsort(rows, kind="stable")]  # a radix sort, as they have 16 bits
+        counts = np.bincount(rows, minlength=len(self._best))
+        ends = counts.cumsum()
+        k = self._best.shape[1]
+
+        def pick(here: slice) -> None:
+            width = int(counts[here].max())
+            merged = np.full((len(counts[here]), k + width), MISSING)
+            merged[:, :k] = self._best[here]
+            first = ends[here.start] - counts[here.start]
+            merged[:, k:][np.arange(width) < counts[here, None]] = packed[first : ends[here][-1]]
+            merged.partition(k - 1, axis=1)
+            self._best[here] = merged[:, :k]
+
+        list(self._pool.map(pick, self._parts))
+        self._bound = distances_in(self._best[:, -1])
+
+    def sorted(self) -> Ints:
+        """`(P, k)` packed, ascending."""
+        list(self._pool.map(lambda here: self._best[here].sort(1), self._parts))
+        return self._best
+
+    def _compare(self, keys: NDArray[np.float16], ids: Ints, rows: Ints) -> tuple[NDArray[np.uint16], Ints]:
+        """Entries of a list within the bounds of the queries `rows`: the query's number; distance and id packed."""
         chosen = torch.from_numpy(rows)
         table = self._buffer("table", *keys.shape).copy_(torch.from_numpy(keys))
         asked = self._buffer("asked", len(rows), keys.shape[1])
@@ -154,31 +193,10 @@ class _Nearest:
         return rows[which].astype(np.uint16), pack(distances.reshape(-1)[near], ids[columns])
 
     def _buffer(self, name: str, *shape: int) -> Tensor:
-        """Memory of this thread: taken anew each time, it would leave holes between the entries that are kept."""
+        """Memory that this thread keeps: taken anew each time, it would leave holes between the entries kept."""
         size = math.prod(shape)
         held = getattr(self._buffers, name, None)
         if held is None or len(held) < size:
             held = torch.empty(size)
             setattr(self._buffers, name, held)
         return held[:size].view(shape)
-
-    def pick(self, found: list[tuple[NDArray[np.uint16], NDArray[np.int64]]], pool: ThreadPoolExecutor) -> None:
-        """Keep the nearest of `best` and what was found."""
-        rows = np.concatenate([part for part, _ in found])
-        packed = np.concatenate([part for _, part in found])
-        packed = packed[np.argsort(rows, kind="stable")]  # a radix sort, as they have 16 bits
-        counts = np.bincount(rows, minlength=len(self.best))
-        ends = counts.cumsum()
-        k = self.best.shape[1]
-
-        def pick_rows(start: int) -> None:
-            here = slice(start, start + _ROWS)
-            width = int(counts[here].max())
-            merged = np.full((len(counts[here]), k + width), MISSING)
-            merged[:, :k] = self.best[here]
-            merged[:, k:][np.arange(width) < counts[here, None]] = packed[ends[start] - counts[start] : ends[here][-1]]
-            merged.partition(k - 1, axis=1)
-            self.best[here] = merged[:, :k]
-
-        list(pool.map(pick_rows, range(0, len(self.best), _ROWS)))
-        self._bound = distances_in(self.best[:, -1])

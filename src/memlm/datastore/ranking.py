@@ -3,12 +3,17 @@
 import numpy as np
 from numpy.typing import NDArray
 
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+Neighbors = tuple[Floats, Ints]
+"""Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there is no neighbour."""
+
 LARGEST_NUMBER = 0xFFFFFFFE
 MISSING = np.int64(np.float32(np.inf).view(np.int32)) << 32 | (LARGEST_NUMBER + 1)
 """What `pack` makes of no neighbour; it comes last."""
 
 
-def pack(distances: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+def pack(distances: Floats, numbers: Ints) -> Ints:
     """Integers that sort by distance, those below 0 taken as 0, then by number, at most `LARGEST_NUMBER`."""
     packed = np.maximum(distances, 0).view(np.int32).astype(np.int64)  # as integers, floats from 0 up keep their order
     packed <<= 32
@@ -16,20 +21,18 @@ def pack(distances: NDArray[np.float32], numbers: NDArray[np.int64]) -> NDArray[
     return packed
 
 
-def unpack(packed: NDArray[np.int64]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def unpack(packed: Ints) -> Neighbors:
     """What `pack` was given; `inf` and -1 for a missing neighbour."""
     numbers = packed & (LARGEST_NUMBER + 1)
     return distances_in(packed), np.where(packed == MISSING, -1, numbers)
 
 
-def distances_in(packed: NDArray[np.int64]) -> NDArray[np.float32]:
+def distances_in(packed: Ints) -> Floats:
     """The distances that `pack` was given."""
     return (packed >> 32).astype(np.int32).view(np.float32)
 
 
-def nearest_first(
-    distances: NDArray[np.float32], ids: NDArray[np.int64], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def nearest_first(distances: Floats, ids: Ints, k: int) -> Neighbors:
     """The k smallest distances of each row, and their ids, ascending; of equal ones the first. As many as there are.
 
     Args:

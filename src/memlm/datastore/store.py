@@ -103,7 +103,7 @@ class Datastore:
         return self.manifest.sources["teacher"]
 
     def check_teacher(self) -> None:
-        """Nothing, where the teacher can still be found and is the model that made the keys.
+        """Raise unless the teacher can still be found and is the model that made the keys.
 
         Raises:
             ArtifactError: It is another model now.

@@ -1,6 +1,6 @@
 """Settings of the evaluate stage."""
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from memlm.config import StageConfig
 
@@ -8,8 +8,9 @@ from memlm.config import StageConfig
 class EvaluateConfig(StageConfig):
     """How perplexity is measured."""
 
-    mix_weight: float | None = Field(default=None, ge=0, le=1)
-    """Weight of the memory in the mixture; default the best on validation. α in Memory Decoder, λ in kNN-LM."""
+    mix_weight: float | dict[str, float] | None = None
+    """Weight of the memory in the mixture, by name where there are several; default the best on validation. α in Memory
+    Decoder, λ in kNN-LM."""
     dtype: str = "auto"
     """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
     batch_tokens: int = Field(default=4096, ge=1)
@@ -18,3 +19,11 @@ class EvaluateConfig(StageConfig):
     """Resamplings of documents behind the 95% intervals; 0 leaves them out."""
     seed: int = Field(default=0, ge=0)
     """Draws the resamplings."""
+
+    @field_validator("mix_weight")
+    @classmethod
+    def _in_range(cls, value: float | dict[str, float] | None) -> float | dict[str, float] | None:
+        weights = value.values() if isinstance(value, dict) else [] if value is None else [value]
+        if not all(0 <= weight <= 1 for weight in weights):  # also false for NaN
+            raise ValueError("must be in [0, 1]")
+        return value

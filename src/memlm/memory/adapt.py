@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from memlm.config import settings_from
 from memlm.errors import ConfigError
 from memlm.manifest import Facts, Manifest, is_artifact, read_manifest
 from memlm.memory.card import CARD_FILE
@@ -49,7 +50,7 @@ class _TrainingFacts(Facts):
 
 
 def adapt_memory(
-    memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None, repair: bool = False
+    memory: str | Path, *, tokenizer: str, out: str | Path, config: AdaptConfig | None = None, **settings: Any
 ) -> Manifest:
     """Give a Memory Decoder the vocabulary of another tokenizer, and write it to `out`, to be trained on.
 
@@ -61,8 +62,7 @@ def adapt_memory(
         memory: What `memlm train` wrote, a hub id of one, or any causal LM.
         tokenizer: The other tokenizer: a model's path, hub id or packaged name.
         out: Folder to write.
-        config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again.
+        config: Default settings if None; or give them as keywords.
 
     Raises:
         ConfigError: It has that tokenizer already, or is no Memory Decoder.
@@ -71,12 +71,12 @@ def adapt_memory(
 
     Source: Memory Decoder, cross-vocabulary adaptation (arXiv:2508.09874), which draws all rows at random.
     """
-    config = config or AdaptConfig()
+    config = settings_from(AdaptConfig, config, settings)
     name = str(memory)
-    settings = read_settings(name)
-    if settings is not None and settings.kind != MemoryDecoder.kind:
+    there = read_settings(name)
+    if there is not None and there.kind != MemoryDecoder.kind:
         raise ConfigError(
-            f"memory {name} is of kind {settings.kind!r}: only a Memory Decoder can be carried to another tokenizer;"
+            f"memory {name} is of kind {there.kind!r}: only a Memory Decoder can be carried to another tokenizer;"
             " make this one anew with a model of that tokenizer"
         )
     old, new = load_tokenizer(resolve(name)), load_tokenizer(resolve(tokenizer))
@@ -107,7 +107,7 @@ def adapt_memory(
         stage.save_text(CARD_FILE, _card(facts, stage.sources))
         return facts
 
-    return run_stage(out, spec, work, repair=repair)
+    return run_stage(out, spec, work)
 
 
 def tokens_line(tokens: dict[str, int]) -> str:

@@ -1,35 +1,102 @@
-"""Settings of what a memory starts as, and of how it changes its tokenizer; light, for the command line reads them."""
+"""Kinds of memory, what each starts from, and how one changes its tokenizer; light, for the command line reads it.
 
-from typing import Literal
+A setting of a kind is an option of `memlm train` and a key of a recipe's `train` section, beside those of training.
+"""
 
-from pydantic import Field
+from typing import Any, Literal, NamedTuple
 
-from memlm.config import StageConfig
+from pydantic import Field, model_validator
+
+from memlm.config import StageConfig, nearest
+from memlm.errors import ConfigError
 
 
 class StartConfig(StageConfig):
-    """What a memory is before its training."""
+    """What a memory is before its training; a kind with settings of its own has a subclass."""
 
-    kind: str = "decoder"
-    """Kind of memory: decoder (a small causal LM; serves all bases of its tokenizer) or mlp (reads one base's hidden
-    state; no attention, no cache)."""
+    kind: str
+    """Kind of memory."""
+
+    def given(self) -> dict[str, Any]:
+        """What is not as it is by default, beside the kind."""
+        return self.model_dump(exclude_defaults=True, exclude={"kind"})
+
+
+class DecoderStart(StartConfig):
+    """A small causal LM; serves all bases of its tokenizer."""
+
+    kind: Literal["decoder"] = "decoder"
     layers: int | list[int] | None = None
-    """decoder: blocks of the start model to keep, how many (half from the front, half from the back) or which; default
-    all. mlp: number of blocks; default 8."""
+    """Blocks of the start model to keep, how many (half from the front, half from the back) or which; default all."""
     fresh: bool = False
-    """decoder: start from random weights with the start model's config instead of its weights."""
+    """Start from random weights with the start model's config instead of its weights."""
+
+
+class MLPStart(StartConfig):
+    """Reads one base's hidden state; no attention, no cache."""
+
+    kind: Literal["mlp"] = "mlp"
+    layers: int | None = Field(default=None, ge=1)
+    """Number of blocks; default 8."""
     tap: str | None = None
-    """mlp: where the base is read: a module path, or a share of the depth in (0, 1]; default 1.0, the input of the
-    last block's MLP."""
+    """Where the base is read: a module path, or a share of the depth in (0, 1]; default 1.0, the input of the last
+    block's MLP."""
     like: Literal["small", "medium", "large"] | None = None
-    """mlp: layers and widths of a GPT-2 memory of the paper: 18 of 768, 36 of 1024 or 54 of 1280."""
+    """Layers and widths of a GPT-2 memory of the paper: 18 of 768, 36 of 1024 or 54 of 1280."""
     width: int | None = Field(default=None, ge=1)
-    """mlp: width of the blocks; where it is not the base's, a projection comes first; default the base's."""
+    """Width of the blocks; where it is not the base's, a projection comes first; default the base's."""
     ffn_width: int | None = Field(default=None, ge=1)
-    """mlp: inner width of a block's FFN; default the base's own, or four times the width."""
+    """Inner width of a block's FFN; default the base's own, or four times the width."""
     head: Literal["base", "random"] | None = None
-    """mlp: start of the output layer: the base's, with its final norm, or random as in the paper; default the base's
-    where the widths are equal."""
+    """Start of the output layer: the base's, with its final norm, or random as in the paper; default the base's where
+    the widths are equal."""
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> "MLPStart":
+        for name in ("layers", "width", "ffn_width"):
+            if self.like is not None and (value := getattr(self, name)) is not None:
+                raise ValueError(f"like = {self.like!r} and {name} = {value}: give one of them")
+        return self
+
+
+class Kind(NamedTuple):
+    """What memlm knows of a kind of memory before it is used."""
+
+    memory: str
+    """Module and class of the memory, imported when it is needed."""
+    start: type[StartConfig] | None = None
+    """What it starts from; None: it is not trained."""
+
+
+KINDS = {
+    "decoder": Kind("memlm.memory.decoder:MemoryDecoder", DecoderStart),
+    "mlp": Kind("memlm.memory.mlp:MLPMemory", MLPStart),
+    "retrieval": Kind("memlm.memory.retrieval:RetrievalMemory"),
+}
+"""Every kind of memory by name: the line that a new one adds."""
+
+
+def start_settings(kind: str) -> type[StartConfig]:
+    """The settings that a kind starts from.
+
+    Raises:
+        ConfigError: The kind is unknown (the nearest is named), or is not trained.
+    """
+    if kind not in KINDS:
+        raise ConfigError(f"kind = {kind!r}{nearest(kind, KINDS)}")
+    start = KINDS[kind].start
+    if start is None:
+        raise ConfigError(f"kind = {kind!r}: such a memory is not trained")
+    return start
+
+
+def settings_of_kinds() -> dict[str, dict[str, Any]]:
+    """Setting to the kinds that have it, each with its field."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind, (_, start) in KINDS.items():
+        for name, field in start.model_fields.items() if start is not None else ():
+            found.setdefault(name, {})[kind] = field
+    return found
 
 
 class AdaptConfig(StageConfig):

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.errors import ConfigError
-from memlm.memory.config import StartConfig
+from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import TokenCache, WindowedReader, longest_context
 from memlm.memory.voter import VoterCache
@@ -52,10 +52,7 @@ class MemoryDecoder(ParametricMemory):
     # --- training -----------------------------------------------------------------------------------------------
 
     @classmethod
-    def check_start(cls, config: StartConfig, *, init: str | None, goes_on: bool, block_size: int) -> None:
-        for name in ("tap", "like", "width", "ffn_width", "head"):
-            if (value := getattr(config, name)) is not None:
-                raise ConfigError(f"{name} = {value!r}: only a memory of kind mlp has it; add --kind mlp")
+    def check_start(cls, config: DecoderStart, *, init: str | None, goes_on: bool, block_size: int) -> None:
         if init is None:
             raise ConfigError("init is missing: name the start model of the memory (--init)")
         text_config = load_config(init).get_text_config()
@@ -67,7 +64,7 @@ class MemoryDecoder(ParametricMemory):
 
     @classmethod
     def start(
-        cls, config: StartConfig, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
+        cls, config: DecoderStart, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
     ) -> Self:
         assert init is not None
         if config.fresh:

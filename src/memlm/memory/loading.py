@@ -1,20 +1,24 @@
 """Memories from a folder or the hub, whatever their kind."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from memlm.errors import ArtifactError, ModelError
 from memlm.files import read_json
 from memlm.manifest import is_artifact, payload_file, read_manifest
-from memlm.memory.decoder import MemoryDecoder
-from memlm.memory.mlp import MLPMemory
+from memlm.memory.config import KINDS
 from memlm.memory.protocol import SETTINGS_FILE, Memory, MemorySettings
 from memlm.memory.released import is_released_mlp
-from memlm.memory.retrieval import RetrievalMemory, RetrievalSettings, datastore_settings
+from memlm.memory.retrieval import RetrievalSettings, datastore_settings
 from memlm.models.loading import find_file, load_config, resolve
 from memlm.targets.config import RetrievalConfig
 
-KINDS: dict[str, type[Memory]] = {"decoder": MemoryDecoder, "mlp": MLPMemory, "retrieval": RetrievalMemory}
+
+def memory_class(kind: str) -> type[Memory]:
+    """The class of a kind that `KINDS` lists."""
+    module, name = KINDS[kind].memory.split(":")
+    return getattr(import_module(module), name)
 
 
 def load_memory(
@@ -39,7 +43,7 @@ def load_memory(
         raise ModelError(
             f"{source} is a released MLP Memory; convert it: memlm convert {source} --base BASE --out FOLDER"
         )
-    kind = KINDS[settings.kind if settings else "decoder"]
+    kind = memory_class(settings.kind if settings else "decoder")
     return kind.load(resolve(str(source)), settings, base=base, **kwargs)
 
 
@@ -64,4 +68,4 @@ def read_settings(source: str | Path, *, revision: str | None = None) -> MemoryS
     kind = values.get("kind") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         raise ArtifactError(f"{path}: kind {str(kind)[:40]!r} is unknown to this memlm; known: {', '.join(KINDS)}")
-    return KINDS[kind].settings_class.parse(values, f"{path.name}: ")
+    return memory_class(kind).settings_class.parse(values, f"{path.name}: ")

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from memlm.config import StageConfig
 from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.manifest import is_artifact, payload_file, read_manifest
-from memlm.memory.config import StartConfig
+from memlm.memory.config import MLPStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.voter import NoCache, VoterCache
 from memlm.models.heads import Head, find_head
@@ -169,26 +169,16 @@ class MLPMemory(ParametricMemory):
     # --- training -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def check_start(cls, config: StartConfig, *, init: str | None, goes_on: bool, block_size: int) -> None:
-        if config.fresh:
-            raise ConfigError("fresh = true: only a memory of kind decoder has it; an mlp starts fresh without --init")
-        if isinstance(config.layers, list):
-            raise ConfigError(f"layers = {config.layers}: an mlp memory takes a number of blocks")
-        if config.layers is not None and config.layers < 1:
-            raise ConfigError(f"layers = {config.layers}: must be at least 1")
-        sizes = {name: getattr(config, name) for name in ("layers", "width", "ffn_width")}
-        given = [f"{name} = {value}" for name, value in sizes.items() if value is not None]
-        if config.like is not None and given:
-            raise ConfigError(f"like = {config.like!r} and {given[0]}: give one of them")
+    def check_start(cls, config: MLPStart, *, init: str | None, goes_on: bool, block_size: int) -> None:
         if init is not None and not goes_on:
             raise ConfigError(f"init = {init!r}: an mlp memory starts fresh, or from another mlp memory's folder")
-        given += [f"{name} = {value!r}" for name in ("like", "head", "tap") if (value := getattr(config, name))]
-        if goes_on and given:
-            raise ConfigError(f"{given[0]}: --init {init} decides it")
+        if goes_on and (given := config.given()):
+            name, value = next(iter(given.items()))
+            raise ConfigError(f"{name} = {value!r}: --init {init} decides it")
 
     @classmethod
     def start(
-        cls, config: StartConfig, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
+        cls, config: MLPStart, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
     ) -> Self:
         tap = resolve_tap(base, config.tap or "1.0")
         input_width = tap_width(base, tap)
@@ -196,7 +186,6 @@ class MLPMemory(ParametricMemory):
         layers, width, ffn_width = SIZES.get(config.like or "", (None, None, None))
         width = width or config.width or input_width
         layers = layers or config.layers or _DEFAULT_LAYERS
-        assert isinstance(layers, int)
         if ffn_width is None:
             ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
         own = MLPSettings(

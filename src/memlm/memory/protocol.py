@@ -12,8 +12,6 @@ from transformers import PreTrainedModel
 
 from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
-from memlm.errors import ConfigError
-from memlm.memory.config import StartConfig
 from memlm.memory.loss import DistillationLoss, distillation_loss
 from memlm.memory.voter import HeadVoter, Voter
 
@@ -94,23 +92,22 @@ class Memory(nn.Module, Voter):
     # --- training; a memory that is not trained leaves these ------------------------------------------------------
 
     @classmethod
-    def check_start(cls, config: StartConfig, *, init: str | None, goes_on: bool, block_size: int) -> None:
+    def check_start(cls, config: Any, *, init: str | None, goes_on: bool, block_size: int) -> None:
         """Refuse a start that cannot be; looks at configs only, before any weights are loaded.
 
         Args:
-            config: What is asked for.
+            config: What is asked for, in the settings that `KINDS` lists for the kind.
             init: Start model, or memory to go on with.
             goes_on: Whether `init` is a memory of this kind.
             block_size: Tokens it will see at a time in training.
 
         Raises:
-            ConfigError: A setting is missing, contradicts another, or does not fit init or base.
+            ConfigError: A setting is missing, or does not fit init.
         """
-        raise ConfigError(f"kind = {cls.kind!r}: such a memory is not trained")
 
     @classmethod
     def start(
-        cls, config: StartConfig, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
+        cls, config: Any, settings: MemorySettings, *, init: str | None, base: PreTrainedModel, seed: int
     ) -> Self:
         """An untrained memory in float32.
 

@@ -119,9 +119,7 @@ LAYOUTS = {
 """Model type of the base to the layout of its memories."""
 
 
-def convert_released(
-    source: str | Path, *, base: str, out: str | Path, tap: str | None = None, repair: bool = False
-) -> Manifest:
+def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str | None = None) -> Manifest:
     """Write a released MLP Memory to `out` as a memory folder, with its card.
 
     Names and shapes are checked against the checkpoint's config, and the whole against the base, before any weights
@@ -135,7 +133,6 @@ def convert_released(
         out: Folder to write.
         tap: Where it reads the base: a module path, or a share of the depth in (0, 1]. None: the block that the
             checkpoint names, else the last, from which all released ones read.
-        repair: Make damaged or missing files of a finished folder again.
 
     Raises:
         ArtifactError: Tensors are missing, too many, of another shape or type, or the file holds other objects; or it
@@ -196,7 +193,7 @@ def convert_released(
         stage.save_text(CARD_FILE, _CARD.format(**facts, **stage.sources))
         return facts
 
-    return run_stage(out, spec, work, repair=repair)
+    return run_stage(out, spec, work)
 
 
 # --- the checkpoint -----------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The base as the first voter."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,5 +115,14 @@ class BaseVoter(HeadVoter):
                 known[name] = value
         with capture(self.model, taps) as found:
             output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)
-        kept = {tap: value.reshape(*tokens.shape, -1) for tap, value in found.items()}  # some models flatten rows
-        return BaseState(output.logits if self._head is None else output[0], kept, output)
+        return BaseState(output.logits if self._head is None else output[0], _by_row(found, tokens), output)
+
+    def read(self, tokens: Int[Tensor, "B T"], taps: Iterable[str]) -> dict[str, Tensor]:
+        """Tap to what goes into that module, `(B, T, D)`; nothing behind the last tap is computed."""
+        with capture(self.model, taps, stop=True) as found:
+            self._reader(input_ids=tokens, use_cache=False)
+        return _by_row(found, tokens)
+
+
+def _by_row(activations: Mapping[str, Tensor], tokens: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+    return {tap: value.reshape(*tokens.shape, -1) for tap, value in activations.items()}  # some models flatten rows

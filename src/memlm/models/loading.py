@@ -19,7 +19,7 @@ from memlm.models.fetching import PACKAGED, fetch
 
 WEIGHTS_FILE = "model.safetensors"
 _EDGE_BYTES = 1 << 20
-_INFLATED = ("num_labels", "auto_map", "quantization_config")  # a table of any size, code, another way of loading
+_INFLATED = ("num_labels", "auto_map", "quantization_config")  # they ask for a table of any size, code, another loader
 
 
 def resolve(name: str) -> str:
@@ -86,7 +86,7 @@ def load_causal_lm(
 
 
 def _check_decoder(folder: Path) -> None:
-    """Nothing, where a memory folder is as its stage wrote it, and its config asks for no more than its weights hold.
+    """Raise unless a memory folder is as its stage wrote it and its config asks for no more than its weights hold.
 
     Raises:
         ArtifactError: It is not.
@@ -164,11 +164,10 @@ def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """bfloat16 where the device computes it natively, float32 otherwise."""
     device = torch.device(device)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    if device.type == "cpu":
-        native = torch.cpu._is_avx512_bf16_supported() if hasattr(torch.cpu, "_is_avx512_bf16_supported") else False
-        return torch.bfloat16 if native else torch.float32
-    return torch.float32
+        native = torch.cuda.is_bf16_supported()
+    else:
+        native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return torch.bfloat16 if native else torch.float32
 
 
 def default_device() -> torch.device:
@@ -211,12 +210,9 @@ def _sampled_digest(path: Path) -> str:
     size = path.stat().st_size
     state = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
-        if size <= 2 * _EDGE_BYTES:
-            state.update(file.read())
-        else:
-            state.update(file.read(_EDGE_BYTES))
-            file.seek(-_EDGE_BYTES, 2)
-            state.update(file.read())
+        state.update(file.read(_EDGE_BYTES))
+        file.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
+        state.update(file.read())
     return state.hexdigest()
 
 

@@ -123,10 +123,13 @@ def _module_input(args: tuple, kwargs: dict) -> Tensor:
 
 
 @contextlib.contextmanager
-def capture(model: PreTrainedModel, taps: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """What goes into each tap during the forward passes of a `with` block; the hooks are gone afterwards.
 
     Costs nothing but a reference per tap: nothing is copied and no other layer's activations are kept.
+
+    Args:
+        stop: End the block at the last tap; what the model would compute after it is not needed.
 
     Yields:
         Tap to `(B, T, D)`, filled in when the model runs.
@@ -135,15 +138,18 @@ def capture(model: PreTrainedModel, taps: Iterable[str]) -> Iterator[dict[str, T
         ModelError: A tap does not exist.
     """
     found: dict[str, Tensor] = {}
-    handles = []
+    handles, taps = [], set(taps)
     try:
         for tap in taps:
 
             def keep(module: nn.Module, args: tuple, kwargs: dict, tap: str = tap) -> None:
                 found[tap] = _module_input(args, kwargs)
+                if stop and len(found) == len(taps):
+                    raise _ForwardStoppedError
 
             handles.append(get_module(model, tap).register_forward_pre_hook(keep, with_kwargs=True))
-        yield found
+        with contextlib.suppress(_ForwardStoppedError):
+            yield found
     finally:
         for handle in handles:
             handle.remove()

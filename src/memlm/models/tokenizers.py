@@ -49,7 +49,7 @@ def find_tokenizer(model: str, **options: Any) -> PreTrainedTokenizerBase | None
 
 
 def check_reads(model: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, data: str, label: str) -> None:
-    """Nothing, where `model` can read token ids of `tokenizer`; looks at configs only, before weights are loaded.
+    """Raise unless `model` can read token ids of `tokenizer`; reads configs only, no weights.
 
     Args:
         model: Path, hub id or packaged name. One without a tokenizer will do if its vocabulary is large enough.
@@ -116,10 +116,10 @@ def check_same(
     *,
     advice: str = ADVICE,
 ) -> None:
-    """Nothing, where both tokenizers give the same ids; `advice` is the end of the message where they do not.
+    """Raise unless both tokenizers give the same ids.
 
     Raises:
-        TokenizerMismatchError: They do not; the message says in what.
+        TokenizerMismatchError: They do not; the message says in what they differ, and ends with `advice`.
     """
     if fingerprint(first) == fingerprint(second):
         return

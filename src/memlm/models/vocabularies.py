@@ -1,4 +1,4 @@
-"""What the tokens of one vocabulary are in another: the same token, its role, or the pieces it falls into."""
+"""Which tokens of one vocabulary stand for a token of another: the same one, its role, or the pieces it falls into."""
 
 import json
 import re
@@ -19,7 +19,7 @@ class Alignment:
     """Each token of a new vocabulary as tokens of an old one."""
 
     pieces: list[list[int]]
-    """Old ids by new id: one for the same token, several for a token that falls apart, none where nothing is known."""
+    """Old ids by new id: one for the same token, several for a token that falls apart, none if nothing is known."""
     counts: dict[str, int]
     """New tokens by how they were found: `shared`, `role`, `pieces`, `bytes`, `unknown`. Their sum is all."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from memlm.config import read_recipe
 from memlm.errors import ArtifactError
-from memlm.manifest import MANIFEST, is_artifact, partial_path, read_manifest
+from memlm.manifest import MANIFEST, PLAN, read_manifest
 from memlm.runs.recipe import Recipe, data_path
 from memlm.stage import Plan, StageSpec, check_output, run_stage
 
@@ -58,8 +58,10 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
 
     steps = [Step("corpus", (), lambda _: plan_corpus(documents, tokenizer=tokenizer, config=configs["corpus"]))]
     if "teacher" in configs:
-        start, teacher = places["teacher"]["init"], configs["teacher"]
-        steps.append(Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], init=start, config=teacher)))
+        begin, teacher = places["teacher"]["init"], configs["teacher"]
+        steps.append(
+            Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], init=begin, config=teacher))
+        )
     steps += [
         Step(
             "datastore",
@@ -80,9 +82,8 @@ def base_of(recipe: Recipe) -> str:
     """The model that the memory stands beside."""
     from memlm.train.run import check_start
 
-    start = recipe.places["train"]
-    block_size = recipe.configs["corpus"].block_size
-    return check_start(recipe.configs["train"], init=start.get("init"), base=start.get("base"), block_size=block_size)[0]
+    given, size = recipe.places["train"], recipe.configs["corpus"].block_size
+    return check_start(recipe.configs["train"], init=given.get("init"), base=given.get("base"), block_size=size)[0]
 
 
 def find_folder(out: Path, spec: StageSpec) -> Path | None:
@@ -96,25 +97,30 @@ def find_folder(out: Path, spec: StageSpec) -> Path | None:
     """
     if check_output(out, spec):
         return out
-    if partial_path(out).exists():  # begun here, so finished here
+    if is_begun(out):
         return None
+    user = getattr(os, "getuid", int)()
     for manifest in sorted(Path(os.path.abspath(out)).parent.parent.glob(f"*/*/{MANIFEST}")):
         with contextlib.suppress(ArtifactError, OSError):
             folder = manifest.parent.resolve()
-            if folder.stat().st_uid == os.getuid() and read_manifest(folder, spec.kind).identity == spec.identity:
+            if folder.stat().st_uid == user and read_manifest(folder, spec.kind).identity == spec.identity:
                 return folder
     return None
 
 
-def make_step(out: Path, plan: Plan, *, repair: bool, say: Callable[[str], None]) -> Path:
+def is_begun(out: Path) -> bool:
+    """Whether a run has stopped in `out`, which is then finished there."""
+    return any((folder / PLAN).is_file() for folder in (out, Path(f"{os.path.abspath(out)}.partial")))
+
+
+def make_step(out: Path, plan: Plan, say: Callable[[str], None]) -> Path:
     """The finished folder of a step: found, and then linked to from `out` where the system can, or made at `out`."""
-    if out.is_symlink() and not out.exists():  # the run that it led to is gone
+    if out.is_symlink() and not out.exists() and not os.path.isabs(out.readlink()):  # the run that it led to is gone
         out.unlink()
-    mending = repair and is_artifact(out)
-    found = None if mending else find_folder(out, plan.spec)
+    found = find_folder(out, plan.spec)
     if found is None:
         say(f"{out.name} -> {out}")
-        run_stage(out.resolve() if mending else out, *plan, repair=repair)
+        run_stage(out, *plan)
         return out
     say(f"{out.name} found at {found}")
     if found != out:
@@ -131,7 +137,6 @@ def run_recipe(
     sections: dict[str, dict[str, Any]],
     out: str | Path,
     *,
-    repair: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Run every stage of a recipe into folders below `out`; what is finished there, or in a run beside it, is used.
@@ -140,7 +145,6 @@ def run_recipe(
         sections: As in the YAML file.
         out: Folder for `corpus/`, `teacher/`, `datastore/`, `targets/`, `memory/`, `twin/` and their evaluations.
             Where a run beside it has made the same, the name is a link to that folder.
-        repair: Make damaged or missing files of finished stages again.
         say: Told of each step before it starts: where it goes, or where it was found.
 
     Returns:
@@ -152,7 +156,7 @@ def run_recipe(
     out = Path(out)
     there: dict[str, Path] = {}
     for step in recipe_steps(recipe):
-        there[step.name] = make_step(out / step.name, step.plan(there), repair=repair, say=say)
+        there[step.name] = make_step(out / step.name, step.plan(there), say)
     there["retrieval"] = there["datastore"]
     reports = {}
     for row in ("memory", "twin", "retrieval"):
@@ -165,7 +169,6 @@ def run_recipe(
                 out=out / f"evaluation-{row}",
                 config=recipe.configs.get("evaluate"),
                 retrieval=recipe.configs.get("retrieval") if row == "retrieval" else None,
-                repair=repair,
             )
     return reports
 
@@ -175,14 +178,8 @@ def run_recipe_file(
     out: str | Path | None = None,
     *,
     overrides: list[str] | None = None,
-    repair: bool = False,
     say: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
     """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
-    folder = run_folder(path, out)
-    return folder, run_recipe(read_recipe(path, overrides or []), folder, repair=repair, say=say)
-
-
-def run_folder(recipe: str | Path, out: str | Path | None = None) -> Path:
-    """`out`, or the folder that a recipe file's run goes to without one."""
-    return Path(out) if out is not None else Path("runs") / Path(recipe).stem
+    folder = Path(out) if out is not None else Path("runs") / Path(path).stem
+    return folder, run_recipe(read_recipe(path, overrides or []), folder, say=say)

@@ -4,9 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from memlm.config import nearest
+from memlm.config import StageConfig, nearest
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError
@@ -14,7 +12,7 @@ from memlm.evaluate.config import EvaluateConfig
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 
-SECTIONS: dict[str, tuple[type[BaseModel], dict[str, str]]] = {
+SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
     "corpus": (CorpusConfig, {"documents": "files below $MEMLM_DATA, or dataset names", "tokenizer": "of which model"}),
     "teacher": (TrainConfig, {"init": "start model; the section fine-tunes a teacher, kl_weight is 0"}),
     "datastore": (DatastoreConfig, {"teacher": "model; default the teacher section's"}),
@@ -62,13 +60,13 @@ class Recipe:
         self.configs: dict[str, Any] = {}
         for name, values in sections.items():
             config, extra = SECTIONS[name]
-            known = {*config.model_fields, *extra}
+            known = {*config.options(), *extra}
             for key in values:
                 if key not in known:
                     raise ConfigError(f"unknown setting '{name}.{key}'{nearest(key, known)}")
             self.places[name] = {key: _place(name, key, values[key]) for key in extra if key in values}
             settings = {key: value for key, value in values.items() if key not in extra}
-            self.configs[name] = config.parse(settings, f"{name}.")  # type: ignore[attr-defined]
+            self.configs[name] = config.parse(settings, f"{name}.")
         for name, key in (("corpus", "documents"), ("corpus", "tokenizer")):
             if key not in self.places[name]:
                 raise ConfigError(f"{name}.{key} is missing: {SECTIONS[name][1][key]}")

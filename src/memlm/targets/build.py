@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from memlm.config import settings_from
 from memlm.corpus.blocks import Block, Corpus, Split
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.store import Datastore
@@ -22,7 +23,6 @@ from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
 from memlm.targets.shards import (
-    ROWS_AT_ONCE,
     TRAIN_SCHEMA,
     VALIDATION_FILE,
     VALIDATION_SCHEMA,
@@ -31,12 +31,9 @@ from memlm.targets.shards import (
 )
 from memlm.targets.votes import SparseProbs, retrieve
 
-_POSITIONS_AT_ONCE = 4096
-_IMPORT_SHARD_POSITIONS = 65536
-
 
 def build_targets(
-    datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None, repair: bool = False
+    datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None, **settings: Any
 ) -> Manifest:
     """Search every training position's neighbours and write their votes to `out`.
 
@@ -47,18 +44,20 @@ def build_targets(
     Args:
         datastore: Folder of the datastore stage.
         out: Folder to write; resumed where an earlier run stopped.
-        config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again.
+        config: Default settings if None; or give them as keywords.
 
     Raises:
         ConfigError: k is larger than the datastore allows.
         ArtifactError: The datastore kept no keys and its teacher is no longer the one that made it.
     """
-    return run_stage(out, *plan_targets(datastore, config=config), repair=repair)
+    return run_stage(out, *plan_targets(datastore, config=settings_from(TargetsConfig, config, settings)))
 
 
-def plan_targets(datastore: str | Path, *, config: TargetsConfig | None = None) -> Plan:
-    """What `build_targets` with these arguments is to make, and the work; raises what it raises before any work."""
+def plan_targets(datastore: str | Path, *, config: TargetsConfig | None = None, positions_at_once: int = 4096) -> Plan:
+    """What `build_targets` with these arguments is to make, and the work; raises what it raises before any work.
+
+    `positions_at_once` decides speed and memory of the search, not what it finds.
+    """
     config = config or TargetsConfig()
     store = Datastore(datastore)
     if config.k > store.n_entries - 1:
@@ -74,17 +73,17 @@ def plan_targets(datastore: str | Path, *, config: TargetsConfig | None = None) 
         tokenizer=store.manifest.tokenizer,
         sources={**store.manifest.sources, "datastore": str(datastore)},
     )
-    return Plan(spec, lambda stage: _search(stage, store, config))
+    return Plan(spec, lambda stage: _search(stage, store, config, positions_at_once))
 
 
-def _search(stage: Stage, store: Datastore, config: TargetsConfig) -> dict[str, Any]:
+def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_once: int) -> dict[str, Any]:
     """Write the targets of all positions, and return the facts."""
     split = store.corpus.split("train")
     shards = shard_blocks(split, store.config.shard_positions)
     missing = [i for i in range(len(shards)) if not stage.has(_shard(i))]
     done = split.n_positions - sum(_positions(split, *shards[i]) for i in missing)
     bar = progress_bar(split.n_positions, "searching", initial=done)
-    with bar, _queries(store, split) as queries, writing_behind() as write:
+    with bar, _queries(store, split, positions_at_once) as queries, writing_behind() as write:
         for i in missing:
             first, end = shards[i]
             start = int(split.position_starts[first])
@@ -99,14 +98,16 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig) -> dict[str, 
     return _write_rest(stage, store.corpus, len(shards), store.manifest.facts)
 
 
-def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path, repair: bool = False) -> Manifest:
+def import_released(
+    corpus: str | Path, arrow: str | Path, *, out: str | Path, shard_positions: int = 65536
+) -> Manifest:
     """Targets from a file of the released Memory Decoder code, matched to `corpus` position by position.
 
     Args:
         corpus: Folder of the corpus stage, tokenised and cut as the file's text was.
         arrow: Arrow stream with a row per position: `id_cnt`, `token_id`, `prob`, `label`.
         out: Folder to write.
-        repair: Make damaged or missing files of a finished folder again.
+        shard_positions: Positions per file, at least.
 
     Raises:
         InputError: The file has other columns, or its labels are not the corpus's training labels in order.
@@ -138,7 +139,7 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path, r
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        shards = shard_blocks(split, _IMPORT_SHARD_POSITIONS)
+        shards = shard_blocks(split, shard_positions)
         for i, (first, end) in enumerate(shards):
             start, stop = int(split.position_starts[first]), int(split.position_starts[end])
             rows = table.slice(start, stop - start)
@@ -146,7 +147,7 @@ def import_released(corpus: str | Path, arrow: str | Path, *, out: str | Path, r
             _write_shard(stage, i, [split[b] for b in range(first, end)], votes)
         return _write_rest(stage, source, len(shards), {})
 
-    return run_stage(out, spec, work, repair=repair)
+    return run_stage(out, spec, work)
 
 
 def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: int) -> SparseProbs:
@@ -184,15 +185,15 @@ def _positions(split: Split, first: int, end: int) -> int:
 
 
 @contextlib.contextmanager
-def _queries(store: Datastore, split: Split) -> Iterator[Any]:
-    """A function from a run of blocks to its queries, some thousand positions at a time."""
+def _queries(store: Datastore, split: Split, at_once: int) -> Iterator[Any]:
+    """A function from a run of blocks to its queries, `at_once` positions at a time."""
     if store.keys is not None:
         keys = store.keys
 
         def kept(first: int, end: int) -> Iterator[NDArray[np.float32]]:
             stop = int(split.position_starts[end])
-            for start in range(int(split.position_starts[first]), stop, _POSITIONS_AT_ONCE):
-                yield keys.rows(start, min(start + _POSITIONS_AT_ONCE, stop))
+            for start in range(int(split.position_starts[first]), stop, at_once):
+                yield keys.rows(start, min(start + at_once, stop))
 
         yield kept
         return
@@ -201,8 +202,8 @@ def _queries(store: Datastore, split: Split) -> Iterator[Any]:
 
         def recomputed(first: int, end: int) -> Iterator[NDArray[np.float32]]:
             keys = read_keys(reader, split, range(first, end), batch_tokens=store.config.batch_tokens)
-            for start in range(0, len(keys), _POSITIONS_AT_ONCE):
-                yield keys[start : start + _POSITIONS_AT_ONCE].astype(np.float32)
+            for start in range(0, len(keys), at_once):
+                yield keys[start : start + at_once].astype(np.float32)
 
         yield recomputed
 
@@ -220,35 +221,28 @@ def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparsePr
     ids, probs = votes.ids.numpy().astype(np.int32), votes.probs.half().numpy()
     bounds = np.append(first_of, counts.sum())
 
-    def batches() -> Iterator[dict[str, list[np.ndarray]]]:
+    def rows() -> Iterator[dict[str, NDArray]]:
         position = 0
-        for start in range(0, len(blocks), ROWS_AT_ONCE):
-            rows: dict[str, list[np.ndarray]] = {name: [] for name in TRAIN_SCHEMA.names}
-            for block in blocks[start : start + ROWS_AT_ONCE]:
-                end = position + int(block.predicted.sum())
-                per_token = np.zeros(len(block.input_ids), np.int32)
-                per_token[block.predicted] = counts[position:end]
-                rows["input_ids"].append(block.input_ids)
-                rows["target_counts"].append(per_token)
-                rows["target_ids"].append(ids[bounds[position] : bounds[end]])
-                rows["target_probs"].append(probs[bounds[position] : bounds[end]])
-                position = end
-            yield rows
+        for block in blocks:
+            end = position + int(block.predicted.sum())
+            per_token = np.zeros(len(block.input_ids), np.int32)
+            per_token[block.predicted] = counts[position:end]
+            here = slice(bounds[position], bounds[end])
+            target = {"target_counts": per_token, "target_ids": ids[here], "target_probs": probs[here]}
+            yield {"input_ids": block.input_ids, **target}
+            position = end
 
     with stage.writing(_shard(number)) as temporary:
-        write_rows(temporary, TRAIN_SCHEMA, batches(), statistics)
-
-
-def _validation_rows(validation: Split) -> Iterator[dict[str, list[np.ndarray]]]:
-    for start in range(0, len(validation), ROWS_AT_ONCE):
-        blocks = [validation[i] for i in range(start, min(start + ROWS_AT_ONCE, len(validation)))]
-        yield {"input_ids": [b.input_ids for b in blocks], "labels": [b.labels.astype(np.int32) for b in blocks]}
+        write_rows(temporary, TRAIN_SCHEMA, rows(), statistics)
 
 
 def _write_rest(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[str, Any]) -> dict[str, Any]:
     """Write what stands beside the shards, and return the facts."""
+    validation = corpus.split("validation")
+    blocks = (validation[i] for i in range(len(validation)))
+    rows = ({"input_ids": block.input_ids, "labels": block.labels.astype(np.int32)} for block in blocks)
     with stage.writing(VALIDATION_FILE) as temporary:
-        write_rows(temporary, VALIDATION_SCHEMA, _validation_rows(corpus.split("validation")))
+        write_rows(temporary, VALIDATION_SCHEMA, rows)
     shutil.copytree(corpus.folder / "tokenizer", stage.path / "tokenizer", dirs_exist_ok=True)
     stats = [read_statistics(stage.path / _shard(i)) for i in range(n_shards)]
     positions = sum(s["positions"] for s in stats)

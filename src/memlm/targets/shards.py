@@ -1,5 +1,6 @@
 """Rows of a targets folder as Arrow streams: written shard by shard, and checked before they are read."""
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,7 +23,6 @@ TRAIN_SCHEMA = pa.schema(
 )
 VALIDATION_SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 VALIDATION_FILE = "validation.arrow"
-ROWS_AT_ONCE = 64
 _STATISTICS = b"memlm"  # key of a shard's statistics in its schema's metadata
 _COMPRESSION = 3  # number of the field in the flatbuffer table `RecordBatch`
 
@@ -30,24 +30,28 @@ _COMPRESSION = 3  # number of the field in the flatbuffer table `RecordBatch`
 def write_rows(
     path: Path,
     schema: pa.Schema,
-    batches: Iterable[dict[str, list[NDArray]]],
+    rows: Iterable[dict[str, NDArray]],
     statistics: dict[str, Any] | None = None,
+    *,
+    batch_rows: int = 64,
 ) -> None:
     """Write an Arrow stream.
 
     Args:
         path: The file.
         schema: `TRAIN_SCHEMA` or `VALIDATION_SCHEMA`.
-        batches: Column name to an array per row.
+        rows: Column name to array, for each row.
         statistics: What `read_statistics` gives back.
+        batch_rows: Rows in a record batch.
     """
     if statistics is not None:
         schema = schema.with_metadata({_STATISTICS: json.dumps(statistics)})
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for rows in batches:
+        left = iter(rows)
+        while batch := list(itertools.islice(left, batch_rows)):
             columns = []
             for field in schema:
-                arrays = rows[field.name]
+                arrays = [row[field.name] for row in batch]
                 offsets = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
                 flat = pa.array(np.concatenate(arrays), type=field.type.value_type)
                 columns.append(pa.ListArray.from_arrays(pa.array(offsets), flat))
@@ -61,7 +65,7 @@ def read_statistics(path: Path) -> dict[str, Any]:
 
 
 def check_rows(path: Path, schema: pa.Schema, vocab_size: int) -> None:
-    """Nothing, where the file holds rows of this schema whose lists fit each other and the vocabulary.
+    """Raise unless the file holds rows of this schema whose lists fit each other and the vocabulary.
 
     Every buffer is held against the file's size. A compressed one is refused before it is unpacked, for it may unpack
     to any size.

@@ -9,11 +9,9 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlm.datastore.ranking import nearest_first
+from memlm.datastore.ranking import Neighbors, nearest_first
 from memlm.datastore.store import Datastore
 from memlm.errors import InputError
-
-_POSITIONS_AT_ONCE = 512  # what is made on the way is then small enough for malloc to use again
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,12 @@ class SparseProbs:
 
 
 def neighbor_votes(
-    distances: Float[Tensor, "P K"], values: Int[Tensor, "P K"], *, target_temperature: float, target_mass: float = 1.0
+    distances: Float[Tensor, "P K"],
+    values: Int[Tensor, "P K"],
+    *,
+    target_temperature: float,
+    target_mass: float = 1.0,
+    at_once: int = 512,
 ) -> SparseProbs:
     """Each position's neighbours as a sparse distribution over the vocabulary.
 
@@ -74,6 +77,7 @@ def neighbor_votes(
         values: Next-token ids, anything where the distance is `inf`.
         target_temperature: Above 0.
         target_mass: In (0, 1].
+        at_once: Positions worked on at a time; with few, malloc uses the memory between the steps again.
 
     Raises:
         ValueError: A position has no neighbour at all.
@@ -82,7 +86,7 @@ def neighbor_votes(
     """
     if not torch.isfinite(distances.amin(1)).all():
         raise ValueError("a position has no neighbour at all")
-    parts = zip(distances.split(_POSITIONS_AT_ONCE), values.split(_POSITIONS_AT_ONCE), strict=True)
+    parts = zip(distances.split(at_once), values.split(at_once), strict=True)
     return SparseProbs.concatenate([_block_votes(*part, target_temperature, target_mass) for part in parts])
 
 
@@ -133,7 +137,7 @@ def search_neighbors(
     *,
     k: int,
     exclude_document: bool = False,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+) -> Neighbors:
     """The k nearest entries of each query, without the query's own entry.
 
     Args:
@@ -141,9 +145,6 @@ def search_neighbors(
         own: `(P,)` entry id of each query, left out by id wherever it ranks; None for text outside the datastore.
         k: Neighbours wanted.
         exclude_document: Leave out all entries of the query's document as well.
-
-    Returns:
-        Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; `inf` and -1 where there are fewer.
 
     Raises:
         InputError: Nothing is left for a query.
@@ -168,7 +169,7 @@ def search_neighbors(
         distances[rows, : best.shape[1]], ids[rows, : best.shape[1]] = best, best_ids
         short = ~np.isfinite(distances[rows, -1]) & full & (fetch < datastore.n_entries)
         rows, fetch = rows[short], fetch * 2
-        if not len(rows) and not thorough:  # an approximate index may have looked only where nothing is left
+        if not len(rows) and not thorough:  # the lists searched may hold excluded entries only
             rows, fetch, thorough = np.flatnonzero(~np.isfinite(distances[:, 0])), k + (own is not None), True
     if not np.isfinite(distances[:, 0]).all():
         raise InputError(f"{datastore.folder}: a position has no neighbour left once its own document is excluded")

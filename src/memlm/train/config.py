@@ -1,15 +1,33 @@
 """Settings of the train stage."""
 
+from functools import reduce
+from operator import or_
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
-from memlm.memory.config import StartConfig
+from memlm.config import StageConfig
+from memlm.errors import ConfigError
+from memlm.memory.config import DecoderStart, MLPStart, StartConfig, settings_of_kinds, start_settings
 
 
-class TrainConfig(StartConfig):
-    """What a memory starts as, and how it is trained."""
+class TrainConfig(StageConfig):
+    """What a memory starts as, and how it is trained.
 
+    Settings of the start stand beside the others: `TrainConfig(kind="mlp", layers=8, epochs=2)`. Which there are, the
+    kind says.
+    """
+
+    start: SerializeAsAny[StartConfig] = DecoderStart()
+    """What the memory is before its training, by its kind."""
     kl_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of the KL to the targets, β in the paper; the LM loss gets the rest. 0 is plain fine-tuning."""
     epochs: float = Field(default=2.0, gt=0)
@@ -40,3 +58,50 @@ class TrainConfig(StartConfig):
     """Order of blocks, random start, dropout."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments, such as activation_checkpointing, fsdp or report_to."""
+
+    @classmethod
+    def options(cls) -> dict[str, FieldInfo]:
+        """Every setting beside the others; the start's say which kinds have them."""
+        found = {}
+        for name, fields in settings_of_kinds().items():
+            default = next(iter(fields.values())).default
+            told = {kind: field.description for kind, field in fields.items()}
+            if name == "kind":
+                told = {kind: start_settings(kind).__doc__ for kind in fields}
+            found[name] = FieldInfo(
+                annotation=reduce(or_, (field.annotation for field in fields.values())),  # type: ignore[arg-type]
+                default=default,
+                description=" ".join(f"{kind}: {text}" for kind, text in told.items()),
+            )
+        return found | {name: field for name, field in cls.model_fields.items() if name != "start"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_start(cls, values: Any) -> Any:
+        """The settings with those of the start taken together; another kind's are refused, where they say something."""
+        if not isinstance(values, dict) or "start" in values:
+            return values
+        kind = values.get("kind", "decoder")
+        own, start, rest = start_settings(str(kind)).model_fields, {"kind": kind}, {}
+        kinds = settings_of_kinds()
+        for name, value in values.items():
+            if name in own:
+                start[name] = value
+            elif name not in kinds:
+                rest[name] = value
+            elif value not in (None, next(iter(kinds[name].values())).default):
+                having = " or ".join(kinds[name])
+                raise ConfigError(f"{name} = {value!r}: only a memory of kind {having} has it; add --kind {having}")
+        return {**rest, "start": start}
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _start_of_its_kind(cls, start: Any) -> Any:
+        return start_settings(str(start.get("kind"))).model_validate(start) if isinstance(start, dict) else start
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The settings as they are given, with both first kinds' always, so that older folders are still recognised."""
+        values = handler(self)
+        first_kinds = DecoderStart().model_dump() | MLPStart().model_dump()
+        return first_kinds | values.pop("start") | values

@@ -7,23 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, TrainingArguments
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
-from memlm.config import nearest
-from memlm.corpus.blocks import Blocks
+from memlm.config import settings_from
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
 from memlm.files import load_array
 from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE, memory_card
-from memlm.memory.loading import KINDS, load_memory, read_settings
+from memlm.memory.loading import load_memory, memory_class, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
-from memlm.mix.scoring import ReadActivations, as_voter, score, stored_activations
 from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, model_identity, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
-from memlm.progress import progress_bar
+from memlm.scores.score import Collected, ReadActivations, stored_activations
+from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
@@ -42,7 +42,7 @@ def train_memory(
     base: str | None = None,
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
-    repair: bool = False,
+    **settings: Any,
 ) -> Manifest:
     """Train a memory and write it to `out`, with its card.
 
@@ -55,8 +55,7 @@ def train_memory(
         base: Base whose mixture with the memory is validated, and which an MLP memory reads; `init` if None.
         activations: Datastore whose keys are the base's activations at the tap, for an MLP memory; None: the frozen
             base runs inside every step.
-        config: Default settings if None.
-        repair: Make damaged or missing files of a finished folder again; only damaged weights are trained again.
+        config: Default settings if None; or give them as keywords.
 
     Raises:
         ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist; a
@@ -65,8 +64,9 @@ def train_memory(
         ArtifactError: `activations` are of another corpus, base or tap.
         TrainingError: The loss or a gradient is not finite; the step is named.
     """
+    config = settings_from(TrainConfig, config, settings)
     plan = plan_memory(data, init=init, base=base, activations=activations, config=config)
-    return run_stage(out, *plan, repair=repair)
+    return run_stage(out, *plan)
 
 
 def plan_memory(
@@ -89,6 +89,7 @@ def plan_memory(
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
+    validation = rows.validation if len(rows.validation) else None
     batches = math.ceil(len(rows.train) / config.batch_size)
     arguments = training_arguments(
         config,
@@ -96,7 +97,7 @@ def plan_memory(
         steps_per_epoch=math.ceil(batches / config.accumulation),
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        validate=len(rows.validation) > 0,
+        validate=validation is not None,
     )
     inputs = {"data": rows.manifest.hash, "base": model_identity(base)}
     sources = {**rows.manifest.sources, "data": str(data), "base": base}
@@ -123,54 +124,34 @@ def plan_memory(
             )
         if stage.previous is not None and stage.has(WEIGHTS_FILE):
             return _repair_beside_weights(stage, stage.previous, memory, rows, config)
+        scores = held_out = reader = None
+        if validation is not None:
+            scores, held_out = _base_on_validation(stage, rows, base_model, memory.tap, config)
         with contextlib.ExitStack() as open_now:
+            if memory.tap is not None:
+                reader = open_now.enter_context(TapReader(base_model, memory.tap))
             arguments.output_dir = str(stage.path / _CHECKPOINTS)
-            trainer = _trainer(stage, memory, base_model, rows, store, arguments, config, open_now)
+            trainer = MemoryTrainer(
+                memory,
+                arguments,
+                rows=rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys),
+                kl_weight=config.kl_weight,
+                validation=validation,
+                base_scores=scores,
+                validation_activations=held_out,
+                batch_tokens=config.batch_tokens,
+                online=reader if store is None else None,
+            )
             del base_model
             if store is not None:
-                open_now.close()  # the base's memory is free for training
+                open_now.close()
+                reader = None  # the base's memory is free for training
             _train(trainer, last_whole_checkpoint(stage.path / _CHECKPOINTS))
         facts = _facts(trainer, rows, memory, config)
         _save(stage, memory, rows, facts, config)
         return facts
 
     return Plan(spec, work)
-
-
-def _trainer(
-    stage: Stage,
-    memory: Memory,
-    base: PreTrainedModel,
-    rows: TrainingData,
-    store: Datastore | None,
-    arguments: TrainingArguments,
-    config: TrainConfig,
-    open_now: contextlib.ExitStack,
-) -> MemoryTrainer:
-    """The trainer of `memory`, with what it validates by.
-
-    Args:
-        open_now: Given the reader of the base, which online training needs as long as it lasts.
-    """
-    validation = rows.validation if len(rows.validation) else None
-    scores = held_out = reader = None
-    if validation is not None:
-        scores = _base_scores(validation, base, rows.vocab_size, config.batch_tokens)
-    if memory.tap is not None:
-        reader = open_now.enter_context(TapReader(base, memory.tap))
-        if validation is not None:
-            held_out = _held_out_activations(stage, validation, reader, config.batch_tokens)
-    return MemoryTrainer(
-        memory,
-        arguments,
-        rows=WithActivations(rows.train, store.keys) if store is not None and store.keys is not None else rows.train,
-        kl_weight=config.kl_weight,
-        validation=validation,
-        base_scores=scores,
-        validation_activations=held_out,
-        batch_tokens=config.batch_tokens,
-        online=reader if store is None else None,
-    )
 
 
 def _save(
@@ -203,16 +184,14 @@ def check_start(config: TrainConfig, *, init: str | None, base: str | None, bloc
     """The base, and whether `init` is a memory to go on with; reads configs only, no data and no weights.
 
     Raises:
-        ConfigError: The kind is unknown, init or base is missing, or a setting does not fit the kind.
+        ConfigError: init or base is missing, or a setting does not fit them.
         ModelError: init cannot be reached.
     """
-    if config.kind not in KINDS:
-        raise ConfigError(f"kind = {config.kind!r}{nearest(config.kind, KINDS)}")
-    kind = KINDS[config.kind]
+    kind = memory_class(config.start.kind)
     there = read_settings(init) if init is not None else None
-    if there is not None and there.kind != config.kind:
+    if there is not None and there.kind != kind.kind:
         raise ConfigError(f"init = {init!r} is a memory of kind {there.kind}; add --kind {there.kind}")
-    kind.check_start(config, init=init, goes_on=there is not None, block_size=block_size)
+    kind.check_start(config.start, init=init, goes_on=there is not None, block_size=block_size)
     if base is None and (init is None or kind.reads_base):
         raise ConfigError("base is missing: name the model that the memory will stand beside (--base)")
     return base or str(init), there is not None
@@ -229,8 +208,8 @@ def _check_init(rows: TrainingData, init: str) -> None:
 
 def _stored_activations(rows: TrainingData, base: str, activations: str | Path, config: TrainConfig) -> Datastore:
     """The datastore of `activations`, checked but for its tap, which only the loaded base tells."""
-    if not KINDS[config.kind].reads_base:
-        raise ConfigError(f"activations: a memory of kind {config.kind} reads no base; leave --activations out")
+    if not memory_class(config.start.kind).reads_base:
+        raise ConfigError(f"activations: a memory of kind {config.start.kind} reads no base; leave --activations out")
     store = Datastore(activations)
     if not store.config.keep_keys:
         raise ArtifactError(f"activations {activations}: the datastore kept no keys; train online, without them")
@@ -248,7 +227,7 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
         "context_length": rows.corpus_config.block_size,
         "tokenizer": rows.manifest.tokenizer,
     }
-    if goes_on and config.layers is None and not config.fresh:
+    if goes_on and not config.start.given():
         assert init is not None
         memory = load_memory(init, dtype=torch.float32)
         memory.check_base(base)
@@ -256,20 +235,40 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
             update={**shared, "vocab_size": min(rows.vocab_size, memory.vocab_size)}
         )
         return memory
-    settings = MemorySettings(kind=config.kind, **shared)
-    return KINDS[config.kind].start(config, settings, init=init, base=base, seed=config.seed).float()
+    kind = memory_class(config.start.kind)
+    settings = MemorySettings(kind=kind.kind, **shared)
+    return kind.start(config.start, settings, init=init, base=base, seed=config.seed).float()
 
 
-def _base_scores(validation: Blocks, base: PreTrainedModel, vocab_size: int, batch_tokens: int) -> Any:
-    with progress_bar(int(validation.lengths.sum()), "base on validation") as bar:
-        return score(as_voter(base, vocab_size), validation, batch_tokens=batch_tokens, progress=bar.update)["label"]
+def _base_on_validation(
+    stage: Stage, rows: TrainingData, base: PreTrainedModel, tap: str | None, config: TrainConfig
+) -> tuple[NDArray[np.float32], ReadActivations | None]:
+    """The base's label log-probs on the validation blocks, and its activations there, which stay on disk meanwhile.
 
-
-def _held_out_activations(stage: Stage, validation: Blocks, reader: TapReader, batch_tokens: int) -> ReadActivations:
-    """The base's activations on the validation blocks, read once and kept on disk while the stage runs."""
-    if not stage.has(_HELD_OUT):
-        stage.save_array(_HELD_OUT, read_keys(reader, validation, range(len(validation)), batch_tokens=batch_tokens))
-    return stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+    One pass gives both; scores that an earlier run left in the cache are read back.
+    """
+    scorers = Scorers(
+        stage.sources["base"],
+        {},
+        vocab_size=rows.vocab_size,
+        dtype=base.dtype,
+        batch_tokens=config.batch_tokens,
+        load_base=lambda: base,
+    )
+    blocks = rows.validation
+    text = Text(rows.corpus_hash, "validation", blocks, rows.manifest.tokenizer, str(rows.folder))
+    if tap is None:
+        return scorers.score(text)["base"].label, None
+    if stage.has(_HELD_OUT):
+        label = scorers.score(text)["base"].label
+    else:
+        keys = Collected(int(blocks.position_starts[-1]), tap)
+        label = scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label
+        if keys.array is None:
+            with TapReader(base, tap) as reader:
+                keys.array = read_keys(reader, blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
+        stage.save_array(_HELD_OUT, keys.array)
+    return label, stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
 
 
 def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:

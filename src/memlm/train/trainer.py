@@ -21,9 +21,10 @@ from memlm.corpus.blocks import Blocks
 from memlm.errors import ConfigError, TrainingError
 from memlm.files import flush_to_disk, written_whole
 from memlm.memory.protocol import Memory
-from memlm.mix.scoring import ReadActivations, best_mix_weight, score
 from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
+from memlm.scores.mixtures import best_mix_weight, perplexity
+from memlm.scores.score import ReadActivations, score
 from memlm.train.config import TrainConfig
 from memlm.train.data import LengthGroupedSampler, Rows, collate
 
@@ -198,15 +199,16 @@ class MemoryTrainer(Trainer):
         memory = self.accelerator.unwrap_model(self.model)
         memory.eval()
         with self.compute_loss_context_manager():
-            scores = score(
-                memory,
+            found = score(
+                {"memory": memory},
                 self._validation,
-                activations=self._validation_activations,
+                stored=self._validation_activations,
                 batch_tokens=self._batch_tokens,
-            )["label"]
+            )
+        scores = found["memory"].label
         weight, mixture = best_mix_weight(self._base_scores, scores)
         metrics = {
-            "eval_memory_perplexity": float(np.exp(-scores.astype(np.float64).mean())),
+            "eval_memory_perplexity": perplexity(scores),
             "eval_mixture_perplexity": mixture,
             "eval_mix_weight": weight,
         }

@@ -1,40 +1,43 @@
 """Scores of every label, and the weight chosen from them."""
 
+import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from families import family_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_families import family_model
 
 from memlm.corpus.blocks import Split
-from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
-from memlm.mix.scoring import (
-    COLUMNS,
+from memlm.memory.voter import Voter
+from memlm.mix.base import BaseVoter
+from memlm.models.taps import capture
+from memlm.scores.mixtures import (
     GRID,
-    as_voter,
     best_mix_weight,
-    live_activations,
+    best_mix_weights,
     mixture_label_log_probs,
     perplexity_curve,
-    score,
-    stored_activations,
 )
-from memlm.models.taps import capture
+from memlm.scores.score import COLUMNS, Collected, score, stored_activations
 
 VOCAB = 40
 LENGTHS = [17, 2, 40, 9, 1, 23, 8]
 
 
 @pytest.fixture
-def voter() -> MemoryDecoder:
-    voter = as_voter(family_model("llama", VOCAB + 8), VOCAB)
-    assert isinstance(voter, MemoryDecoder)
-    return voter
+def voter() -> BaseVoter:
+    return BaseVoter(family_model("llama", VOCAB + 8), VOCAB)
+
+
+def scores_of(voter: Voter, split: Split, **options: Any) -> dict[str, np.ndarray]:
+    """Column to values."""
+    return dataclasses.asdict(score({"it": voter}, split, **options)["it"])
 
 
 @pytest.fixture(params=[False, True], ids=["documents", "crossing"])
@@ -44,26 +47,29 @@ def split(request: pytest.FixtureRequest) -> Split:
     return Split(tokens, offsets, block_size=12, step=5, cross_documents=request.param)
 
 
-def test_scores_equal_a_plain_forward_of_each_block(voter: MemoryDecoder, split: Split) -> None:
-    found = score(voter, split)
+def test_scores_equal_a_plain_forward_of_each_block(voter: BaseVoter, split: Split) -> None:
+    found = scores_of(voter, split)
     place = 0
     for block in (split[i] for i in range(len(split))):
         with torch.no_grad():
-            logits = voter.decoder(input_ids=torch.from_numpy(block.input_ids).long()[None]).logits[0, :, :VOCAB]
+            logits = voter.model(input_ids=torch.from_numpy(block.input_ids).long()[None]).logits[0, :, :VOCAB]
         log_probs = logits.double().log_softmax(-1)
         for target in np.flatnonzero(block.predicted):
             row = log_probs[target - 1]
             assert found["label"][place] == pytest.approx(row[block.input_ids[target]].item(), rel=1e-4, abs=1e-5)
             assert found["entropy"][place] == pytest.approx(-(row.exp() * row).sum().item(), rel=1e-4)
             assert found["top1"][place] == pytest.approx(row.max().exp().item(), rel=1e-4)
+            assert found["top1_id"][place] == row.argmax()
             place += 1
     assert place == split.n_positions
-    assert {c: (found[c].shape, found[c].dtype) for c in COLUMNS} == dict.fromkeys(COLUMNS, ((place,), np.float32))
+    assert {c: (found[c].shape, found[c].dtype) for c in COLUMNS} == {
+        c: ((place,), dtype) for c, dtype in COLUMNS.items()
+    }
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 24, 100, 100_000])
-def test_scores_do_not_depend_on_the_batch(voter: MemoryDecoder, split: Split, batch_tokens: int) -> None:
-    alone, together = score(voter, split, batch_tokens=12), score(voter, split, batch_tokens=batch_tokens)
+def test_scores_do_not_depend_on_the_batch(voter: BaseVoter, split: Split, batch_tokens: int) -> None:
+    alone, together = scores_of(voter, split, batch_tokens=12), scores_of(voter, split, batch_tokens=batch_tokens)
     for column in COLUMNS:
         np.testing.assert_allclose(together[column], alone[column], rtol=1e-4, atol=1e-6)
     mean = alone["label"].mean(dtype=np.float64)
@@ -72,16 +78,16 @@ def test_scores_do_not_depend_on_the_batch(voter: MemoryDecoder, split: Split, b
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma3", "bloom", "opt"])
 def test_padding_does_not_reach_the_scores_of_any_family(family: str) -> None:
-    voter = as_voter(family_model(family, VOCAB), VOCAB)
+    voter = BaseVoter(family_model(family, VOCAB), VOCAB)
     tokens = np.random.default_rng(0).integers(3, VOCAB, sum(LENGTHS)).astype(np.int32)
     split = Split(tokens, np.cumsum([0, *LENGTHS]), block_size=12, step=12, cross_documents=False)
-    alone, together = score(voter, split, batch_tokens=1), score(voter, split, batch_tokens=1000)
+    alone, together = scores_of(voter, split, batch_tokens=1), scores_of(voter, split, batch_tokens=1000)
     np.testing.assert_allclose(together["label"], alone["label"], rtol=1e-4, atol=1e-5)
 
 
-def test_progress_is_told_of_every_label(voter: MemoryDecoder, split: Split) -> None:
+def test_progress_is_told_of_every_label(voter: BaseVoter, split: Split) -> None:
     told: list[int] = []
-    score(voter, split, batch_tokens=24, progress=told.append)
+    scores_of(voter, split, batch_tokens=24, progress=told.append)
     assert len(told) > 1
     assert sum(told) == split.n_positions
 
@@ -110,18 +116,66 @@ def test_live_and_stored_activations_give_the_scores_of_a_plain_forward(split: S
             votes = memory.votes(captured[memory.tap], slice(None))[0, before].double()
         expected.append(votes.gather(1, tokens[0, before + 1][:, None])[:, 0].numpy())
         keys.append(captured[memory.tap][0, before].half().numpy())
-    with live_activations(base, memory.tap) as activations:
-        live = score(memory, split, activations=activations, batch_tokens=batch_tokens)
-    stored = score(memory, split, activations=stored_activations(np.concatenate(keys)), batch_tokens=batch_tokens)
+    voter = BaseVoter(base, VOCAB)
+    live = scores_of(memory, split, base=voter, batch_tokens=batch_tokens)
+    stored = scores_of(memory, split, stored=stored_activations(np.concatenate(keys)), batch_tokens=batch_tokens)
+    collected = Collected(split.n_positions, memory.tap)
+    options = {"taps": frozenset([memory.tap]), "on_activations": collected.add, "batch_tokens": batch_tokens}
+    together = score({"memory": memory, "base": voter}, split, base=voter, **options)
+    np.testing.assert_allclose(together["memory"].label, live["label"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(together["base"].label, scores_of(voter, split)["label"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(collected.array, np.concatenate(keys), rtol=0, atol=0.01)  # a step of float16 near 8
     np.testing.assert_allclose(live["label"], np.concatenate(expected), rtol=0, atol=1e-4)
     # float16 keeps 11 bits of an activation, so logits of order 10 move by some 0.005
     np.testing.assert_allclose(stored["label"], np.concatenate(expected), rtol=0, atol=0.03)
     assert not base.get_submodule(memory.tap)._forward_pre_hooks, "the hook is gone"
 
 
-def test_nothing_to_score_gives_empty_columns(voter: MemoryDecoder) -> None:
+def test_nothing_to_score_gives_empty_columns(voter: BaseVoter) -> None:
     nothing = Split(np.array([5], np.int32), np.array([0, 1]), block_size=12, step=12, cross_documents=False)
-    assert {c: len(values) for c, values in score(voter, nothing).items()} == dict.fromkeys(COLUMNS, 0)
+    assert {c: len(values) for c, values in scores_of(voter, nothing).items()} == dict.fromkeys(COLUMNS, 0)
+
+
+def test_the_base_runs_once_for_all_voters_and_only_to_the_tap_where_it_does_not_vote(split: Split) -> None:
+    base, memories = family_model("llama", VOCAB), {"a": reader_of_the_base(), "b": reader_of_the_base()}
+    voter, calls = BaseVoter(base, VOCAB), {"first": 0, "last": 0}
+    base.model.embed_tokens.register_forward_hook(lambda *_: calls.update(first=calls["first"] + 1))
+    base.model.norm.register_forward_hook(lambda *_: calls.update(last=calls["last"] + 1))
+    score({"base": voter, **memories}, split, base=voter, batch_tokens=10**6)
+    assert calls == {"first": 1, "last": 1}
+    score(memories, split, base=voter, batch_tokens=10**6)
+    assert calls == {"first": 2, "last": 1}
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(2, 4), st.integers(5, 40), st.integers(0, 10**6))
+def test_weights_of_several_memories_are_the_best_of_a_fine_search(count: int, positions: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parts = np.log(rng.dirichlet(np.full(6, 0.4), (count + 1, positions))[..., 0] + 1e-9).astype(np.float32)
+
+    def nats(weights: list[float]) -> float:
+        return -float(mixture_label_log_probs(parts[0], list(parts[1:]), weights).mean())
+
+    found = best_mix_weights(parts[0], list(parts[1:]))
+    assert min(found) >= 0
+    assert sum(found) <= 1
+    for _ in range(200):  # no neighbour and no far point is better by more than rounding to four digits can explain
+        other = rng.dirichlet(np.ones(count + 1))[1:]
+        mixed = [0.99 * w + 0.01 * o for w, o in zip(found, other, strict=True)]
+        assert nats(found) <= min(nats(list(other)), nats(mixed)) + 2e-3
+
+
+def test_a_single_memory_has_the_best_weight_of_the_grid() -> None:
+    rng = np.random.default_rng(0)
+    base, memory = -rng.exponential(2, (2, 50)).astype(np.float32)
+    assert best_mix_weights(base, [memory]) == [best_mix_weight(base, memory)[0]]
+
+
+def test_labels_that_a_retriever_finds_impossible_leave_weights_finite() -> None:
+    base, live = np.full(4, -3, np.float32), np.array([-np.inf, -0.1, -np.inf, -0.1], np.float32)
+    weights = best_mix_weights(base, [live, np.full(4, -9, np.float32)])
+    assert weights[0] == pytest.approx(0.49, abs=0.03)
+    assert weights[1] == pytest.approx(0, abs=1e-3)
 
 
 log_probs = st.lists(st.tuples(st.floats(-30, -1e-3), st.floats(-30, -1e-3)), min_size=1, max_size=12)
@@ -158,5 +212,5 @@ def test_weights_zero_and_one_are_exact_even_for_the_impossible() -> None:
     base, memory = np.array([-1.0, -np.inf], np.float32), np.array([-np.inf, -2.0], np.float32)
     for weight, expected in itertools.product((0.0, 1.0), (base, memory)):
         same = (expected is memory) == bool(weight)
-        assert np.array_equal(mixture_label_log_probs(base, memory, weight), expected.astype(np.float64)) == same
-    np.testing.assert_allclose(mixture_label_log_probs(base, memory, 0.5), [-1 + np.log(0.5), -2 + np.log(0.5)])
+        assert np.array_equal(mixture_label_log_probs(base, [memory], [weight]), expected.astype(np.float64)) == same
+    np.testing.assert_allclose(mixture_label_log_probs(base, [memory], [0.5]), [-1 + np.log(0.5), -2 + np.log(0.5)])

@@ -1,0 +1,135 @@
+"""Options of commands: those that several share, and one for every field of a stage's settings."""
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic.fields import FieldInfo
+
+from memlm.config import StageConfig
+from memlm.errors import ConfigError
+
+UNNAMED = "memory"
+"""What a memory without a name is called."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Out = Annotated[Path, typer.Option(help="Folder to write.")]
+CorpusFolder = Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")]
+Model = "path, hub id, or a packaged name such as smollm2"
+Base = Annotated[str, typer.Option(help=f"Frozen base: {Model}.")]
+Memories = Annotated[
+    list[str],
+    typer.Option(
+        "--memory",
+        metavar="[NAME=]MEMORY",
+        help="Memory folder or hub id, or a datastore for live retrieval; several by name, such as law=m1/ bio=m2/.",
+    ),
+]
+MixWeights = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mix-weight",
+        metavar="[NAME=]WEIGHT",
+        help="Weight of a memory in [0, 1], by name where there are several; default what validation data chose.",
+    ),
+]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
+
+
+def with_settings(
+    cls: type[StageConfig], *, leave_out: tuple[str, ...] = (), into: str = "config", optional: bool = False
+) -> Callable[[Callable], Callable]:
+    """Decorate a command so that every field of `cls` is an option of it.
+
+    Args:
+        cls: Settings; a field's docstring is the option's help.
+        leave_out: Fields that are no options.
+        into: The command's parameter that gets the settings.
+        optional: Give None where no option was given, instead of the defaults.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        fields = {name: field for name, field in cls.options().items() if name not in leave_out}
+
+        @wraps(command)
+        def run(**values: Any) -> None:
+            given = {name: values.pop(name) for name in fields}
+            settings = {
+                name: _from_text(name, value, fields[name]) for name, value in given.items() if value is not None
+            }
+            command(**values, **{into: cls.parse(settings) if settings or not optional else None})
+
+        own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
+        options = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, field))
+            for name, field in fields.items()
+        ]
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+def _option(name: str, field: FieldInfo) -> Any:
+    flag, default = name.replace("_", "-"), field.default
+    plain = [a for a in get_args(field.annotation) or [field.annotation] if a is not type(None)]
+    kind = next((a for a in (bool, int, float) if plain == [a]), str)
+    told = " ".join((field.description or "").split())
+    if default is not None:
+        told += f" [default: {str(default).lower() if isinstance(default, bool) else default}]"
+    names = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
+    return Annotated[kind | None, typer.Option(names, help=told, show_default=False)]
+
+
+def _from_text(name: str, value: Any, field: FieldInfo) -> Any:
+    """What an option's text stands for: a separator with escapes, a list of numbers, or itself."""
+    flag = f"--{name.replace('_', '-')} {value!r}"
+    if name == "document_separator":
+        try:
+            return value.encode("raw_unicode_escape").decode("unicode_escape")
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{flag}: {error.reason}") from None
+    if list[int] in get_args(field.annotation):
+        try:
+            numbers = [int(part) for part in value.split(",")]
+        except ValueError:
+            raise ConfigError(f"{flag}: give a number, such as 10, or indices, such as 0,1,28,29") from None
+        return numbers if "," in value else numbers[0]
+    return value
+
+
+def by_name(values: list[str], option: str, memories: int) -> dict[str, str]:
+    """`NAME=VALUE` options as a dictionary; beside a single memory, a value without a name is called `memory`."""
+    named = {}
+    for value in values:
+        match = re.fullmatch(r"([\w-]+)=(.*)", value, re.DOTALL)
+        if match is None and memories > 1:
+            raise ConfigError(f"{option} {value!r}: with several memories write {option} NAME=VALUE for each")
+        name, value = match.groups() if match is not None else (UNNAMED, value)
+        if name in named:
+            raise ConfigError(f"{option} names {name!r} twice")
+        named[name] = value
+    return named
+
+
+def weights_by_name(values: list[str] | None, memories: dict[str, str]) -> dict[str, float] | None:
+    """`--mix-weight` options by name; None where there are none."""
+    if not values:
+        return None
+    named = by_name(values, "--mix-weight", len(memories))
+    if list(named) == [UNNAMED] and len(memories) == 1:
+        named = dict.fromkeys(memories, named[UNNAMED])
+    try:
+        return {name: float(weight) for name, weight in named.items()}
+    except ValueError:
+        raise ConfigError(f"--mix-weight {' '.join(values)}: give a number in [0, 1]") from None

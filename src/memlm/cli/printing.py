@@ -1,0 +1,61 @@
+"""What commands print: results on stdout, all else on stderr."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def say(line: str) -> None:
+    """Tell what is no result."""
+    print(line, file=sys.stderr)
+
+
+def print_result(value: dict[str, Any], as_json: bool, text: str = "") -> None:
+    """Print `value` as one JSON object, or `text` where there is some."""
+    if as_json or text:
+        print(json.dumps(value) if as_json else text)
+
+
+def print_made(folder: Path, manifest: Any, as_json: bool, text: str) -> None:
+    """Print what a stage made: its facts as JSON, or `text` behind the folder's name."""
+    made = {"folder": str(folder), "kind": manifest.kind, "hash": manifest.hash, **manifest.facts}
+    print_result(made, as_json, f"{folder}: {text}")
+
+
+def quiet() -> None:
+    """Leave stderr to our own bars and errors."""
+    import warnings
+
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()  # it tells of every retry; what failed in the end is our own error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.showwarning = lambda message, *_, **__: say(f"memlm: warning: {message}")
+    with contextlib.suppress(ImportError):
+        import datasets
+
+        datasets.disable_progress_bars()
+
+
+def memory_line(facts: dict[str, Any]) -> str:
+    """How large a memory is, how it came about, and how good it is."""
+    line = f"{facts['parameters']:,} parameters"
+    if "steps" in facts:
+        line += f", {facts['steps']:,} steps"
+    elif "layout" in facts:
+        line += f", converted from a released checkpoint of layout {facts['layout']}"
+    else:
+        line += ", not trained since it was given a new tokenizer"
+    if "validation" in facts:
+        best = facts["validation"]["best"]
+        line += (
+            f"; on validation perplexity {best['memory_perplexity']:.2f} alone,"
+            f" {best['mixture_perplexity']:.2f} mixed at mix_weight {best['mix_weight']:g}"
+        )
+    return line

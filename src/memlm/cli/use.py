@@ -1,0 +1,210 @@
+"""Commands that use memories: generate, explain, chat."""
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from memlm.cli.options import (
+    UNNAMED,
+    Base,
+    ChatTemplate,
+    Dtype,
+    Json,
+    Memories,
+    MixWeights,
+    Seed,
+    Temperature,
+    TopP,
+    by_name,
+    weights_by_name,
+    with_settings,
+)
+from memlm.cli.printing import print_result, quiet, say
+from memlm.errors import ConfigError
+from memlm.targets.config import RetrievalConfig
+
+
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    base: Base,
+    memory: Memories,
+    retrieval: RetrievalConfig | None,
+    mix_weight: MixWeights = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 40,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    chat_template: ChatTemplate = False,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Generate text with a base and one or more memories.
+
+    Example: memlm generate "What is asthma?" --base smollm2 --memory m/ --max-new-tokens 40
+
+    Example: memlm generate "The court" --base smollm2 --memory law=m1/ --memory bio=m2/ --mix-weight law=0.3
+    --mix-weight bio=0.4
+    """
+    quiet()
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
+    text = _generate(
+        model, tokenizer, _turn(prompt, chat_template), max_new_tokens, temperature, top_p, seed, stream=not as_json
+    )
+    weights = model.mix_weights
+    shown = next(iter(weights.values())) if list(weights) == [UNNAMED] else weights
+    print_result({"prompt": prompt, "text": text, "mix_weight": shown}, as_json)
+
+
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
+def explain(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    base: Base,
+    memory: Memories,
+    retrieval: RetrievalConfig | None,
+    datastore: Annotated[
+        str | None,
+        typer.Option(help="Datastore folder that snippets come from; default a live retrieval memory's own."),
+    ] = None,
+    mix_weight: MixWeights = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
+    neighbors: Annotated[int, typer.Option(min=0, help="Snippets per token.")] = 3,
+    chat_template: ChatTemplate = False,
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Answer greedily; per token, what base, memory and mixture thought of it and where the corpus has its like.
+
+    A snippet is a place of the training split whose context is near, with document and squared distance. That is
+    evidence of what the corpus says in such places, not proof that it caused the token.
+
+    Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --datastore d/
+    """
+    quiet()
+    from dataclasses import asdict
+
+    from memlm.mix.explain import check_datastore, explain, explanation_text
+    from memlm.models.loading import resolve
+    from memlm.models.tokenizers import load_tokenizer
+
+    if datastore is not None:
+        check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
+    found = explain(
+        model,
+        tokenizer,
+        _turn(prompt, chat_template),
+        datastore=datastore,
+        retrieval=retrieval,
+        max_new_tokens=max_new_tokens,
+        neighbors=neighbors,
+    )
+    print_result(asdict(found), as_json, explanation_text(found))
+
+
+def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}] if chat_template else prompt
+
+
+def _mixed(
+    base: str, memory: list[str], mix_weight: list[str] | None, dtype: str, retrieval: RetrievalConfig | None = None
+) -> tuple[Any, Any]:
+    memories = by_name(memory, "--memory", len(memory))
+    weights = weights_by_name(mix_weight, memories)
+    from memlm.mix.mixed_lm import MixedLM
+    from memlm.models.loading import default_device, parse_dtype, resolve
+    from memlm.models.tokenizers import load_tokenizer
+
+    device = default_device()
+    model = MixedLM.from_pretrained(
+        base,
+        memory=memories,
+        mix_weight=weights,
+        dtype=parse_dtype(dtype, device),
+        memory_kwargs={"retrieval": retrieval},
+    )
+    model.to(device)  # type: ignore[arg-type]
+    return model, load_tokenizer(resolve(base))
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | list[dict[str, str]],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    *,
+    stream: bool,
+) -> str:
+    import torch
+    from transformers import TextStreamer
+
+    from memlm.models.tokenizers import encode_prompt
+
+    torch.manual_seed(seed)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    inputs = encode_prompt(tokenizer, prompt).to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    output = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling
+    )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@with_settings(RetrievalConfig, into="retrieval", optional=True)
+def chat(
+    base: Base,
+    memory: Memories,
+    retrieval: RetrievalConfig | None,
+    mix_weight: MixWeights = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 200,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk to a base and its memories. `/weight 0.3` (`/weight law=0.3 bio=0.1`) changes mix_weight, `/clear` starts
+    anew, an empty line ends.
+
+    Example: memlm chat --base smollm2 --memory m/
+    """
+    quiet()
+    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
+    if tokenizer.chat_template is None:
+        say("this tokenizer has no chat template; turns are joined as plain text")
+    names = list(model.mix_weights)
+    weights = ", ".join(f"{'' if names == [UNNAMED] else name + '='}{w:g}" for name, w in model.mix_weights.items())
+    say(f"mix_weight {weights}; /weight W, /clear, empty line ends")
+    turns: list[dict[str, str]] = []
+    for line in _lines():
+        if line == "/clear":
+            turns = []
+            continue
+        if line.startswith("/weight"):
+            try:
+                model.set_mix_weight(weights_by_name(line.removeprefix("/weight").split(), model.mix_weights))
+            except ConfigError as error:
+                say(f"error: {error}")
+            continue
+        turns.append({"role": "user", "content": line})
+        plain = "\n".join(turn["content"] for turn in turns) + "\n"
+        prompt = turns if tokenizer.chat_template is not None else plain
+        answer = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
+        turns.append({"role": "assistant", "content": answer})
+
+
+def _lines() -> Iterator[str]:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line

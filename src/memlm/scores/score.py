@@ -1,0 +1,146 @@
+"""Per position: how likely each voter finds the label; all voters in one pass over the text."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memlm.corpus.blocks import IGNORE, Block, Blocks, length_batches
+from memlm.errors import ModelError
+from memlm.memory.voter import Voter
+from memlm.mix.base import BaseVoter
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one voter thinks, per position in order; each `(P,)`."""
+
+    label: NDArray[np.float32]
+    """Log-prob of the token that came, in nats."""
+    entropy: NDArray[np.float32]
+    """Of the distribution, in nats."""
+    top1: NDArray[np.float32]
+    """Probability of the likeliest token."""
+    top1_id: NDArray[np.int32]
+    """The likeliest token."""
+
+
+COLUMNS: dict[str, type[np.generic]] = {
+    field.name: np.int32 if field.name == "top1_id" else np.float32 for field in fields(Scores)
+}
+
+ReadActivations = Callable[[list[Block], Tensor], Tensor]
+"""From blocks and their tokens `(B, T)`, padded on the right, to activations `(B, T, D)`."""
+
+
+def stored_activations(keys: NDArray[np.float16]) -> ReadActivations:
+    """Activations read before, `(P, D)` in the order of positions; zeros where nothing is predicted."""
+
+    def read(blocks: list[Block], tokens: Tensor) -> Tensor:
+        out = torch.zeros(*tokens.shape, keys.shape[1], dtype=torch.float16)
+        for row, block in enumerate(blocks):
+            before = np.flatnonzero(block.predicted) - 1
+            first = block.first_position
+            out[row, before] = torch.from_numpy(np.array(keys[first : first + len(before)]))
+        return out
+
+    return read
+
+
+class Collected:
+    """Activations at one tap, gathered batch by batch while `score` runs; what `stored_activations` reads."""
+
+    def __init__(self, positions: int, tap: str) -> None:
+        self._positions, self._tap = positions, tap
+        self.array: NDArray[np.float16] | None = None
+        """`(P, D)` in the order of positions; None before the first batch."""
+
+    def add(self, blocks: list[Block], activations: dict[str, Tensor]) -> None:
+        """Keep what was read where `blocks` predict.
+
+        Raises:
+            ModelError: An activation does not fit float16.
+        """
+        read = activations[self._tap].half().cpu().numpy()
+        for row, block in enumerate(blocks):
+            before = np.flatnonzero(block.predicted) - 1
+            found = read[row, before]
+            if not np.isfinite(found).all():
+                raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
+            if self.array is None:
+                self.array = np.zeros((self._positions, read.shape[-1]), np.float16)
+            self.array[block.first_position : block.first_position + len(before)] = found
+
+
+@torch.inference_mode()
+def score(
+    voters: Mapping[str, Voter],
+    blocks: Blocks,
+    *,
+    base: BaseVoter | None = None,
+    stored: ReadActivations | None = None,
+    on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None = None,
+    taps: frozenset[str] = frozenset(),
+    batch_tokens: int = 4096,
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> dict[str, Scores]:
+    """What each voter thinks of every label in `blocks`, in the order of blocks and of tokens in them.
+
+    The base runs once for all: whole where it is one of the voters, else to the last tap only. Blocks are batched by
+    length, so padding is small; it is on the right, where causal models do not see it.
+
+    Args:
+        voters: The base, memories, or both, by name.
+        blocks: What to score.
+        base: Read by memories with a tap.
+        stored: Gives their activations instead.
+        on_activations: Told the blocks of each batch and what the base's `taps` read there, `(B, T, D)`.
+        taps: Those it wants.
+        batch_tokens: Tokens in one forward pass, padding included.
+        progress: Told how many labels were scored.
+    """
+    wanted = taps | {voter.tap for voter in voters.values() if voter.tap is not None and stored is None}
+    base_votes = any(voter is base for voter in voters.values())
+    pieces: dict[str, dict[int, list[NDArray]]] = {name: {} for name in voters}
+    for batch in length_batches(blocks.lengths, batch_tokens):
+        members = [blocks[int(i)] for i in batch]
+        longest = max(len(b.input_ids) for b in members)
+        tokens = torch.from_numpy(np.stack([np.pad(b.input_ids, (0, longest - len(b.input_ids))) for b in members]))
+        tokens = tokens.long()
+        labels = torch.full(tokens.shape, IGNORE)
+        for row, block in enumerate(members):
+            labels[row, : len(block.input_ids) - 1] = torch.from_numpy(block.labels[1:])
+        base_state, activations = None, {}
+        if base is not None and base_votes:
+            base_state = base.step(tokens.to(base.device), taps=wanted)
+            activations = base_state.activations
+        elif base is not None and wanted:
+            activations = base.read(tokens.to(base.device), wanted)
+        if on_activations is not None:
+            on_activations(members, activations)
+        edges = np.cumsum([0, *(labels != IGNORE).sum(1).tolist()])
+        for name, voter in voters.items():
+            state = base_state
+            if voter is not base:
+                read = None
+                if voter.tap is not None:
+                    read = stored(members, tokens) if stored is not None else activations[voter.tap]
+                state = voter.step(tokens.to(voter.device), read)
+            found = voter.label_log_probs(state, labels.to(voter.device))
+            for row, index in enumerate(batch):
+                pieces[name][int(index)] = [found[c][edges[row] : edges[row + 1]].numpy() for c in COLUMNS]
+        progress(int(edges[-1]))
+    return {name: _in_order(found) for name, found in pieces.items()}
+
+
+def _in_order(pieces: dict[int, list[NDArray]]) -> Scores:
+    parts = [pieces[block] for block in sorted(pieces)]
+    columns: dict[str, Any] = {
+        name: np.concatenate([np.empty(0, dtype), *(part[i] for part in parts)])
+        for i, (name, dtype) in enumerate(COLUMNS.items())
+    }
+    return Scores(**columns)

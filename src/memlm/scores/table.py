@@ -1,0 +1,210 @@
+"""The table of scores: any number of voters over splits of a corpus, each computed once and kept in the cache."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memlm.corpus.blocks import Block, Blocks, Corpus
+from memlm.files import cache_dir, digest, load_array
+from memlm.manifest import is_artifact, payload_file, read_manifest
+from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.retrieval import RetrievalSettings
+from memlm.memory.voter import Voter
+from memlm.mix.base import BaseVoter
+from memlm.models.loading import default_device, load_causal_lm, model_identity, parse_dtype
+from memlm.progress import progress_bar
+from memlm.scores.score import COLUMNS, Scores, score
+from memlm.stage import Stage, StageSpec, run_stage
+from memlm.targets.config import RetrievalConfig
+
+BASE = "base"
+SCORED_SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """One split of a corpus, a row per position in order."""
+
+    voters: dict[str, Scores]
+    """By name; the base is `base`."""
+    document: NDArray[np.int64]
+    """Number of the document in its split."""
+    label_count: NDArray[np.int64]
+    """How often the label occurs in the training split."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A split that is scored."""
+
+    corpus: str
+    """Hash of its corpus."""
+    split: str
+    blocks: Blocks
+    tokenizer: str | None
+    """Its fingerprint."""
+    source: str
+    """Folder that the text is read from."""
+
+
+class Scorers:
+    """A base and memories that score texts; each is loaded when something it has not scored is asked for."""
+
+    def __init__(
+        self,
+        base: str,
+        memories: Mapping[str, str],
+        *,
+        vocab_size: int,
+        dtype: torch.dtype,
+        batch_tokens: int,
+        retrieval: RetrievalConfig | None = None,
+        load_base: Callable[[], Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            base: Path, hub id or packaged name.
+            memories: Name to path, hub id or packaged name; their settings (temperature, context) apply, and those
+                with a tap read the base.
+            vocab_size: Ids of the tokenizer are below it.
+            dtype: Precision of all.
+            batch_tokens: Tokens in one forward pass.
+            retrieval: Neighbours and temperature of datastores; as they say if None.
+            load_base: Gives the base, where the caller has it; None: it is loaded.
+        """
+        self._base, self._memories = base, dict(memories)
+        self._vocab_size, self._dtype, self._batch_tokens = vocab_size, dtype, batch_tokens
+        self._retrieval, self._load_base = retrieval, load_base
+
+    def score(
+        self,
+        text: Text,
+        *,
+        taps: frozenset[str] = frozenset(),
+        on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None = None,
+    ) -> dict[str, Scores]:
+        """What base and memories think of each label of `text`: read back where known, else computed in one pass.
+
+        Args:
+            taps, on_activations: As `score` takes them; not called where nothing had to be computed.
+        """
+        specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
+        folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
+        missing = [name for name, folder in folders.items() if not is_artifact(folder)]
+        if missing:
+            voters = {name: self._voter(name) for name in missing}
+            reads_base = BASE in missing or any(voter.tap is not None for voter in voters.values())
+            positions = int(text.blocks.position_starts[-1])
+            with progress_bar(positions, f"scoring {text.split}: {', '.join(missing)}") as bar:
+                found = score(
+                    voters,
+                    text.blocks,
+                    base=self._base_voter if reads_base else None,
+                    taps=taps,
+                    on_activations=on_activations,
+                    batch_tokens=self._batch_tokens,
+                    progress=bar.update,
+                )
+            for name in missing:
+                run_stage(folders[name], specs[name], lambda stage, name=name: _save(stage, found[name]))
+        return {name: read_scores(folder, int(text.blocks.position_starts[-1])) for name, folder in folders.items()}
+
+    def _spec(self, text: Text, name: str) -> StageSpec:
+        model = self._memories.get(name, self._base)
+        config: dict[str, Any] = {
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "as_memory": name != BASE,
+            "batch_tokens": self._batch_tokens,
+            "split": text.split,
+        }
+        inputs = {"corpus": text.corpus, "model": model_identity(model)}
+        settings = read_settings(model) if name != BASE else None
+        if settings is not None and settings.tap is not None:
+            inputs["base"] = model_identity(self._base)
+        if isinstance(settings, RetrievalSettings):
+            config["retrieval"] = (self._retrieval or settings.retrieval).model_dump()
+        sources = {"corpus": text.source, "model": model}
+        return StageSpec("scores", config=config, inputs=inputs, tokenizer=text.tokenizer, sources=sources)
+
+    @cached_property
+    def _base_voter(self) -> BaseVoter:
+        load = self._load_base or (lambda: load_causal_lm(self._base, dtype=self._dtype).to(default_device()))  # type: ignore[arg-type]
+        return BaseVoter(load(), self._vocab_size, exact=False)
+
+    def _voter(self, name: str) -> Voter:
+        if name == BASE:
+            return self._base_voter
+        voter = load_memory(self._memories[name], base=self._base, retrieval=self._retrieval, dtype=self._dtype)
+        voter.settings = voter.settings.model_copy(update={"vocab_size": self._vocab_size})
+        if voter.tap is not None:
+            voter.check_base(self._base_voter.model)
+        return voter.to(default_device())
+
+
+def _save(stage: Stage, scores: Scores) -> dict[str, Any]:
+    for column in COLUMNS:
+        stage.save_array(f"{column}.npy", getattr(scores, column))
+    return {"positions": len(scores.label)}
+
+
+def read_scores(folder: str | Path, positions: int) -> Scores:
+    """The scores that a folder of the cache holds.
+
+    Raises:
+        ArtifactError: It is damaged, or of another number of positions.
+    """
+    manifest = read_manifest(folder, "scores")
+    return Scores(
+        **{
+            column: load_array(payload_file(folder, manifest, f"{column}.npy"), dtype, (positions,))
+            for column, dtype in COLUMNS.items()
+        }
+    )
+
+
+def score_corpus(
+    corpus: Corpus,
+    base: str,
+    memories: Mapping[str, str],
+    *,
+    dtype: str = "auto",
+    batch_tokens: int = 4096,
+    retrieval: RetrievalConfig | None = None,
+) -> dict[str, ScoreTable]:
+    """Scores of base and memories on the validation and test split.
+
+    Args:
+        corpus: What to score.
+        base, memories, batch_tokens, retrieval: As `Scorers` takes them.
+        dtype: `float32`, `bfloat16`, `float16` or `auto`.
+
+    Returns:
+        Split name to table. A split without positions is left out.
+    """
+    scorers = Scorers(
+        base,
+        memories,
+        vocab_size=corpus.vocab_size,
+        dtype=parse_dtype(dtype, default_device()),
+        batch_tokens=batch_tokens,
+        retrieval=retrieval,
+    )
+    tables = {}
+    counts = None
+    for name in SCORED_SPLITS:
+        split = corpus.split(name)
+        if not split.n_positions:
+            continue
+        text = Text(corpus.manifest.hash, name, split, corpus.manifest.tokenizer, str(corpus.folder))
+        if counts is None:
+            counts = np.bincount(corpus.split("train").labels(), minlength=corpus.vocab_size)
+        documents = split.documents_of(np.arange(split.n_positions))
+        tables[name] = ScoreTable(scorers.score(text), documents, counts[split.labels()])
+    return tables
