@@ -187,7 +187,10 @@ def test_runs_share_what_is_equal_and_leave_each_other_alone(
     assert [line.split(" ")[0] for line in said if " found at " in line] == ["corpus", "teacher", "datastore"]
     assert (out.parent / "k6" / "datastore").readlink() == Path("../out/datastore")
     for name in ("targets", "memory", "twin"):
-        assert read_manifest(out.parent / "k6" / name).hash == read_manifest(tmp_path / "alone" / "k6" / name).hash
+        here, there = (read_manifest(run / "k6" / name) for run in (out.parent, tmp_path / "alone"))
+        differing = {file for file in here.payload | there.payload if here.payload.get(file) != there.payload.get(file)}
+        assert differing <= {"README.md"}  # the card says where the teacher lies
+        assert here.facts == there.facts
     assert [r["mixture"] for r in shared.values()] == [r["mixture"] for r in alone.values()]
     assert files(out) == before
     assert [r["mixture"] for r in reports.values()] != [r["mixture"] for r in shared.values()]
@@ -197,7 +200,7 @@ def test_a_sweep_over_the_learning_rate_makes_only_the_memories(
     whole: tuple[Path, dict, list[str]], documents: str, model_folder: str
 ) -> None:
     out = whole[0]
-    recipe = changed(tiny(documents, model_folder), "train", learning_rate=5e-4)
+    recipe = changed(tiny(documents, model_folder), "train", learning_rate=3e-4)
     said: list[str] = []
     run_recipe(recipe, out.parent / "rate", say=said.append)
     made = [line.split(" ")[0] for line in said if " -> " in line and "evaluation" not in line]

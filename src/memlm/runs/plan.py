@@ -5,11 +5,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from memlm.config import read_recipe
 from memlm.errors import ArtifactError
-from memlm.manifest import MANIFEST, PLAN, read_manifest
+from memlm.files import read_json
+from memlm.manifest import MANIFEST, PLAN, RUN, read_manifest
 from memlm.runs.recipe import Recipe, data_path
 from memlm.stage import Plan, StageSpec, check_output, run_stage
 
@@ -78,6 +79,26 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     return steps
 
 
+def evaluated_rows(recipe: Recipe) -> list[str]:
+    """What the recipe evaluates, each beside the base."""
+    return [row for row in ("memory", "twin", "retrieval") if row == "memory" or row in recipe.configs]
+
+
+def evaluation(recipe: Recipe, row: str, there: dict[str, Path]) -> dict[str, Any]:
+    """Arguments of `evaluate_perplexity`, but for where it goes."""
+    return {
+        "corpus": there["corpus"],
+        "base": recipe.places.get("evaluate", {}).get("base", base_of(recipe)),
+        "memory": str(there[_judged(row)]),
+        "config": recipe.configs.get("evaluate"),
+        "retrieval": recipe.configs.get("retrieval") if row == "retrieval" else None,
+    }
+
+
+def _judged(row: str) -> str:
+    return "datastore" if row == "retrieval" else row
+
+
 def base_of(recipe: Recipe) -> str:
     """The model that the memory stands beside."""
     from memlm.train.run import check_start
@@ -133,6 +154,64 @@ def make_step(out: Path, plan: Plan, say: Callable[[str], None]) -> Path:
     return found
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A step of a run, as `plan_recipe` finds it."""
+
+    step: str
+    state: Literal["there", "found", "unfinished", "to be made"]
+    """`found` is in another run's folder, and would be used."""
+    folder: str
+    tokens: int | None
+    """Tokens that it reads; None where nothing tells how many its documents hold."""
+    seconds: float | None
+    """What its last run took where it is finished, else about what it will take."""
+    bytes: int | None
+    """On disk: as it is where it is finished, else about what it will be."""
+
+    @property
+    def is_made(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state in ("there", "found")
+
+
+def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Planned]:
+    """What `run_recipe` would do, step by step; reads manifests and configs, and writes nothing.
+
+    A step is known to be there once all that it reads is. A packaged model is fetched if it was not yet.
+
+    Raises:
+        OutputExistsError: A folder of the run holds something else, as `run_recipe` would say.
+    """
+    recipe, out = Recipe({name: dict(values) for name, values in sections.items()}), Path(out)
+    from memlm.evaluate.perplexity import report_spec
+    from memlm.runs.estimate import Cost, step_costs
+
+    names, there = [], {}
+    for step in recipe_steps(recipe):
+        names.append(step.name)
+        if there.keys() >= set(step.inputs) and (found := find_folder(out / step.name, step.plan(there).spec)):
+            there[step.name] = found
+    for row in evaluated_rows(recipe):
+        names.append(name := f"evaluation-{row}")
+        if there.keys() >= {"corpus", _judged(row)}:
+            spec = report_spec(**evaluation(recipe, row, there))
+            if check_output(out / name, spec):
+                there[name] = out / name
+    costs = step_costs(recipe, base_of(recipe), there.get("corpus"))
+    planned = []
+    for name in names:
+        folder, cost, found = out / name, costs.get(name, Cost()), there.get(name)
+        if found is not None:
+            run = read_json(found / RUN) if (found / RUN).is_file() else {}
+            size = sum(file.bytes for file in read_manifest(found).payload.values())
+            cost, state = Cost(cost.tokens, run.get("seconds_last_run"), size), "there" if found == folder else "found"
+        else:
+            state = "unfinished" if is_begun(folder) else "to be made"
+        planned.append(Planned(name, state, str(found or folder), *cost))
+    return planned
+
+
 def run_recipe(
     sections: dict[str, dict[str, Any]],
     out: str | Path,
@@ -157,19 +236,10 @@ def run_recipe(
     there: dict[str, Path] = {}
     for step in recipe_steps(recipe):
         there[step.name] = make_step(out / step.name, step.plan(there), say)
-    there["retrieval"] = there["datastore"]
     reports = {}
-    for row in ("memory", "twin", "retrieval"):
-        if row == "memory" or row in recipe.configs:
-            say(f"evaluation of {row} -> {out / f'evaluation-{row}'}")
-            reports[row] = evaluate_perplexity(
-                there["corpus"],
-                base=recipe.places.get("evaluate", {}).get("base", base_of(recipe)),
-                memory=str(there[row]),
-                out=out / f"evaluation-{row}",
-                config=recipe.configs.get("evaluate"),
-                retrieval=recipe.configs.get("retrieval") if row == "retrieval" else None,
-            )
+    for row in evaluated_rows(recipe):
+        say(f"evaluation of {row} -> {out / f'evaluation-{row}'}")
+        reports[row] = evaluate_perplexity(**evaluation(recipe, row, there), out=out / f"evaluation-{row}")
     return reports
 
 
@@ -181,5 +251,40 @@ def run_recipe_file(
     say: Callable[[str], None],
 ) -> tuple[Path, dict[str, Any]]:
     """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
-    folder = Path(out) if out is not None else Path("runs") / Path(path).stem
+    folder = run_folder(path, out)
     return folder, run_recipe(read_recipe(path, overrides or []), folder, say=say)
+
+
+def run_folder(path: str | Path, out: str | Path | None = None) -> Path:
+    """`out`, or else `runs/NAME` of a recipe file."""
+    return Path(out) if out is not None else Path("runs") / Path(path).stem
+
+
+def plan_table(steps: list[Planned]) -> str:
+    """A plan as lines of text, with the totals of what is left to do."""
+    left = [step for step in steps if not step.is_made]
+    rows = [("step", "", "tokens", "time", "disk", "folder")]
+    rows += [(s.step, s.state, *_figures(s.tokens, s.seconds, s.bytes, s.is_made), s.folder) for s in steps]
+
+    def total(name: str) -> Any:
+        values = [getattr(step, name) for step in left]
+        return None if None in values else sum(values)
+
+    rows.append(
+        ("to do", f"{len(left)} steps", *_figures(total("tokens"), total("seconds"), total("bytes"), False), "")
+    )
+    first, state = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{r[0]:<{first}}  {r[1]:<{state}}{r[2]:>15}{r[3]:>15}{r[4]:>15}  {r[5]}".rstrip() for r in rows)
+
+
+def _figures(tokens: int | None, seconds: float | None, size: int | None, known: bool) -> tuple[str, str, str]:
+    about = "" if known else "about "
+    took = "?"
+    if seconds is not None:
+        unit, name = next(((u, n) for u, n in ((86_400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
+        took = f"{about}{seconds / unit:.0f} {name}"
+    disk = "?"
+    if size is not None:
+        unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+        disk = f"{about}{size / unit:.1f} {name}"
+    return "?" if tokens is None else f"{tokens:,}", took, disk
