@@ -12,8 +12,9 @@ from memlm.corpus.config import CorpusConfig
 from memlm.corpus.readers import find_sources
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import default_nlist
-from memlm.memory.loading import memory_class, read_settings
-from memlm.memory.protocol import MemorySettings
+from memlm.memory.config import MLPStart
+from memlm.memory.loading import read_settings
+from memlm.memory.mlp import DEFAULT_LAYERS, SIZES
 from memlm.models.loading import (
     WEIGHTS_FILE,
     default_device,
@@ -87,7 +88,7 @@ def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost
     for section, name in (("train", "memory"), ("twin", "twin")):
         if section in configs:
             size = memory_size(configs[section], places["train"].get("init"), base)
-            online = memory_class(configs[section].start.kind).reads_base and "activations" not in places["train"]
+            online = isinstance(configs[section].start, MLPStart) and "activations" not in places["train"]
             costs[name] = training(configs[section], size, beside if online else 0)
             costs[f"evaluation-{name}"] = Cost(held, passes(beside + size, held), _REPORT_BYTES)
     costs["evaluation-retrieval"] = Cost(held, passes(beside, 2 * held), _REPORT_BYTES)  # a search is about a pass
@@ -131,29 +132,28 @@ def _target_bytes(k: int) -> int:
 def model_size(name: str, layers: Any = None) -> int:
     """Parameters of a causal LM, by its config; with only some of its layers where asked."""
     with torch.device("meta"):
-        return _count(fresh_model(load_config(resolve(name)), layers, 0))
+        model = fresh_model(load_config(name), layers, 0)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def memory_size(config: TrainConfig, init: str | None, base: str) -> int:
     """Parameters of the memory that training starts with, by configs, or the header of a memory to go on with."""
-    kind, start = memory_class(config.start.kind), config.start
+    start = config.start
     if init is not None and read_settings(init) is not None and not start.given():
         weights = find_file(resolve(init), WEIGHTS_FILE)
         if weights is not None:
             return sum(math.prod(shape) for shape in tensor_shapes(weights).values())
-    if not kind.reads_base:
+    if not isinstance(start, MLPStart):
         assert init is not None
         return model_size(init, getattr(start, "layers", None))
-    with torch.device("meta"):
-        model = fresh_model(load_config(resolve(base)), None, 0)
-        vocabulary = model.config.get_text_config().vocab_size
-        settings = MemorySettings(kind=kind.kind, vocab_size=vocabulary, context_length=2, tokenizer="")
-        start = start.model_copy(update={"head": "random"})  # there are no weights of the base to copy
-        return _count(kind.start(start, settings, init=None, base=model, seed=0))
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+    text = load_config(base).get_text_config()
+    if start.like:
+        layers, width, ffn = SIZES[start.like]
+    else:
+        layers, width = start.layers or DEFAULT_LAYERS, start.width or text.hidden_size
+        ffn = start.ffn_width or getattr(text, "intermediate_size", None) or 4 * width
+    matrices = 3 if hasattr(text, "rms_norm_eps") else 2  # RMSNorm goes with a gated FFN
+    return layers * matrices * width * ffn + text.vocab_size * width
 
 
 def product_rate(seconds: float = 0.2) -> float:
