@@ -286,9 +286,9 @@ def test_disk_and_tokens_are_guessed_within_a_factor_of_two(
 
 def test_a_dataset_of_unknown_size_is_planned_without_figures(model_folder: str, tmp_path: Path) -> None:
     recipe = Recipe(tiny("documents", model_folder))
-    assert corpus_tokens(recipe.configs["corpus"], "name:of:dataset", None) == (0, None)
+    assert corpus_tokens(recipe.configs["corpus"], ["name:of:dataset"], None) == (0, None)
     limited = recipe.configs["corpus"].model_copy(update={"max_tokens": 1000})
-    assert corpus_tokens(limited, "name:of:dataset", None) == (
+    assert corpus_tokens(limited, ["name:of:dataset"], None) == (
         1200,
         {"train": 1000, "validation": 100, "test": 100},
     )

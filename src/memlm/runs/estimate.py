@@ -25,7 +25,7 @@ from memlm.models.loading import (
     resolve,
     tensor_shapes,
 )
-from memlm.runs.recipe import Recipe, data_path
+from memlm.runs.recipe import Recipe
 from memlm.train.config import TrainConfig
 
 _CHARACTERS = 4  # of a token, in English
@@ -54,7 +54,7 @@ def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost
         corpus: The corpus folder, where it is there.
     """
     places, configs = recipe.places, recipe.configs
-    read, splits = corpus_tokens(configs["corpus"], places["corpus"]["documents"], corpus)
+    read, splits = corpus_tokens(configs["corpus"], recipe.documents, corpus)
     if splits is None:
         return {}
     train, validation, held = splits["train"], splits["validation"], splits["validation"] + splits["test"]
@@ -95,13 +95,12 @@ def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost
     return costs
 
 
-def corpus_tokens(config: CorpusConfig, documents: Any, corpus: Path | None) -> tuple[int, dict[str, int] | None]:
+def corpus_tokens(config: CorpusConfig, documents: list[str], corpus: Path | None) -> tuple[int, dict[str, int] | None]:
     """Tokens of all documents, and of each split: counted where the folder is there, else guessed from sizes."""
     if corpus is not None:
         splits = {name: split["tokens"] for name, split in Corpus(corpus).manifest.facts["splits"].items()}
         return sum(splits.values()), splits
-    places = [data_path(d) for d in ([documents] if isinstance(documents, str) else documents)]
-    files = [Path(source) for source in find_sources(places)]
+    files = [Path(source) for source in find_sources(documents)]
     known = all(file.is_file() for file in files)
     total = sum(file.stat().st_size for file in files) // _CHARACTERS if known else None
     if total is None and config.max_tokens is None:

@@ -11,7 +11,7 @@ from memlm.config import read_recipe
 from memlm.errors import ArtifactError
 from memlm.files import read_json
 from memlm.manifest import MANIFEST, PLAN, RUN, read_manifest
-from memlm.runs.recipe import Recipe, data_path
+from memlm.runs.recipe import Recipe
 from memlm.stage import Plan, StageSpec, check_output, run_stage
 
 
@@ -42,8 +42,6 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     for name in ("teacher", "train", "twin"):  # now, not after hours of other stages
         if name in configs:
             check_trainer_fields(configs[name], f"{name}.")
-    documents, tokenizer = places["corpus"]["documents"], places["corpus"]["tokenizer"]
-    documents = [data_path(d) for d in ([documents] if isinstance(documents, str) else documents)]
     given, base = places["datastore"].get("teacher"), base_of(recipe)
     stored = places["train"].get("activations")
     own = stored == "datastore"
@@ -57,7 +55,8 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
             config=configs[section],
         )
 
-    steps = [Step("corpus", (), lambda _: plan_corpus(documents, tokenizer=tokenizer, config=configs["corpus"]))]
+    tokenizer = places["corpus"]["tokenizer"]
+    steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, tokenizer=tokenizer, config=configs["corpus"]))]
     if "teacher" in configs:
         begin, teacher = places["teacher"]["init"], configs["teacher"]
         steps.append(

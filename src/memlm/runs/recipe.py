@@ -80,6 +80,12 @@ class Recipe:
             if name in sections and (kl_weight := self.configs[name].kl_weight) != 0:
                 raise ConfigError(f"{name}.kl_weight = {kl_weight:g}: a {name} is trained without targets, at 0")
 
+    @property
+    def documents(self) -> list[str]:
+        """Where the documents are."""
+        given = self.places["corpus"]["documents"]
+        return [data_path(place) for place in ([given] if isinstance(given, str) else given)]
+
 
 def _place(section: str, key: str, value: Any) -> Any:
     """`value`, where it is a text, or for documents also a list of texts."""
