@@ -262,8 +262,9 @@ def test_a_plan_is_a_table_or_one_object(
     memlm: Callable[..., Result], documents: str, model_folder: str, tmp_path: Path
 ) -> None:
     recipe, out = tmp_path / "small.yaml", tmp_path / "runs" / "small"
-    sections = {"corpus": {"documents": documents, "tokenizer": model_folder}, "datastore": {"teacher": model_folder}}
-    recipe.write_text(json.dumps({**sections, "train": {"init": model_folder}}))
+    corpus = {"documents": documents, "tokenizer": model_folder, "block_size": 32}
+    sections = {"corpus": corpus, "datastore": {"teacher": model_folder}, "train": {"init": model_folder}}
+    recipe.write_text(json.dumps(sections))
     planned = memlm("run", recipe, "--out", out, "--plan")
     assert planned.code == 0, planned.err
     lines = [line.split() for line in planned.out.splitlines()]
