@@ -32,7 +32,7 @@ from memlm import adapt_memory, build_corpus, build_datastore, build_targets, ev
 from memlm.corpus.config import CorpusConfig
 from memlm.manifest import library_versions
 from memlm.memory.config import AdaptConfig, DecoderStart
-from memlm.recipes import data_path
+from memlm.runs.recipe import data_path
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
 

@@ -12,7 +12,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import INDEX_FILE
 from memlm.datastore.store import Datastore
-from memlm.recipes import data_path
+from memlm.runs.recipe import data_path
 from memlm.targets.config import TargetsConfig
 
 ENTRIES = 200_000

@@ -12,7 +12,8 @@ from benchmarks.report import bar_line
 from memlm.config import read_recipe
 from memlm.files import cache_dir
 from memlm.manifest import read_manifest
-from memlm.recipes import data_path, run_recipe
+from memlm.runs.plan import run_recipe
+from memlm.runs.recipe import data_path
 
 BAR = 0.6
 _NAME = "mlp_quality"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from memlm.recipes import run_recipe_file
+from memlm.runs.plan import run_recipe_file
 
 _TOKENS = 12_000
 _QUICK = {

@@ -21,7 +21,7 @@ from memlm.datastore.build import load_teacher, read_keys
 from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.index import INDEXES, Index, Keys, default_nlist, tune_nprobe
 from memlm.models.taps import TapReader
-from memlm.recipes import data_path
+from memlm.runs.recipe import data_path
 
 ENTRIES = (200_000, 1_000_000)
 PROJECTED = (100_000_000, 5_000_000_000)

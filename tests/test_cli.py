@@ -258,6 +258,33 @@ def test_convert_makes_a_memory_of_a_released_checkpoint(
 
 
 @pytest.mark.slow
+def test_a_plan_is_a_table_or_one_object(
+    memlm: Callable[..., Result], documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    recipe, out = tmp_path / "small.yaml", tmp_path / "runs" / "small"
+    corpus = {"documents": documents, "tokenizer": model_folder, "block_size": 32}
+    sections = {"corpus": corpus, "datastore": {"teacher": model_folder}, "train": {"init": model_folder}}
+    recipe.write_text(json.dumps(sections))
+    planned = memlm("run", recipe, "--out", out, "--plan")
+    assert planned.code == 0, planned.err
+    lines = [line.split() for line in planned.out.splitlines()]
+    assert [line[0] for line in lines] == [
+        "step",
+        "corpus",
+        "datastore",
+        "targets",
+        "memory",
+        "evaluation-memory",
+        "to",
+    ]
+    assert lines[1][1:4] == ["to", "be", "made"]
+    assert lines[1][-1] == str(out / "corpus")
+    steps = json.loads(memlm("run", recipe, "--out", out, "--plan", "--json").out)["steps"]
+    assert {step["state"] for step in steps} == {"to be made"}
+    assert steps[0].keys() == {"step", "state", "folder", "tokens", "seconds", "bytes"}
+    assert not out.parent.exists()
+
+
 def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
     """Training shows bars on a terminal; a pipe gets results on stdout and nothing on stderr."""
     found = shell(

@@ -15,7 +15,7 @@ import pytest
 from conftest import sentences
 
 from memlm import demo
-from memlm.recipes import Recipe
+from memlm.runs.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 

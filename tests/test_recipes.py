@@ -1,16 +1,20 @@
 """Recipes: every one in the repository parses; stages run once; settings are checked with the nearest known name."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from conftest import forbid_models
+from interruption import interrupted_after
 
 from memlm.config import read_recipe
 from memlm.errors import ConfigError, MemlmError, OutputExistsError
 from memlm.manifest import read_manifest
-from memlm.recipes import SECTIONS, Recipe, data_path, run_recipe, run_recipe_file
+from memlm.runs.estimate import corpus_tokens
+from memlm.runs.plan import Planned, plan_recipe, plan_table, run_recipe, run_recipe_file
+from memlm.runs.recipe import SECTIONS, Recipe, data_path
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -148,7 +152,7 @@ def test_a_recipe_file_runs_below_runs_under_its_own_name(
     folder, found = run_recipe_file("small.tiny.yaml", overrides=["evaluate.bootstrap=10"], say=said.append)
     assert folder == Path("runs/small.tiny")
     assert {k: v["base"] for k, v in found.items()} == {k: v["base"] for k, v in reports.items()}
-    assert said[0] == "corpus -> runs/small.tiny/corpus"
+    assert said[0] == "corpus found at runs/small.tiny/corpus"
 
 
 def test_documents_are_looked_for_below_memlm_data(
@@ -168,6 +172,157 @@ def test_documents_are_looked_for_below_memlm_data(
     with pytest.raises(ConfigError, match="k = 100000 is larger"):
         run_recipe(recipe, tmp_path / "out")
     assert read_manifest(tmp_path / "out" / "corpus").sources["documents"] == str(tmp_path / "elsewhere" / "b.txt")
+
+
+def files(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+def test_runs_share_what_is_equal_and_leave_each_other_alone(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    out, reports, _ = whole
+    before = files(out)
+    recipe = changed(tiny(documents, model_folder), "targets", k=6)
+    said: list[str] = []
+    shared = run_recipe(recipe, out.parent / "k6", say=said.append)
+    alone = run_recipe(recipe, tmp_path / "alone" / "k6")
+    assert [line.split(" ")[0] for line in said if " found at " in line] == ["corpus", "teacher", "datastore"]
+    assert (out.parent / "k6" / "datastore").readlink() == Path("../out/datastore")
+    for name in ("targets", "memory", "twin"):
+        here, there = (read_manifest(run / "k6" / name) for run in (out.parent, tmp_path / "alone"))
+        differing = {file for file in here.payload | there.payload if here.payload.get(file) != there.payload.get(file)}
+        assert differing <= {"README.md"}  # the card says where the teacher lies
+        assert here.facts == there.facts
+    assert [r["mixture"] for r in shared.values()] == [r["mixture"] for r in alone.values()]
+    assert files(out) == before
+    assert [r["mixture"] for r in reports.values()] != [r["mixture"] for r in shared.values()]
+
+
+def test_a_sweep_over_the_learning_rate_makes_only_the_memories(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str
+) -> None:
+    out = whole[0]
+    recipe = changed(tiny(documents, model_folder), "train", learning_rate=3e-4)
+    said: list[str] = []
+    run_recipe(recipe, out.parent / "rate", say=said.append)
+    made = [line.split(" ")[0] for line in said if " -> " in line and "evaluation" not in line]
+    assert made == ["memory"]  # the twin's own learning rate is as it was
+
+
+def test_damaged_folders_and_changed_documents_are_not_shared_and_dead_links_are_made_anew(
+    documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    text = tmp_path / "documents.txt"
+    text.write_text(Path(documents).read_text())
+    recipe = changed(tiny(str(text), model_folder), "targets", k=100_000)  # stops once the datastore is there
+
+    def run(name: str) -> Path:
+        with pytest.raises(ConfigError, match="k = 100000 is larger"):
+            run_recipe(recipe, tmp_path / "runs" / name)
+        return tmp_path / "runs" / name / "corpus"
+
+    first, second = run("a"), run("b")
+    assert second.is_symlink()
+    payload = first / next(iter(read_manifest(first).payload))
+    payload.unlink()
+    third = run("c")
+    assert not third.is_symlink()
+    first.rename(tmp_path / "elsewhere")
+    assert not second.exists()
+    assert run("b").resolve() == third
+    text.write_text(text.read_text() + "\n\nOne more document.\n")
+    assert not run("d").is_symlink()
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_says_what_is_there_and_leaves_no_trace(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str, no_models: None
+) -> None:
+    out, before = whole[0], files(whole[0].parent)
+    recipe = tiny(documents, model_folder)
+    assert {(step.step, step.state) for step in plan_recipe(recipe, out)} == {(p.name, "there") for p in out.iterdir()}
+    steps = {s.step: s for s in plan_recipe(changed(recipe, "targets", k=7), out.parent / "k7")}
+    assert {name: s.state for name, s in steps.items() if s.state != "to be made"} == dict.fromkeys(
+        ("corpus", "teacher", "datastore"), "found"
+    )
+    assert steps["datastore"].folder == str(out / "datastore")
+    assert steps["memory"].folder == str(out.parent / "k7" / "memory")
+    assert steps["targets"].tokens == read_manifest(out / "corpus").facts["splits"]["train"]["tokens"]
+    assert steps["memory"].tokens == 3 * 4 * 32  # steps, blocks, tokens
+    with pytest.raises(OutputExistsError, match=r"targets exists .*config\.k: 8 there, 7 here"):
+        plan_recipe(changed(recipe, "targets", k=7), out)
+    assert files(whole[0].parent) == before
+
+
+@pytest.mark.parametrize("kind", ["decoder", "mlp"])
+def test_disk_and_tokens_are_guessed_within_a_factor_of_two(
+    whole: tuple[Path, dict, list[str]],
+    documents: str,
+    model_folder: str,
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    """Before anything is there, from configs and the size of the documents alone.
+
+    The tiny tokenizer's tokens are shorter than the four characters that are expected, so a limit holds the corpus.
+    """
+    recipe = changed(tiny(documents, model_folder), "corpus", max_tokens=3000)
+    if kind == "mlp":
+        given = {"base": model_folder, "kind": "mlp", "layers": 1, "max_steps": 1, "dtype": "float32"}
+        recipe = {**recipe, "train": given, "twin": {}, "retrieval": {"k": 8}}
+    guessed = plan_recipe(recipe, tmp_path / "other" / "run")
+    assert {step.state for step in guessed} == {"to be made"}
+    run_recipe(recipe, tmp_path / "runs" / "real")
+    for about, real in zip(guessed, plan_recipe(recipe, tmp_path / "runs" / "real"), strict=True):
+        assert about.step == real.step
+        assert real.state == "there"
+        assert about.seconds
+        for name in ("bytes", "tokens"):
+            assert 0.5 < getattr(about, name) / getattr(real, name) < 2, (about.step, name)
+
+
+def test_a_dataset_of_unknown_size_is_planned_without_figures(model_folder: str, tmp_path: Path) -> None:
+    recipe = Recipe(tiny("documents", model_folder))
+    assert corpus_tokens(recipe.configs["corpus"], ["name:of:dataset"], None) == (0, None)
+    limited = recipe.configs["corpus"].model_copy(update={"max_tokens": 1000})
+    assert corpus_tokens(limited, ["name:of:dataset"], None) == (
+        1200,
+        {"train": 1000, "validation": 100, "test": 100},
+    )
+    table = plan_table([Planned("corpus", "to be made", "runs/a/corpus", None, None, None)])
+    assert table.splitlines()[-1].split() == ["to", "do", "1", "steps", "?", "?", "?"]
+
+
+def test_a_stopped_run_is_planned_as_unfinished_and_goes_on_where_it_was(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str
+) -> None:
+    out = whole[0].parent / "stopped"
+    recipe = changed(tiny(documents, model_folder), "train", learning_rate=2e-4)
+    with interrupted_after(2):
+        run_recipe(recipe, out)
+    states = {step.step: step.state for step in plan_recipe(recipe, out)}
+    assert (states["targets"], states["memory"], states["twin"]) == ("there", "unfinished", "found")
+    run_recipe(recipe, out)
+    assert {step.state for step in plan_recipe(recipe, out)} == {"there"}
+
+
+def test_what_memlm_0_1_left_unfinished_is_finished_there_though_another_run_has_it(
+    whole: tuple[Path, dict, list[str]], documents: str, model_folder: str
+) -> None:
+    """Folders were called `NAME.partial` until they were finished."""
+    out = whole[0].parent / "old"
+    partial = out / "corpus.partial"
+    partial.mkdir(parents=True)
+    (partial / "plan.json").write_text(json.dumps(read_manifest(whole[0] / "corpus").identity))
+    recipe = changed(tiny(documents, model_folder), "targets", k=100_000)  # stops once the datastore is there
+    with pytest.raises(ConfigError, match="k = 100000 is larger"):
+        run_recipe(recipe, out)
+    assert not (out / "corpus").is_symlink()
+    assert not partial.exists()
+    assert (out / "datastore").is_symlink()
 
 
 # --- what is refused before anything runs -------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from memlm.manifest import library_versions
 from memlm.models.fetching import fetch
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.progress import told_to
-from memlm.recipes import run_recipe
+from memlm.runs.plan import run_recipe
 from memlm.scores.mixtures import mixture_label_log_probs
 from memlm.scores.table import score_corpus
 

@@ -1,5 +1,6 @@
 """Commands of the road from documents to a measured memory: a shell over one function per stage."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -312,18 +313,30 @@ def run(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all stages; default runs/RECIPE_NAME.")] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the steps, what is there already, and about what is to come.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run all stages of a recipe; finished ones are skipped when their inputs' hashes match.
+    """Run all steps of a recipe; what is finished here or in a run beside it, of the same inputs and settings, is used.
 
     Documents are looked for below $MEMLM_DATA (default data/).
 
-    Example: memlm run recipes/cpu/medquad.yaml --set targets.k=512
-    """
-    from memlm.recipes import Recipe, read_recipe, run_recipe_file
+    Example: memlm run recipes/cpu/medquad.yaml --set targets.k=512 --out runs/k512
 
-    Recipe(read_recipe(recipe, settings or []))  # wrong keys and values before anything heavy is imported
+    Example: memlm run recipes/cpu/medquad.yaml --plan
+    """
+    from memlm.config import read_recipe
+    from memlm.runs.plan import plan_recipe, plan_table, run_folder, run_recipe_file
+    from memlm.runs.recipe import Recipe
+
+    sections = read_recipe(recipe, settings or [])
+    Recipe(dict(sections))  # wrong keys and values before anything heavy is imported
     quiet()
+    if plan:
+        steps = plan_recipe(sections, run_folder(recipe, out))
+        print_result({"steps": [asdict(step) for step in steps]}, as_json, plan_table(steps))
+        return
     from memlm.evaluate.perplexity import report_table
 
     folder, reports = run_recipe_file(recipe, out, overrides=settings, say=say)

@@ -83,7 +83,7 @@ def evaluate_perplexity(
     source.check_read_by(base)
     for model in memories.values():
         check_memory(source, model)
-    spec = _spec(source, base, memory, config, retrieval)
+    spec = report_spec(source, base=base, memory=memory, config=config, retrieval=retrieval)
     if out is not None:
         check_output(out, spec)
     tables = score_corpus(
@@ -166,13 +166,16 @@ def by_label_frequency(label_count: NDArray[np.int64], parts: dict[str, NDArray[
     return rows
 
 
-def _spec(
-    corpus: Corpus,
+def report_spec(
+    corpus: Corpus | str | Path,
+    *,
     base: str,
     memory: str | Mapping[str, str],
-    config: EvaluateConfig,
+    config: EvaluateConfig | None,
     retrieval: RetrievalConfig | None,
 ) -> StageSpec:
+    """What `evaluate_perplexity` with these arguments makes in its `out`."""
+    corpus, config = corpus if isinstance(corpus, Corpus) else Corpus(corpus), config or EvaluateConfig()
     named = {f"memory.{n}": m for n, m in memory.items()} if isinstance(memory, Mapping) else {"memory": memory}
     return StageSpec(
         "evaluation",

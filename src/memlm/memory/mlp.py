@@ -25,7 +25,7 @@ from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
 
 SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
 """Layers, width and FFN width of the paper's GPT-2 memories."""
-_DEFAULT_LAYERS = 8
+DEFAULT_LAYERS = 8
 _WIDEST = 1 << 20  # so that no size overflows
 _STD = 0.02  # of random matrices, as in transformers
 
@@ -185,7 +185,7 @@ class MLPMemory(ParametricMemory):
         style, own_ffn_width = ffn_style(base)
         layers, width, ffn_width = SIZES.get(config.like or "", (None, None, None))
         width = width or config.width or input_width
-        layers = layers or config.layers or _DEFAULT_LAYERS
+        layers = layers or config.layers or DEFAULT_LAYERS
         if ffn_width is None:
             ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
         own = MLPSettings(

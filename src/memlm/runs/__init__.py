@@ -1,0 +1,1 @@
+"""A recipe as a plan of steps, whose folders are found by content."""

@@ -1,0 +1,166 @@
+"""What steps will read, take and leave on disk: rough figures, from configs and the sizes of documents."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from memlm.corpus.blocks import SPLITS, Corpus
+from memlm.corpus.config import CorpusConfig
+from memlm.corpus.readers import find_sources
+from memlm.datastore.config import DatastoreConfig
+from memlm.datastore.index import default_nlist
+from memlm.memory.config import MLPStart
+from memlm.memory.loading import read_settings
+from memlm.memory.mlp import DEFAULT_LAYERS, SIZES
+from memlm.models.loading import (
+    WEIGHTS_FILE,
+    default_device,
+    find_file,
+    fresh_model,
+    load_config,
+    parse_dtype,
+    resolve,
+    tensor_shapes,
+)
+from memlm.runs.recipe import Recipe
+from memlm.train.config import TrainConfig
+
+_CHARACTERS = 4  # of a token, in English
+_TOKENISED = 200_000  # tokens a second
+_MODEL_SHARE = 0.3  # of a matrix product's rate that a model's passes reach; 0.25 to 0.4 with SmolLM2 on two cores
+_ENTRY_BYTES = 60  # of a tokenizer's files, an entry of the vocabulary
+_REPORT_BYTES = 60_000
+
+
+class Cost(NamedTuple):
+    """Of one step; None where the size of its documents is unknown."""
+
+    tokens: int | None = None
+    """Tokens read: in all epochs of training, in both splits of an evaluation."""
+    seconds: float | None = None
+    bytes: int | None = None
+    """Left on disk at the end; checkpoints of training come and go beside it."""
+
+
+def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost]:
+    """Step name to its cost, evaluations included.
+
+    Args:
+        recipe: What is to run.
+        base: Model that the memory stands beside.
+        corpus: The corpus folder, where it is there.
+    """
+    places, configs = recipe.places, recipe.configs
+    read, splits = corpus_tokens(configs["corpus"], recipe.documents, corpus)
+    if splits is None:
+        return {}
+    train, validation, held = splits["train"], splits["validation"], splits["validation"] + splits["test"]
+    teacher = places["datastore"].get("teacher") or places["teacher"]["init"]
+    width = load_config(teacher).get_text_config().hidden_size
+    vocabulary = load_config(base).get_text_config().vocab_size
+    flops = _MODEL_SHARE * product_rate()
+
+    def passes(parameters: int, tokens: float) -> float:
+        return 2 * parameters * tokens / flops
+
+    def training(config: TrainConfig, size: int, read_beside: int = 0) -> Cost:
+        steps = config.max_steps
+        tokens = steps * config.batch_size * config.accumulation * configs["corpus"].block_size if steps else None
+        tokens = tokens or int(config.epochs * train)
+        seconds = 3 * passes(size, tokens) + passes(size, config.epochs * validation)
+        return Cost(tokens, seconds + passes(read_beside, tokens), 4 * size + _ENTRY_BYTES * vocabulary)
+
+    corpus_bytes = 4 * sum(splits.values()) + _ENTRY_BYTES * vocabulary
+    reading = passes(model_size(teacher), train)
+    entry_bytes = datastore_bytes(configs["datastore"], train, width)
+    costs = {
+        "corpus": Cost(read, read / _TOKENISED, corpus_bytes),
+        "datastore": Cost(train, reading, corpus_bytes + entry_bytes),
+        "targets": Cost(train, reading, train * _target_bytes(configs["targets"].k) + _ENTRY_BYTES * vocabulary),
+    }
+    if "teacher" in configs:
+        start = places["teacher"]["init"]
+        costs["teacher"] = training(configs["teacher"], memory_size(configs["teacher"], start, start))
+    beside = model_size(base)
+    for section, name in (("train", "memory"), ("twin", "twin")):
+        if section in configs:
+            size = memory_size(configs[section], places["train"].get("init"), base)
+            online = isinstance(configs[section].start, MLPStart) and "activations" not in places["train"]
+            costs[name] = training(configs[section], size, beside if online else 0)
+            costs[f"evaluation-{name}"] = Cost(held, passes(beside + size, held), _REPORT_BYTES)
+    costs["evaluation-retrieval"] = Cost(held, passes(beside, 2 * held), _REPORT_BYTES)  # a search is about a pass
+    return costs
+
+
+def corpus_tokens(config: CorpusConfig, documents: list[str], corpus: Path | None) -> tuple[int, dict[str, int] | None]:
+    """Tokens of all documents, and of each split: counted where the folder is there, else guessed from sizes."""
+    if corpus is not None:
+        splits = {name: split["tokens"] for name, split in Corpus(corpus).manifest.facts["splits"].items()}
+        return sum(splits.values()), splits
+    files = [Path(source) for source in find_sources(documents)]
+    known = all(file.is_file() for file in files)
+    total = sum(file.stat().st_size for file in files) // _CHARACTERS if known else None
+    if total is None and config.max_tokens is None:
+        return 0, None
+    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    shares["train"] = 1 - sum(shares.values())
+    splits = {}
+    for name in SPLITS:
+        budget, whole = config.budget(name), None if total is None else int(shares[name] * total)
+        splits[name] = min(size for size in (budget, whole) if size is not None) if budget or total is not None else 0
+    return total if total is not None else sum(splits.values()), splits
+
+
+def datastore_bytes(config: DatastoreConfig, entries: int, width: int) -> int:
+    """Keys, values and index of a datastore (docs/performance.md)."""
+    kind = config.index_kind(entries)
+    keys = 2 * width if config.keep_keys else 0
+    index = {"exact": 0, "ivf-flat": 2 * width + 8, "ivf-pq": config.code_bytes + 8}[kind]
+    centroids = 0 if kind == "exact" else 4 * width * (config.nlist or default_nlist(entries))
+    return entries * (keys + 4 + index) + centroids
+
+
+def _target_bytes(k: int) -> int:
+    """Of a position: six bytes each for the different tokens among k neighbours, of which 1,024 have about 189."""
+    return 8 + int(6 * min(k, 5.9 * k**0.5))
+
+
+def model_size(name: str, layers: Any = None) -> int:
+    """Parameters of a causal LM, by its config; with only some of its layers where asked."""
+    with torch.device("meta"):
+        model = fresh_model(load_config(name), layers, 0)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def memory_size(config: TrainConfig, init: str | None, base: str) -> int:
+    """Parameters of the memory that training starts with, by configs, or the header of a memory to go on with."""
+    start = config.start
+    if init is not None and read_settings(init) is not None and not start.given():
+        weights = find_file(resolve(init), WEIGHTS_FILE)
+        if weights is not None:
+            return sum(math.prod(shape) for shape in tensor_shapes(weights).values())
+    if not isinstance(start, MLPStart):
+        assert init is not None
+        return model_size(init, getattr(start, "layers", None))
+    text = load_config(base).get_text_config()
+    if start.like:
+        layers, width, ffn = SIZES[start.like]
+    else:
+        layers, width = start.layers or DEFAULT_LAYERS, start.width or text.hidden_size
+        ffn = start.ffn_width or getattr(text, "intermediate_size", None) or 4 * width
+    matrices = 3 if hasattr(text, "rms_norm_eps") else 2  # RMSNorm goes with a gated FFN
+    return layers * matrices * width * ffn + text.vocab_size * width
+
+
+def product_rate(seconds: float = 0.2) -> float:
+    """Floating-point operations a second in the fastest of some matrix products, in the precision used here."""
+    device = default_device()
+    a, b = (torch.ones(n, 1024, dtype=parse_dtype("auto", device), device=device) for n in (512, 1024))
+    end, fastest = time.perf_counter() + seconds, math.inf
+    while (began := time.perf_counter()) < end:
+        (a @ b)[0, 0].item()  # waits for the device
+        fastest = min(fastest, time.perf_counter() - began)
+    return 2 * 512 * 1024 * 1024 / fastest

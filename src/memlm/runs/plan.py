@@ -1,0 +1,289 @@
+"""A recipe's steps in order; a finished folder of the same identity is used where it lies, in this run or another's."""
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from memlm.config import read_recipe
+from memlm.errors import ArtifactError
+from memlm.files import read_json
+from memlm.manifest import MANIFEST, PLAN, RUN, read_manifest
+from memlm.runs.recipe import Recipe
+from memlm.stage import Plan, StageSpec, check_output, run_stage
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder of a run."""
+
+    name: str
+    inputs: tuple[str, ...]
+    """Names of the steps whose folders it reads."""
+    plan: Callable[[dict[str, Path]], Plan]
+    """What the stage is to make of the folders of earlier steps; its identity is known once they are finished."""
+
+
+def recipe_steps(recipe: Recipe) -> list[Step]:
+    """The steps of a recipe that write folders of stages, each after those that it reads; evaluations come after.
+
+    Raises:
+        ConfigError: The start model or a field of the trainer does not fit.
+    """
+    from memlm.corpus.build import plan_corpus
+    from memlm.datastore.build import plan_datastore
+    from memlm.targets.build import plan_targets
+    from memlm.train.run import plan_memory
+    from memlm.train.trainer import check_trainer_fields
+
+    places, configs = recipe.places, recipe.configs
+    for name in ("teacher", "train", "twin"):  # now, not after hours of other stages
+        if name in configs:
+            check_trainer_fields(configs[name], f"{name}.")
+    given, base = places["datastore"].get("teacher"), base_of(recipe)
+    stored = places["train"].get("activations")
+    own = stored == "datastore"
+
+    def student(section: str) -> Callable[[dict[str, Path]], Plan]:
+        return lambda there: plan_memory(
+            there["targets"],
+            init=places["train"].get("init"),
+            base=base,
+            activations=there["datastore"] if own else stored,
+            config=configs[section],
+        )
+
+    tokenizer = places["corpus"]["tokenizer"]
+    steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, tokenizer=tokenizer, config=configs["corpus"]))]
+    if "teacher" in configs:
+        begin, teacher = places["teacher"]["init"], configs["teacher"]
+        steps.append(
+            Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], init=begin, config=teacher))
+        )
+    steps += [
+        Step(
+            "datastore",
+            ("corpus",) if given else ("corpus", "teacher"),
+            lambda there: plan_datastore(
+                there["corpus"], teacher=given or str(there["teacher"]), config=configs["datastore"]
+            ),
+        ),
+        Step("targets", ("datastore",), lambda there: plan_targets(there["datastore"], config=configs["targets"])),
+        Step("memory", ("targets", "datastore") if own else ("targets",), student("train")),
+    ]
+    if "twin" in configs:
+        steps.append(Step("twin", steps[-1].inputs, student("twin")))
+    return steps
+
+
+def evaluated_rows(recipe: Recipe) -> list[str]:
+    """What the recipe evaluates, each beside the base."""
+    return [row for row in ("memory", "twin", "retrieval") if row == "memory" or row in recipe.configs]
+
+
+def evaluation(recipe: Recipe, row: str, there: dict[str, Path]) -> dict[str, Any]:
+    """Arguments of `evaluate_perplexity`, but for where it goes."""
+    return {
+        "corpus": there["corpus"],
+        "base": recipe.places.get("evaluate", {}).get("base", base_of(recipe)),
+        "memory": str(there[_judged(row)]),
+        "config": recipe.configs.get("evaluate"),
+        "retrieval": recipe.configs.get("retrieval") if row == "retrieval" else None,
+    }
+
+
+def _judged(row: str) -> str:
+    return "datastore" if row == "retrieval" else row
+
+
+def base_of(recipe: Recipe) -> str:
+    """The model that the memory stands beside."""
+    from memlm.train.run import check_start
+
+    given, size = recipe.places["train"], recipe.configs["corpus"].block_size
+    return check_start(recipe.configs["train"], init=given.get("init"), base=given.get("base"), block_size=size)[0]
+
+
+def find_folder(out: Path, spec: StageSpec) -> Path | None:
+    """The finished folder of this spec: `out`, or one of the same user's in the runs beside that of `out`.
+
+    Manifests are read anew each time, with the presence and sizes of their files; damaged folders of others are passed.
+
+    Raises:
+        OutputExistsError: `out` holds something else.
+        ArtifactError: `out` is damaged.
+    """
+    if check_output(out, spec):
+        return out
+    if is_begun(out):
+        return None
+    user = getattr(os, "getuid", int)()
+    for manifest in sorted(Path(os.path.abspath(out)).parent.parent.glob(f"*/*/{MANIFEST}")):
+        with contextlib.suppress(ArtifactError, OSError):
+            folder = manifest.parent.resolve()
+            if folder.stat().st_uid == user and read_manifest(folder, spec.kind).identity == spec.identity:
+                return folder
+    return None
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a run has stopped in `out`, which is then finished there."""
+    return any((folder / PLAN).is_file() for folder in (out, Path(f"{os.path.abspath(out)}.partial")))
+
+
+def make_step(out: Path, plan: Plan, say: Callable[[str], None]) -> Path:
+    """The finished folder of a step: found, and then linked to from `out` where the system can, or made at `out`."""
+    if out.is_symlink() and not out.exists() and not os.path.isabs(out.readlink()):  # the run that it led to is gone
+        out.unlink()
+    found = find_folder(out, plan.spec)
+    if found is None:
+        say(f"{out.name} -> {out}")
+        run_stage(out, *plan)
+        return out
+    say(f"{out.name} found at {found}")
+    if found != out:
+        with contextlib.suppress(OSError):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if out.is_dir():
+                out.rmdir()  # an empty folder the user made
+            out.symlink_to(os.path.relpath(found, out.parent.resolve()), target_is_directory=True)
+            return out
+    return found
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step of a run, as `plan_recipe` finds it."""
+
+    step: str
+    state: Literal["there", "found", "unfinished", "to be made"]
+    """`found` is in another run's folder, and would be used."""
+    folder: str
+    tokens: int | None
+    """Tokens that it reads; None where nothing tells how many its documents hold."""
+    seconds: float | None
+    """What its last run took where it is finished, else about what it will take."""
+    bytes: int | None
+    """On disk: as it is where it is finished, else about what it will be."""
+
+    @property
+    def is_made(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.state in ("there", "found")
+
+
+def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Planned]:
+    """What `run_recipe` would do, step by step; reads manifests and configs, and writes nothing.
+
+    A step is known to be there once all that it reads is. A packaged model is fetched if it was not yet.
+
+    Raises:
+        OutputExistsError: A folder of the run holds something else, as `run_recipe` would say.
+    """
+    recipe, out = Recipe({name: dict(values) for name, values in sections.items()}), Path(out)
+    from memlm.evaluate.perplexity import report_spec
+    from memlm.runs.estimate import Cost, step_costs
+
+    names, there = [], {}
+    for step in recipe_steps(recipe):
+        names.append(step.name)
+        if there.keys() >= set(step.inputs) and (found := find_folder(out / step.name, step.plan(there).spec)):
+            there[step.name] = found
+    for row in evaluated_rows(recipe):
+        names.append(name := f"evaluation-{row}")
+        if there.keys() >= {"corpus", _judged(row)}:
+            spec = report_spec(**evaluation(recipe, row, there))
+            if check_output(out / name, spec):
+                there[name] = out / name
+    costs = step_costs(recipe, base_of(recipe), there.get("corpus"))
+    planned = []
+    for name in names:
+        folder, cost, found = out / name, costs.get(name, Cost()), there.get(name)
+        if found is not None:
+            run = read_json(found / RUN) if (found / RUN).is_file() else {}
+            size = sum(file.bytes for file in read_manifest(found).payload.values())
+            cost, state = Cost(cost.tokens, run.get("seconds_last_run"), size), "there" if found == folder else "found"
+        else:
+            state = "unfinished" if is_begun(folder) else "to be made"
+        planned.append(Planned(name, state, str(found or folder), *cost))
+    return planned
+
+
+def run_recipe(
+    sections: dict[str, dict[str, Any]],
+    out: str | Path,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run every stage of a recipe into folders below `out`; what is finished there, or in a run beside it, is used.
+
+    Args:
+        sections: As in the YAML file.
+        out: Folder for `corpus/`, `teacher/`, `datastore/`, `targets/`, `memory/`, `twin/` and their evaluations.
+            Where a run beside it has made the same, the name is a link to that folder.
+        say: Told of each step before it starts: where it goes, or where it was found.
+
+    Returns:
+        Row name (`memory`, `twin`, `retrieval`) to the report of `evaluate_perplexity`.
+    """
+    recipe = Recipe({name: dict(values) for name, values in sections.items()})
+    from memlm.evaluate.perplexity import evaluate_perplexity
+
+    out = Path(out)
+    there: dict[str, Path] = {}
+    for step in recipe_steps(recipe):
+        there[step.name] = make_step(out / step.name, step.plan(there), say)
+    reports = {}
+    for row in evaluated_rows(recipe):
+        say(f"evaluation of {row} -> {out / f'evaluation-{row}'}")
+        reports[row] = evaluate_perplexity(**evaluation(recipe, row, there), out=out / f"evaluation-{row}")
+    return reports
+
+
+def run_recipe_file(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    overrides: list[str] | None = None,
+    say: Callable[[str], None],
+) -> tuple[Path, dict[str, Any]]:
+    """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
+    folder = run_folder(path, out)
+    return folder, run_recipe(read_recipe(path, overrides or []), folder, say=say)
+
+
+def run_folder(path: str | Path, out: str | Path | None = None) -> Path:
+    """`out`, or else `runs/NAME` of a recipe file."""
+    return Path(out) if out is not None else Path("runs") / Path(path).stem
+
+
+def plan_table(steps: list[Planned]) -> str:
+    """A plan as lines of text, with the totals of what is left to do."""
+    left = [step for step in steps if not step.is_made]
+    rows = [("step", "", "tokens", "time", "disk", "folder")]
+    rows += [(s.step, s.state, *_figures(s.tokens, s.seconds, s.bytes, s.is_made), s.folder) for s in steps]
+
+    def total(name: str) -> Any:
+        values = [getattr(step, name) for step in left]
+        return None if None in values else sum(values)
+
+    rows.append(
+        ("to do", f"{len(left)} steps", *_figures(total("tokens"), total("seconds"), total("bytes"), False), "")
+    )
+    first, state = (max(len(row[i]) for row in rows) for i in (0, 1))
+    return "\n".join(f"{r[0]:<{first}}  {r[1]:<{state}}{r[2]:>15}{r[3]:>15}{r[4]:>15}  {r[5]}".rstrip() for r in rows)
+
+
+def _figures(tokens: int | None, seconds: float | None, size: int | None, known: bool) -> tuple[str, str, str]:
+    about = "" if known else "about "
+    took = "?"
+    if seconds is not None:
+        unit, name = next(((u, n) for u, n in ((86_400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
+        took = f"{about}{seconds / unit:.0f} {name}"
+    disk = "?"
+    if size is not None:
+        unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
+        disk = f"{about}{size / unit:.1f} {name}"
+    return "?" if tokens is None else f"{tokens:,}", took, disk
