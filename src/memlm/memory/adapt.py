@@ -97,11 +97,7 @@ def adapt_memory(
         changed = {"vocab_size": vocabulary_size(new), "tokenizer": fingerprint(new)}
         unknown = {"mix_weight": None, "validated_with": None}  # they were chosen with the old tokenizer's base
         adapted = MemoryDecoder(source.decoder, source.settings.model_copy(update=changed | unknown))
-        facts = {
-            "parameters": sum(p.numel() for p in adapted.parameters()),
-            "tokens": tokens,
-            **_epochs(name, config),
-        }
+        facts = {"parameters": sum(p.numel() for p in adapted.parameters()), "tokens": tokens, **_epochs(name, config)}
         adapted.save_pretrained(stage.path)
         new.save_pretrained(stage.path)
         stage.save_text(CARD_FILE, _card(facts, stage.sources))
