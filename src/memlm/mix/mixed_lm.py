@@ -413,5 +413,3 @@ def _absolute(name: str) -> str:
 
 AutoConfig.register(MixedLMConfig.model_type, MixedLMConfig)
 AutoModelForCausalLM.register(MixedLMConfig, MixedLM)  # type: ignore[arg-type]
-
-__all__ = ["MixedLM", "MixedLMConfig", "check_tokenizers"]
