@@ -37,6 +37,7 @@ def test_it_is_trained_loaded_evaluated_and_mixed(
         targets_folder, base=model_folder, out=tmp_path / "m", kind="bigram", embedding=4, **quick
     )
     assert made.config["embedding"] == 4
+    assert "| start | fresh |" in (tmp_path / "m" / "README.md").read_text()
     memory = memlm.load_memory(tmp_path / "m")
     assert isinstance(memory, BigramMemory)
     assert memory.embed.embedding_dim == 4

@@ -10,10 +10,7 @@ from memlm.cli.printing import memory_line, print_result
 from memlm.errors import ArtifactError
 
 
-def info(
-    folder: Annotated[Path, typer.Argument(help="What any stage wrote.")],
-    as_json: Json = False,
-) -> None:
+def info(folder: Annotated[Path, typer.Argument(help="What any stage wrote.")], as_json: Json = False) -> None:
     """Say what a folder is, from what it was made, and how good it is.
 
     Example: memlm info m/

@@ -167,8 +167,7 @@ def train(
     out: Out,
     config: TrainConfig,
     init: Annotated[
-        str | None,
-        typer.Option(help=f"Start model of a decoder: {Model}; or a memory of the kind to go on with."),
+        str | None, typer.Option(help=f"Start model of a decoder: {Model}; or a memory of the kind to go on with.")
     ] = None,
     base: Annotated[
         str | None,
@@ -296,12 +295,7 @@ def perplexity(
     if (weights := weights_by_name(mix_weight, memories)) is not None:
         config = config.parse({**config.model_dump(), "mix_weight": weights[UNNAMED] if one else weights})
     report = evaluate_perplexity(
-        corpus,
-        base=base,
-        memory=memories[UNNAMED] if one else memories,
-        out=out,
-        config=config,
-        retrieval=retrieval,
+        corpus, base=base, memory=memories[UNNAMED] if one else memories, out=out, config=config, retrieval=retrieval
     )
     print_result(report, as_json, report_table(report))
 

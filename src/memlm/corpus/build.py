@@ -25,12 +25,7 @@ from memlm.stage import Plan, Stage, StageSpec, run_stage
 
 
 def build_corpus(
-    documents: list[str],
-    *,
-    tokenizer: str,
-    out: str | Path,
-    config: CorpusConfig | None = None,
-    **settings: Any,
+    documents: list[str], *, tokenizer: str, out: str | Path, config: CorpusConfig | None = None, **settings: Any
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 

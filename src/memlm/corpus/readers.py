@@ -44,7 +44,8 @@ def find_sources(places: Iterable[str]) -> list[str]:
     sources = []
     for place in places:
         path = Path(place)
-        if path.is_dir() and not _is_saved_dataset(path):
+        saved = any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))  # by `datasets`
+        if path.is_dir() and not saved:
             found = [str(p) for p in sorted(path.rglob("*")) if p.is_file() and text_format(p)]
             if not found:
                 raise InputError(f"folder {place} holds no {', '.join(FORMATS)} file (.gz and .zst are read too)")
@@ -56,10 +57,6 @@ def find_sources(places: Iterable[str]) -> list[str]:
     if not sources:
         raise InputError("no documents were named")
     return sources
-
-
-def _is_saved_dataset(path: Path) -> bool:
-    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def source_digest(sources: list[str]) -> str:

@@ -35,10 +35,7 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
         "mix_weight (0: base alone, 1: memories alone)" if named else "mix_weight (0: base alone, 1: memory alone)"
     )
     axes.set_ylabel("validation perplexity")
-    axes.set_title(
-        "test: " + ", ".join(f"{part} {number(report[part]['perplexity'])}" for part in parts),
-        fontsize=10,
-    )
+    axes.set_title("test: " + ", ".join(f"{part} {number(report[part]['perplexity'])}" for part in parts), fontsize=10)
     axes.grid(alpha=0.3)
     figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
     plt.close(figure)

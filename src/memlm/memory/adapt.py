@@ -97,15 +97,11 @@ def adapt_memory(
         changed = {"vocab_size": vocabulary_size(new), "tokenizer": fingerprint(new)}
         unknown = {"mix_weight": None, "validated_with": None}  # they were chosen with the old tokenizer's base
         adapted = MemoryDecoder(source.decoder, source.settings.model_copy(update=changed | unknown))
-        facts = {
-            "parameters": sum(p.numel() for p in adapted.parameters()),
-            "tokens": tokens,
-            **_epochs(name, config),
-        }
+        parameters = sum(p.numel() for p in adapted.parameters())
         adapted.save_pretrained(stage.path)
         new.save_pretrained(stage.path)
-        stage.save_text(CARD_FILE, _card(facts, stage.sources))
-        return facts
+        stage.save_text(CARD_FILE, _CARD.format(**stage.sources, parameters=parameters, tokens=tokens_line(tokens)))
+        return {"parameters": parameters, "tokens": tokens, **_epochs(name, config)}
 
     return run_stage(out, spec, work)
 
@@ -122,10 +118,6 @@ def tokens_line(tokens: dict[str, int]) -> str:
     }
     parts = [f"{tokens[name]:,} {text}" for name, text in words.items() if tokens.get(name)]
     return f"{tokens['total']:,}, their rows: {', '.join(parts)}"
-
-
-def _card(facts: dict[str, Any], sources: dict[str, str]) -> str:
-    return _CARD.format(**sources, parameters=facts["parameters"], tokens=tokens_line(facts["tokens"]))
 
 
 def _epochs(memory: str, config: AdaptConfig) -> dict[str, float]:

@@ -98,7 +98,8 @@ def _serves(settings: MemorySettings, sources: dict[str, str]) -> str:
 def _start(config: dict[str, Any], sources: dict[str, str]) -> str:
     if "init" in sources:
         return f"{sources['init']}{_layers(config)}"
-    return "fresh" if config["head"] == "random" else "fresh, head of the base where the widths are equal"
+    takes_head = config["kind"] == "mlp" and config["head"] != "random"
+    return "fresh, head of the base where the widths are equal" if takes_head else "fresh"
 
 
 def _layers(config: dict[str, Any]) -> str:

@@ -307,7 +307,7 @@ def ffn_style(base: PreTrainedModel) -> tuple[FFNStyle, int]:
     """
     _, blocks = block_list(base)
     width = base.config.get_text_config().hidden_size
-    norm = _block_norm(blocks[-1], width)
+    norm = next((module for module in blocks[-1].modules() if _is_norm(module, width)), None)
     kind = _norm_kind(norm, width)
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 1e-5
     mlp = get_module(base, find_tap(base))
@@ -332,10 +332,6 @@ def _in_out(module: nn.Linear | Conv1D) -> tuple[int, int]:
 def _is_norm(module: nn.Module, width: int) -> bool:
     parameters = list(module.parameters())
     return bool(parameters) and all(p.shape == (width,) for p in parameters) and not list(module.children())
-
-
-def _block_norm(block: nn.Module, width: int) -> nn.Module | None:
-    return next((module for module in block.modules() if _is_norm(module, width)), None)
 
 
 def _final_norm(base: PreTrainedModel) -> nn.Module | None:

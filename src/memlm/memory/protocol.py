@@ -155,10 +155,7 @@ class ParametricMemory(Memory, HeadVoter):
 
     @abstractmethod
     def training_hidden(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        activations: Float[Tensor, "P D"] | None,
-        places: Int[Tensor, "P"],
+        self, input_ids: Int[Tensor, "B T"], activations: Float[Tensor, "P D"] | None, places: Int[Tensor, "P"]
     ) -> Float[Tensor, "P W"]:
         """What the head reads at `places`, with gradients.
 

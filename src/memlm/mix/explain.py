@@ -298,6 +298,3 @@ def _one_line(text: str) -> str:
 
 def _clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: max(0, length - 1)] + "…"
-
-
-__all__ = ["ExplainedToken", "Explanation", "Neighbor", "check_datastore", "explain", "explanation_text"]

@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Cache,
-    GenerationConfig,
-    GenerationMixin,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.corpus.blocks import IGNORE
@@ -420,5 +413,3 @@ def _absolute(name: str) -> str:
 
 AutoConfig.register(MixedLMConfig.model_type, MixedLMConfig)
 AutoModelForCausalLM.register(MixedLMConfig, MixedLM)  # type: ignore[arg-type]
-
-__all__ = ["MixedLM", "MixedLMConfig", "check_tokenizers"]

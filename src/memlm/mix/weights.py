@@ -89,10 +89,7 @@ def check_weights(weights: Sequence[Weight]) -> None:
 
 
 def settle_weights(
-    present: Mapping[str, Any],
-    mix_weight: MixWeight | Mapping[str, MixWeight] | None,
-    *,
-    per_row: bool = False,
+    present: Mapping[str, Any], mix_weight: MixWeight | Mapping[str, MixWeight] | None, *, per_row: bool = False
 ) -> dict[str, Any]:
     """Name to weight, in the order of the memories: a number, or a tensor `(rows,)`.
 

@@ -150,14 +150,10 @@ def _reason(error: Exception) -> str:
 
 
 def _unreachable(name: str, source: str, error: Exception) -> ModelError:
-    reason = _reason(error)
-    tried = [f"no folder {name!r} here" if not Path(source).exists() else f"folder {source!r}"]
+    tried = f"folder {source!r};"
     if not Path(source).exists():
-        tried.append(f"not one of the packaged models ({', '.join(PACKAGED)})")
-        tried.append(f"as a hub id: {reason}")
-    else:
-        tried.append(reason)
-    return ModelError(f"model {name!r} cannot be loaded; tried: {'; '.join(tried)}")
+        tried = f"no folder {name!r} here; not one of the packaged models ({', '.join(PACKAGED)}); as a hub id:"
+    return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {_reason(error)}")
 
 
 def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:

@@ -21,13 +21,7 @@ from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
-from memlm.targets.shards import (
-    TRAIN_SCHEMA,
-    VALIDATION_FILE,
-    VALIDATION_SCHEMA,
-    read_statistics,
-    write_rows,
-)
+from memlm.targets.shards import TRAIN_SCHEMA, VALIDATION_FILE, VALIDATION_SCHEMA, read_statistics, write_rows
 from memlm.targets.votes import SparseProbs, retrieve
 
 

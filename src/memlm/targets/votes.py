@@ -110,10 +110,7 @@ def _block_votes(
     keep &= (probs / (probs * keep).sum(1, keepdim=True)).half() > 0  # what float16 cannot hold is lost as well
     kept = (probs * keep).sum(1)
     return SparseProbs(
-        counts=keep.sum(1),
-        ids=tokens[keep],
-        probs=(probs / kept[:, None])[keep],
-        lost_mass=(1 - kept).clamp(min=0),
+        counts=keep.sum(1), ids=tokens[keep], probs=(probs / kept[:, None])[keep], lost_mass=(1 - kept).clamp(min=0)
     )
 
 
