@@ -7,9 +7,10 @@ import importlib.util
 import json
 import sys
 
-REQUIRED = ("torch", "transformers", "accelerate", "datasets", "faiss", "filelock", "gguf", "jaxtyping", "numpy")
-REQUIRED += ("pyarrow", "pydantic", "safetensors", "tqdm", "yaml", "zstandard")
-OPTIONAL = {"typer": "the command line", "pytest": "tests", "peft": "fine-tuning as a baseline"}
+REQUIRED = ("torch", "transformers", "accelerate", "datasets", "dill", "faiss", "filelock", "gguf", "jaxtyping")
+REQUIRED += ("multiprocess", "numpy", "pandas", "pyarrow", "pydantic", "safetensors", "tqdm")
+REQUIRED += ("wadler_lindig", "xxhash", "yaml", "zstandard")
+OPTIONAL = ("typer", "pytest")  # for the command line and help_time; for the piece of tests
 
 
 def missing(names: tuple[str, ...]) -> list[str]:
@@ -20,7 +21,7 @@ def missing(names: tuple[str, ...]) -> list[str]:
 def main(*, quick: bool) -> int:
     """Print the line; the exit status."""
     lacking = missing(REQUIRED)
-    found = {"name": "machine", "missing": lacking, "missing_optional": missing(tuple(OPTIONAL))}
+    found = {"name": "machine", "missing": lacking, "missing_optional": missing(OPTIONAL)}
     if not lacking:
         from benchmarks.report import hardware
         from memlm.manifest import library_versions

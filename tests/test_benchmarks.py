@@ -17,6 +17,7 @@ from benchmarks import (
     distillation_loss,
     help_time,
     knn_decoding,
+    machine,
     mlp_decoding,
     mlp_quality,
     mlp_scoring,
@@ -385,20 +386,72 @@ def test_help_that_loads_something_heavy_is_told(monkeypatch: pytest.MonkeyPatch
 # --- the accelerator's report -----------------------------------------------------------------------------------------
 
 
-def test_each_piece_leaves_its_report_however_it_ends(tmp_path: Path) -> None:
-    endings = {
-        "ok": ("-c", "print('{\"ratio\": 1}')"),
+def report_of(piece: str, folder: Path) -> dict[str, Any]:
+    return json.loads((folder / f"accelerator-{piece}.json").read_text())
+
+
+def test_each_piece_leaves_its_report_however_it_ends_and_the_next_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = {
         "failed": ("-c", "raise SystemExit(3)"),
         "timed out": ("-c", "import time; print('begun', flush=True); time.sleep(60)"),
+        "skipped": ("-c", ""),
+        "ok": ("-c", "print('{\"ratio\": 1}')"),
     }
-    for status, piece in endings.items():
-        found = accelerator.run_piece(accelerator.Piece(status, 3, piece, piece), tmp_path, quick=True)
-        assert found["status"] == status
-        assert json.loads((tmp_path / f"accelerator-{status}.json").read_text()) == found
-        assert found["lines"] == ([{"ratio": 1}] if status == "ok" else [])
-    lacking = accelerator.Piece("lacking", 3, ("-c", ""), ("-c", ""), needs=("no_such_package",))
-    assert accelerator.run_piece(lacking, tmp_path, quick=True)["note"] == "needs no_such_package"
+    pieces = [
+        accelerator.Piece(status, 2, command, command, needs=("no_such_package",) if status == "skipped" else ())
+        for status, command in commands.items()
+    ]
+    monkeypatch.setattr(accelerator, "PIECES", pieces)
+    assert accelerator.main(["--out", str(tmp_path), "--work", str(tmp_path / "work")]) == 1
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["status"] for line in told] == [line["name"] for line in told] == list(commands)
+    reports = {status: report_of(status, tmp_path) for status in commands}
+    assert {status: report["status"] for status, report in reports.items()} == {status: status for status in commands}
+    assert reports["failed"]["exit"] == 3
+    assert reports["timed out"]["output"] == "begun\n"
+    assert reports["skipped"]["note"] == "needs no_such_package"
+    assert reports["ok"]["lines"] == [{"ratio": 1}]
+    assert accelerator.main(["--only", "ok", "--out", str(tmp_path), "--work", str(tmp_path / "work")]) == 0
+
+
+def test_a_piece_that_is_cut_off_with_its_report_has_left_that_it_ran(tmp_path: Path) -> None:
+    found = tmp_path / "accelerator-reads.json"
+    reads = ("-c", f"print(open({str(found)!r}).read().replace(chr(10), ''))")
+    (line,) = accelerator.run_piece(accelerator.Piece("reads", 20, reads, reads), tmp_path, tmp_path, quick=True)[
+        "lines"
+    ]
+    assert (line["name"], line["status"]) == ("reads", "running")
 
 
 def test_no_piece_takes_eight_minutes() -> None:
     assert all(piece.seconds < 480 for piece in accelerator.PIECES)
+
+
+def test_every_benchmark_is_in_a_piece() -> None:
+    assert {part for piece in accelerator.PIECES for part in piece.command} >= set(command.NAMES)
+
+
+@pytest.mark.slow
+def test_the_whole_report_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert accelerator.main(["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work")]) == 0
+    for piece in accelerator.PIECES:
+        report = report_of(piece.name, tmp_path)
+        if piece.quick is None:
+            assert report["note"] == "no toy size"
+        else:
+            assert report["status"] == "ok", report
+            assert report["lines"] or piece.name == "tests"
+    assert " passed" in report_of("tests", tmp_path)["output"]
+    decoder, mlp = (report_of(name, tmp_path)["lines"][0] for name in ("medquad", "medquad-mlp"))
+    assert (decoder.keys(), mlp.keys()) == ({"memory", "twin"}, {"memory", "retrieval"})
+    assert capsys.readouterr().out.count("\n") == len(accelerator.PIECES)
+
+
+def test_a_machine_that_lacks_a_package_is_told_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine, "REQUIRED", ("torch", "no_such_package"))
+    assert machine.main(quick=True) == 1
+    assert json.loads(capsys.readouterr().out)["missing"] == ["no_such_package"]

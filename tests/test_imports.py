@@ -96,3 +96,10 @@ def test_some_packages_are_imported_in_one_place_alone(package: str, home: str) 
         if line.split()[:2] in (["import", package], ["from", package])
     }
     assert users <= {home}
+
+
+def test_the_command_line_says_that_it_needs_typer() -> None:
+    code = "import runpy, sys; sys.modules['typer'] = None; runpy.run_module('memlm', run_name='__main__')"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stderr == "memlm: error: the command line needs typer: pip install typer\n"

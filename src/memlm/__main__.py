@@ -1,5 +1,13 @@
 """`python -m memlm`."""
 
-from memlm.cli import main
+import sys
+
+try:
+    from memlm.cli import main
+except ModuleNotFoundError as error:
+    if error.name != "typer":
+        raise
+    print("memlm: error: the command line needs typer: pip install typer", file=sys.stderr)
+    sys.exit(2)
 
 main()
