@@ -1,5 +1,6 @@
 """`memlm --help` answers at once, for it loads nothing heavy."""
 
+import importlib.util
 import os
 import statistics
 import subprocess
@@ -26,6 +27,9 @@ finally:
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
     """One line, whose ratio is the median in seconds, from the start of Python to its end."""
+    if importlib.util.find_spec("typer") is None:
+        yield bar_line("help_time", None, at_most=BAR_SECONDS, note="skipped: the command line needs typer")
+        return
     with tempfile.TemporaryDirectory() as cache:
         settings = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
         settings["PYTHONPYCACHEPREFIX"] = cache  # compiled by the first call, as an installed package is

@@ -125,8 +125,8 @@ def measure(
     for model in mixed.values():
         prove_mixture(model, before, after)
     assert live.tap is not None
-    with TapReader(base, live.tap) as reader:
-        queries = reader.read(tokens)[0, context:].split(1)
+    reader = TapReader(base, live.tap)
+    queries = reader.read(tokens)[0, context:].split(1)
     sides = {name: decoder(model, before, after) for name, model in {"base": base, **mixed}.items()}
     timing = interleave(
         {**sides, "search": lambda: [live.retrieve(query) for query in queries]}, device=base.device, rounds=rounds
@@ -149,7 +149,7 @@ def measure(
 
 
 def prove_search(live: RetrievalMemory, sample: int = 32) -> None:
-    """Nothing, where stored keys find themselves first, at no distance.
+    """Raise unless stored keys find themselves first, at no distance.
 
     Raises:
         WrongAnswerError: They do not.

@@ -203,7 +203,7 @@ def _label_log_probs(hidden: Tensor, tokens: Tensor, head: Head) -> Tensor:
 
 @torch.inference_mode()
 def prove_scores(base: PreTrainedModel, memory: MLPMemory, twins: list[PreTrainedModel], tokens: Tensor) -> None:
-    """Nothing, where the timed functions give the label log-probs of the models' own forward passes.
+    """Raise unless the timed functions give the label log-probs of the models' own forward passes.
 
     Raises:
         WrongAnswerError: They do not.

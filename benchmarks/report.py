@@ -22,7 +22,7 @@ class WrongAnswerError(MemlmError):
 
 
 def prove(difference: float, tolerance: float, what: str) -> None:
-    """Nothing, where two ways to an answer agree.
+    """Raise unless two ways to an answer agree.
 
     Raises:
         WrongAnswerError: They differ by more than `tolerance`, or by NaN.

@@ -90,8 +90,8 @@ def _activations(base: PreTrainedModel, tap: str, count: int, length: int = 64) 
     vocab_size = base.config.get_text_config().vocab_size
     rows = -(-count // (length - 1))
     tokens = random_tokens(rows, length, vocab_size, torch.device("cpu"), seed=1)
-    with TapReader(base, tap) as reader:
-        read = torch.cat([reader.read(piece.to(base.device))[:, 1:].flatten(0, 1) for piece in tokens.split(8)])
+    reader = TapReader(base, tap)
+    read = torch.cat([reader.read(piece.to(base.device))[:, 1:].flatten(0, 1) for piece in tokens.split(8)])
     return read[:count].float().cpu().numpy()
 
 

@@ -60,14 +60,14 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
         build_corpus([str(documents)], tokenizer=teacher, out=work / "corpus", config=corpus)
         split = Corpus(work / "corpus").split("train")
         model, tap = load_teacher(teacher, DatastoreConfig())
-        with TapReader(model, tap) as reader:
-            shards, seconds = read_all(reader, split, work)
-            rows = []
-            for size in entries:
-                keys = Keys([*shards, *copies(Keys(shards), size - split.n_positions, work)])
-                for kind in ("ivf-flat", "ivf-pq"):
-                    config = index_config(kind, quick=quick, k=k)
-                    rows.append(measure(reader, split, keys, config, k=k, **sizes))
+        reader = TapReader(model, tap)
+        shards, seconds = read_all(reader, split, work)
+        rows = []
+        for size in entries:
+            keys = Keys([*shards, *copies(Keys(shards), size - split.n_positions, work)])
+            for kind in ("ivf-flat", "ivf-pq"):
+                config = index_config(kind, quick=quick, k=k)
+                rows.append(measure(reader, split, keys, config, k=k, **sizes))
     told = {"text": documents.name, "teacher": Path(teacher).name, "whole_teacher_pass_seconds": round(seconds, 1)}
     yield speed(rows, judged=not quick, **told)
     yield growth(rows)
@@ -162,7 +162,7 @@ def measure(
 def prove_search(
     index: Index, keys: Keys, queries: NDArray[np.float32], own: NDArray[np.int64], k: int, *, sample: int = 512
 ) -> None:
-    """Nothing, where each position finds itself among its neighbours and distances are those of the entries found.
+    """Raise unless each position finds itself among its neighbours and distances are those of the entries found.
 
     Raises:
         WrongAnswerError: One does not, or a distance differs.

@@ -58,8 +58,7 @@ def measure(
         stage = Stage(Path(scratch) / "datastore", StageSpec("datastore", {}, {}, None))
 
         def teacher_pass() -> np.ndarray:
-            with reader:  # its hook stops the pass at the tap, so it must not be there for the other side
-                keys = read_keys(reader, split, range(len(split)), batch_tokens=batch * length)
+            keys = read_keys(reader, split, range(len(split)), batch_tokens=batch * length)
             stage.save_array("keys.npy", keys)
             return keys
 
@@ -83,7 +82,7 @@ def measure(
 
 @torch.inference_mode()
 def prove_keys(model: PreTrainedModel, tap: str, pieces: Sequence[Tensor], keys: np.ndarray) -> None:
-    """Nothing, where `keys` are what goes into the tap in a whole forward pass, at every place that predicts a token.
+    """Raise unless `keys` are what goes into the tap in a whole forward pass, at every place that predicts a token.
 
     Raises:
         WrongAnswerError: They are not.

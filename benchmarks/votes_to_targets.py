@@ -90,7 +90,7 @@ def through_dense_rows(
 
 
 def prove_votes(votes: SparseProbs, distances: Tensor, values: Tensor, vocab_size: int, *, sample: int = 256) -> None:
-    """Nothing, where the first positions' votes are those of dense rows, but for what float16 cannot hold.
+    """Raise unless the first positions' votes are those of dense rows, but for what float16 cannot hold.
 
     Raises:
         WrongAnswerError: They are not.

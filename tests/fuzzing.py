@@ -33,6 +33,7 @@ from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.datastore.store import Datastore
 from memlm.errors import MemlmError
 from memlm.memory.loading import load_memory
+from memlm.scores.table import read_scores as open_scores
 from memlm.targets.shards import TRAIN_SCHEMA
 from memlm.train.data import TrainingData, collate
 

@@ -40,6 +40,7 @@ from memlm.errors import ConfigError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import Memory
 from memlm.memory.retrieval import RetrievalMemory
+from memlm.mix import mixed_lm
 from memlm.mix.mixed_lm import MixedLM
 from memlm.targets.config import RetrievalConfig
 
@@ -187,8 +188,8 @@ def test_the_proof_accepts_the_library_and_refuses_a_wrong_memory(
     for memory in memories(base, tmp_path).values():
         prove_mixture(MixedLM(base, memory, 0.3), tokens[:, :6], tokens[:, 6:])
     mixed = MixedLM(base, untrained_mlp(base, 2), 0.3)
-    right = MixedLM._mix
-    monkeypatch.setattr(MixedLM, "_mix", lambda self, logits, votes, weights: right(self, logits, votes, [0.31]))
+    right = mixed_lm.mix_log_probs
+    monkeypatch.setattr(mixed_lm, "mix_log_probs", lambda base, votes, weights: right(base, votes, [0.31]))
     with pytest.raises(WrongAnswerError, match="nothing was timed"):
         prove_mixture(mixed, tokens[:, :6], tokens[:, 6:])
 

@@ -377,8 +377,8 @@ def test_chat_forgets_on_clear_and_obeys_the_weight(
         return "answer"
 
     lines = iter(["one", "two", "/clear", "/weight 0.25", "three"])
-    monkeypatch.setattr(cli, "_generate", generate)
-    monkeypatch.setattr(cli, "_lines", lambda: lines)
+    monkeypatch.setattr(cli, "generate_text", generate)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, ""))
     assert memlm("chat", "--base", model_folder, "--memory", memory_folder, "--mix-weight", 0.5).code == 0
     assert seen == [("one\n", 0.5), ("one\nanswer\ntwo\n", 0.5), ("three\n", 0.25)]
 
@@ -399,8 +399,8 @@ def test_chat_changes_weights_by_name(
         return "answer"
 
     lines = iter(["one", "/weight facts=0.5", "two", "/weight 0.1", "/weight bio=0.1", "/weight law=0.9", "three"])
-    monkeypatch.setattr(cli, "_generate", generate)
-    monkeypatch.setattr(cli, "_lines", lambda: lines)
+    monkeypatch.setattr(cli, "generate_text", generate)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines, ""))
     named = ("--memory", f"law={memory_folder}", "--memory", f"facts={datastore_folder}", "--k", 8)
     found = memlm("chat", "--base", model_folder, *named, "--mix-weight", "law=0.25", "--mix-weight", "facts=0.125")
     assert found.code == 0

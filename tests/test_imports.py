@@ -1,6 +1,7 @@
 """What imports what, and how light the package is until it is used."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import memlm
+from memlm import errors
+from memlm.config import StageConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +34,36 @@ def test_importing_the_package_imports_nothing_else() -> None:
 @pytest.mark.parametrize("name", memlm.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(memlm, name) is not None
+
+
+def test_type_checkers_see_the_names_that_are_there() -> None:
+    """They cannot follow `__getattr__`, so the file imports each name once more where only they look."""
+    tree = ast.parse(Path(memlm.__file__).read_text(encoding="utf-8"))
+    only_for_types = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        (alias.asname, node.module)
+        for node in only_for_types.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    names = set(memlm.__all__) - {"__version__"}
+    homes = {(name, getattr(memlm, name).__module__) for name in names}
+    assert seen == homes
+    assert len(names) == len(memlm.__all__) - 1, "no name is listed twice"
+
+
+def test_every_error_and_every_stages_settings_are_public() -> None:
+    wanted = {name for name, value in vars(errors).items() if isinstance(value, type)}
+    source = ROOT / "src" / "memlm"
+    for path in source.rglob("config.py"):
+        module = importlib.import_module(".".join(["memlm", *path.relative_to(source).with_suffix("").parts]))
+        wanted |= {
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, type) and issubclass(value, StageConfig) and not value.__subclasses__()
+        }
+    assert {"ConfigError", "TrainConfig", "MLPStart"} <= wanted
+    assert wanted <= set(memlm.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

@@ -13,7 +13,6 @@ from interruption import files_written
 from tiny_tokenizers import permuted
 from transformers import PreTrainedTokenizerFast
 
-from memlm import repair as repair_module
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
@@ -230,7 +229,7 @@ def test_a_repair_killed_in_its_middle_goes_on(world: World, moment: str, monkey
     for number in (0, 1):
         flip(folder / f"train-0000{number}.arrow")
 
-    remove, replace = repair_module._remove, os.replace
+    remove, replace = Path.unlink, os.replace
 
     def killed(*at: Path | str) -> None:
         if moment == "a file removed" or Path(at[1]).name == "previous.json":
@@ -239,7 +238,9 @@ def test_a_repair_killed_in_its_middle_goes_on(world: World, moment: str, monkey
 
     with monkeypatch.context() as patch:
         if moment == "a file removed":
-            patch.setattr(repair_module, "_remove", lambda *at: (remove(*at), killed()))
+            patch.setattr(
+                Path, "unlink", lambda path, **how: (remove(path, **how), path.suffix == ".arrow" and killed(path))
+            )
         else:
             patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -318,10 +319,10 @@ def test_scores_and_evaluation_are_repaired(
 
     report = evaluate()
     before = read_manifest(tmp_path / "e")
-    scores = next((tmp_path / "home" / "scores").glob("*/test.entropy.npy")).parent
+    scores = next((tmp_path / "home" / "scores").glob("*/entropy.npy")).parent
     flip(tmp_path / "e" / "report.json")
-    flip(scores / "test.entropy.npy")
-    with pytest.raises(ArtifactError, match=rf"test\.entropy\.npy is damaged: .* run `memlm repair {scores}`"):
+    flip(scores / "entropy.npy")
+    with pytest.raises(ArtifactError, match=rf"entropy\.npy is damaged: .* run `memlm repair {scores}`"):
         evaluate()
     for folder in (tmp_path / "e", scores):
         assert len(repair_folder(folder)) == 2

@@ -332,6 +332,18 @@ def test_scores_hold_entropy_top1_document_and_label_frequency(corpus_folder: Pa
     np.testing.assert_array_equal(test.top1_id[:31], log_probs.argmax(-1))
 
 
+def test_scores_whose_writing_was_stopped_are_made_again(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path
+) -> None:
+    first = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    folder = next((fresh_cache / "scores").iterdir())
+    (folder / "plan.json").write_text(json.dumps(read_manifest(folder).identity))
+    for name in ("manifest.json", "entropy.npy"):
+        (folder / name).unlink()
+    assert evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT) == first
+    assert read_manifest(folder).kind == "scores"
+
+
 def test_a_damaged_score_file_is_named(
     corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path
 ) -> None:

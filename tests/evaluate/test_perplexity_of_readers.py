@@ -60,18 +60,18 @@ def queries_and_labels(model: str, corpus: Path, split: str) -> tuple[torch.Tens
     """
     tokens, offsets = np.load(corpus / f"{split}.tokens.npy"), np.load(corpus / f"{split}.offsets.npy")
     states, labels = [], []
-    with TapReader(load_causal_lm(model), "model.layers.1.mlp") as reader:
-        for start, end in itertools.pairwise(offsets):
-            document = tokens[start:end]
-            predict_from, stop = 1, min(32, len(document))
-            while True:
-                first = max(0, stop - 32)
-                block = torch.from_numpy(document[first:stop].astype(np.int64))[None]
-                states.append(reader.read(block)[0, predict_from - 1 - first : stop - 1 - first])
-                labels.append(document[predict_from:stop])
-                if stop == len(document):
-                    break
-                predict_from, stop = stop, min(stop + 16, len(document))
+    reader = TapReader(load_causal_lm(model), "model.layers.1.mlp")
+    for start, end in itertools.pairwise(offsets):
+        document = tokens[start:end]
+        predict_from, stop = 1, min(32, len(document))
+        while True:
+            first = max(0, stop - 32)
+            block = torch.from_numpy(document[first:stop].astype(np.int64))[None]
+            states.append(reader.read(block)[0, predict_from - 1 - first : stop - 1 - first])
+            labels.append(document[predict_from:stop])
+            if stop == len(document):
+                break
+            predict_from, stop = stop, min(stop + 16, len(document))
     return torch.cat(states), np.concatenate(labels)
 
 

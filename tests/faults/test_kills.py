@@ -19,7 +19,7 @@ WHOLE = (
     "out/keys/*.npy",
     "out/train-*.arrow",
     "out/checkpoints/*/whole",
-    "home/scores/*/*.label_count.npy",  # the last file of each split
+    "home/scores/*/manifest.json",
 )
 """What stands for work that is not to be done again, once it has its name."""
 

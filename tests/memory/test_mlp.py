@@ -45,8 +45,8 @@ def moved(memory: MLPMemory) -> MLPMemory:
 
 
 def at_tap(base: PreTrainedModel, tap: str, tokens: Tensor) -> Tensor:
-    with TapReader(base, tap) as reader:
-        return reader.read(tokens)
+    reader = TapReader(base, tap)
+    return reader.read(tokens)
 
 
 def hooks(model: nn.Module) -> int:

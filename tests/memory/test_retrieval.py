@@ -61,8 +61,8 @@ def unseen(corpus_folder: Path, rows: int = 3, length: int = 20) -> Tensor:
 
 
 def at_tap(model_folder: str, memory: RetrievalMemory, tokens: Tensor) -> Tensor:
-    with TapReader(load_causal_lm(model_folder), memory.store.manifest.facts["tap"]) as reader:
-        return reader.read(tokens)
+    reader = TapReader(load_causal_lm(model_folder), memory.store.manifest.facts["tap"])
+    return reader.read(tokens)
 
 
 def dense_rows(memory: RetrievalMemory, state: Tensor) -> NDArray[np.float32]:

@@ -60,8 +60,8 @@ def prefixes(explanation: Explanation, tokenizer: PreTrainedTokenizerFast) -> It
 
 def activations(folder: str, tap: str, tokens: Tensor) -> Tensor:
     """Of a model by itself, at the last token `(1, D)`."""
-    with TapReader(AutoModelForCausalLM.from_pretrained(folder).eval(), tap) as reader:
-        return reader.read(tokens)[:, -1]
+    reader = TapReader(AutoModelForCausalLM.from_pretrained(folder).eval(), tap)
+    return reader.read(tokens)[:, -1]
 
 
 # --- what the components thought ----------------------------------------------------------------------------------

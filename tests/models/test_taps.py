@@ -35,9 +35,9 @@ def test_the_tap_is_the_input_of_the_last_mlp_and_the_head_is_never_computed(fam
     before = hooks(model)
     tap = find_tap(model)
     assert tap == TAPS[family]
-    with TapReader(model, tap) as reader:
-        found = reader.read(tokens)
-        again = reader.read(tokens)
+    reader = TapReader(model, tap)
+    found = reader.read(tokens)
+    again = reader.read(tokens)
     assert found.shape == (*tokens.shape, WIDTH)
     torch.testing.assert_close(found, expected.reshape(found.shape), rtol=0, atol=0)
     torch.testing.assert_close(again, found, rtol=0, atol=0)
@@ -51,8 +51,8 @@ def test_nothing_behind_the_tap_runs() -> None:
     get_module(model, "model.layers.0").register_forward_pre_hook(lambda *_: ran.append("first block"))
     for name in ("model.layers.2.mlp.gate_proj", "model.layers.2.mlp.down_proj", "model.norm"):
         get_module(model, name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-    with TapReader(model, tap) as reader:
-        reader.read(token_ids())
+    reader = TapReader(model, tap)
+    reader.read(token_ids())
     assert ran == ["first block"]
 
 
@@ -60,17 +60,17 @@ def test_right_padding_changes_nothing_before_it() -> None:
     model = family_model("llama")
     tokens = token_ids(1, 6)
     padded = torch.cat([tokens, torch.zeros(1, 5, dtype=torch.long)], dim=1)
-    with TapReader(model, find_tap(model)) as reader:
-        alone, beside = reader.read(tokens), reader.read(padded)[:, :6]
+    reader = TapReader(model, find_tap(model))
+    alone, beside = reader.read(tokens), reader.read(padded)[:, :6]
     torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)  # float32 sums in another order
 
 
 def test_hooks_are_gone_after_an_error_too() -> None:
     model = family_model("llama")
     before = hooks(model)
+    reader = TapReader(model, find_tap(model))
     with pytest.raises(IndexError):
-        with TapReader(model, find_tap(model)) as reader:
-            reader.read(torch.full((1, 3), 10_000))
+        reader.read(torch.full((1, 3), 10_000))
     assert hooks(model) == before
     model(input_ids=token_ids())  # whole again
 
@@ -86,8 +86,8 @@ def test_a_state_space_model_is_refused_in_one_line_that_names_tap() -> None:
 
 def test_a_named_tap_reads_where_no_mlp_is_found() -> None:
     model, tokens = family_model("mamba"), token_ids()
-    with TapReader(model, "backbone.layers.2.mixer") as reader:
-        found = reader.read(tokens)
+    reader = TapReader(model, "backbone.layers.2.mixer")
+    found = reader.read(tokens)
     expected = input_in_full_forward(model, "backbone.layers.2.mixer", tokens)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -99,9 +99,9 @@ def test_a_tap_that_does_not_exist_names_near_ones() -> None:
 
 def test_a_tap_that_is_never_called_is_refused() -> None:
     model = family_model("llama")
-    with TapReader(model, "lm_head") as reader:
-        with pytest.raises(ModelError, match="is never called in a forward pass"):
-            reader.read(token_ids())
+    reader = TapReader(model, "lm_head")
+    with pytest.raises(ModelError, match="is never called in a forward pass"):
+        reader.read(token_ids())
 
 
 @pytest.mark.parametrize("family", TAPS)

@@ -61,13 +61,13 @@ def test_rows_get_the_activations_of_the_places_that_predict(
     assert store.keys is not None
     rows = WithActivations(data.train, store.keys)
     assert len(rows) == len(data.train)
-    with TapReader(load_causal_lm(model_folder), store.manifest.facts["tap"]) as reader:
-        for number in (0, 3, len(rows) - 1):
-            row = rows[number]
-            read = reader.read(torch.from_numpy(row["input_ids"].astype(np.int64))[None])[0].numpy()
-            before = np.flatnonzero(row["labels"] != -100) - 1
-            assert len(row["target_counts"]) == len(before)
-            np.testing.assert_allclose(row["activations"], read[before], rtol=2**-10, atol=1e-5)  # kept in float16
+    reader = TapReader(load_causal_lm(model_folder), store.manifest.facts["tap"])
+    for number in (0, 3, len(rows) - 1):
+        row = rows[number]
+        read = reader.read(torch.from_numpy(row["input_ids"].astype(np.int64))[None])[0].numpy()
+        before = np.flatnonzero(row["labels"] != -100) - 1
+        assert len(row["target_counts"]) == len(before)
+        np.testing.assert_allclose(row["activations"], read[before], rtol=2**-10, atol=1e-5)  # kept in float16
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ from memlm.errors import (
     TrainingError,
 )
 from memlm.manifest import Manifest, read_manifest
+from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
@@ -389,7 +390,7 @@ def stopped_after_training() -> Iterator[None]:
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run_module, "_facts", stop)
+        patch.setattr(MemoryDecoder, "save_pretrained", stop)
         with pytest.raises(Interrupted):
             yield
 

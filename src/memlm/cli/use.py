@@ -50,7 +50,7 @@ def generate(
     """
     quiet()
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
-    text = _generate(
+    text = generate_text(
         model, tokenizer, _turn(prompt, chat_template), max_new_tokens, temperature, top_p, seed, stream=not as_json
     )
     weights = model.mix_weights
@@ -129,7 +129,7 @@ def _mixed(
     return model, load_tokenizer(resolve(base))
 
 
-def _generate(
+def generate_text(
     model: Any,
     tokenizer: Any,
     prompt: str | list[dict[str, str]],
@@ -140,6 +140,7 @@ def _generate(
     *,
     stream: bool,
 ) -> str:
+    """What the model adds to `prompt`; `stream` prints it as it comes."""
     import torch
     from transformers import TextStreamer
 
@@ -195,7 +196,7 @@ def chat(
         turns.append({"role": "user", "content": line})
         plain = "\n".join(turn["content"] for turn in turns) + "\n"
         prompt = turns if tokenizer.chat_template is not None else plain
-        answer = _generate(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
+        answer = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
         turns.append({"role": "assistant", "content": answer})
 
 

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -158,9 +157,8 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
     done = total - sum(
         int(split.position_starts[b1] - split.position_starts[b0]) for b0, b1 in (shards[i] for i in missing)
     )
-    opened = nullcontext() if model is None else TapReader(model, tap)
-    bar = progress_bar(total, "teacher pass", initial=done)
-    with bar, opened as reader, writing_behind() as write:
+    reader = None if model is None else TapReader(model, tap)
+    with progress_bar(total, "teacher pass", initial=done) as bar, writing_behind() as write:
         for i in missing:
             keys = None
             if reader is not None and len(to_read[i]):

@@ -137,7 +137,7 @@ def _curve(table: ScoreTable, memories: Mapping[str, str], weights: list[float])
 
 
 def check_memory(corpus: Corpus, memory: str) -> None:
-    """Nothing, where the memory votes on the corpus's token ids; reads no weights.
+    """Raise unless the memory votes on the corpus's token ids; reads no weights.
 
     Raises:
         TokenizerMismatchError: It has another tokenizer.

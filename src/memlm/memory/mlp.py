@@ -266,7 +266,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Nothing, where the tensors `held` are exactly those `wanted`, by name and shape.
+    """Raise unless the tensors `held` are exactly those `wanted`, by name and shape.
 
     Raises:
         ArtifactError: Tensors are missing, too many, or of another shape; the first is named.

@@ -102,7 +102,7 @@ class RetrievalMemory(Memory):
         self.reader = None
         if teacher is not None:
             tap = str(self.store.manifest.facts["tap"] if store_tap is None else store_tap)
-            self.reader = WindowedReader(teacher, longest_context(teacher.config), _read_at(teacher, tap))
+            self.reader = WindowedReader(teacher, longest_context(teacher.config), TapReader(teacher, tap).read)
 
     @classmethod
     def load(cls, source: str, settings: RetrievalSettings, *, base: str | None = None, **kwargs: Any) -> Self:
@@ -227,11 +227,3 @@ class RetrievalMemory(Memory):
         except OSError:
             return None
         return found.st_ino, found.st_mtime_ns
-
-
-def _read_at(teacher: PreTrainedModel, tap: str) -> Any:
-    def run(input_ids: Tensor, **inputs: Any) -> Tensor:
-        with TapReader(teacher, tap) as reader:
-            return reader.read(input_ids, **inputs)
-
-    return run

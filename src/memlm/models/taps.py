@@ -4,8 +4,7 @@ import contextlib
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -97,11 +96,14 @@ def get_module(model: nn.Module, tap: str) -> nn.Module:
     Raises:
         ModelError: There is none; the nearest paths are named.
     """
-    modules = dict(model.named_modules())
-    if tap not in modules:
+    try:
+        return model.get_submodule(tap)
+    except AttributeError:
+        modules = [name for name, _ in model.named_modules()]
         near = difflib.get_close_matches(tap, modules, n=3, cutoff=0.4)
-        raise ModelError(f"tap {tap!r} does not exist in {type(model).__name__}; nearest: {', '.join(near) or 'none'}")
-    return modules[tap]
+        raise ModelError(
+            f"tap {tap!r} does not exist in {type(model).__name__}; nearest: {', '.join(near) or 'none'}"
+        ) from None
 
 
 def tap_width(model: PreTrainedModel, tap: str) -> int:
@@ -156,27 +158,15 @@ def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) 
 
 
 class TapReader:
-    """Reads a model's activations at a tap and runs nothing behind it, so the head is never computed.
-
-    Use as a context manager; the hook is gone afterwards.
-    """
+    """Reads a model's activations at a tap and runs nothing behind it, so the head is never computed."""
 
     def __init__(self, model: PreTrainedModel, tap: str) -> None:
-        self.model = model
-        self.module = get_module(model, tap)
-        self._captured: Tensor | None = None
-
-    def __enter__(self) -> Self:
-        self._handle = self.module.register_forward_pre_hook(self._capture, with_kwargs=True)
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._handle.remove()
-        self._captured = None
-
-    def _capture(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._captured = _module_input(args, kwargs)
-        raise _ForwardStoppedError
+        """
+        Raises:
+            ModelError: The tap does not exist.
+        """
+        get_module(model, tap)
+        self.model, self.tap = model, tap
 
     @torch.no_grad()
     def read(self, input_ids: Int[Tensor, "B T"], **inputs: Any) -> Float[Tensor, "B T D"]:
@@ -189,10 +179,8 @@ class TapReader:
         Raises:
             ModelError: The forward pass never calls the tap.
         """
-        self._captured = None
-        with contextlib.suppress(_ForwardStoppedError):
+        with capture(self.model, [self.tap], stop=True) as found:
             self.model.base_model(input_ids=input_ids, **{"use_cache": False, **inputs})
-        if self._captured is None:
+        if self.tap not in found:
             raise ModelError(f"the tapped module of {type(self.model).__name__} is never called in a forward pass")
-        activations, self._captured = self._captured, None
-        return activations.reshape(*input_ids.shape, activations.shape[-1])
+        return found[self.tap].reshape(*input_ids.shape, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memlm.corpus.blocks import Block, Blocks, Corpus
 from memlm.files import cache_dir, digest, load_array
-from memlm.manifest import is_artifact, payload_file, read_manifest
+from memlm.manifest import is_finished, payload_file, read_manifest
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.retrieval import RetrievalSettings
 from memlm.memory.voter import Voter
@@ -97,7 +97,7 @@ class Scorers:
         """
         specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
         folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
-        missing = [name for name, folder in folders.items() if not is_artifact(folder)]
+        missing = [name for name, folder in folders.items() if not is_finished(folder)]
         if missing:
             voters = {name: self._voter(name) for name in missing}
             reads_base = BASE in missing or any(voter.tap is not None for voter in voters.values())

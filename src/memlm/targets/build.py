@@ -1,8 +1,7 @@
 """The targets stage: a datastore to rows of blocks with a sparse distribution per position."""
 
-import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +81,8 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
     shards = shard_blocks(split, store.config.shard_positions)
     missing = [i for i in range(len(shards)) if not stage.has(_shard(i))]
     done = split.n_positions - sum(_positions(split, *shards[i]) for i in missing)
-    bar = progress_bar(split.n_positions, "searching", initial=done)
-    with bar, _queries(store, split, positions_at_once) as queries, writing_behind() as write:
+    queries = _queries(store, split, positions_at_once)
+    with progress_bar(split.n_positions, "searching", initial=done) as bar, writing_behind() as write:
         for i in missing:
             first, end = shards[i]
             start = int(split.position_starts[first])
@@ -184,8 +183,7 @@ def _positions(split: Split, first: int, end: int) -> int:
     return int(split.position_starts[end] - split.position_starts[first])
 
 
-@contextlib.contextmanager
-def _queries(store: Datastore, split: Split, at_once: int) -> Iterator[Any]:
+def _queries(store: Datastore, split: Split, at_once: int) -> Callable[[int, int], Iterator[NDArray[np.float32]]]:
     """A function from a run of blocks to its queries, `at_once` positions at a time."""
     if store.keys is not None:
         keys = store.keys
@@ -195,17 +193,16 @@ def _queries(store: Datastore, split: Split, at_once: int) -> Iterator[Any]:
             for start in range(int(split.position_starts[first]), stop, at_once):
                 yield keys.rows(start, min(start + at_once, stop))
 
-        yield kept
-        return
+        return kept
     model, _ = load_teacher(store.teacher, store.config)
-    with TapReader(model, store.manifest.facts["tap"]) as reader:
+    reader = TapReader(model, store.manifest.facts["tap"])
 
-        def recomputed(first: int, end: int) -> Iterator[NDArray[np.float32]]:
-            keys = read_keys(reader, split, range(first, end), batch_tokens=store.config.batch_tokens)
-            for start in range(0, len(keys), at_once):
-                yield keys[start : start + at_once].astype(np.float32)
+    def recomputed(first: int, end: int) -> Iterator[NDArray[np.float32]]:
+        keys = read_keys(reader, split, range(first, end), batch_tokens=store.config.batch_tokens)
+        for start in range(0, len(keys), at_once):
+            yield keys[start : start + at_once].astype(np.float32)
 
-        yield recomputed
+    return recomputed
 
 
 def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparseProbs) -> None:

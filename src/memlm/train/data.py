@@ -88,7 +88,7 @@ class TrainingData:
         return open_tokenizer(self.folder, self.manifest, self.vocab_size)
 
     def check_read_by(self, model: str, role: str) -> None:
-        """Nothing, where `model`, called `role` in an error, can read these token ids; else as `check_reads`."""
+        """Raise as `check_reads` does unless `model`, called `role` in an error, can read these token ids."""
         check_reads(model, self.tokenizer, self.vocab_size, data=str(self.folder), label=f"{role} {model}")
 
     @cached_property

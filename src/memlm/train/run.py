@@ -1,6 +1,5 @@
 """The train stage: rows and a start to a memory folder."""
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -124,29 +123,23 @@ def plan_memory(
             )
         if stage.previous is not None and stage.has(WEIGHTS_FILE):
             return _repair_beside_weights(stage, stage.previous, memory, rows, config)
-        scores = held_out = reader = None
+        scores = held_out = None
         if validation is not None:
             scores, held_out = _base_on_validation(stage, rows, base_model, memory.tap, config)
-        with contextlib.ExitStack() as open_now:
-            if memory.tap is not None:
-                reader = open_now.enter_context(TapReader(base_model, memory.tap))
-            arguments.output_dir = str(stage.path / _CHECKPOINTS)
-            trainer = MemoryTrainer(
-                memory,
-                arguments,
-                rows=rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys),
-                kl_weight=config.kl_weight,
-                validation=validation,
-                base_scores=scores,
-                validation_activations=held_out,
-                batch_tokens=config.batch_tokens,
-                online=reader if store is None else None,
-            )
-            del base_model
-            if store is not None:
-                open_now.close()
-                reader = None  # the base's memory is free for training
-            _train(trainer, last_whole_checkpoint(stage.path / _CHECKPOINTS))
+        arguments.output_dir = str(stage.path / _CHECKPOINTS)
+        trainer = MemoryTrainer(
+            memory,
+            arguments,
+            rows=rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys),
+            kl_weight=config.kl_weight,
+            validation=validation,
+            base_scores=scores,
+            validation_activations=held_out,
+            batch_tokens=config.batch_tokens,
+            online=TapReader(base_model, memory.tap) if memory.tap is not None and store is None else None,
+        )
+        del base_model  # where nothing reads it online, its memory is free for training
+        _train(trainer, last_whole_checkpoint(stage.path / _CHECKPOINTS))
         facts = _facts(trainer, rows, memory, config)
         _save(stage, memory, rows, facts, config)
         return facts
@@ -265,8 +258,8 @@ def _base_on_validation(
         keys = Collected(int(blocks.position_starts[-1]), tap)
         label = scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label
         if keys.array is None:
-            with TapReader(base, tap) as reader:
-                keys.array = read_keys(reader, blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
+            reader = TapReader(base, tap)
+            keys.array = read_keys(reader, blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
         stage.save_array(_HELD_OUT, keys.array)
     return label, stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
 

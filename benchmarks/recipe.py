@@ -1,0 +1,62 @@
+"""A recipe without the command line: `python -m benchmarks.recipe RECIPE --out FOLDER` prints its reports as JSON.
+
+`--quick` keeps the recipe's sections and runs them at toy size, on random words with a random model.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from transformers.utils import logging
+
+from memlm.runs.plan import run_recipe_file
+
+_TOKENS = 12_000
+_QUICK = {
+    "corpus": {"document_separator": "\n", "block_size": 64, "validation_fraction": 0.2, "test_fraction": 0.2},
+    "datastore": {"dtype": "float32"},
+    "targets": {"k": 8},
+    "train": {"layers": 1, "epochs": 1, "max_steps": 4, "dtype": "float32"},
+    "retrieval": {"k": 8},
+    "evaluate": {"dtype": "float32", "bootstrap": 10},
+}
+
+
+def quick_overrides(recipe: str, out: Path) -> list[str]:
+    """Write a toy model and its text below `out`; returns the settings that put them in the recipe's place."""
+    from benchmarks.stage_memory import write_documents, write_teacher
+    from memlm.config import read_recipe
+
+    documents, model = out / "documents.txt", out / "model"
+    if not documents.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        write_teacher(model)
+        write_documents(documents, _TOKENS)
+    found = []
+    for name, section in read_recipe(recipe).items():
+        given = {key: str(model) for key, value in section.items() if value == "smollm2"}
+        given |= {"documents": str(documents.resolve())} if name == "corpus" else {}
+        for key, value in (given | _QUICK.get(name, {})).items():
+            found.append(f"{name}.{key}={json.dumps(value) if isinstance(value, str) else value}")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a recipe, and print one JSON object: row name to report."""
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe", description=__doc__)
+    parser.add_argument("recipe")
+    parser.add_argument("--out", type=Path, required=True, help="folder for its stages; finished ones are used again")
+    parser.add_argument("--quick", action="store_true", help="toy size")
+    given = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    overrides = quick_overrides(given.recipe, given.out) if given.quick else []
+    _, reports = run_recipe_file(
+        given.recipe, given.out, overrides=overrides, say=lambda line: print(line, file=sys.stderr)
+    )
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main()
