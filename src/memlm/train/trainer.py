@@ -213,9 +213,10 @@ class MemoryTrainer(Trainer):
                 stored=self._validation_activations,
                 batch_tokens=self._batch_tokens,
             )
-        scores = np.empty_like(self._base_scores)
-        for rank, label in enumerate(gather_object([found["memory"].label])):
-            scores[Share(self._validation, rank, self.args.world_size).positions] = label
+        scores = found["memory"].label
+        if (count := self.args.world_size) > 1:
+            positions = [Share(self._validation, rank, count).positions for rank in range(count)]
+            scores = np.concatenate(gather_object([scores]))[np.argsort(np.concatenate(positions))]
         weight, mixture = best_mix_weight(self._base_scores, scores)
         metrics = {
             "eval_memory_perplexity": perplexity(scores),
