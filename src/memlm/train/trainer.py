@@ -33,7 +33,7 @@ _WHOLE = "whole"  # the last file of a checkpoint, made when the others are on d
 
 
 def check_trainer_fields(config: TrainConfig, where: str = "") -> None:
-    """Nothing, where `config.trainer` names fields of `TrainingArguments` only.
+    """Raise unless `config.trainer` names fields of `TrainingArguments` only.
 
     Raises:
         ConfigError: Otherwise.
