@@ -131,7 +131,7 @@ def explain(
     taps = [memory.tap] if memory is not None and memory.tap is not None else []
     parts = model.components(sequence[:, :-1], logits_to_keep=len(answer), taps=taps)
     base = parts.logits.log_softmax(-1)
-    mixture = mix_log_probs(base, list(parts.votes.values()), list(model.mix_weights.values()))
+    mixture = mix_log_probs(base, list(parts.votes.values()), parts.weights)
     base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)
     memory_probs = {name: _probs_of(answer, votes) for name, votes in parts.votes.items()}
     choices = base[0].max(-1)

@@ -43,6 +43,8 @@ class Components:
     """The base's in float32, over the shared vocabulary."""
     votes: dict[str, Votes]
     """Per memory."""
+    weights: list[Weight]
+    """Per memory, as the rule weighs them here."""
 
 
 class MixedLM(PreTrainedModel, GenerationMixin):
@@ -249,14 +251,17 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         use_cache = use_cache if use_cache is not None else past_key_values is not None
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(len(input_ids))
-        rule = self._rule.changed(mix_weight)
         parts = self.components(
-            input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, use_cache=use_cache, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            logits_to_keep,
+            mix_weight=mix_weight,
+            use_cache=use_cache,
+            **kwargs,
         )
-        weights = rule.weights(
-            input_ids, parts.logits, parts.votes, past_key_values.rule if past_key_values is not None else None
-        )
-        logits = self._mix(parts.logits, list(parts.votes.values()), weights)
+        logits = self._mix(parts.logits, list(parts.votes.values()), parts.weights)
 
         loss = None
         if labels is not None:
@@ -280,6 +285,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         cache: MixedCache | None = None,
         logits_to_keep: int | Tensor = 0,
         *,
+        mix_weight: MixWeight | Mapping[str, MixWeight] | None = None,
         taps: Iterable[str] = (),
         use_cache: bool = False,
         **kwargs: Any,
@@ -287,14 +293,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """What base and memories say of the next token, each for itself.
 
         Args:
-            input_ids, attention_mask, position_ids, logits_to_keep, kwargs: As `forward` takes them.
+            input_ids, attention_mask, position_ids, logits_to_keep, mix_weight, kwargs: As `forward` takes them.
             cache: Extended by `input_ids`; None: they are all there is.
             taps: Modules of the base whose inputs are kept, beside those that memories read.
             use_cache: Passed to the base.
         """
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         keep = slice(None) if isinstance(keep, int) else keep
-        memories = self.named_memories()
+        memories, rule = self.named_memories(), self._rule.changed(mix_weight)
         caches = {name: cache.of(name, memory) if cache is not None else None for name, memory in memories.items()}
         base = self._voter.step(
             input_ids,
@@ -311,7 +317,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             activations = base.activations[memory.tap] if memory.tap is not None else None
             state = memory.step(input_ids, activations, attention_mask=attention_mask, cache=caches[name])
             votes[name] = memory.votes(state, keep).to(logits.device)
-        return Components(base, logits, votes)
+        weights = rule.weights(input_ids, logits, votes, cache.rule if cache is not None else None)
+        return Components(base, logits, votes, weights)
 
     def _mix(self, logits: Tensor, votes: list[Votes], weights: list[Weight]) -> Tensor:
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
