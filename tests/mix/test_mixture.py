@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_lm import mixed_probs
 from torch import Tensor
+from transformers import DynamicCache
 
 from memlm.errors import ConfigError
+from memlm.memory.voter import VoterCache
+from memlm.mix.cache import MixedCache
 from memlm.mix.mixture import mix_log_probs
-from memlm.mix.weights import Weight, check_weights
+from memlm.mix.weights import FixedWeights, Weight, check_weights
 from memlm.targets.votes import SparseProbs
 
 weights = st.lists(st.floats(0, 1), min_size=1, max_size=3).map(
@@ -226,3 +229,51 @@ def test_bad_weights_of_a_row_are_refused_and_the_row_is_named(given_weights: li
 
 def test_good_weights_of_every_row_pass() -> None:
     check_weights([torch.tensor([0.0, 0.5, 0.9]), torch.tensor([1.0, 0.5, 0.1])])  # 0.9 and 0.1 are not exact
+
+
+class Counted(VoterCache):
+    """What a weight rule might keep: the tokens read, per row."""
+
+    def __init__(self, rows: int) -> None:
+        self.read = torch.zeros(rows, dtype=torch.long)
+
+    def crop(self, tokens: int) -> None:
+        self.read -= tokens
+
+    def select(self, rows: Tensor) -> None:
+        self.read = self.read[rows]
+
+    def repeat(self, times: int) -> None:
+        self.read = self.read.repeat_interleave(times)
+
+    def reset(self) -> None:
+        self.read.zero_()
+
+
+def test_a_rules_state_moves_with_the_cache() -> None:
+    state = Counted(2)
+    cache = MixedCache(DynamicCache(), {}, state, 2)
+    state.read += torch.tensor([5, 7])
+    cache.crop(-2)
+    assert state.read.tolist() == [3, 5]
+    cache.batch_repeat_interleave(2)
+    assert state.read.tolist() == [3, 3, 5, 5]
+    cache.reorder_cache(torch.tensor([3, 0, 0, 2]))  # type: ignore[arg-type]
+    assert state.read.tolist() == [5, 3, 3, 5]
+    cache.batch_select_indices(torch.tensor([0, 1]))
+    assert state.read.tolist() == [5, 3]
+    cache.reset()
+    assert state.read.tolist() == [0, 0]
+
+
+def test_weights_of_one_call_leave_the_rule_as_it_was() -> None:
+    rule = FixedWeights({"law": 0.2, "bio": 0.5})
+    base, votes = torch.zeros(4, 1, 3), {"law": torch.zeros(4, 1, 3), "bio": torch.zeros(4, 1, 3)}
+    tokens = torch.zeros(4, 1, dtype=torch.long)
+    assert rule.weights(tokens, base, votes, None) == [0.2, 0.5]
+    law, bio = rule.changed({"law": [0.1, 0.4]}).weights(tokens, base, votes, None)
+    assert bio == 0.5
+    assert isinstance(law, Tensor)
+    assert law.shape == (4, 1)
+    torch.testing.assert_close(law[:, 0], torch.tensor([0.1, 0.1, 0.4, 0.4]))
+    assert rule.changed(None) is rule
