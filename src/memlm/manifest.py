@@ -127,6 +127,7 @@ def read_manifest(folder: str | Path, *kinds: Kind) -> Manifest:
 
 
 def parse_manifest(folder: Path, *kinds: Kind) -> Manifest:
+    """The manifest of `folder` alone, as `read_manifest`; its files are not looked at."""
     path = folder / MANIFEST
     wanted = " or ".join(kinds) or "memlm"
     if not is_artifact(folder):
@@ -139,6 +140,7 @@ def parse_manifest(folder: Path, *kinds: Kind) -> Manifest:
 
 
 def manifest_in(path: Path) -> Manifest:
+    """The manifest in a file, its version and the names that it holds checked; errors as `read_manifest`."""
     raw = read_json(path, limit=_MANIFEST_BYTES)
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise ArtifactError(f"{path} is not a memlm manifest")

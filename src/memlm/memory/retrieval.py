@@ -20,6 +20,7 @@ from memlm.memory.mlp import check_activations
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.reading import WindowedReader, longest_context
 from memlm.memory.voter import NoCache, VoterCache
+from memlm.models.heads import joined
 from memlm.models.loading import model_identity
 from memlm.models.taps import TapReader, get_module, tap_width
 from memlm.targets.config import RetrievalConfig
@@ -179,8 +180,7 @@ class RetrievalMemory(Memory):
             likeliest = found.counts.cumsum(0) - found.counts
             parts["top1"].append(found.probs[likeliest])
             parts["top1_id"].append(found.ids[likeliest].int())
-        nothing = {"top1_id": torch.empty(0, dtype=torch.int32)}
-        return {n: torch.cat(found) if found else nothing.get(n, torch.empty(0)) for n, found in parts.items()}
+        return joined(parts)
 
     # --- the search -----------------------------------------------------------------------------------------------
 

@@ -90,12 +90,14 @@ def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: boo
 
 
 def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
+    """What a memory's folder says beside its weights; no weights are loaded."""
     return (
         source.settings if isinstance(source, Memory) else read_settings(source, revision=memory_kwargs.get("revision"))
     )
 
 
 def check_names(memories: Iterable[str]) -> None:
+    """Raise a ConfigError unless each name can stand for a module and a folder."""
     for name in memories:
         if not re.fullmatch(r"[\w-]+", name):  # names a module, and a folder where the mixture is saved
             raise ConfigError(f"memory name {name!r}: use letters, digits, '_' and '-' only")
@@ -104,6 +106,7 @@ def check_names(memories: Iterable[str]) -> None:
 
 
 def check_window(memory_window: int | None) -> None:
+    """Raise a ConfigError unless the window holds two tokens at least."""
     if memory_window is not None and memory_window < 2:
         raise ConfigError(f"memory_window = {memory_window}: must be at least 2")
 

@@ -96,5 +96,10 @@ def label_log_probs(
         parts["top1"].append(likeliest.exp().cpu())
         parts["top1_id"].append(ids.int().cpu())
         parts["entropy"].append(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1).cpu())
+    return joined(parts)
+
+
+def joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Columns of scores, each from its chunks; an empty one where there is no chunk."""
     nothing = {"top1_id": torch.empty(0, dtype=torch.int32)}
     return {n: torch.cat(found) if found else nothing.get(n, torch.empty(0)) for n, found in parts.items()}
