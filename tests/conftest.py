@@ -4,7 +4,7 @@ import copy
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,6 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+
+if TYPE_CHECKING:  # pytest imports this file before the hook that checks shapes is in place
+    from memories import Make
+
+    from memlm import MixedLM
 
 WORDS = [
     *"the memory reads a corpus and votes on every next token while the frozen base keeps its weights".split(),
@@ -166,3 +171,57 @@ def memory_folder(targets_folder: Path, model_folder: str) -> Path:
         targets_folder, init=model_folder, out=out, config=TrainConfig(epochs=1, batch_size=4, dtype="float32")
     )
     return out
+
+
+@pytest.fixture(scope="session")
+def mlp_folder(targets_folder: Path, model_folder: str) -> Path:
+    """An MLP memory trained for an epoch beside the tiny model."""
+    from memlm.train.config import TrainConfig
+    from memlm.train.run import train_memory
+
+    out = targets_folder.parent / "mlp"
+    config = TrainConfig(kind="mlp", layers=1, epochs=1, batch_size=4, dtype="float32", learning_rate=1e-3)
+    train_memory(targets_folder, base=model_folder, out=out, config=config)
+    return out
+
+
+@pytest.fixture(scope="session")
+def other_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A base of the same tokenizer and size that did not make the datastore."""
+    return save_model(tmp_path_factory.mktemp("models") / "other-base", tokenizer, padding=8, seed=5)
+
+
+@pytest.fixture
+def places(memory_folder: Path, mlp_folder: Path, datastore_folder: Path) -> dict[str, Path]:
+    return {"law": memory_folder, "mlp": mlp_folder, "facts": datastore_folder}
+
+
+@pytest.fixture
+def make(places: dict[str, Path], model_folder: str) -> "Make":
+    """A mixture of some of the three memories that never ends its text by itself."""
+    from memories import ALL, WEIGHTS
+
+    from memlm import MixedLM
+
+    def mixture(weights: dict[str, float] = WEIGHTS, base: str = model_folder, **options: Any) -> "MixedLM":
+        memories = {name: places[name] for name in weights}
+        model = MixedLM.from_pretrained(
+            base, memory=memories, mix_weight=weights, memory_kwargs={"retrieval": ALL}, **options
+        )
+        model.generation_config.eos_token_id = None
+        return model
+
+    return mixture
+
+
+@pytest.fixture(params=["reads the base", pytest.param("runs its teacher", marks=pytest.mark.slow)])
+def trio(request: pytest.FixtureRequest, make: "Make", other_base: str) -> "MixedLM":
+    """All three memories, the retriever reading the base's activations or running the datastore's teacher."""
+    from memlm.memory.retrieval import RetrievalMemory
+
+    own = request.param == "runs its teacher"
+    model = make(base=other_base) if own else make()
+    facts = model.named_memories()["facts"]
+    assert isinstance(facts, RetrievalMemory)
+    assert (facts.tap is None, facts.teacher is not None) == (own, own)
+    return model

@@ -24,19 +24,9 @@ from memlm.models.loading import load_causal_lm
 from memlm.models.taps import TapReader
 from memlm.scores.table import score_corpus
 from memlm.targets.config import RetrievalConfig
-from memlm.train.config import TrainConfig
-from memlm.train.run import train_memory
 
 EXACT = EvaluateConfig(dtype="float32", bootstrap=50)
 FEW = RetrievalConfig(k=16, target_temperature=4.0)
-
-
-@pytest.fixture(scope="module")
-def mlp_folder(targets_folder: Path, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    out = tmp_path_factory.mktemp("mlp") / "memory"
-    config = TrainConfig(kind="mlp", layers=2, max_steps=12, batch_size=4, learning_rate=5e-3, dtype="float32")
-    train_memory(targets_folder, base=model_folder, out=out, config=config)
-    return str(out)
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +83,10 @@ def base_log_probs(model: str, corpus: Path, split: str) -> np.ndarray:
 
 
 def test_figures_of_an_mlp_memory_equal_plain_passes_over_the_bases_activations(
-    corpus_folder: Path, model_folder: str, mlp_folder: str
+    corpus_folder: Path, model_folder: str, mlp_folder: Path
 ) -> None:
     """Float32 in other batches: 1e-5 relative; figures are rounded to 1e-4."""
-    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=mlp_folder, config=EXACT)
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(mlp_folder), config=EXACT)
     memory = load_memory(mlp_folder)
     assert isinstance(memory, MLPMemory)
     states, labels = queries_and_labels(model_folder, corpus_folder, "test")
@@ -113,22 +103,22 @@ def test_figures_of_an_mlp_memory_equal_plain_passes_over_the_bases_activations(
 
 
 def test_an_mlp_memory_is_scored_anew_beside_another_base(
-    corpus_folder: Path, model_folder: str, mlp_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    corpus_folder: Path, model_folder: str, mlp_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     save_model(tmp_path / "other", tokenizer, seed=3)
     found = [
-        evaluate_perplexity(corpus_folder, base=base, memory=mlp_folder, config=EXACT)["memory"]["perplexity"]
+        evaluate_perplexity(corpus_folder, base=base, memory=str(mlp_folder), config=EXACT)["memory"]["perplexity"]
         for base in (model_folder, str(tmp_path / "other"))
     ]
     assert found[1] != pytest.approx(found[0], rel=0.01)
 
 
 def test_a_base_that_an_mlp_memory_cannot_read_is_refused(
-    corpus_folder: Path, mlp_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    corpus_folder: Path, mlp_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     save_model(tmp_path / "deeper", tokenizer, layers=3)
     with pytest.raises(ModelError, match="a base with 2 blocks, 32 wide; this LlamaForCausalLM has 3, 32 wide"):
-        evaluate_perplexity(corpus_folder, base=str(tmp_path / "deeper"), memory=mlp_folder, config=EXACT)
+        evaluate_perplexity(corpus_folder, base=str(tmp_path / "deeper"), memory=str(mlp_folder), config=EXACT)
 
 
 # --- a datastore ------------------------------------------------------------------------------------------------------
@@ -238,7 +228,7 @@ def test_beside_another_base_the_teacher_reads_for_itself(
 def test_a_memory_of_another_tokenizer_is_refused_with_advice(
     kind: str,
     documents: str,
-    mlp_folder: str,
+    mlp_folder: Path,
     datastore_folder: Path,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -249,7 +239,7 @@ def test_a_memory_of_another_tokenizer_is_refused_with_advice(
     make_corpus(documents, other, tmp_path / "c")
 
     forbid_models(monkeypatch)
-    memory = mlp_folder if kind == "mlp" else str(datastore_folder)
+    memory = str(mlp_folder) if kind == "mlp" else str(datastore_folder)
     with pytest.raises(TokenizerMismatchError, match=f"memory {memory} have different tokenizers; .*memlm adapt"):
         evaluate_perplexity(tmp_path / "c", base=other, memory=memory)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import save_model, sentences, tiny_model
 from families import family_model, token_ids
-from memories import decoder_memory
+from memories import ALL, WEIGHTS, Make, decoder_memory
 from reference_lm import mixed_probs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -23,72 +23,15 @@ from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismat
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.retrieval import RetrievalMemory
-from memlm.targets.config import RetrievalConfig
 
-WEIGHTS = {"law": 0.3, "mlp": 0.2, "facts": 0.25}
-# all entries vote, so that equally near ones at the edge of k neighbours cannot make a difference, and nearly alike, so
-# that a query rounded to another float16 (a distance changes by some 0.003) changes votes by 1e-4 of themselves
-ALL = RetrievalConfig(k=100_000, target_temperature=32.0)
 # float32 logits of tiny models, added up in another order: errors below 1e-5, ten times that allowed
 CLOSE = {"rtol": 0, "atol": 1e-4}
-
-
-@pytest.fixture(scope="session")
-def mlp_folder(targets_folder: Path, model_folder: str) -> Path:
-    """An MLP memory trained for an epoch beside the tiny model."""
-    from memlm.train.config import TrainConfig
-    from memlm.train.run import train_memory
-
-    out = targets_folder.parent / "mlp"
-    config = TrainConfig(kind="mlp", layers=1, epochs=1, batch_size=4, dtype="float32", learning_rate=1e-3)
-    train_memory(targets_folder, base=model_folder, out=out, config=config)
-    return out
-
-
-@pytest.fixture(scope="session")
-def other_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A base of the same tokenizer and size that did not make the datastore."""
-    return save_model(tmp_path_factory.mktemp("models") / "other-base", tokenizer, padding=8, seed=5)
 
 
 @pytest.fixture(scope="session")
 def wide_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A base of the same tokenizer and another width."""
     return save_model(tmp_path_factory.mktemp("models") / "wide-base", tokenizer, seed=6, width=48)
-
-
-@pytest.fixture
-def places(memory_folder: Path, mlp_folder: Path, datastore_folder: Path) -> dict[str, Path]:
-    return {"law": memory_folder, "mlp": mlp_folder, "facts": datastore_folder}
-
-
-Make = Callable[..., MixedLM]
-
-
-@pytest.fixture
-def make(places: dict[str, Path], model_folder: str) -> Make:
-    """A mixture of some of the three memories that never ends its text by itself."""
-
-    def mixture(weights: dict[str, float] = WEIGHTS, base: str = model_folder, **options: Any) -> MixedLM:
-        memories = {name: places[name] for name in weights}
-        model = MixedLM.from_pretrained(
-            base, memory=memories, mix_weight=weights, memory_kwargs={"retrieval": ALL}, **options
-        )
-        model.generation_config.eos_token_id = None
-        return model
-
-    return mixture
-
-
-@pytest.fixture(params=["reads the base", pytest.param("runs its teacher", marks=pytest.mark.slow)])
-def trio(request: pytest.FixtureRequest, make: Make, other_base: str) -> MixedLM:
-    """All three memories, the retriever reading the base's activations or running the datastore's teacher."""
-    own = request.param == "runs its teacher"
-    model = make(base=other_base) if own else make()
-    facts = model.named_memories()["facts"]
-    assert isinstance(facts, RetrievalMemory)
-    assert (facts.tap is None, facts.teacher is not None) == (own, own)
-    return model
 
 
 some_tokens = partial(token_ids, vocab_size=300)

@@ -3,12 +3,16 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -64,17 +68,9 @@ def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
     number = max(1, round(depth * len(blocks))) - 1
     last = blocks[number]
     called: list[str] = []
-    handles = [
-        child.register_forward_pre_hook(lambda *_, name=name: called.append(name))
-        for name, child in last.named_children()
-    ]
-    try:
-        with torch.no_grad():
-            model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     children = dict(last.named_children())
+    with torch.no_grad(), watch(children, lambda name, *_: called.append(name)):
+        model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
     heavy = [name for name in dict.fromkeys(called) if _matrices(children[name])]
     refusal = (
         f"no MLP was found in block {number} of {type(model).__name__} (it calls {', '.join(called) or 'no child'});"
@@ -124,9 +120,46 @@ def _module_input(args: tuple, kwargs: dict) -> Tensor:
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
 
 
+# Hooks belong to a module, and so to all threads that run it. One hook per watched module serves them all: it tells
+# those who watch in the thread (the context) that it is called in, and is gone when nobody watches.
+_watchers: ContextVar[tuple[tuple[Mapping[str, nn.Module], Callable[[str, tuple, dict], None]], ...]] = ContextVar(
+    "watchers", default=()
+)
+_hooks: WeakKeyDictionary[nn.Module, tuple[RemovableHandle, int]] = WeakKeyDictionary()
+_hooks_lock = threading.Lock()
+
+
+def _tell(module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+    for modules, see in _watchers.get():
+        for name, watched in modules.items():
+            if watched is module:
+                see(name, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def watch(modules: Mapping[str, nn.Module], see: Callable[[str, tuple, dict], None]) -> Iterator[None]:
+    """Have `see(name, args, kwargs)` called whenever the `with` block calls one of the modules, in its thread only."""
+    before = _watchers.set((*_watchers.get(), (modules, see)))
+    with _hooks_lock:
+        for module in modules.values():
+            handle, users = _hooks.get(module) or (module.register_forward_pre_hook(_tell, with_kwargs=True), 0)
+            _hooks[module] = handle, users + 1
+    try:
+        yield
+    finally:
+        _watchers.reset(before)
+        with _hooks_lock:
+            for module in modules.values():
+                handle, users = _hooks.pop(module)
+                if users > 1:
+                    _hooks[module] = handle, users - 1
+                else:
+                    handle.remove()
+
+
 @contextlib.contextmanager
 def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """What goes into each tap during the forward passes of a `with` block; the hooks are gone afterwards.
+    """What goes into each tap during the forward passes of a `with` block; other threads may run the same model.
 
     Costs nothing but a reference per tap: nothing is copied and no other layer's activations are kept.
 
@@ -140,21 +173,15 @@ def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) 
         ModelError: A tap does not exist.
     """
     found: dict[str, Tensor] = {}
-    handles, taps = [], set(taps)
-    try:
-        for tap in taps:
+    modules = {tap: get_module(model, tap) for tap in taps}
 
-            def keep(module: nn.Module, args: tuple, kwargs: dict, tap: str = tap) -> None:
-                found[tap] = _module_input(args, kwargs)
-                if stop and len(found) == len(taps):
-                    raise _ForwardStoppedError
+    def keep(tap: str, args: tuple, kwargs: dict) -> None:
+        found[tap] = _module_input(args, kwargs)
+        if stop and len(found) == len(modules):
+            raise _ForwardStoppedError
 
-            handles.append(get_module(model, tap).register_forward_pre_hook(keep, with_kwargs=True))
-        with contextlib.suppress(_ForwardStoppedError):
-            yield found
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.suppress(_ForwardStoppedError), watch(modules, keep):
+        yield found
 
 
 class TapReader:
