@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from memlm.errors import ConfigError, ModelError
+from memlm.models.identity import model_identity
 from memlm.models.loading import (
     block_list,
     fresh_model,
     keep_layers,
     load_causal_lm,
     load_config,
-    model_identity,
     outer_layers,
     parse_dtype,
     resolve,

@@ -19,7 +19,8 @@ from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
 from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
 from memlm.manifest import MANIFEST, Manifest
-from memlm.models.loading import default_device, load_causal_lm, model_identity, parse_dtype
+from memlm.models.identity import model_identity
+from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind

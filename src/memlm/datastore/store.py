@@ -15,7 +15,7 @@ from memlm.datastore.layout import IndexFacts
 from memlm.errors import ArtifactError
 from memlm.files import load_array
 from memlm.manifest import Facts, Manifest, payload_file, read_manifest
-from memlm.models.loading import model_identity
+from memlm.models.identity import model_identity
 
 CORPUS_PAYLOAD = "corpus"
 VALUES_FILE = "values.npy"

@@ -18,7 +18,7 @@ from memlm.evaluate.plot import number, plot_curve
 from memlm.files import write_json
 from memlm.memory.loading import read_settings
 from memlm.mix.weights import settle_weights
-from memlm.models.loading import model_identity
+from memlm.models.identity import model_identity
 from memlm.models.tokenizers import ADVICE
 from memlm.scores.mixtures import GRID, best_mix_weights, mixture_label_log_probs, perplexity_curve
 from memlm.scores.table import BASE, ScoreTable, score_corpus

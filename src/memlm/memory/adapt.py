@@ -17,7 +17,8 @@ from memlm.memory.card import CARD_FILE
 from memlm.memory.config import AdaptConfig
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_settings
-from memlm.models.loading import model_identity, resolve
+from memlm.models.identity import model_identity
+from memlm.models.loading import resolve
 from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
 from memlm.models.vocabularies import Alignment, align_vocabularies
 from memlm.stage import Stage, StageSpec, run_stage

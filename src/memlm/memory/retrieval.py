@@ -21,7 +21,7 @@ from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.reading import WindowedReader, longest_context
 from memlm.memory.voter import NoCache, VoterCache
 from memlm.models.heads import joined
-from memlm.models.loading import model_identity
+from memlm.models.identity import model_identity
 from memlm.models.taps import TapReader, get_module, tap_width
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs, retrieve, search_neighbors

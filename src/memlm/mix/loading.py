@@ -1,5 +1,6 @@
 """A mixture from paths and hub ids, checked before any weights are loaded; and its folder."""
 
+import contextlib
 import copy
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +16,9 @@ from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.mix.config import MixedLMConfig
 from memlm.mix.weights import settle_weights
-from memlm.models.loading import load_causal_lm, load_config, resolve
+from memlm.models.adapters import active_adapters, save_adapter, save_without_adapter
+from memlm.models.identity import commit_of, is_what_is_stored
+from memlm.models.loading import adapted_base, load_causal_lm, load_config, resolve
 from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -60,6 +63,8 @@ def load_mixture(
         loaded = source if isinstance(source, Memory) else load_memory(source, base=base, **memory_kwargs)
         memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
     mixed = kind(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
+    if not Path(mixed.config.base).is_dir():  # a hub id, whose weights may become others
+        mixed.config.base_revision = commit_of(mixed.config.base, base_kwargs.get("revision"))
     if saved is not None and (place / GENERATION_CONFIG_NAME).is_file():
         mixed.generation_config = GenerationConfig.from_pretrained(place)
     return mixed
@@ -67,26 +72,35 @@ def load_mixture(
 
 def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:
     """What `MixedLM.save_pretrained` does, with its arguments and errors."""
-    if not mixed.config.base and not include_base:
-        raise ConfigError("the base came from no folder or hub id to refer to; save it too with include_base=True")
-    folder = Path(save_directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(mixed.config)
-    config.memories = {name: f"memories/{name}" for name in mixed.memories}
+    base, config, folder = mixed.base, copy.deepcopy(mixed.config), Path(save_directory)
+    adapted = active_adapters(base)
+    original = adapted_base(config.base, revision=config.base_revision) or config.base if config.base else ""
+    if not include_base:
+        if not original:
+            raise ConfigError("the base came from no folder or hub id to refer to; save it too with include_base=True")
+        if not is_what_is_stored(base, original, config.base_revision):
+            raise ConfigError(
+                f"the base is not what {original} holds (it was merged, trained or edited): a reference would load"
+                " another model; save it too with include_base=True"
+            )
+    place = "base" if include_base else "adapter" if adapted else original
+    if adapted:
+        save_adapter(base, folder / place, original)
+    if include_base and adapted:
+        save_without_adapter(base, folder / place)
+    elif include_base:
+        base.save_pretrained(folder / place, **kwargs)
     for name, memory in mixed.named_memories().items():
         memory.save_pretrained(folder / "memories" / name)
-    if include_base:
-        mixed.base.save_pretrained(folder / "base", **kwargs)
-        config.base, config.base_revision = "base", None
+    config.memories = {name: f"memories/{name}" for name in mixed.memories}
+    config.base, config.base_revision = place, None if include_base else config.base_revision
     config.architectures = [type(mixed).__name__]
     config.save_pretrained(folder)
     mixed.generation_config.save_pretrained(folder)
-    try:
-        load_tokenizer(mixed.config.base, revision=mixed.config.base_revision).save_pretrained(folder)
-        if include_base:
-            load_tokenizer(mixed.config.base).save_pretrained(folder / "base")
-    except ModelError:
-        pass  # a base without tokenizer, as in tests, is saved without
+    with contextlib.suppress(ModelError):  # a base without tokenizer, as in tests, is saved without
+        tokenizer = load_tokenizer(mixed.config.base, revision=mixed.config.base_revision)
+        for copies in (folder, folder / place) if include_base else (folder,):
+            tokenizer.save_pretrained(copies)
 
 
 def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:

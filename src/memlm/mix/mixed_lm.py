@@ -31,6 +31,7 @@ from memlm.mix.loading import (
 )
 from memlm.mix.mixture import mix_log_probs
 from memlm.mix.weights import FixedWeights, MixWeight, Weight, settle_weights
+from memlm.models.adapters import has_adapter
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         size = size if vocab_size is None else min(size, vocab_size)
         config = MixedLMConfig(
             base=_absolute(base_name or base.config.name_or_path or ""),
-            base_revision=getattr(base.config, "_commit_hash", None),
             vocab_size=size,
             memory_window=memory_window,
         )
@@ -107,7 +107,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         for name, part in given.items():
             self._adopt(name, part)
         self.set_mix_weight(mix_weight)
-        self.requires_grad_(False).eval()
+        if not has_adapter(base):  # whose weights may be in training elsewhere
+            base.requires_grad_(False)
+        self.eval()
 
     def _adopt(self, name: str, memory: Memory) -> None:
         """Put a memory beside the base."""
@@ -116,7 +118,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         part = copy.copy(memory)
         if self.config.memory_window is not None:
             part.set_window(self.config.memory_window)
-        self.memories[name] = part
+        self.memories[name] = part.requires_grad_(False).eval()
         self._vocab_sizes[name] = memory.vocab_size
         self._share_vocabulary()
 
@@ -180,7 +182,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if not isinstance(memory, Memory):
             memory = load_memory(memory, base=self.config.base or None, **{"dtype": self.base.dtype, **kwargs})
         self._adopt(name, memory if "device_map" in kwargs else memory.to(self.base.device))
-        self.requires_grad_(False).eval()
         self._weigh(weights)
 
     def remove_memory(self, name: str) -> None:
@@ -392,7 +393,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         return load_mixture(cls, base, memory, mix_weight, memory_window, memory_kwargs, base_kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *, include_base: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write references (with revisions), weights and the memories themselves.
+        """Write a reference to the base (with its revision), its adapter, the weights and the memories themselves.
 
         Args:
             save_directory: Folder to write.
@@ -400,7 +401,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             kwargs: For the base's `save_pretrained`.
 
         Raises:
-            ConfigError: The base came from no folder or hub id, and is not to be copied.
+            ConfigError: The base is not to be copied, and came from no folder or hub id or is not what is stored there.
         """
         save_mixture(self, save_directory, include_base, kwargs)
 

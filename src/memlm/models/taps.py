@@ -92,6 +92,8 @@ def get_module(model: nn.Module, tap: str) -> nn.Module:
     Raises:
         ModelError: There is none; the nearest paths are named.
     """
+    if hasattr(model, "get_base_model"):  # PEFT wraps a model, whose modules keep their paths
+        model = model.get_base_model()  # type: ignore[operator]
     try:
         return model.get_submodule(tap)
     except AttributeError:

@@ -18,7 +18,8 @@ from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.retrieval import RetrievalSettings
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
-from memlm.models.loading import default_device, load_causal_lm, model_identity, parse_dtype
+from memlm.models.identity import model_identity
+from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.progress import progress_bar
 from memlm.scores.score import COLUMNS, Scores, score
 from memlm.stage import Stage, StageSpec, run_stage

@@ -18,7 +18,8 @@ from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import load_memory, memory_class, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
-from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, model_identity, parse_dtype
+from memlm.models.identity import model_identity
+from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
 from memlm.ranks import ALONE, Ranks, together

@@ -1,0 +1,148 @@
+"""Bases with adapters, merged, or edited in memory: what is saved and what comes back."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from memories import decoder_memory
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from memlm import MixedLM
+from memlm.errors import ConfigError
+from memlm.models.identity import model_identity
+from memlm.models.loading import load_causal_lm, load_config
+from memlm.models.tokenizers import fingerprint, load_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # PEFT calls it
+
+LORA = LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear")
+
+
+def logits(model: Any) -> Tensor:
+    tokens = torch.randint(3, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def lora(model_folder: str) -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), LORA).eval()
+
+
+@pytest.fixture
+def adapter_folder(model_folder: str, tmp_path: Path) -> str:
+    """An adapter as PEFT saves it."""
+    lora(model_folder).save_pretrained(tmp_path / "lora")
+    return str(tmp_path / "lora")
+
+
+def mixture(base: PreTrainedModel) -> MixedLM:
+    return MixedLM(base, decoder_memory(320, seed=3), 0.4)
+
+
+def comes_back(model: MixedLM, folder: Path, **options: Any) -> MixedLM:
+    expected = logits(model)
+    model.save_pretrained(folder, **options)
+    loaded = MixedLM.from_pretrained(folder)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+    return loaded
+
+
+def by_peft(folder: str, adapter: str) -> PreTrainedModel:
+    return lora(folder)
+
+
+def by_peft_under_another_name(folder: str, adapter: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return get_peft_model(model, LORA, adapter_name="law").eval()  # type: ignore[return-value]
+
+
+def by_transformers(folder: str, adapter: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.load_adapter(adapter)
+    return model.eval()
+
+
+def by_memlm(folder: str, adapter: str) -> PreTrainedModel:
+    return load_causal_lm(adapter)
+
+
+WAYS = [by_peft, by_peft_under_another_name, by_transformers, by_memlm]
+
+
+@pytest.mark.parametrize("include_base", [False, True])
+@pytest.mark.parametrize("adapted", WAYS)
+def test_an_adapter_is_saved_and_found_again(
+    model_folder: str,
+    adapter_folder: str,
+    tmp_path: Path,
+    adapted: Callable[[str, str], PreTrainedModel],
+    include_base: bool,
+) -> None:
+    base = adapted(model_folder, adapter_folder)
+    plain = logits(AutoModelForCausalLM.from_pretrained(model_folder))
+    assert (logits(base) - plain).abs().max() > 0.1
+    loaded = comes_back(mixture(base), tmp_path / "mixed", include_base=include_base)
+    assert loaded.base.active_adapters() == ["default"]
+    comes_back(loaded, tmp_path / "again", include_base=include_base)
+    weights = sum(path.stat().st_size for path in (tmp_path / "mixed").rglob("model*.safetensors"))
+    whole = sum(path.stat().st_size for path in Path(model_folder).glob("model*.safetensors"))
+    memory = sum(path.stat().st_size for path in (tmp_path / "mixed" / "memories").rglob("model*.safetensors"))
+    assert (weights - memory > 0.9 * whole) is include_base
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_merged_adapter_is_not_lost(model_folder: str, tmp_path: Path, in_place: bool) -> None:
+    base = lora(model_folder)
+    if in_place:
+        base.merge_adapter()
+    model = mixture(base if in_place else base.merge_and_unload())
+    with pytest.raises(ConfigError, match=r"the base is not what .* holds .* include_base=True"):
+        model.save_pretrained(tmp_path / "reference")
+    assert not (tmp_path / "reference").exists()
+    comes_back(model, tmp_path / "whole", include_base=True)
+
+
+def test_a_base_that_was_edited_in_memory_is_refused_or_saved(model_folder: str, tmp_path: Path) -> None:
+    model = mixture(AutoModelForCausalLM.from_pretrained(model_folder))
+    comes_back(model, tmp_path / "before")
+    model.base.get_input_embeddings().weight.data[5] += 1
+    with pytest.raises(ConfigError, match="include_base=True"):
+        model.save_pretrained(tmp_path / "after")
+    comes_back(model, tmp_path / "whole", include_base=True)
+
+
+def test_a_disabled_adapter_is_not_saved(model_folder: str, adapter_folder: str, tmp_path: Path) -> None:
+    base = by_transformers(model_folder, adapter_folder)
+    base.disable_adapters()
+    loaded = comes_back(mixture(base), tmp_path / "mixed")
+    assert not getattr(loaded.base, "_hf_peft_config_loaded", False)
+
+
+def test_what_cannot_be_saved_beside_a_base_is_refused(model_folder: str, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    prefix = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ConfigError, match="adapter of type PREFIX_TUNING cannot be saved beside it"):
+        mixture(prefix).save_pretrained(tmp_path / "mixed")  # type: ignore[arg-type]
+
+
+def test_an_adapter_folder_is_a_model(
+    model_folder: str, adapter_folder: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert load_config(adapter_folder).hidden_size == load_config(model_folder).hidden_size
+    assert fingerprint(load_tokenizer(adapter_folder)) == fingerprint(tokenizer)
+    torch.testing.assert_close(logits(load_causal_lm(adapter_folder)), logits(lora(model_folder)), rtol=0, atol=1e-6)
+    assert model_identity(adapter_folder).endswith(f"+{model_identity(model_folder)}")
+
+
+def test_a_mixture_leaves_what_trains_as_it_is(model_folder: str) -> None:
+    base = lora(model_folder)
+    before = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    assert any(before.values())
+    mixture(base)
+    assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == before
