@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import save_model, sentences, tiny_model
 from families import family_model
+from memories import decoder_memory
 from tiny_tokenizers import byte_level
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -388,3 +389,45 @@ def test_saving_leaves_the_model_as_it_was(model_folder: str, memory_folder: Pat
     before = model.config.to_dict()
     model.save_pretrained(tmp_path, include_base=True)
     assert model.config.to_dict() == before
+
+
+# --- what other tools ask of a mixture --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_config_tells_the_sizes_of_the_base(family: str) -> None:
+    """As lm-eval looks for a context length: in these attributes, and else takes 2,048."""
+    base = family_model(family)
+    config = MixedLM(base, decoder_memory(64), 0.3).config
+    names = ("n_positions", "max_position_embeddings", "n_ctx")
+    found = next(getattr(config, name) for name in names if hasattr(config, name))
+    assert found == base.config.max_position_embeddings
+    assert (config.hidden_size, config.num_hidden_layers) == (base.config.hidden_size, base.config.num_hidden_layers)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_base_attends_as_asked_for_through_auto_model(
+    model_folder: str, memory_folder: Path, tmp_path: Path, attention: str
+) -> None:
+    MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.3).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=attention)
+    assert model.base.config._attn_implementation == attention
+
+
+def test_a_revision_is_kept(
+    model_folder: str, memory_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's cache after somebody pushed other weights: the mixture stays with the commit it was made with."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    place = tmp_path / "hub" / "models--someone--model"
+    (place / "refs").mkdir(parents=True)
+    for seed, commit in enumerate(("1" * 40, "2" * 40)):
+        save_model(place / "snapshots" / commit, AutoTokenizer.from_pretrained(model_folder), padding=8, seed=seed)
+    (place / "refs" / "main").write_text("1" * 40)
+    for revision, name in ((None, "latest"), ("1" * 40, "named")):
+        model = MixedLM.from_pretrained("someone/model", memory=memory_folder, mix_weight=0.3, revision=revision)
+        assert model.config.base_revision == "1" * 40
+        model.save_pretrained(tmp_path / name)
+        (place / "refs" / "main").write_text("2" * 40)
+        for load in (MixedLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+            torch.testing.assert_close(logits(load(tmp_path / name)), logits(model), rtol=0, atol=0)

@@ -2,6 +2,9 @@
 
 from transformers import PreTrainedConfig
 
+SIZES = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+"""What tools, such as lm-eval, look for in a config: the base's."""
+
 
 class MixedLMConfig(PreTrainedConfig):
     """References to a base and its memories, and their weights; no weights of its own."""
@@ -15,3 +18,8 @@ class MixedLMConfig(PreTrainedConfig):
     mix_weights: dict | None = None
     memory_window: int | None = None
     vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None

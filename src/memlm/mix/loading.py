@@ -39,8 +39,11 @@ def load_mixture(
     base_kwargs: dict[str, Any],
 ) -> Mixture:
     """What `MixedLM.from_pretrained` gives, with its arguments and errors."""
-    if isinstance(base_kwargs.get("config"), MixedLMConfig):  # AutoModel hands over the config it found
-        base_kwargs.pop("config")
+    config = base_kwargs.get("config")
+    if isinstance(config, MixedLMConfig):  # AutoModel hands over the config it found, and in it how to attend
+        del base_kwargs["config"]
+        if config._attn_implementation is not None:
+            base_kwargs.setdefault("attn_implementation", config._attn_implementation)
     place = Path(base)
     base, memory, saved = _open_saved(str(base), memory)
     sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
@@ -49,7 +52,7 @@ def load_mixture(
             kept = {name: weight for name, weight in (saved.mix_weights or {}).items() if name in sources}
             mix_weight = kept | dict(mix_weight or {})
         memory_window = saved.memory_window if memory_window is None else memory_window
-        base_kwargs.setdefault("revision", saved.base_revision)
+        base_kwargs["revision"] = base_kwargs.get("revision") or saved.base_revision
     memory_kwargs = dict(memory_kwargs or {})
     check_names(sources)
     check_window(memory_window)

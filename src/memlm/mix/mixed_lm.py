@@ -19,7 +19,7 @@ from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter
 from memlm.mix.cache import MixedCache
-from memlm.mix.config import MixedLMConfig
+from memlm.mix.config import SIZES, MixedLMConfig
 from memlm.mix.loading import (
     MemorySource,
     check_names,
@@ -94,7 +94,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             vocab_size=size,
             memory_window=memory_window,
         )
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", *SIZES):
             setattr(config, name, getattr(base.config.get_text_config(), name, None))
         config._attn_implementation = "eager"  # has no attention of its own; the base keeps what it was loaded with
         super().__init__(config)
