@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from memlm.memory.voter import HeadVoter, VoterCache
+from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
 from memlm.models.taps import capture
 
@@ -67,13 +68,19 @@ class BaseVoter(HeadVoter):
         except Exception:  # the model is a stranger's code; whatever goes wrong with its parts, the whole may work
             self._head = None
         self._reader = model if self._head is None else model.base_model
-        parameters = inspect.signature(self._reader.forward).parameters
-        self._arguments = set(parameters)
+        forward = unwrapped(model).forward if self._head is None else self._reader.forward
+        parameters = inspect.signature(forward).parameters
+        self.arguments = set(parameters)
         self._takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def keeps_cache(self) -> bool:
+        """Whether the model keeps its past in a cache of transformers; where not, it reads all text at every step."""
+        return "past_key_values" in self.arguments and unwrapped(self.model)._supports_default_dynamic_cache()
 
     @property
     def head(self) -> Head:  # type: ignore[override]
@@ -109,9 +116,9 @@ class BaseVoter(HeadVoter):
         """
         if cache is not None:
             inputs["past_key_values"] = cache.inner
-        known = {name: value for name, value in inputs.items() if name in self._arguments or self._takes_more}
+        known = {name: value for name, value in inputs.items() if name in self.arguments or self._takes_more}
         for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
-            if value is not None and name in self._arguments:
+            if value is not None and name in self.arguments:
                 known[name] = value
         with capture(self.model, taps) as found:
             output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -39,6 +40,7 @@ def load_mixture(
     base_kwargs: dict[str, Any],
 ) -> Mixture:
     """What `MixedLM.from_pretrained` gives, with its arguments and errors."""
+    _check_spelling(base_kwargs)
     config = base_kwargs.get("config")
     if isinstance(config, MixedLMConfig):  # AutoModel hands over the config it found, and in it how to attend
         del base_kwargs["config"]
@@ -111,6 +113,14 @@ def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> Memor
     return (
         source.settings if isinstance(source, Memory) else read_settings(source, revision=memory_kwargs.get("revision"))
     )
+
+
+def _check_spelling(base_kwargs: Mapping[str, Any]) -> None:
+    """Raise a ConfigError for a keyword that is nearly one of our own; transformers would take it for its own."""
+    own = ("memory", "mix_weight", "memory_window", "memory_kwargs")
+    for name in base_kwargs:
+        if near := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
+            raise ConfigError(f"{name} is no setting here; did you mean {near[0]}?")
 
 
 def check_names(memories: Iterable[str]) -> None:

@@ -1,6 +1,7 @@
 """`MixedLM`: a frozen base and its memories as one model of transformers."""
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +103,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         self.memories = nn.ModuleDict()
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
         self._voter = BaseVoter(base, size)
+        self._is_stateful = bool(getattr(base, "_is_stateful", False))  # transformers asks before it drafts
         self._rule = FixedWeights({})
         self._vocab_sizes = {"": size}  # the base's; a memory's below its name
         for name, part in given.items():
@@ -214,7 +216,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Int[Tensor, "B T"],
+        input_ids: Int[Tensor, "B T"] | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -242,14 +244,19 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: `past_key_values` is not a `MixedCache`.
-            ConfigError: A weight is outside [0, 1], they sum to more than 1, or do not fit the batch; or the cache is
-                older than a memory.
+            ConfigError: There are no token ids, or the mask is not `(B, L)`; a weight is outside [0, 1], they sum to
+                more than 1, or do not fit the batch; or the cache is older than a memory.
         """
+        if input_ids is None:
+            raise ConfigError("input_ids are missing: memories read token ids, so embeddings alone are not enough")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ConfigError(f"attention_mask has {attention_mask.ndim} axes: a mixture takes (batch, length) only")
         if past_key_values is not None and not isinstance(past_key_values, MixedCache):
             raise TypeError(
                 f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache"
             )
         use_cache = use_cache if use_cache is not None else past_key_values is not None
+        use_cache = use_cache and self._voter.keeps_cache
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache(len(input_ids))
         parts = self.components(
@@ -273,8 +280,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=parts.base.output.hidden_states,
-            attentions=parts.base.output.attentions,
+            hidden_states=getattr(parts.base.output, "hidden_states", None),
+            attentions=getattr(parts.base.output, "attentions", None),
         )
         return result if return_dict is not False else result.to_tuple()
 
@@ -330,7 +337,13 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         return torch.where(total[..., None] == 0, logits, mixed) if isinstance(total, Tensor) else mixed
 
     def new_cache(self, batch_size: int, base_cache: Cache | None = None) -> MixedCache:
-        """An empty cache for `forward`; a dynamic one for the base unless another is given."""
+        """An empty cache for `forward`; a dynamic one for the base unless another is given.
+
+        Raises:
+            ConfigError: The base keeps no past in a cache of transformers.
+        """
+        if not self._voter.keeps_cache:
+            raise ConfigError(f"{type(self.base).__name__} keeps no past in a cache of transformers: go on without one")
         if base_cache is None:
             base_cache = self._voter.new_cache(batch_size).inner
         return MixedCache(base_cache, self.named_memories(), self._rule.new_state(batch_size), batch_size)
@@ -343,6 +356,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        if not self._voter.keeps_cache:
+            name = type(self.base).__name__
+            warnings.warn(f"{name} keeps no past in a cache; all text is read anew for every token", stacklevel=2)
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+            return
         given = model_kwargs.get("past_key_values") is not None
         own: dict[str, Any] = model_kwargs if given else {}
         cast(Any, self.base)._prepare_cache_for_generation(
@@ -353,7 +371,37 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        strange = {name: value for name, value in model_kwargs.items() if name not in self._voter.arguments}
+        cast(Any, super())._validate_model_kwargs(strange)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
+        if inputs["input_ids"].shape[1] == 1:  # pictures and sounds belong to the prompt
+            inputs = {n: value for n, value in inputs.items() if not n.startswith(("pixel_", "image_", "input_feat"))}
+        return inputs
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for a mixed model, whose memories keep no pages.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("a mixture cannot generate with paged caches (generate_batch): call generate")
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for a mixed model: its base takes adapters.
+
+        Raises:
+            NotImplementedError: Always.
+        """
+        raise NotImplementedError("adapters belong to the base: call mixture.base.load_adapter or add_adapter")
+
+    add_adapter = load_adapter
+
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
+        if kwargs["generation_config"].assistant_early_exit is not None:
+            raise NotImplementedError("a mixture cannot draft by leaving its layers early: give an assistant_model")
         own = {name: value for name, value in model_kwargs.items() if name != "mix_weight"}  # not the assistant's
         return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 

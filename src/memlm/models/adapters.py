@@ -2,11 +2,11 @@
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.errors import ConfigError
@@ -15,9 +15,14 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of transformers inside a `PeftModel`; any other model as it is."""
+    return cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def has_adapter(model: PreTrainedModel) -> bool:
     """Whether PEFT's layers are in it; such a model may be in training."""
-    return hasattr(model, "get_base_model") or getattr(model, "_hf_peft_config_loaded", False)
+    return unwrapped(model) is not model or getattr(model, "_hf_peft_config_loaded", False)
 
 
 def active_adapters(model: PreTrainedModel) -> list[str]:
@@ -36,7 +41,7 @@ def active_adapters(model: PreTrainedModel) -> list[str]:
 
 def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights that a model has apart from its adapters, by the names that they have in a model without any."""
-    inner: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    inner = unwrapped(model)
     kept = {"base_layer", "original_module"}  # where PEFT puts what it wraps
     wrappers = {name for name, module in inner.named_modules() if kept & dict(module.named_children()).keys()}
     state = {}

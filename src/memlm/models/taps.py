@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from memlm.errors import ConfigError, ModelError
+from memlm.models.adapters import unwrapped
 from memlm.models.loading import block_list
 
 
@@ -86,14 +87,13 @@ def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
     return f"{list_name}.{number}.{heavy[1]}"
 
 
-def get_module(model: nn.Module, tap: str) -> nn.Module:
+def get_module(model: PreTrainedModel, tap: str) -> nn.Module:
     """The module at path `tap`.
 
     Raises:
         ModelError: There is none; the nearest paths are named.
     """
-    if hasattr(model, "get_base_model"):  # PEFT wraps a model, whose modules keep their paths
-        model = model.get_base_model()  # type: ignore[operator]
+    model = unwrapped(model)
     try:
         return model.get_submodule(tap)
     except AttributeError:

@@ -1,0 +1,161 @@
+"""What a mixture does where a part of it, or transformers, can do less than usual: the same tokens, or a refusal."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import family_model, token_ids
+from memories import decoder_memory
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    OpenAIGPTConfig,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
+
+from memlm import MixedLM
+from memlm.errors import ConfigError
+
+VOCAB = 64
+
+
+def openai_gpt() -> PreTrainedModel:
+    return model_of(OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, initializer_range=0.4))
+
+
+def rwkv() -> PreTrainedModel:
+    return model_of(RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
+
+
+def recurrent_gemma() -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "intermediate_size": 64, "num_attention_heads": 4}
+    return model_of(RecurrentGemmaConfig(vocab_size=VOCAB, lru_width=32, attention_window_size=64, **sizes))
+
+
+def model_of(config: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def mixture(base: PreTrainedModel, weight: float = 0.4) -> MixedLM:
+    return MixedLM(base, decoder_memory(VOCAB, seed=3), weight)
+
+
+@torch.no_grad()
+def greedily(model: Any, tokens: Tensor, count: int) -> Tensor:
+    """By hand: all text is read anew for every token."""
+    for _ in range(count):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+# --- bases that keep no cache, or a state that cannot be rolled back --------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.* keeps no past in a cache")
+@pytest.mark.parametrize("base", [openai_gpt, rwkv, lambda: family_model("mamba")], ids=["gpt1", "rwkv", "mamba"])
+def test_a_base_without_a_cache_forgets_nothing(base: Callable[[], PreTrainedModel]) -> None:
+    model, prompt = mixture(base()), token_ids(1, 6, vocab_size=VOCAB)
+    found = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, greedily(model, prompt, 6))
+    assert model(prompt, use_cache=True).past_key_values is None
+    with pytest.raises(ConfigError, match="keeps no past in a cache of transformers"):
+        model.new_cache(1)
+
+
+def test_that_all_text_is_read_anew_is_said() -> None:
+    with pytest.warns(UserWarning, match="OpenAIGPTLMHeadModel keeps no past in a cache; all text is read anew"):
+        mixture(openai_gpt()).generate(token_ids(1, 6), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("base", [rwkv, recurrent_gemma])
+def test_drafts_are_refused_where_the_base_refuses_them(base: Callable[[], PreTrainedModel]) -> None:
+    model, prompt = base(), token_ids(1, 6)
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": family_model("llama", VOCAB)}):
+        for refused in (model, mixture(model)):
+            with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+                refused.generate(prompt, max_new_tokens=3, do_sample=False, **options)
+
+
+def test_a_stateful_base_with_a_cache_gives_the_same_tokens_as_without() -> None:
+    model, prompt = mixture(recurrent_gemma()), token_ids(1, 6)
+    found = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, greedily(model, prompt, 6))
+
+
+# --- what a mixture refuses -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m, x: m.generate_batch([x[0].tolist()]), NotImplementedError, r"paged caches .*call generate"),
+        (
+            lambda m, x: m.generate(x, max_new_tokens=2, cache_implementation="paged"),
+            NotImplementedError,
+            "paged caches",
+        ),
+        (
+            lambda m, x: m.generate(x, max_new_tokens=2, do_sample=False, assistant_early_exit=1),
+            NotImplementedError,
+            "leaving its layers early",
+        ),
+        (lambda m, x: m.load_adapter("someone/adapter"), NotImplementedError, r"mixture\.base\.load_adapter"),
+        (lambda m, x: m.add_adapter(None), NotImplementedError, r"mixture\.base\.load_adapter"),
+        (lambda m, x: m(inputs_embeds=torch.zeros(1, 3, 32)), ConfigError, "input_ids are missing"),
+        (
+            lambda m, x: m.generate(inputs_embeds=torch.zeros(1, 3, 32), max_new_tokens=2),
+            ValueError,
+            "You passed `inputs_embeds`",
+        ),
+        (lambda m, x: m(x, attention_mask=torch.ones(1, 1, 6, 6)), ConfigError, "attention_mask has 4 axes"),
+    ],
+    ids=["batch", "paged", "early exit", "load_adapter", "add_adapter", "embeds", "generate embeds", "4-d mask"],
+)
+def test_what_it_cannot_do_is_refused_and_leaves_it_whole(
+    call: Callable[[MixedLM, Tensor], Any], error: type[Exception], message: str
+) -> None:
+    model, prompt = mixture(family_model("llama")), token_ids(1, 6)
+    with torch.no_grad():
+        expected = model(prompt).logits
+    with pytest.raises(error, match=message):
+        call(model, prompt)
+    with torch.no_grad():
+        assert torch.equal(model(prompt).logits, expected)
+
+
+def test_a_misspelt_keyword_is_named_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="mix_weights is no setting here; did you mean mix_weight"):
+        MixedLM.from_pretrained("nowhere", memory="nothing", mix_weights=0.3)
+
+
+# --- further inputs of the base ---------------------------------------------------------------------------------------
+
+
+def test_what_the_bases_forward_takes_generate_takes_too() -> None:
+    base, prompt = family_model("gpt2"), token_ids(2, 6)
+    types = torch.ones_like(prompt)
+    alone = base.generate(prompt, token_type_ids=types, max_new_tokens=5, do_sample=False)
+    assert not torch.equal(alone, base.generate(prompt, max_new_tokens=5, do_sample=False))
+    assert torch.equal(
+        mixture(base, 0.0).generate(prompt, token_type_ids=types, max_new_tokens=5, do_sample=False), alone
+    )
+
+
+def test_the_mask_reaches_a_base_that_peft_wraps() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base, prompt = family_model("llama"), token_ids(1, 6)
+    with pytest.warns(FutureWarning, match="is_gradient_checkpointing"):
+        wrapped = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).eval()
+    model = mixture(wrapped)  # type: ignore[arg-type]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), prompt], 1)
+    mask = torch.tensor([[0] * 3 + [1] * 6])
+    with torch.no_grad():
+        alone, beside = model(prompt).logits[:, -1], model(padded, attention_mask=mask).logits[:, -1]
+    torch.testing.assert_close(beside, alone, rtol=0, atol=1e-4)
