@@ -1,5 +1,6 @@
 """Bases with adapters, merged, or edited in memory: what is saved and what comes back."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from memlm import MixedLM
-from memlm.errors import ConfigError
+from memlm.errors import ConfigError, ModelError
+from memlm.models import loading
 from memlm.models.identity import model_identity
 from memlm.models.loading import load_causal_lm, load_config
 from memlm.models.tokenizers import fingerprint, load_tokenizer
@@ -138,6 +140,20 @@ def test_an_adapter_folder_is_a_model(
     assert fingerprint(load_tokenizer(adapter_folder)) == fingerprint(tokenizer)
     torch.testing.assert_close(logits(load_causal_lm(adapter_folder)), logits(lora(model_folder)), rtol=0, atol=1e-6)
     assert model_identity(adapter_folder).endswith(f"+{model_identity(model_folder)}")
+
+
+def test_an_adapter_of_itself_is_refused_in_one_line(adapter_folder: str) -> None:
+    config = Path(adapter_folder) / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": adapter_folder}))
+    with pytest.raises(ModelError, match="cannot be loaded; tried: folder"):
+        load_config(adapter_folder)
+
+
+def test_what_an_adapter_needs_is_said(adapter_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr("transformers.models.auto.auto_factory.is_peft_available", lambda: False)
+    with pytest.raises(ModelError, match="is an adapter; to load it: pip install peft"):
+        load_causal_lm(adapter_folder)
 
 
 def test_a_mixture_leaves_what_trains_as_it_is(model_folder: str) -> None:

@@ -80,7 +80,8 @@ class BaseVoter(HeadVoter):
     @property
     def keeps_cache(self) -> bool:
         """Whether the model keeps its past in a cache of transformers; where not, it reads all text at every step."""
-        return "past_key_values" in self.arguments and unwrapped(self.model)._supports_default_dynamic_cache()
+        inner: Any = unwrapped(self.model)
+        return "past_key_values" in self.arguments and inner._supports_default_dynamic_cache()
 
     @property
     def head(self) -> Head:  # type: ignore[override]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def adapted_base(source: str, *, revision: str | None = None) -> str | None:
         return None
     values = read_json(config) if config is not None else {}
     base = values.get("base_model_name_or_path") if isinstance(values, dict) else None
-    return base if isinstance(base, str) and base != source else None
+    if not isinstance(base, str) or (Path(base).is_dir() and not (Path(base) / "config.json").is_file()):
+        return None  # an adapter of an adapter, perhaps of itself
+    return base
 
 
 def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -58,11 +61,11 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         values = read_json(path)
         if not isinstance(values, dict) or values.keys() & _INFLATED:
             raise ArtifactError(f"{path} is no config that memlm writes; it may have none of {', '.join(_INFLATED)}")
-    if (base := adapted_base(source, revision=revision)) is not None:
-        return load_config(base, revision=revision, trust_remote_code=trust_remote_code)
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config's own code, given values that it was not written for
+        if (base := adapted_base(source, revision=revision)) is not None:
+            return load_config(base, revision=revision, trust_remote_code=trust_remote_code)
         raise _unreachable(name, source, error) from None
 
 
@@ -89,6 +92,8 @@ def load_causal_lm(
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**kwargs, **told})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        if find_spec("peft") is None and adapted_base(source, revision=kwargs.get("revision")) is not None:
+            raise ModelError(f"model {name!r} is an adapter; to load it: pip install peft") from None
         raise _unreachable(name, source, error) from None
     if not isinstance(loaded, tuple):  # a saved mixture; its parts were looked at as they were loaded
         return loaded.eval()
