@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.manifest import is_artifact, payload_file, read_manifest
 from memlm.memory.config import MLPStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
-from memlm.memory.voter import NoCache, VoterCache
+from memlm.memory.reading import GivenActivations
 from memlm.models.heads import Head, find_head
 from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes
 from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
@@ -115,6 +115,7 @@ class MLPMemory(ParametricMemory):
         self.norm = make_norm(style, width)
         self.output = nn.Linear(width, settings.vocab_size, bias=False)
         self.head = Head(self.output)
+        self.reader = GivenActivations(settings.input_width, "an MLP memory")
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=_STD)
@@ -157,7 +158,6 @@ class MLPMemory(ParametricMemory):
 
     def check_base(self, base: PreTrainedModel) -> None:
         assert self.tap is not None
-        get_module(base, self.tap)
         blocks, width = len(block_list(base)[1]), tap_width(base, self.tap)
         ours = self.settings.base_blocks, self.settings.input_width
         if (blocks, width) != ours:
@@ -231,7 +231,7 @@ class MLPMemory(ParametricMemory):
 
     def body(self, activations: Float[Tensor, "... D"]) -> Float[Tensor, "... W"]:
         """What the head reads."""
-        x = activations.to(self.output.weight.dtype)
+        x = activations.to(self.output.weight)
         x = self.input(x) if self.input is not None else x
         for block in self.blocks:
             x = block(x)
@@ -239,25 +239,8 @@ class MLPMemory(ParametricMemory):
 
     # --- inference ------------------------------------------------------------------------------------------------
 
-    def new_cache(self, batch_size: int) -> NoCache:
-        return NoCache()
-
-    def step(
-        self,
-        tokens: Int[Tensor, "B T"],
-        activations: Float[Tensor, "B T D"] | None = None,
-        attention_mask: Bool[Tensor, "B L"] | None = None,
-        cache: VoterCache | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The activations as they are: no token looks at another, so `votes` runs the blocks too, where asked only.
-
-        Raises:
-            ModelError: There are no activations, or of another width.
-        """
-        return check_activations(activations, self.settings.input_width, "an MLP memory").to(self.device)
-
     def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... W"]:
-        return self.body(state[places])
+        return self.body(state[places])  # no token looks at another, so the blocks run where asked only
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -282,19 +265,6 @@ def check_tensors(wanted: Mapping[str, tuple[int, ...]], held: Mapping[str, tupl
 
 def _counted(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
-
-
-def check_activations(activations: Tensor | None, width: int, reader: str) -> Tensor:
-    """The activations, where they are there and `width` wide.
-
-    Raises:
-        ModelError: They are not.
-    """
-    if activations is None:
-        raise ModelError(f"{reader} reads the base's activations; there are none")
-    if activations.shape[-1] != width:
-        raise ModelError(f"{reader} reads activations {width} wide; the base's are {activations.shape[-1]} wide")
-    return activations
 
 
 # --- the base's own style ---------------------------------------------------------------------------------------------

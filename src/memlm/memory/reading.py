@@ -1,4 +1,4 @@
-"""A causal LM read through a cache and a window: what comes out depends on the tokens alone, not on how they came."""
+"""What a memory's states are made of: tokens read by a causal LM through a cache and a window, or given activations."""
 
 import inspect
 import warnings
@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from memlm.errors import ConfigError
-from memlm.memory.voter import VoterCache
+from memlm.errors import ConfigError, ModelError
+from memlm.memory.voter import NoCache, VoterCache
 
 
 class TokenCache(VoterCache):
@@ -64,6 +64,30 @@ class TokenCache(VoterCache):
         self.drop_inner()
 
 
+class GivenActivations:
+    """The base's activations as they are: no token looks at another, and nothing is kept."""
+
+    def __init__(self, width: int, reader: str) -> None:
+        """
+        Args:
+            width: Of the activations.
+            reader: What an error calls the memory.
+        """
+        self.width, self._reader = width, reader
+
+    def new_cache(self, batch_size: int) -> NoCache:
+        return NoCache()
+
+    def step(
+        self, tokens: Tensor, activations: Tensor | None = None, attention_mask: Any = None, cache: Any = None
+    ) -> Float[Tensor, "B T D"]:
+        if activations is None:
+            raise ModelError(f"{self._reader} reads the base's activations; there are none")
+        if (width := activations.shape[-1]) != self.width:
+            raise ModelError(f"{self._reader} reads activations {self.width} wide; the base's are {width} wide")
+        return activations
+
+
 class WindowedReader:
     """Reads tokens with a causal LM, in runs that fit its window, and gives one vector per token."""
 
@@ -105,6 +129,7 @@ class WindowedReader:
     def step(
         self,
         tokens: Int[Tensor, "B T"],
+        activations: None = None,
         attention_mask: Bool[Tensor, "B L"] | None = None,
         cache: VoterCache | None = None,
     ) -> Float[Tensor, "B T D"]:
