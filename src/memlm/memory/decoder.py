@@ -24,6 +24,7 @@ class MemoryDecoder(ParametricMemory):
 
     kind = "decoder"
     can_draft = True
+    reader: WindowedReader
 
     def __init__(self, decoder: PreTrainedModel, settings: MemorySettings | None = None) -> None:
         """

@@ -231,7 +231,7 @@ class MLPMemory(ParametricMemory):
 
     def body(self, activations: Float[Tensor, "... D"]) -> Float[Tensor, "... W"]:
         """What the head reads."""
-        x = activations.to(self.output.weight)
+        x = activations.to(self.output.weight.dtype)
         x = self.input(x) if self.input is not None else x
         for block in self.blocks:
             x = block(x)
@@ -240,7 +240,7 @@ class MLPMemory(ParametricMemory):
     # --- inference ------------------------------------------------------------------------------------------------
 
     def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... W"]:
-        return self.body(state[places])  # no token looks at another, so the blocks run where asked only
+        return self.body(state.to(self.device)[places])  # no token looks at another, so blocks run where asked only
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -27,7 +27,7 @@ from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
-from memlm.train.trainer import MemoryTrainer, last_whole_checkpoint, training_arguments
+from memlm.train.trainer import HeldOut, MemoryTrainer, last_whole_checkpoint, training_arguments
 
 _CHECKPOINTS = "checkpoints"
 _HELD_OUT = "validation-activations.npy"
@@ -91,7 +91,7 @@ def plan_memory(
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
-    validation = rows.validation if len(rows.validation) else None
+    validates = len(rows.validation) > 0
     batches = math.ceil(len(rows.train) / (config.batch_size * ranks.count))
     arguments = training_arguments(
         config,
@@ -99,7 +99,7 @@ def plan_memory(
         steps_per_epoch=math.ceil(batches / config.accumulation),
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        validate=validation is not None,
+        validate=validates,
     )
     inputs = {"data": rows.manifest.hash, "base": model_identity(base)}
     sources = {**rows.manifest.sources, "data": str(data), "base": base}
@@ -129,13 +129,15 @@ def plan_memory(
             if ranks.first:
                 _repair_beside_weights(stage, previous, memory, rows, config)
             return previous.facts
-        scores = held_out = None
-        if validation is not None:
+        held_out = None
+        if validates:
             scores = ranks.from_first(
-                _base_scores(stage, rows, base_model, memory.tap, config) if ranks.first else None
+                _base_scores(stage, rows, base_model, memory.tap, config) if ranks.first else np.empty(0, np.float32)
             )
+            read = None
             if memory.tap is not None:
-                held_out = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+                read = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+            held_out = HeldOut(rows.validation, scores, read)
         checkpoints = stage.path / _CHECKPOINTS
         arguments.output_dir = str(checkpoints)
         trainer = MemoryTrainer(
@@ -143,9 +145,7 @@ def plan_memory(
             arguments,
             rows=rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys),
             kl_weight=config.kl_weight,
-            validation=validation,
-            base_scores=scores,
-            validation_activations=held_out,
+            held_out=held_out,
             batch_tokens=config.batch_tokens,
             online=TapReader(base_model, memory.tap) if memory.tap is not None and store is None else None,
         )
