@@ -74,20 +74,11 @@ def distillation_loss(
         ids = torch.cat([ids, target_ids.int()])
         q, of_targets = target_probs.float(), owner[len(labels) :]
         q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
-    dtype = _product_dtype(hidden)
+    device = hidden.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    tile = tile or _tile(len(labels), vocab_size, dtype, device)
     soft, cross_entropy, target_score = _SparseCrossEntropy.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        owner,
-        ids,
-        q,
-        kl_weight,
-        vocab_size,
-        head.scale,
-        head.softcap,
-        dtype,
-        tile or _tile(len(labels), vocab_size, dtype, hidden.device),
+        hidden, head.weight, head.bias, owner, ids, q, kl_weight, vocab_size, head.scale, head.softcap, dtype, tile
     )
     negative_entropy = torch.xlogy(q, q).sum()
     return DistillationLoss(
@@ -95,11 +86,6 @@ def distillation_loss(
         kl=(negative_entropy + target_score).detach(),
         cross_entropy=cross_entropy.detach(),
     )
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _tile(positions: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
