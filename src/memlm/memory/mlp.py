@@ -183,11 +183,10 @@ class MLPMemory(ParametricMemory):
         tap = resolve_tap(base, config.tap or "1.0")
         input_width = tap_width(base, tap)
         style, own_ffn_width = ffn_style(base)
-        layers, width, ffn_width = SIZES.get(config.like or "", (None, None, None))
-        width = width or config.width or input_width
-        layers = layers or config.layers or DEFAULT_LAYERS
-        if ffn_width is None:
-            ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
+        layers, width, ffn_width = SIZES.get(config.like or "", (config.layers, config.width, config.ffn_width))
+        width = width or input_width
+        layers = layers or DEFAULT_LAYERS
+        ffn_width = ffn_width or (own_ffn_width if width == input_width else 4 * width)
         own = MLPSettings(
             **{**settings.model_dump(), "kind": cls.kind, "tap": tap},
             input_width=input_width,
@@ -281,10 +280,10 @@ def ffn_style(base: PreTrainedModel) -> tuple[FFNStyle, int]:
     kind = _norm_kind(norm, width)
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 1e-5
     mlp = get_module(base, find_tap(base))
-    shapes = [_in_out(module) for module in mlp.modules() if isinstance(module, nn.Linear | Conv1D)]
-    bias = next((m.bias is not None for m in mlp.modules() if isinstance(m, nn.Linear | Conv1D)), False)
-    plain = len(shapes) in (2, 3) and shapes[0][0] == width
-    if plain:
+    matrices = [module for module in mlp.modules() if isinstance(module, nn.Linear | Conv1D)]
+    shapes = [_in_out(module) for module in matrices]
+    bias = len(matrices) > 0 and matrices[0].bias is not None
+    if len(shapes) in (2, 3) and shapes[0][0] == width:
         fused = len(shapes) == 2 and shapes[0][1] == 2 * shapes[1][0]  # gate and up in one matrix
         gated, ffn_width = len(shapes) == 3 or fused, shapes[-1][0]
     elif len(shapes) == 1:  # the first of two projections that stand in the block itself

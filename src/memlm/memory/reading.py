@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from memlm.errors import ConfigError, ModelError
@@ -201,10 +202,6 @@ def _left_padded(
 ) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
     """Each row's real tokens from `starts` on, flush right."""
     rows = [row[kept][start:] for row, kept, start in zip(tokens, mask, starts.tolist(), strict=True)]
-    width = max((len(row) for row in rows), default=0)
-    out = tokens.new_zeros(len(rows), width)
-    there = mask.new_zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        out[i, width - len(row) :] = row
-        there[i, width - len(row) :] = True
-    return out, there
+    there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    padded, padded_mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, there))
+    return padded, padded_mask

@@ -21,7 +21,7 @@ from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE
 from memlm.memory.mlp import MLPMemory, MLPSettings, check_tensors, shapes
-from memlm.models.loading import block_list, find_file, load_config, model_identity, resolve
+from memlm.models.loading import block_list, find_file, load_config, model_identity, reason_of, resolve
 from memlm.models.taps import resolve_tap, tap_width
 from memlm.models.tokenizers import check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 from memlm.stage import Stage, StageSpec, run_stage
@@ -284,8 +284,7 @@ def _load(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: it is damaged or holds Python objects other than tensors, which could run code"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(f"{path} cannot be read: {reason}") from None
+        raise ArtifactError(f"{path} cannot be read: {reason_of(error)}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from memlm.errors import InputError, ModelError, TokenizerMismatchError
 from memlm.files import digest
 from memlm.manifest import check_payload, is_artifact, read_manifest
-from memlm.models.loading import load_config, resolve
+from memlm.models.loading import load_config, reason_of, resolve
 
 _PROBE = (
     "Hello, world!  Two  spaces\n\n\tand a tab. don't I'LL we've 1234567890 3.14 1,000 naïve Ünïcödé "
@@ -33,8 +33,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raises it bare
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason})") from None
+        raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason_of(error)})") from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up from the model's config alone
         raise ModelError(f"no tokenizer could be loaded from {source!r} (no vocabulary is stored there)")
     return tokenizer

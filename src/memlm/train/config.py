@@ -1,17 +1,11 @@
 """Settings of the train stage."""
 
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    SerializeAsAny,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializeAsAny, field_validator, model_serializer, model_validator
 from pydantic.fields import FieldInfo
 
 from memlm.config import StageConfig
@@ -100,7 +94,7 @@ class TrainConfig(StageConfig):
         return start_settings(str(start.get("kind"))).model_validate(start) if isinstance(start, dict) else start
 
     @model_serializer(mode="wrap")
-    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _flat(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """The settings as they are given, with both first kinds' always, so that older folders are still recognised."""
         values = handler(self)
         first_kinds = DecoderStart().model_dump() | MLPStart().model_dump()
