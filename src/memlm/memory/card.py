@@ -53,10 +53,8 @@ def memory_card(
     """The card as Markdown, its `library_name` memlm, so that no hub widget serves the memory alone by mistake.
 
     Args:
-        settings: Of the memory.
-        facts: What training found out.
+        facts: What training found out; `config` are its settings.
         sources: Names of corpus, teacher, start model and base.
-        config: Settings of the train stage.
     """
     targets = facts.get("targets_config")
     if config["kl_weight"] == 0:

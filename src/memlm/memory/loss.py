@@ -121,14 +121,7 @@ class _LabelTiles:
     def __init__(
         self, owner: Tensor, ids: Tensor, label: Tensor, shape: tuple[int, int], tile: tuple[int, int]
     ) -> None:
-        """
-        Args:
-            owner: `(E,)` the position of each entry.
-            ids: `(E,)` its token.
-            label: `(E,)` its weight.
-            shape: Positions and tokens.
-            tile: Those of a tile.
-        """
+        """Position, token and weight of each entry, `(E,)`; positions and tokens of the whole, and of a tile."""
         self._owner, self._ids, self._label = owner, ids, label
         self.firsts, self.starts = range(0, shape[0], tile[0]), range(0, shape[1], tile[1])
         tiles = len(self.firsts) * len(self.starts)
@@ -144,12 +137,7 @@ class _LabelTiles:
     def entries(
         self, group: int, part: int, size: tuple[int, int]
     ) -> tuple[Tensor | slice, Tensor, Tensor, Tensor | None]:
-        """What concerns the tile of these positions and tokens.
-
-        Args:
-            group: Number of its positions' range.
-            part: Number of its tokens' range.
-            size: Positions and tokens in it.
+        """What concerns the tile of range `group` of positions and range `part` of tokens, which holds `size` of them.
 
         Returns:
             Numbers of entries; where each stands in the flattened tile; its weight; and whether it is there at all,

@@ -110,8 +110,8 @@ class MLPMemory(ParametricMemory):
         style, width = settings.style, settings.width
         if style.activation not in ACT2FN:
             raise ConfigError(f"style.activation = {style.activation!r}: transformers has no such activation")
-        self.input = nn.Linear(settings.input_width, width) if settings.input_width != width else None
-        self.blocks = nn.ModuleList(MLPBlock(width, settings.ffn_width, style) for _ in range(settings.layers))
+        self.input = nn.Linear(settings.input_width, width) if settings.input_width != width else nn.Identity()
+        self.blocks = nn.Sequential(*(MLPBlock(width, settings.ffn_width, style) for _ in range(settings.layers)))
         self.norm = make_norm(style, width)
         self.output = nn.Linear(width, settings.vocab_size, bias=False)
         self.head = Head(self.output)
@@ -212,15 +212,11 @@ class MLPMemory(ParametricMemory):
         head = find_head(base)
         self.output.weight.copy_(head.weight[: self.vocab_size].float() * head.scale)
         norm = _final_norm(base)
-        if norm is None:
-            return
-        ones = torch.ones(1, self.settings.width, device=base.device, dtype=base.dtype)
-        if self.settings.style.norm == "rms":
-            self.norm.weight.copy_(norm(ones)[0].float())  # type: ignore[operator]
-        elif isinstance(norm, nn.LayerNorm) and norm.weight is not None:
-            self.norm.weight.copy_(norm.weight.float())  # type: ignore[operator]
-            if norm.bias is not None:
-                self.norm.bias.copy_(norm.bias.float())  # type: ignore[operator]
+        if norm is not None and self.settings.style.norm == "rms":
+            ones = torch.ones(1, self.settings.width, device=base.device, dtype=base.dtype)
+            self.norm.weight.copy_(norm(ones)[0])  # type: ignore[operator]
+        elif isinstance(norm, nn.LayerNorm):
+            self.norm.load_state_dict(norm.state_dict(), strict=False)  # some have no bias
 
     def training_hidden(
         self, input_ids: Int[Tensor, "B T"], activations: Float[Tensor, "P D"] | None, places: Int[Tensor, "P"]
@@ -230,13 +226,7 @@ class MLPMemory(ParametricMemory):
 
     def body(self, activations: Float[Tensor, "... D"]) -> Float[Tensor, "... W"]:
         """What the head reads."""
-        x = activations.to(self.output.weight.dtype)
-        x = self.input(x) if self.input is not None else x
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    # --- inference ------------------------------------------------------------------------------------------------
+        return self.norm(self.blocks(self.input(activations.to(self.output.weight.dtype))))
 
     def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... W"]:
         return self.body(state.to(self.device)[places])  # no token looks at another, so blocks run where asked only

@@ -192,8 +192,10 @@ class ParametricMemory(Memory, HeadVoter):
         labels: Int[Tensor, "B T"],
         kl_weight: float,
         activations: Float[Tensor, "P D"] | None = None,
+        target_counts: Int[Tensor, "P"] | None = None,
+        target_ids: Int[Tensor, "S"] | None = None,
+        target_probs: Float[Tensor, "S"] | None = None,
         places: Int[Tensor, "P"] | None = None,
-        **targets: Any,
     ) -> DistillationLoss:
         """The distillation loss of a batch, summed over its positions.
 
@@ -202,8 +204,8 @@ class ParametricMemory(Memory, HeadVoter):
             labels: `input_ids` where a token is predicted, -100 elsewhere; shifted here, as transformers does.
             kl_weight: In [0, 1].
             activations: The base's at `tap`, of the places that predict, in reading order; None where `tap` is None.
+            target_counts, target_ids, target_probs: Targets of the predicted tokens in reading order.
             places: What `predicting_places` finds in the labels; where it is given, no accelerator is waited for.
-            targets: Of the predicted tokens in reading order, as `distillation_loss` takes them.
         """
         places = predicting_places(labels) if places is None else places
         return distillation_loss(
@@ -212,5 +214,7 @@ class ParametricMemory(Memory, HeadVoter):
             self.head,
             kl_weight=kl_weight,
             vocab_size=self.vocab_size,
-            **targets,
+            target_counts=target_counts,
+            target_ids=target_ids,
+            target_probs=target_probs,
         )

@@ -30,11 +30,6 @@ class TokenCache(VoterCache):
         self.inner: DynamicCache | None = None
         self.inner_mask = self.mask
 
-    @property
-    def lengths(self) -> Int[Tensor, "B"]:
-        """Real tokens per row."""
-        return self.mask.sum(1)
-
     def drop_inner(self) -> None:
         """Forget keys and values; the next step makes them again."""
         self.inner, self.starts = None, None
@@ -71,7 +66,6 @@ class GivenActivations:
     def __init__(self, width: int, reader: str) -> None:
         """
         Args:
-            width: Of the activations.
             reader: What an error calls the memory.
         """
         self.width, self._reader = width, reader
@@ -95,7 +89,6 @@ class WindowedReader:
     def __init__(self, model: PreTrainedModel, window: int | None, run: Callable[..., Tensor] | None = None) -> None:
         """
         Args:
-            model: What reads.
             window: Tokens it looks back on at most; None: no limit.
             run: From `input_ids` and further arguments of the model's body to `(B, T, D)`; the body's last hidden
                 states if None.
@@ -152,20 +145,19 @@ class WindowedReader:
 
     def _longest_run(self, cache: TokenCache, mask: Bool[Tensor, "B T"]) -> int:
         """How many of the next columns every row can read within its present window."""
-        lengths = cache.lengths
+        lengths = cache.mask.sum(1)
         if self.window is None or int(lengths.max()) + mask.shape[1] <= self.window:
             return mask.shape[1]
         places = lengths[:, None] + mask.cumsum(1) - mask.long()  # (B, T) place of each token in its row
-        same = self.window_starts(places) == self.window_starts(lengths)[:, None]
-        changed = (~same & mask).any(0)
-        run = int(changed.long().argmax()) if bool(changed.any()) else mask.shape[1]
-        return max(run, 1)
+        moved = mask & (self.window_starts(places) != self.window_starts(lengths)[:, None])
+        columns = moved.any(0).nonzero()[:, 0].tolist()
+        return max(columns[0], 1) if columns else mask.shape[1]
 
     def _extend(
         self, cache: TokenCache, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T D"]:
         """Read a run that lies in one window per row, after what that window holds already."""
-        starts = self.window_starts(cache.lengths)
+        starts = self.window_starts(cache.mask.sum(1))
         if bool((starts > 0).any()) and not self._warned:
             self._warned = True
             warnings.warn(

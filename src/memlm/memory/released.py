@@ -237,27 +237,27 @@ def _find(source: str) -> tuple[str, int | None]:
     return str(nested), position
 
 
-def read_tensors(source: str, *, revision: str | None = None) -> dict[str, Tensor]:
+def read_tensors(source: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint by name; they stay on disk until they are used, but for pickles of old versions.
 
     Raises:
         ArtifactError: There are no weights, a shard is missing, or a file holds anything else than tensors.
     """
-    path = _weights_file(source, revision)
+    path = _weights_file(source)
     if path is None:
         raise ArtifactError(f"{source} has no weights; looked for {', '.join(_WEIGHTS)}")
     if path.suffix != ".json":
         return _load(path)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(_weight_map(path).values())):
-        file = find_file(source, shard, revision)
+        file = find_file(source, shard)
         if file is None:
             raise ArtifactError(f"{path} names {shard}, which is not there")
         tensors |= _load(file)
     return tensors
 
 
-def _weights_file(source: str, revision: str | None) -> Path | None:
+def _weights_file(source: str, revision: str | None = None) -> Path | None:
     paths = (find_file(source, name, revision) for name in _WEIGHTS)
     return next((path for path in paths if path is not None), None)
 

@@ -174,16 +174,9 @@ class RetrievalMemory(Memory):
             ArtifactError: The datastore was changed or deleted since it was opened.
             ModelError: An activation does not fit float16.
         """
-        config = self.settings.retrieval
-        k = min(config.k, self.store.n_entries)
-        return retrieve(
-            self.store,
-            self._as_keys(queries),
-            own,
-            k=k,
-            target_temperature=config.target_temperature,
-            exclude_document=exclude_document,
-        )
+        keys, config = self._as_keys(queries), self.settings.retrieval
+        k, temperature = min(config.k, self.store.n_entries), config.target_temperature
+        return retrieve(self.store, keys, own, k=k, target_temperature=temperature, exclude_document=exclude_document)
 
     def neighbors(self, queries: Float[Tensor, "P D"], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; errors as `retrieve`."""

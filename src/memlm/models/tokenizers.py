@@ -120,11 +120,9 @@ def check_same(
     Raises:
         TokenizerMismatchError: They do not; the message says in what they differ, and ends with `advice`.
     """
-    if fingerprint(first) == fingerprint(second):
-        return
-    raise TokenizerMismatchError(
-        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); {advice}"
-    )
+    if fingerprint(first) != fingerprint(second):
+        how = _difference(first, second)
+        raise TokenizerMismatchError(f"{first_name} and {second_name} have different tokenizers ({how}); {advice}")
 
 
 def _difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str:

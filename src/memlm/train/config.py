@@ -58,14 +58,14 @@ class TrainConfig(StageConfig):
         """Every setting beside the others; the start's say which kinds have them."""
         found = {}
         for name, fields in settings_of_kinds().items():
-            default = next(iter(fields.values())).default
-            told = {kind: field.description for kind, field in fields.items()}
-            if name == "kind":
-                told = {kind: start_settings(kind).__doc__ for kind in fields}
+            told = (
+                f"{kind}: {start_settings(kind).__doc__ if name == 'kind' else field.description}"
+                for kind, field in fields.items()
+            )
             found[name] = FieldInfo(
                 annotation=reduce(or_, (field.annotation for field in fields.values())),  # type: ignore[arg-type]
-                default=default,
-                description=" ".join(f"{kind}: {text}" for kind, text in told.items()),
+                default=next(iter(fields.values())).default,
+                description=" ".join(told),
             )
         return found | {name: field for name, field in cls.model_fields.items() if name != "start"}
 

@@ -127,7 +127,7 @@ def plan_memory(
         previous = ranks.from_first(stage.previous if stage.has(WEIGHTS_FILE) else None)
         if previous is not None:
             if ranks.first:
-                _repair_beside_weights(stage, previous, memory, rows, config)
+                _repair_beside_weights(stage, previous, memory, rows)
             return previous.facts
         held_out = None
         if validates:
@@ -151,17 +151,15 @@ def plan_memory(
         )
         del base_model  # where nothing reads it online, its memory is free for training
         _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
-        facts = _facts(trainer, rows, memory, config)
+        facts = _facts(trainer, rows, memory)
         if ranks.first:
-            _save(stage, memory, rows, facts, config)
+            _save(stage, memory, rows, facts)
         return facts
 
     return Plan(spec, work)
 
 
-def _save(
-    stage: Stage, memory: Memory, rows: TrainingData, facts: dict[str, Any], config: TrainConfig, below: str = ""
-) -> None:
+def _save(stage: Stage, memory: Memory, rows: TrainingData, facts: dict[str, Any], below: str = "") -> None:
     """Write weights, settings, tokenizer and card to the stage's folder, or one in it."""
     best = facts["validation"]["best"] if "validation" in facts else {}
     memory.settings = memory.settings.model_copy(
@@ -169,15 +167,13 @@ def _save(
     )
     memory.save_pretrained(stage.path / below)
     rows.tokenizer.save_pretrained(stage.path / below)
-    card = memory_card(memory.settings, facts, stage.sources, config.model_dump())
+    card = memory_card(memory.settings, facts, stage.sources, stage.spec.config)
     stage.save_text(str(Path(below) / CARD_FILE), card)
 
 
-def _repair_beside_weights(
-    stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData, config: TrainConfig
-) -> None:
+def _repair_beside_weights(stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData) -> None:
     """Make again what does not depend on the weights; `memory` is untrained, and its weights are left behind."""
-    _save(stage, memory, rows, previous.facts, config, _ASIDE)
+    _save(stage, memory, rows, previous.facts, _ASIDE)
     for name in previous.payload:
         if not stage.has(name) and stage.has(f"{_ASIDE}/{name}"):
             (stage.path / _ASIDE / name).replace(stage.path / name)
@@ -283,7 +279,7 @@ def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
         ) from None
 
 
-def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory, config: TrainConfig) -> dict[str, Any]:
+def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[str, Any]:
     validated = [entry for entry in trainer.state.log_history if "eval_mixture_perplexity" in entry]
     history = [
         {

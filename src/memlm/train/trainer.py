@@ -69,13 +69,11 @@ def training_arguments(
         "seed": config.seed,
         "eval_strategy": "steps" if validate else "no",
         "eval_steps": every,
-        "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": 2,
         "load_best_model_at_end": validate,
         "metric_for_best_model": "mixture_perplexity" if validate else None,
         "greater_is_better": False if validate else None,
-        "logging_strategy": "steps",
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
@@ -124,9 +122,7 @@ class MemoryTrainer(Trainer):
     ) -> None:
         """
         Args:
-            memory: What to train.
             args: From `training_arguments`.
-            rows: Training rows.
             kl_weight: In [0, 1].
             held_out: None: no validation.
             batch_tokens: Tokens in one forward pass of validation.
@@ -176,8 +172,7 @@ class MemoryTrainer(Trainer):
         self._sums = self._sums.to(loss.device) + torch.stack(
             [found.kl, found.cross_entropy, torch.full_like(found.kl, positions)]
         )
-        step = torch.full((), float(self.state.global_step + 1), device=loss.device)
-        bad = torch.where(torch.isfinite(loss.detach()), math.inf, step)
+        bad = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.state.global_step + 1))
         self._bad_step = torch.minimum(self._bad_step.to(loss.device), bad)
         return (loss, found) if return_outputs else loss
 
