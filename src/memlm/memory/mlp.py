@@ -110,7 +110,7 @@ class MLPMemory(ParametricMemory):
         style, width = settings.style, settings.width
         if style.activation not in ACT2FN:
             raise ConfigError(f"style.activation = {style.activation!r}: transformers has no such activation")
-        self.input = nn.Linear(settings.input_width, width) if settings.input_width != width else nn.Identity()
+        self.input = nn.Linear(settings.input_width, width) if settings.input_width != width else None
         self.blocks = nn.Sequential(*(MLPBlock(width, settings.ffn_width, style) for _ in range(settings.layers)))
         self.norm = make_norm(style, width)
         self.output = nn.Linear(width, settings.vocab_size, bias=False)
@@ -226,7 +226,8 @@ class MLPMemory(ParametricMemory):
 
     def body(self, activations: Float[Tensor, "... D"]) -> Float[Tensor, "... W"]:
         """What the head reads."""
-        return self.norm(self.blocks(self.input(activations.to(self.output.weight.dtype))))
+        x = activations.to(self.output.weight.dtype)
+        return self.norm(self.blocks(x if self.input is None else self.input(x)))
 
     def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... W"]:
         return self.body(state.to(self.device)[places])  # no token looks at another, so blocks run where asked only

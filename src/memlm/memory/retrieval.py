@@ -123,10 +123,7 @@ class RetrievalMemory(Memory):
         pass  # the settings name the datastore
 
     def check_base(self, base: PreTrainedModel) -> None:
-        if self.tap is None:
-            return
-        width = tap_width(base, self.tap)
-        if width != self.width:
+        if self.tap is not None and (width := tap_width(base, self.tap)) != self.width:
             raise ModelError(
                 f"datastore {self.store.folder} holds keys {self.width} wide, {self.tap} of this"
                 f" {type(base).__name__} is {width} wide: its teacher was {self.store.teacher}"

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -261,14 +260,10 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     name, blocks = block_list(model)
     chosen = chosen_layers(layers, len(blocks))
     smaller = AutoModelForCausalLM.from_config(layered_config(model.config, chosen), dtype=model.dtype)
-    position = {old: new for new, old in enumerate(chosen)}
-    state = {}
-    for key, tensor in model.state_dict().items():
-        match = re.match(rf"{re.escape(name)}\.(\d+)\.", key)
-        if match and int(match[1]) not in position:
-            continue
-        state[f"{name}.{position[int(match[1])]}.{key[match.end() :]}" if match else key] = tensor
-    smaller.load_state_dict(state)
+    around = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")}
+    smaller.load_state_dict(around, strict=False)
+    for kept, number in zip(smaller.get_submodule(name).children(), chosen, strict=True):
+        kept.load_state_dict(blocks[number].state_dict())
     smaller.generation_config = model.generation_config
     return smaller.eval()
 

@@ -130,8 +130,7 @@ def _difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase)
     theirs: dict[int, Any] = {id_: token for token, id_ in second.get_vocab().items()}
     if len(ours) != len(theirs):
         return f"{len(ours):,} and {len(theirs):,} tokens"
-    differing = [id_ for id_ in sorted(ours) if ours[id_] != theirs.get(id_)]
-    if differing:
+    if differing := [id_ for id_ in sorted(ours) if ours[id_] != theirs.get(id_)]:
         id_ = differing[0]
         return f"{len(differing):,} ids differ, the first is {id_}: {ours[id_]!r} and {theirs.get(id_)!r}"
     return "same tokens, but they split text differently"
