@@ -80,7 +80,10 @@ class MemoryDecoder(ParametricMemory):
     # --- inference ----------------------------------------------------------------------------------------------
 
     def set_window(self, tokens: int) -> None:
-        self.reader = self.reader.with_window(tokens)
+        longest = longest_context(self.decoder.config)
+        if longest is not None and tokens > longest:
+            raise ConfigError(f"memory_window = {tokens}: the memory has positions for {longest} tokens")
+        self.reader = WindowedReader(self.decoder, tokens)
 
     @property
     def window(self) -> int | None:

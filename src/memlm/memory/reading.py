@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from memlm.errors import ConfigError, ModelError
+from memlm.errors import ModelError
 from memlm.memory.voter import NoCache, VoterCache
 
 
@@ -101,17 +101,6 @@ class WindowedReader:
 
     def new_cache(self, batch_size: int) -> TokenCache:
         return TokenCache(batch_size, self.model.device)
-
-    def with_window(self, tokens: int) -> "WindowedReader":
-        """A reader of the same model that looks back so many tokens.
-
-        Raises:
-            ConfigError: The model has no positions for them.
-        """
-        longest = longest_context(self.model.config)
-        if longest is not None and tokens > longest:
-            raise ConfigError(f"memory_window = {tokens}: the memory has positions for {longest} tokens")
-        return WindowedReader(self.model, tokens, self._run)
 
     def window_starts(self, places: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """First token that is visible to the token at each place, both counted without padding."""

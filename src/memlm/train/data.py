@@ -58,11 +58,10 @@ class TrainingData:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder, "targets", "corpus")
         self.with_targets = with_targets
-        if with_targets and self.manifest.kind == "corpus":
-            raise ConfigError(
-                f"{folder} is a corpus without targets: run memlm datastore and memlm targets, or --kl-weight 0"
-            )
         if self.manifest.kind == "corpus":
+            if with_targets:
+                how = "run memlm datastore and memlm targets, or --kl-weight 0"
+                raise ConfigError(f"{folder} is a corpus without targets: {how}")
             self._corpus = Corpus(folder)
             self.vocab_size, self.corpus_config = self._corpus.vocab_size, self._corpus.config
             self.corpus_hash, self.corpus_facts = self.manifest.hash, self.manifest.facts

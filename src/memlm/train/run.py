@@ -222,7 +222,7 @@ def _stored_activations(rows: TrainingData, base: str, activations: str | Path, 
 
 def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrainedModel, config: TrainConfig) -> Memory:
     """The memory before its training, in float32."""
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": rows.vocab_size,
         "context_length": rows.corpus_config.block_size,
         "tokenizer": rows.manifest.tokenizer,
@@ -231,9 +231,8 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
         assert init is not None
         memory = load_memory(init, dtype=torch.float32)
         memory.check_base(base)
-        memory.settings = memory.settings.model_copy(
-            update={**shared, "vocab_size": min(rows.vocab_size, memory.vocab_size)}
-        )
+        shared["vocab_size"] = min(rows.vocab_size, memory.vocab_size)
+        memory.settings = memory.settings.model_copy(update=shared)
         return memory
     kind = memory_class(config.start.kind)
     settings = MemorySettings(kind=kind.kind, **shared)
