@@ -117,9 +117,7 @@ def _trainer(side: str, model: Any, arguments: TrainingArguments, path: Path) ->
         arguments,
         rows=rows,
         kl_weight=0.5 if side == "distillation" else 0.0,
-        validation=None,
-        base_scores=None,
-        validation_activations=None,
+        held_out=None,
         batch_tokens=1,
     )
 

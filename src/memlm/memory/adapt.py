@@ -161,8 +161,7 @@ def replace_vocabulary(
         head.bias.copy_(bias)
     ids = {f"{role}_token_id": getattr(new, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     for settings in (model.config, model.config.get_text_config()):
-        for name, value in ids.items():
-            setattr(settings, name, value)
+        settings.update(ids)
     model.generation_config = GenerationConfig(**ids)  # anything else it said of ids was of the old vocabulary
     return {"total": size, **counts}
 

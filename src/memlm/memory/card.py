@@ -24,7 +24,7 @@ This is not a language model to be served alone. It is a *memory*: it votes on t
 ```python
 from memlm import MixedLM
 
-model = MixedLM.from_pretrained("{base}", memory="THIS_FOLDER_OR_HUB_ID", mix_weight={weight})
+model = MixedLM.from_pretrained("{sources[base]}", memory="THIS_FOLDER_OR_HUB_ID", mix_weight={weight})
 ```
 
 {serves}
@@ -33,13 +33,13 @@ model = MixedLM.from_pretrained("{base}", memory="THIS_FOLDER_OR_HUB_ID", mix_we
 
 | | |
 |---|---|
-| kind | {kind}, {parameters:,} parameters |
+| kind | {settings.kind}, {facts[parameters]:,} parameters |
 | start | {start} |
 | teacher | {teacher} |
-| corpus | {documents}; {tokens:,} training tokens of {count:,} documents |
+| corpus | {documents}; {train[tokens]:,} training tokens of {train[documents]:,} documents |
 | targets | {targets} |
-| training | kl_weight {kl_weight}, {epochs:g} epochs, learning rate {learning_rate:g}, seed {seed} |
-| context | {context} tokens |
+| training | {training} |
+| context | {settings.context_length} tokens |
 
 ## How good
 
@@ -53,12 +53,9 @@ def memory_card(
     """The card as Markdown, its `library_name` memlm, so that no hub widget serves the memory alone by mistake.
 
     Args:
-        settings: Of the memory.
-        facts: What training found out.
+        facts: What training found out; `config` are its settings.
         sources: Names of corpus, teacher, start model and base.
-        config: Settings of the train stage.
     """
-    train = facts["corpus"]["splits"]["train"]
     targets = facts.get("targets_config")
     if config["kl_weight"] == 0:
         made = "none: plain fine-tuning"
@@ -68,23 +65,19 @@ def memory_card(
     else:
         made = "imported"
     return _TEMPLATE.format(
-        base=sources["base"],
+        settings=settings,
+        facts=facts,
+        sources=sources,
+        train=facts["corpus"]["splits"]["train"],
         weight=settings.mix_weight if settings.mix_weight is not None else 0.5,
-        kind=settings.kind,
-        parameters=facts["parameters"],
         tag={"decoder": "memory-decoder", "mlp": "mlp-memory"}.get(settings.kind, settings.kind),
         serves=_serves(settings, sources),
         start=_start(config, sources),
         teacher=sources.get("teacher", "none"),
         documents=sources.get("documents", "unknown"),
-        tokens=train["tokens"],
-        count=train["documents"],
         targets=made,
-        kl_weight=config["kl_weight"],
-        epochs=facts["epochs"],
-        learning_rate=config["learning_rate"],
-        seed=config["seed"],
-        context=settings.context_length,
+        training=f"kl_weight {config['kl_weight']}, {facts['epochs']:g} epochs,"
+        f" learning rate {config['learning_rate']:g}, seed {config['seed']}",
         figures=_figures(facts, sources),
     )
 
@@ -96,18 +89,15 @@ def _serves(settings: MemorySettings, sources: dict[str, str]) -> str:
 
 
 def _start(config: dict[str, Any], sources: dict[str, str]) -> str:
-    if "init" in sources:
-        return f"{sources['init']}{_layers(config)}"
-    takes_head = config["kind"] == "mlp" and config["head"] != "random"
-    return "fresh, head of the base where the widths are equal" if takes_head else "fresh"
-
-
-def _layers(config: dict[str, Any]) -> str:
-    how = "random weights" if config["fresh"] else None
-    layers = config["layers"]
-    kept = None if layers is None else f"{layers if isinstance(layers, int) else len(layers)} layers"
-    note = ", ".join(part for part in (kept, how) if part)
-    return f" ({note})" if note else ""
+    if "init" not in sources:
+        takes_head = config["kind"] == "mlp" and config["head"] != "random"
+        return "fresh, head of the base where the widths are equal" if takes_head else "fresh"
+    notes, layers = [], config["layers"]
+    if layers is not None:
+        notes.append(f"{layers if isinstance(layers, int) else len(layers)} layers")
+    if config["fresh"]:
+        notes.append("random weights")
+    return sources["init"] + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _figures(facts: dict[str, Any], sources: dict[str, str]) -> str:

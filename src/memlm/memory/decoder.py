@@ -4,15 +4,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.errors import ConfigError
 from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
-from memlm.memory.reading import TokenCache, WindowedReader, longest_context
-from memlm.memory.voter import VoterCache
+from memlm.memory.reading import WindowedReader, longest_context
 from memlm.models.heads import find_head
 from memlm.models.loading import chosen_layers, fresh_model, keep_layers, load_causal_lm, load_config
 
@@ -25,6 +24,7 @@ class MemoryDecoder(ParametricMemory):
 
     kind = "decoder"
     can_draft = True
+    reader: WindowedReader
 
     def __init__(self, decoder: PreTrainedModel, settings: MemorySettings | None = None) -> None:
         """
@@ -79,25 +79,16 @@ class MemoryDecoder(ParametricMemory):
 
     # --- inference ----------------------------------------------------------------------------------------------
 
-    def new_cache(self, batch_size: int) -> TokenCache:
-        return self.reader.new_cache(batch_size)
-
     def set_window(self, tokens: int) -> None:
-        self.reader = self.reader.with_window(tokens)
+        longest = longest_context(self.decoder.config)
+        if longest is not None and tokens > longest:
+            raise ConfigError(f"memory_window = {tokens}: the memory has positions for {longest} tokens")
+        self.reader = WindowedReader(self.decoder, tokens)
 
     @property
     def window(self) -> int | None:
         """Tokens it looks back on at most; None: no limit."""
         return self.reader.window
-
-    def step(
-        self,
-        tokens: Int[Tensor, "B T"],
-        activations: Tensor | None = None,
-        attention_mask: Bool[Tensor, "B L"] | None = None,
-        cache: VoterCache | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        return self.reader.step(tokens, attention_mask, cache)
 
     def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... D"]:
         return state[places]

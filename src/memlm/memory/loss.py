@@ -74,20 +74,11 @@ def distillation_loss(
         ids = torch.cat([ids, target_ids.int()])
         q, of_targets = target_probs.float(), owner[len(labels) :]
         q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
-    dtype = _product_dtype(hidden)
+    device = hidden.device
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
+    tile = tile or _tile(len(labels), vocab_size, dtype, device)
     soft, cross_entropy, target_score = _SparseCrossEntropy.apply(
-        hidden,
-        head.weight,
-        head.bias,
-        owner,
-        ids,
-        q,
-        kl_weight,
-        vocab_size,
-        head.scale,
-        head.softcap,
-        dtype,
-        tile or _tile(len(labels), vocab_size, dtype, hidden.device),
+        hidden, head.weight, head.bias, owner, ids, q, kl_weight, vocab_size, head.scale, head.softcap, dtype, tile
     )
     negative_entropy = torch.xlogy(q, q).sum()
     return DistillationLoss(
@@ -95,11 +86,6 @@ def distillation_loss(
         kl=(negative_entropy + target_score).detach(),
         cross_entropy=cross_entropy.detach(),
     )
-
-
-def _product_dtype(hidden: Tensor) -> torch.dtype:
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def _tile(positions: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -135,14 +121,7 @@ class _LabelTiles:
     def __init__(
         self, owner: Tensor, ids: Tensor, label: Tensor, shape: tuple[int, int], tile: tuple[int, int]
     ) -> None:
-        """
-        Args:
-            owner: `(E,)` the position of each entry.
-            ids: `(E,)` its token.
-            label: `(E,)` its weight.
-            shape: Positions and tokens.
-            tile: Those of a tile.
-        """
+        """Position, token and weight of each entry, `(E,)`; positions and tokens of the whole, and of a tile."""
         self._owner, self._ids, self._label = owner, ids, label
         self.firsts, self.starts = range(0, shape[0], tile[0]), range(0, shape[1], tile[1])
         tiles = len(self.firsts) * len(self.starts)
@@ -158,12 +137,7 @@ class _LabelTiles:
     def entries(
         self, group: int, part: int, size: tuple[int, int]
     ) -> tuple[Tensor | slice, Tensor, Tensor, Tensor | None]:
-        """What concerns the tile of these positions and tokens.
-
-        Args:
-            group: Number of its positions' range.
-            part: Number of its tokens' range.
-            size: Positions and tokens in it.
+        """What concerns the tile of range `group` of positions and range `part` of tokens, which holds `size` of them.
 
         Returns:
             Numbers of entries; where each stands in the flattened tile; its weight; and whether it is there at all,

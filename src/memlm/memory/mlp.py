@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 import safetensors.torch
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.manifest import is_artifact, payload_file, read_manifest
 from memlm.memory.config import MLPStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
-from memlm.memory.voter import NoCache, VoterCache
+from memlm.memory.reading import GivenActivations
 from memlm.models.heads import Head, find_head
 from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes
 from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
@@ -111,10 +111,11 @@ class MLPMemory(ParametricMemory):
         if style.activation not in ACT2FN:
             raise ConfigError(f"style.activation = {style.activation!r}: transformers has no such activation")
         self.input = nn.Linear(settings.input_width, width) if settings.input_width != width else None
-        self.blocks = nn.ModuleList(MLPBlock(width, settings.ffn_width, style) for _ in range(settings.layers))
+        self.blocks = nn.Sequential(*(MLPBlock(width, settings.ffn_width, style) for _ in range(settings.layers)))
         self.norm = make_norm(style, width)
         self.output = nn.Linear(width, settings.vocab_size, bias=False)
         self.head = Head(self.output)
+        self.reader = GivenActivations(settings.input_width, "an MLP memory")
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=_STD)
@@ -157,7 +158,6 @@ class MLPMemory(ParametricMemory):
 
     def check_base(self, base: PreTrainedModel) -> None:
         assert self.tap is not None
-        get_module(base, self.tap)
         blocks, width = len(block_list(base)[1]), tap_width(base, self.tap)
         ours = self.settings.base_blocks, self.settings.input_width
         if (blocks, width) != ours:
@@ -183,11 +183,10 @@ class MLPMemory(ParametricMemory):
         tap = resolve_tap(base, config.tap or "1.0")
         input_width = tap_width(base, tap)
         style, own_ffn_width = ffn_style(base)
-        layers, width, ffn_width = SIZES.get(config.like or "", (None, None, None))
-        width = width or config.width or input_width
-        layers = layers or config.layers or DEFAULT_LAYERS
-        if ffn_width is None:
-            ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
+        layers, width, ffn_width = SIZES.get(config.like or "", (config.layers, config.width, config.ffn_width))
+        width = width or input_width
+        layers = layers or DEFAULT_LAYERS
+        ffn_width = ffn_width or (own_ffn_width if width == input_width else 4 * width)
         own = MLPSettings(
             **{**settings.model_dump(), "kind": cls.kind, "tap": tap},
             input_width=input_width,
@@ -213,15 +212,11 @@ class MLPMemory(ParametricMemory):
         head = find_head(base)
         self.output.weight.copy_(head.weight[: self.vocab_size].float() * head.scale)
         norm = _final_norm(base)
-        if norm is None:
-            return
-        ones = torch.ones(1, self.settings.width, device=base.device, dtype=base.dtype)
-        if self.settings.style.norm == "rms":
-            self.norm.weight.copy_(norm(ones)[0].float())  # type: ignore[operator]
-        elif isinstance(norm, nn.LayerNorm) and norm.weight is not None:
-            self.norm.weight.copy_(norm.weight.float())  # type: ignore[operator]
-            if norm.bias is not None:
-                self.norm.bias.copy_(norm.bias.float())  # type: ignore[operator]
+        if norm is not None and self.settings.style.norm == "rms":
+            ones = torch.ones(1, self.settings.width, device=base.device, dtype=base.dtype)
+            self.norm.weight.copy_(norm(ones)[0])  # type: ignore[operator]
+        elif isinstance(norm, nn.LayerNorm):
+            self.norm.load_state_dict(norm.state_dict(), strict=False)  # some have no bias
 
     def training_hidden(
         self, input_ids: Int[Tensor, "B T"], activations: Float[Tensor, "P D"] | None, places: Int[Tensor, "P"]
@@ -232,32 +227,10 @@ class MLPMemory(ParametricMemory):
     def body(self, activations: Float[Tensor, "... D"]) -> Float[Tensor, "... W"]:
         """What the head reads."""
         x = activations.to(self.output.weight.dtype)
-        x = self.input(x) if self.input is not None else x
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    # --- inference ------------------------------------------------------------------------------------------------
-
-    def new_cache(self, batch_size: int) -> NoCache:
-        return NoCache()
-
-    def step(
-        self,
-        tokens: Int[Tensor, "B T"],
-        activations: Float[Tensor, "B T D"] | None = None,
-        attention_mask: Bool[Tensor, "B L"] | None = None,
-        cache: VoterCache | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The activations as they are: no token looks at another, so `votes` runs the blocks too, where asked only.
-
-        Raises:
-            ModelError: There are no activations, or of another width.
-        """
-        return check_activations(activations, self.settings.input_width, "an MLP memory").to(self.device)
+        return self.norm(self.blocks(x if self.input is None else self.input(x)))
 
     def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... W"]:
-        return self.body(state[places])
+        return self.body(state.to(self.device)[places])  # no token looks at another, so blocks run where asked only
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -284,19 +257,6 @@ def _counted(names: list[str]) -> str:
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
 
 
-def check_activations(activations: Tensor | None, width: int, reader: str) -> Tensor:
-    """The activations, where they are there and `width` wide.
-
-    Raises:
-        ModelError: They are not.
-    """
-    if activations is None:
-        raise ModelError(f"{reader} reads the base's activations; there are none")
-    if activations.shape[-1] != width:
-        raise ModelError(f"{reader} reads activations {width} wide; the base's are {activations.shape[-1]} wide")
-    return activations
-
-
 # --- the base's own style ---------------------------------------------------------------------------------------------
 
 
@@ -311,10 +271,10 @@ def ffn_style(base: PreTrainedModel) -> tuple[FFNStyle, int]:
     kind = _norm_kind(norm, width)
     eps = getattr(norm, "eps", None) or getattr(norm, "variance_epsilon", None) or 1e-5
     mlp = get_module(base, find_tap(base))
-    shapes = [_in_out(module) for module in mlp.modules() if isinstance(module, nn.Linear | Conv1D)]
-    bias = next((m.bias is not None for m in mlp.modules() if isinstance(m, nn.Linear | Conv1D)), False)
-    plain = len(shapes) in (2, 3) and shapes[0][0] == width
-    if plain:
+    matrices = [module for module in mlp.modules() if isinstance(module, nn.Linear | Conv1D)]
+    shapes = [_in_out(module) for module in matrices]
+    bias = len(matrices) > 0 and matrices[0].bias is not None
+    if len(shapes) in (2, 3) and shapes[0][0] == width:
         fused = len(shapes) == 2 and shapes[0][1] == 2 * shapes[1][0]  # gate and up in one matrix
         gated, ffn_width = len(shapes) == 3 or fused, shapes[-1][0]
     elif len(shapes) == 1:  # the first of two projections that stand in the block itself

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.memory.loss import DistillationLoss, distillation_loss
-from memlm.memory.voter import HeadVoter, Voter
+from memlm.memory.reading import GivenActivations, WindowedReader
+from memlm.memory.voter import HeadVoter, Voter, VoterCache
 
 SETTINGS_FILE = "memory.json"
 
@@ -53,6 +54,8 @@ class Memory(nn.Module, Voter):
     """Whether every such memory has a tap."""
     can_draft: ClassVar[bool] = False
     """Whether it can propose tokens without the base."""
+    reader: WindowedReader | GivenActivations
+    """Gives the states, one vector per token; a memory that overrides `step` and `new_cache` has none."""
 
     def __init__(self, settings: MemorySettings) -> None:
         super().__init__()
@@ -88,6 +91,23 @@ class Memory(nn.Module, Voter):
     @property
     def context_length(self) -> int | None:
         return self.settings.context_length
+
+    def new_cache(self, batch_size: int) -> VoterCache:
+        return self.reader.new_cache(batch_size)
+
+    def step(
+        self,
+        tokens: Int[Tensor, "B T"],
+        activations: Any = None,
+        attention_mask: Bool[Tensor, "B L"] | None = None,
+        cache: Any = None,
+    ) -> Any:
+        """As `Voter.step`.
+
+        Raises:
+            ModelError: It has a tap and there are no activations, or of another width.
+        """
+        return self.reader.step(tokens, activations, attention_mask, cache)
 
     # --- training; a memory that is not trained leaves these ------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""A causal LM read through a cache and a window: what comes out depends on the tokens alone, not on how they came."""
+"""What a memory's states are made of: tokens read by a causal LM through a cache and a window, or given activations."""
 
 import inspect
 import warnings
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from memlm.errors import ConfigError
-from memlm.memory.voter import VoterCache
+from memlm.errors import ModelError
+from memlm.memory.voter import NoCache, VoterCache
 
 
 class TokenCache(VoterCache):
@@ -28,11 +29,6 @@ class TokenCache(VoterCache):
         self.starts: Tensor | None = None  # (B,) first token in the window, per row
         self.inner: DynamicCache | None = None
         self.inner_mask = self.mask
-
-    @property
-    def lengths(self) -> Int[Tensor, "B"]:
-        """Real tokens per row."""
-        return self.mask.sum(1)
 
     def drop_inner(self) -> None:
         """Forget keys and values; the next step makes them again."""
@@ -64,36 +60,47 @@ class TokenCache(VoterCache):
         self.drop_inner()
 
 
+class GivenActivations:
+    """The base's activations as they are: no token looks at another, and nothing is kept."""
+
+    def __init__(self, width: int, reader: str) -> None:
+        """
+        Args:
+            reader: What an error calls the memory.
+        """
+        self.width, self._reader = width, reader
+
+    def new_cache(self, batch_size: int) -> NoCache:
+        return NoCache()
+
+    def step(
+        self, tokens: Tensor, activations: Tensor | None = None, attention_mask: Any = None, cache: Any = None
+    ) -> Float[Tensor, "B T D"]:
+        if activations is None:
+            raise ModelError(f"{self._reader} reads the base's activations; there are none")
+        if (width := activations.shape[-1]) != self.width:
+            raise ModelError(f"{self._reader} reads activations {self.width} wide; the base's are {width} wide")
+        return activations
+
+
 class WindowedReader:
     """Reads tokens with a causal LM, in runs that fit its window, and gives one vector per token."""
 
     def __init__(self, model: PreTrainedModel, window: int | None, run: Callable[..., Tensor] | None = None) -> None:
         """
         Args:
-            model: What reads.
             window: Tokens it looks back on at most; None: no limit.
             run: From `input_ids` and further arguments of the model's body to `(B, T, D)`; the body's last hidden
                 states if None.
         """
         self.model = model
         self.window = window
-        self._run = run or (lambda **inputs: model.base_model(**inputs)[0])
+        self._run = run
         self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
         self._warned = False
 
     def new_cache(self, batch_size: int) -> TokenCache:
         return TokenCache(batch_size, self.model.device)
-
-    def with_window(self, tokens: int) -> "WindowedReader":
-        """A reader of the same model that looks back so many tokens.
-
-        Raises:
-            ConfigError: The model has no positions for them.
-        """
-        longest = longest_context(self.model.config)
-        if longest is not None and tokens > longest:
-            raise ConfigError(f"memory_window = {tokens}: the memory has positions for {longest} tokens")
-        return WindowedReader(self.model, tokens, self._run)
 
     def window_starts(self, places: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
         """First token that is visible to the token at each place, both counted without padding."""
@@ -105,6 +112,7 @@ class WindowedReader:
     def step(
         self,
         tokens: Int[Tensor, "B T"],
+        activations: None = None,
         attention_mask: Bool[Tensor, "B L"] | None = None,
         cache: VoterCache | None = None,
     ) -> Float[Tensor, "B T D"]:
@@ -126,20 +134,19 @@ class WindowedReader:
 
     def _longest_run(self, cache: TokenCache, mask: Bool[Tensor, "B T"]) -> int:
         """How many of the next columns every row can read within its present window."""
-        lengths = cache.lengths
+        lengths = cache.mask.sum(1)
         if self.window is None or int(lengths.max()) + mask.shape[1] <= self.window:
             return mask.shape[1]
         places = lengths[:, None] + mask.cumsum(1) - mask.long()  # (B, T) place of each token in its row
-        same = self.window_starts(places) == self.window_starts(lengths)[:, None]
-        changed = (~same & mask).any(0)
-        run = int(changed.long().argmax()) if bool(changed.any()) else mask.shape[1]
-        return max(run, 1)
+        moved = mask & (self.window_starts(places) != self.window_starts(lengths)[:, None])
+        columns = moved.any(0).nonzero()[:, 0].tolist()
+        return max(columns[0], 1) if columns else mask.shape[1]
 
     def _extend(
         self, cache: TokenCache, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
     ) -> Float[Tensor, "B T D"]:
         """Read a run that lies in one window per row, after what that window holds already."""
-        starts = self.window_starts(cache.lengths)
+        starts = self.window_starts(cache.mask.sum(1))
         if bool((starts > 0).any()) and not self._warned:
             self._warned = True
             warnings.warn(
@@ -159,7 +166,9 @@ class WindowedReader:
             inputs["attention_mask"] = inner_mask.long()
         if self._takes_positions:
             inputs["position_ids"] = (inner_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        hidden = self._run(input_ids=tokens, past_key_values=cache.inner, use_cache=True, **inputs)
+        run = self._run or self.model.base_model
+        found = run(input_ids=tokens, past_key_values=cache.inner, use_cache=True, **inputs)
+        hidden = found if self._run is not None else found[0]
         cache.starts, cache.inner_mask = starts, inner_mask
         cache.tokens = torch.cat([cache.tokens, new_tokens], 1)
         cache.mask = torch.cat([cache.mask, new_mask], 1)
@@ -176,10 +185,6 @@ def _left_padded(
 ) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
     """Each row's real tokens from `starts` on, flush right."""
     rows = [row[kept][start:] for row, kept, start in zip(tokens, mask, starts.tolist(), strict=True)]
-    width = max((len(row) for row in rows), default=0)
-    out = tokens.new_zeros(len(rows), width)
-    there = mask.new_zeros(len(rows), width)
-    for i, row in enumerate(rows):
-        out[i, width - len(row) :] = row
-        there[i, width - len(row) :] = True
-    return out, there
+    there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    padded, padded_mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, there))
+    return padded, padded_mask

@@ -22,7 +22,7 @@ from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE
 from memlm.memory.mlp import MLPMemory, MLPSettings, check_tensors, shapes
 from memlm.models.identity import model_identity
-from memlm.models.loading import block_list, find_file, load_config, resolve
+from memlm.models.loading import block_list, find_file, load_config, reason_of, resolve
 from memlm.models.taps import resolve_tap, tap_width
 from memlm.models.tokenizers import check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 from memlm.stage import Stage, StageSpec, run_stage
@@ -161,21 +161,20 @@ def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str
     own_tokenizer = find_tokenizer(name)
     if own_tokenizer is not None:
         check_same(own_tokenizer, tokenizer, name, f"base {base}")
-    place = _place(base, base_config, tap, position)
+    tap, width, blocks = _place(base, base_config, tap, position)
     ids = vocabulary_size(tokenizer)
     if config.vocab_size < min(ids, base_config.vocab_size):
         raise ModelError(f"{name} votes on {config.vocab_size} tokens, base {base} has {ids}: it is of another base")
-    settings = _settings(config, tensors, place, min(ids, config.vocab_size), fingerprint(tokenizer), name)
-    if settings.input_width != place.width:
-        raise ModelError(
-            f"{name} reads activations {settings.input_width} wide; {place.tap} of base {base} has {place.width}"
-        )
+    known = {"vocab_size": min(ids, config.vocab_size), "tokenizer": fingerprint(tokenizer)}
+    settings = _settings(config, tensors, name, **known, tap=tap, base_blocks=blocks)
+    if settings.input_width != width:
+        raise ModelError(f"{name} reads activations {settings.input_width} wide; {tap} of base {base} has {width}")
     with torch.device("meta"):
         memory = MLPMemory(settings)
     state = _state(memory, tensors, LAYOUTS[config.model_type], config.vocab_size, name)
     spec = StageSpec(
         "memory",
-        config={"released": True, "tap": place.tap},
+        config={"released": True, "tap": tap},
         inputs={"released": model_identity(name), "base": model_identity(base)},
         tokenizer=settings.tokenizer,
         sources={"released": name, "base": base},
@@ -239,27 +238,27 @@ def _find(source: str) -> tuple[str, int | None]:
     return str(nested), position
 
 
-def read_tensors(source: str, *, revision: str | None = None) -> dict[str, Tensor]:
+def read_tensors(source: str) -> dict[str, Tensor]:
     """All tensors of a checkpoint by name; they stay on disk until they are used, but for pickles of old versions.
 
     Raises:
         ArtifactError: There are no weights, a shard is missing, or a file holds anything else than tensors.
     """
-    path = _weights_file(source, revision)
+    path = _weights_file(source)
     if path is None:
         raise ArtifactError(f"{source} has no weights; looked for {', '.join(_WEIGHTS)}")
     if path.suffix != ".json":
         return _load(path)
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(_weight_map(path).values())):
-        file = find_file(source, shard, revision)
+        file = find_file(source, shard)
         if file is None:
             raise ArtifactError(f"{path} names {shard}, which is not there")
         tensors |= _load(file)
     return tensors
 
 
-def _weights_file(source: str, revision: str | None) -> Path | None:
+def _weights_file(source: str, revision: str | None = None) -> Path | None:
     paths = (find_file(source, name, revision) for name in _WEIGHTS)
     return next((path for path in paths if path is not None), None)
 
@@ -286,8 +285,7 @@ def _load(path: Path) -> dict[str, Tensor]:
             f"{path} is refused: it is damaged or holds Python objects other than tensors, which could run code"
         ) from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArtifactError(f"{path} cannot be read: {reason}") from None
+        raise ArtifactError(f"{path} cannot be read: {reason_of(error)}") from None
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in tensors.items()
     ):
@@ -298,14 +296,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 # --- the memory ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Place:
-    tap: str
-    width: int
-    blocks: int
-
-
-def _place(base: str, config: PreTrainedConfig, tap: str | None, position: int | None) -> _Place:
+def _place(base: str, config: PreTrainedConfig, tap: str | None, position: int | None) -> tuple[str, int, int]:
     """Where the base is read, how wide its activations are there, and how many blocks it has; from its config alone."""
     with FakeTensorMode():  # meta tensors will not do: transformers branches on the values of masks
         model = AutoModelForCausalLM.from_config(config)
@@ -316,12 +307,11 @@ def _place(base: str, config: PreTrainedConfig, tap: str | None, position: int |
                 raise ModelError(f"the memory reads block {position}; base {base} has {blocks}")
             tap = str((position % blocks + 1) / blocks)
         tap = resolve_tap(model, tap)
-        return _Place(tap, tap_width(model, tap), blocks)
+        return tap, tap_width(model, tap), blocks
 
 
-def _settings(
-    config: PreTrainedConfig, tensors: dict[str, Tensor], place: _Place, vocab_size: int, tokenizer: str, name: str
-) -> MLPSettings:
+def _settings(config: PreTrainedConfig, tensors: dict[str, Tensor], name: str, **known: Any) -> MLPSettings:
+    """The memory's settings: those that the checkpoint's config says, beside those known of base and tokenizer."""
     projection = tensors.get("embedding_transform.weight")
     try:
         values = LAYOUTS[config.model_type].settings(config) | {
@@ -331,17 +321,7 @@ def _settings(
         }
     except (AttributeError, IndexError, TypeError) as error:
         raise ConfigError(f"{name}: {error}") from None
-    return MLPSettings.parse(
-        {
-            **values,
-            "kind": MLPMemory.kind,
-            "vocab_size": vocab_size,
-            "tokenizer": tokenizer,
-            "tap": place.tap,
-            "base_blocks": place.blocks,
-        },
-        f"{name}/config.json: ",
-    )
+    return MLPSettings.parse({**values, "kind": MLPMemory.kind, **known}, f"{name}/config.json: ")
 
 
 def _state(
@@ -362,6 +342,5 @@ def _state(
 
 def _released_name(ours: str, layout: Layout) -> str:
     module, _, kind = ours.rpartition(".")
-    number = re.search(r"\d+", module)
-    block = number[0] if number is not None else ""
-    return f"{layout.modules[re.sub(r'[0-9]+', '{}', module)].format(block)}.{kind}"
+    numbers = re.findall(r"\d+", module)
+    return f"{layout.modules[re.sub(r'[0-9]+', '{}', module)].format(*numbers)}.{kind}"

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
@@ -16,13 +16,11 @@ from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ModelError
 from memlm.manifest import MANIFEST
-from memlm.memory.mlp import check_activations
 from memlm.memory.protocol import Memory, MemorySettings
-from memlm.memory.reading import WindowedReader, longest_context
-from memlm.memory.voter import NoCache, VoterCache
+from memlm.memory.reading import GivenActivations, WindowedReader, longest_context
 from memlm.models.heads import joined
 from memlm.models.identity import model_identity
-from memlm.models.taps import TapReader, get_module, tap_width
+from memlm.models.taps import TapReader, tap_width
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs, retrieve, search_neighbors
 
@@ -51,7 +49,7 @@ def datastore_settings(folder: str | Path, config: RetrievalConfig | None = None
         kind=RetrievalMemory.kind,
         vocab_size=store.corpus.vocab_size,
         tokenizer=store.manifest.tokenizer,
-        tap=store.manifest.facts["tap"],
+        tap=store.facts.tap,
         datastore=str(Path(folder).resolve()),
         datastore_hash=store.manifest.hash,
         retrieval=config or RetrievalConfig(),
@@ -89,21 +87,20 @@ class RetrievalMemory(Memory):
             ConfigError: nprobe is given and the index has none.
         """
         settings = datastore if isinstance(datastore, RetrievalSettings) else datastore_settings(datastore, config)
-        store_tap = settings.tap
-        if teacher is not None:
-            settings = settings.model_copy(update={"tap": None})
-        super().__init__(settings)
-        self.store = Datastore(settings.datastore)
-        if self.store.manifest.hash != settings.datastore_hash:
+        store = Datastore(settings.datastore)
+        super().__init__(settings.model_copy(update={"tap": store.facts.tap if teacher is None else None}))
+        self.store = store
+        if store.manifest.hash != settings.datastore_hash:
             raise ArtifactError(f"datastore {settings.datastore} is another than when this memory was saved")
         if settings.retrieval.nprobe is not None:
-            self.store.index.set_nprobe(settings.retrieval.nprobe)
+            store.index.set_nprobe(settings.retrieval.nprobe)
         self._seen = self._state_on_disk()
         self.teacher = teacher
-        self.reader = None
-        if teacher is not None:
-            tap = str(self.store.manifest.facts["tap"] if store_tap is None else store_tap)
-            self.reader = WindowedReader(teacher, longest_context(teacher.config), TapReader(teacher, tap).read)
+        if teacher is None:
+            self.reader = GivenActivations(self.width, f"datastore {store.folder}")
+        else:
+            run = TapReader(teacher, store.facts.tap).read
+            self.reader = WindowedReader(teacher, longest_context(teacher.config), run)
 
     @classmethod
     def load(cls, source: str, settings: RetrievalSettings, *, base: str | None = None, **kwargs: Any) -> Self:
@@ -116,22 +113,17 @@ class RetrievalMemory(Memory):
             ArtifactError: The teacher is no longer the model that made the keys.
         """
         store = Datastore(settings.datastore)
-        tap = str(store.manifest.facts["tap"])
         if base is not None and model_identity(base) == store.manifest.inputs["teacher"]:
-            return cls(settings.model_copy(update={"tap": tap})).eval()
+            return cls(settings).eval()
         store.check_teacher()
         teacher, _ = load_teacher(store.teacher, store.config)
-        return cls(settings.model_copy(update={"tap": tap}), teacher=teacher).eval()
+        return cls(settings, teacher=teacher).eval()
 
     def save_weights(self, folder: Path) -> None:
         pass  # the settings name the datastore
 
     def check_base(self, base: PreTrainedModel) -> None:
-        if self.tap is None:
-            return
-        get_module(base, self.tap)
-        width = tap_width(base, self.tap)
-        if width != self.width:
+        if self.tap is not None and (width := tap_width(base, self.tap)) != self.width:
             raise ModelError(
                 f"datastore {self.store.folder} holds keys {self.width} wide, {self.tap} of this"
                 f" {type(base).__name__} is {width} wide: its teacher was {self.store.teacher}"
@@ -140,28 +132,9 @@ class RetrievalMemory(Memory):
     @property
     def width(self) -> int:
         """Width of the keys."""
-        return int(self.store.manifest.facts["key_width"])
+        return self.store.facts.key_width
 
     # --- inference ------------------------------------------------------------------------------------------------
-
-    def new_cache(self, batch_size: int) -> VoterCache:
-        return self.reader.new_cache(batch_size) if self.reader is not None else NoCache()
-
-    def step(
-        self,
-        tokens: Int[Tensor, "B T"],
-        activations: Float[Tensor, "B T D"] | None = None,
-        attention_mask: Bool[Tensor, "B L"] | None = None,
-        cache: VoterCache | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The queries: the base's activations, or the teacher's.
-
-        Raises:
-            ModelError: There are no activations, or of another width.
-        """
-        if self.reader is not None:
-            return self.reader.step(tokens, attention_mask, cache)
-        return check_activations(activations, self.width, f"datastore {self.store.folder}")
 
     def votes(self, state: Float[Tensor, "B T D"], keep: slice | Tensor) -> SparseProbs:
         return self.retrieve(state[:, keep].flatten(0, 1)).below(self.vocab_size).to(state.device)
@@ -198,16 +171,9 @@ class RetrievalMemory(Memory):
             ArtifactError: The datastore was changed or deleted since it was opened.
             ModelError: An activation does not fit float16.
         """
-        config = self.settings.retrieval
-        k = min(config.k, self.store.n_entries)
-        return retrieve(
-            self.store,
-            self._as_keys(queries),
-            own,
-            k=k,
-            target_temperature=config.target_temperature,
-            exclude_document=exclude_document,
-        )
+        keys, config = self._as_keys(queries), self.settings.retrieval
+        k, temperature = min(config.k, self.store.n_entries), config.target_temperature
+        return retrieve(self.store, keys, own, k=k, target_temperature=temperature, exclude_document=exclude_document)
 
     def neighbors(self, queries: Float[Tensor, "P D"], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Squared L2 distances `(P, k)`, ascending, and entry ids `(P, k)`; errors as `retrieve`."""

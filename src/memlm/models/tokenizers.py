@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 from memlm.errors import InputError, ModelError, TokenizerMismatchError
 from memlm.files import digest
 from memlm.manifest import check_payload, is_artifact, read_manifest
-from memlm.models.loading import adapted_base, load_config, resolve
+from memlm.models.loading import adapted_base, load_config, reason_of, resolve
 
 _PROBE = (
     "Hello, world!  Two  spaces\n\n\tand a tab. don't I'LL we've 1234567890 3.14 1,000 naïve Ünïcödé "
@@ -35,8 +35,7 @@ def load_tokenizer(
     except Exception as error:  # tokenizers raises it bare
         if (base := adapted_base(source, revision=revision)) is not None:
             return load_tokenizer(base, trust_remote_code=trust_remote_code)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason})") from None
+        raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason_of(error)})") from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up from the model's config alone
         raise ModelError(f"no tokenizer could be loaded from {source!r} (no vocabulary is stored there)")
     return tokenizer
@@ -123,11 +122,9 @@ def check_same(
     Raises:
         TokenizerMismatchError: They do not; the message says in what they differ, and ends with `advice`.
     """
-    if fingerprint(first) == fingerprint(second):
-        return
-    raise TokenizerMismatchError(
-        f"{first_name} and {second_name} have different tokenizers ({_difference(first, second)}); {advice}"
-    )
+    if fingerprint(first) != fingerprint(second):
+        how = _difference(first, second)
+        raise TokenizerMismatchError(f"{first_name} and {second_name} have different tokenizers ({how}); {advice}")
 
 
 def _difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> str:
@@ -135,8 +132,7 @@ def _difference(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase)
     theirs: dict[int, Any] = {id_: token for token, id_ in second.get_vocab().items()}
     if len(ours) != len(theirs):
         return f"{len(ours):,} and {len(theirs):,} tokens"
-    differing = [id_ for id_ in sorted(ours) if ours[id_] != theirs.get(id_)]
-    if differing:
+    if differing := [id_ for id_ in sorted(ours) if ours[id_] != theirs.get(id_)]:
         id_ = differing[0]
         return f"{len(differing):,} ids differ, the first is {id_}: {ours[id_]!r} and {theirs.get(id_)!r}"
     return "same tokens, but they split text differently"

@@ -7,11 +7,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from memlm.models.tokenizers import vocabulary_size
 
 _ROLES = ("eos_token_id", "bos_token_id", "pad_token_id", "unk_token_id")  # where one token has several, the first
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as GPT-2's vocabulary writes them
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,6 @@ def _content(text: str, *, byte_level: bool, added: bool) -> bytes:
     if added or not all(character in _BYTES for character in text):
         return text.encode()
     return bytes(_BYTES[character] for character in text)
-
-
-def _byte_characters() -> dict[str, int]:
-    """The character that GPT-2's vocabulary writes for each byte: itself if it prints, else one from U+0100 on."""
-    printing = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printing]
-    return {chr(byte): byte for byte in printing} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTES = _byte_characters()
 
 
 def _same_role(id_: int, old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase) -> int | None:

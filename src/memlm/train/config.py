@@ -1,17 +1,11 @@
 """Settings of the train stage."""
 
+from collections.abc import Callable
 from functools import reduce
 from operator import or_
 from typing import Any, Literal
 
-from pydantic import (
-    Field,
-    SerializeAsAny,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Field, SerializeAsAny, field_validator, model_serializer, model_validator
 from pydantic.fields import FieldInfo
 
 from memlm.config import StageConfig
@@ -64,14 +58,14 @@ class TrainConfig(StageConfig):
         """Every setting beside the others; the start's say which kinds have them."""
         found = {}
         for name, fields in settings_of_kinds().items():
-            default = next(iter(fields.values())).default
-            told = {kind: field.description for kind, field in fields.items()}
-            if name == "kind":
-                told = {kind: start_settings(kind).__doc__ for kind in fields}
+            told = (
+                f"{kind}: {start_settings(kind).__doc__ if name == 'kind' else field.description}"
+                for kind, field in fields.items()
+            )
             found[name] = FieldInfo(
                 annotation=reduce(or_, (field.annotation for field in fields.values())),  # type: ignore[arg-type]
-                default=default,
-                description=" ".join(f"{kind}: {text}" for kind, text in told.items()),
+                default=next(iter(fields.values())).default,
+                description=" ".join(told),
             )
         return found | {name: field for name, field in cls.model_fields.items() if name != "start"}
 
@@ -100,7 +94,7 @@ class TrainConfig(StageConfig):
         return start_settings(str(start.get("kind"))).model_validate(start) if isinstance(start, dict) else start
 
     @model_serializer(mode="wrap")
-    def _flat(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _flat(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """The settings as they are given, with both first kinds' always, so that older folders are still recognised."""
         values = handler(self)
         first_kinds = DecoderStart().model_dump() | MLPStart().model_dump()

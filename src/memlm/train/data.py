@@ -58,30 +58,19 @@ class TrainingData:
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder, "targets", "corpus")
         self.with_targets = with_targets
-        if with_targets and self.manifest.kind == "corpus":
-            raise ConfigError(
-                f"{folder} is a corpus without targets: run memlm datastore and memlm targets, or --kl-weight 0"
-            )
-        self._corpus = Corpus(folder) if self.manifest.kind == "corpus" else None
-        self._facts = None if self._corpus is not None else TargetsFacts.of(folder, self.manifest)
-        if self._facts is not None and self.manifest.config != IMPORTED:
-            TargetsConfig.parse(self.manifest.config, "targets.")
-        self.vocab_size = (self._facts or self._corpus.facts).vocab_size  # type: ignore[union-attr]
-
-    @property
-    def corpus_hash(self) -> str:
-        """Of the corpus manifest."""
-        return self.manifest.hash if self._facts is None else self._facts.corpus.hash
-
-    @property
-    def corpus_facts(self) -> dict[str, Any]:
-        """What the corpus stage found out."""
-        return self.manifest.facts if self._facts is None else self.manifest.facts["corpus"]
-
-    @cached_property
-    def corpus_config(self) -> CorpusConfig:
-        values = self.manifest.config if self._facts is None else self._facts.corpus_config
-        return CorpusConfig.parse(values, "corpus.")
+        if self.manifest.kind == "corpus":
+            if with_targets:
+                how = "run memlm datastore and memlm targets, or --kl-weight 0"
+                raise ConfigError(f"{folder} is a corpus without targets: {how}")
+            self._corpus = Corpus(folder)
+            self.vocab_size, self.corpus_config = self._corpus.vocab_size, self._corpus.config
+            self.corpus_hash, self.corpus_facts = self.manifest.hash, self.manifest.facts
+        else:
+            self._corpus, facts = None, TargetsFacts.of(folder, self.manifest)
+            if self.manifest.config != IMPORTED:
+                TargetsConfig.parse(self.manifest.config, "targets.")
+            self.vocab_size, self.corpus_config = facts.vocab_size, CorpusConfig.parse(facts.corpus_config, "corpus.")
+            self.corpus_hash, self.corpus_facts = facts.corpus.hash, self.manifest.facts["corpus"]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -138,28 +127,47 @@ class CorpusRows(Rows):
         return {"input_ids": block.input_ids, "labels": block.labels}
 
 
-class TargetRows(Rows):
-    """Rows of a targets folder, memory-mapped."""
+class _ArrowTable:
+    """Arrow files of a targets folder as one table, memory-mapped."""
+
+    def __init__(
+        self, paths: list[Path], column: str, predicted: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
+    ) -> None:
+        """
+        Args:
+            paths: The files.
+            column: A list column with an entry per token, read some rows at a time.
+            predicted: Which of its entries stand for a predicted token.
+        """
+        tables = [MemoryMappedTable.from_file(str(path)) for path in paths]
+        self._table = datasets.Dataset(concat_tables(tables)).with_format("numpy")  # type: ignore[arg-type]
+        lengths, counts = [np.empty(0, np.int64)], [np.zeros(1, np.int64)]
+        for chunk in self._table.data.column(column).chunks:
+            offsets = chunk.offsets.to_numpy()
+            before = np.append(0, predicted(chunk.flatten().to_numpy()).cumsum())
+            lengths.append(np.diff(offsets))
+            counts.append(np.diff(before[offsets - offsets[0]]))
+        self.lengths = np.concatenate(lengths)
+        self.position_starts = np.concatenate(counts).cumsum()
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class TargetRows(_ArrowTable, Rows):
+    """Rows of a targets folder."""
 
     def __init__(self, shards: list[Path], *, with_targets: bool) -> None:
-        self._table = _open_arrow(shards)
+        super().__init__(shards, "target_counts", lambda counts: counts > 0)
         self._with_targets = with_targets
-        self.lengths = _list_lengths(self._table, "input_ids")
-        self.position_starts = _starts(self._table, "target_counts", lambda counts: counts > 0)
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         row = self._table[index]
-        labels = np.where(row["target_counts"] > 0, row["input_ids"], IGNORE)
-        if not self._with_targets:
-            return {"input_ids": row["input_ids"], "labels": labels}
         counts = row["target_counts"]
-        return {
-            "input_ids": row["input_ids"],
-            "labels": labels,
-            "target_counts": counts[counts > 0],
-            "target_ids": row["target_ids"],
-            "target_probs": row["target_probs"],
-        }
+        row["labels"] = np.where(counts > 0, row["input_ids"], IGNORE)
+        if self._with_targets:
+            return row | {"target_counts": counts[counts > 0]}
+        return {name: row[name] for name in ("input_ids", "labels")}
 
 
 class WithActivations(Rows):
@@ -209,43 +217,16 @@ class Share:
         return self._blocks[int(self._numbers[index])]
 
 
-class ArrowBlocks:
+class ArrowBlocks(_ArrowTable):
     """The validation blocks of a targets folder."""
 
     def __init__(self, path: Path) -> None:
-        self._table = _open_arrow([path])
-        self.lengths = _list_lengths(self._table, "input_ids")
-        self.position_starts = _starts(self._table, "labels", lambda labels: labels != IGNORE)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+        super().__init__([path], "labels", lambda labels: labels != IGNORE)
 
     def __getitem__(self, index: int) -> Block:
         row = self._table[index]
         first = int(self.position_starts[index])
         return Block(row["input_ids"].astype(np.int32), row["labels"] != IGNORE, first)
-
-
-def _open_arrow(paths: list[Path]) -> datasets.Dataset:
-    tables = [MemoryMappedTable.from_file(str(path)) for path in paths]
-    return datasets.Dataset(concat_tables(tables)).with_format("numpy")  # type: ignore[arg-type]
-
-
-def _list_lengths(table: datasets.Dataset, column: str) -> NDArray[np.int64]:
-    chunks = table.data.column(column).chunks
-    return np.concatenate([np.diff(chunk.offsets.to_numpy()) for chunk in chunks] or [np.empty(0)]).astype(np.int64)
-
-
-def _starts(
-    table: datasets.Dataset, column: str, predicted: Callable[[NDArray[np.int32]], NDArray[np.bool_]]
-) -> NDArray[np.int64]:
-    """`(rows + 1,)` positions before each row, from a list column with an entry per token, read some rows at a time."""
-    counts = [np.zeros(1, np.int64)]
-    for chunk in table.data.column(column).chunks:
-        before = np.append(0, predicted(chunk.flatten().to_numpy()).cumsum())
-        offsets = chunk.offsets.to_numpy()
-        counts.append(np.diff(before[offsets - offsets[0]]))
-    return np.concatenate(counts).cumsum()
 
 
 def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
-from memlm.train.trainer import MemoryTrainer, last_whole_checkpoint, training_arguments
+from memlm.train.trainer import HeldOut, MemoryTrainer, last_whole_checkpoint, training_arguments
 
 _CHECKPOINTS = "checkpoints"
 _HELD_OUT = "validation-activations.npy"
@@ -92,7 +92,7 @@ def plan_memory(
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
-    validation = rows.validation if len(rows.validation) else None
+    validates = len(rows.validation) > 0
     batches = math.ceil(len(rows.train) / (config.batch_size * ranks.count))
     arguments = training_arguments(
         config,
@@ -100,7 +100,7 @@ def plan_memory(
         steps_per_epoch=math.ceil(batches / config.accumulation),
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        validate=validation is not None,
+        validate=validates,
     )
     inputs = {"data": rows.manifest.hash, "base": model_identity(base)}
     sources = {**rows.manifest.sources, "data": str(data), "base": base}
@@ -128,15 +128,17 @@ def plan_memory(
         previous = ranks.from_first(stage.previous if stage.has(WEIGHTS_FILE) else None)
         if previous is not None:
             if ranks.first:
-                _repair_beside_weights(stage, previous, memory, rows, config)
+                _repair_beside_weights(stage, previous, memory, rows)
             return previous.facts
-        scores = held_out = None
-        if validation is not None:
+        held_out = None
+        if validates:
             scores = ranks.from_first(
-                _base_scores(stage, rows, base_model, memory.tap, config) if ranks.first else None
+                _base_scores(stage, rows, base_model, memory.tap, config) if ranks.first else np.empty(0, np.float32)
             )
+            read = None
             if memory.tap is not None:
-                held_out = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+                read = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
+            held_out = HeldOut(rows.validation, scores, read)
         checkpoints = stage.path / _CHECKPOINTS
         arguments.output_dir = str(checkpoints)
         trainer = MemoryTrainer(
@@ -144,25 +146,21 @@ def plan_memory(
             arguments,
             rows=rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys),
             kl_weight=config.kl_weight,
-            validation=validation,
-            base_scores=scores,
-            validation_activations=held_out,
+            held_out=held_out,
             batch_tokens=config.batch_tokens,
             online=TapReader(base_model, memory.tap) if memory.tap is not None and store is None else None,
         )
         del base_model  # where nothing reads it online, its memory is free for training
         _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
-        facts = _facts(trainer, rows, memory, config)
+        facts = _facts(trainer, rows, memory)
         if ranks.first:
-            _save(stage, memory, rows, facts, config)
+            _save(stage, memory, rows, facts)
         return facts
 
     return Plan(spec, work)
 
 
-def _save(
-    stage: Stage, memory: Memory, rows: TrainingData, facts: dict[str, Any], config: TrainConfig, below: str = ""
-) -> None:
+def _save(stage: Stage, memory: Memory, rows: TrainingData, facts: dict[str, Any], below: str = "") -> None:
     """Write weights, settings, tokenizer and card to the stage's folder, or one in it."""
     best = facts["validation"]["best"] if "validation" in facts else {}
     memory.settings = memory.settings.model_copy(
@@ -170,15 +168,13 @@ def _save(
     )
     memory.save_pretrained(stage.path / below)
     rows.tokenizer.save_pretrained(stage.path / below)
-    card = memory_card(memory.settings, facts, stage.sources, config.model_dump())
+    card = memory_card(memory.settings, facts, stage.sources, stage.spec.config)
     stage.save_text(str(Path(below) / CARD_FILE), card)
 
 
-def _repair_beside_weights(
-    stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData, config: TrainConfig
-) -> None:
+def _repair_beside_weights(stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData) -> None:
     """Make again what does not depend on the weights; `memory` is untrained, and its weights are left behind."""
-    _save(stage, memory, rows, previous.facts, config, _ASIDE)
+    _save(stage, memory, rows, previous.facts, _ASIDE)
     for name in previous.payload:
         if not stage.has(name) and stage.has(f"{_ASIDE}/{name}"):
             (stage.path / _ASIDE / name).replace(stage.path / name)
@@ -227,7 +223,7 @@ def _stored_activations(rows: TrainingData, base: str, activations: str | Path, 
 
 def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrainedModel, config: TrainConfig) -> Memory:
     """The memory before its training, in float32."""
-    shared = {
+    shared: dict[str, Any] = {
         "vocab_size": rows.vocab_size,
         "context_length": rows.corpus_config.block_size,
         "tokenizer": rows.manifest.tokenizer,
@@ -236,9 +232,8 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
         assert init is not None
         memory = load_memory(init, dtype=torch.float32)
         memory.check_base(base)
-        memory.settings = memory.settings.model_copy(
-            update={**shared, "vocab_size": min(rows.vocab_size, memory.vocab_size)}
-        )
+        shared["vocab_size"] = min(rows.vocab_size, memory.vocab_size)
+        memory.settings = memory.settings.model_copy(update=shared)
         return memory
     kind = memory_class(config.start.kind)
     settings = MemorySettings(kind=kind.kind, **shared)
@@ -284,7 +279,7 @@ def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
         ) from None
 
 
-def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory, config: TrainConfig) -> dict[str, Any]:
+def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[str, Any]:
     validated = [entry for entry in trainer.state.log_history if "eval_mixture_perplexity" in entry]
     history = [
         {

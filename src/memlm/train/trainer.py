@@ -13,7 +13,6 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -70,13 +69,11 @@ def training_arguments(
         "seed": config.seed,
         "eval_strategy": "steps" if validate else "no",
         "eval_steps": every,
-        "save_strategy": "steps",
         "save_steps": every,
         "save_total_limit": 2,
         "load_best_model_at_end": validate,
         "metric_for_best_model": "mixture_perplexity" if validate else None,
         "greater_is_better": False if validate else None,
-        "logging_strategy": "steps",
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
         "remove_unused_columns": False,
@@ -90,6 +87,17 @@ def training_arguments(
         return TrainingArguments(**{**settings, **config.trainer})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"trainer = {config.trainer}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What a memory is validated on."""
+
+    blocks: Blocks
+    base_scores: NDArray[np.float32]
+    """The base's label log-probs on them."""
+    activations: ReadActivations | None
+    """Where a memory with a tap gets the base's on them."""
 
 
 class MemoryTrainer(Trainer):
@@ -108,30 +116,22 @@ class MemoryTrainer(Trainer):
         *,
         rows: Rows,
         kl_weight: float,
-        validation: Blocks | None,
-        base_scores: NDArray[np.float32] | None,
-        validation_activations: ReadActivations | None,
+        held_out: HeldOut | None,
         batch_tokens: int,
         online: TapReader | None = None,
     ) -> None:
         """
         Args:
-            memory: What to train.
             args: From `training_arguments`.
-            rows: Training rows.
             kl_weight: In [0, 1].
-            validation: Held-out blocks; None: no validation.
-            base_scores: The base's label log-probs on them.
-            validation_activations: Where a memory with a tap gets the base's on them.
+            held_out: None: no validation.
             batch_tokens: Tokens in one forward pass of validation.
             online: Reads the frozen base inside the step, for a memory with a tap whose rows hold no activations.
         """
         self._online = online
-        self._validation_activations = validation_activations
         self._rows = rows
         self._kl_weight = kl_weight
-        self._validation = validation
-        self._base_scores = base_scores
+        self._held_out = held_out
         self._batch_tokens = batch_tokens
         self._sums = torch.zeros(3)  # KL, cross-entropy, positions since the last log
         self._bad_step = torch.full((), math.inf)
@@ -139,16 +139,13 @@ class MemoryTrainer(Trainer):
             model=memory,
             args=args,
             train_dataset=WithBlank(rows) if args.world_size > 1 else rows,
-            eval_dataset=rows if validation is not None else None,  # never read: `evaluate` is our own
+            eval_dataset=rows if held_out is not None else None,  # never read: `evaluate` is our own
             data_collator=collate,  # type: ignore[arg-type]
         )
         self.model_accepts_loss_kwargs = True  # so that positions of the whole step are counted
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        if validation is not None:
-            self.add_callback(_ValidateAtEnd)
-        self.add_callback(_FindBest)
-        self.add_callback(_LogBeforeCheckpoint)
+        self.add_callback(_AroundCheckpoints(held_out is not None))
         self.add_callback(_TokenBar(int(rows.lengths.sum())))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
@@ -175,8 +172,7 @@ class MemoryTrainer(Trainer):
         self._sums = self._sums.to(loss.device) + torch.stack(
             [found.kl, found.cross_entropy, torch.full_like(found.kl, positions)]
         )
-        step = torch.full((), float(self.state.global_step + 1), device=loss.device)
-        bad = torch.where(torch.isfinite(loss.detach()), math.inf, step)
+        bad = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.state.global_step + 1))
         self._bad_step = torch.minimum(self._bad_step.to(loss.device), bad)
         return (loss, found) if return_outputs else loss
 
@@ -201,24 +197,24 @@ class MemoryTrainer(Trainer):
 
         Each rank scores its share of the blocks.
         """
-        assert self._validation is not None
-        assert self._base_scores is not None
+        assert self._held_out is not None
+        blocks, base_scores = self._held_out.blocks, self._held_out.base_scores
         self._stop_if_not_finite({})
         memory = self.accelerator.unwrap_model(self.model)
         memory.eval()
         with self.compute_loss_context_manager():
             found = score(
                 {"memory": memory},
-                Share(self._validation, self.args.process_index, self.args.world_size),
-                stored=self._validation_activations,
+                Share(blocks, self.args.process_index, self.args.world_size),
+                stored=self._held_out.activations,
                 batch_tokens=self._batch_tokens,
             )
         scores = found["memory"].label
         if self.args.world_size > 1:
-            shares, scores = gather_object([scores]), np.empty_like(self._base_scores)
+            shares, scores = gather_object([scores]), np.empty_like(base_scores)
             for rank, label in enumerate(shares):
-                scores[Share(self._validation, rank, self.args.world_size).positions] = label
-        weight, mixture = best_mix_weight(self._base_scores, scores)
+                scores[Share(blocks, rank, self.args.world_size).positions] = label
+        weight, mixture = best_mix_weight(base_scores, scores)
         metrics = {
             "eval_memory_perplexity": perplexity(scores),
             "eval_mixture_perplexity": mixture,
@@ -235,13 +231,13 @@ class MemoryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint and mark it as whole; only then may older ones go."""
+        folder = Path(str(self.args.output_dir))
         keep, self.args.save_total_limit = self.args.save_total_limit, None
-        with written_whole(Path(str(self.args.output_dir))):
+        with written_whole(folder):
             super()._save_checkpoint(model, trial)
         self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            folder = Path(str(self.args.output_dir))
             checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             for file in checkpoint.rglob("*"):
                 if file.is_file():
@@ -262,29 +258,22 @@ class MemoryTrainer(Trainer):
         safetensors.torch.save_file(separate, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-class _ValidateAtEnd(TrainerCallback):
-    """Validates and saves after the last step too, where it does not fall on a validation anyway."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = control.should_save = True
-
-
-class _FindBest(TrainerCallback):
-    """Looks for the best checkpoint beside the others, also where the whole folder was moved in between."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.best_global_step:
-            state.best_model_checkpoint = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-
-
-class _LogBeforeCheckpoint(TrainerCallback):
-    """Empties the running sums before a checkpoint, so that a resumed run logs what an uninterrupted one logs.
+class _AroundCheckpoints(TrainerCallback):
+    """Validates after the last step too; logs before a checkpoint, so that a resumed run logs what one in a go logs.
 
     Logging also looks for losses that are not finite, so no poisoned weights become a checkpoint.
     """
 
+    def __init__(self, validates: bool) -> None:
+        self._validates = validates
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.best_global_step:  # the whole folder may have been moved in between
+            state.best_model_checkpoint = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._validates and state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
         control.should_log = control.should_log or control.should_save
 
 
@@ -293,7 +282,6 @@ class _TokenBar(TrainerCallback):
 
     def __init__(self, epoch_tokens: int) -> None:
         self._epoch_tokens = epoch_tokens
-        self._bar: tqdm | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         total = int(self._epoch_tokens * state.num_train_epochs) if args.max_steps <= 0 else 0
@@ -303,17 +291,15 @@ class _TokenBar(TrainerCallback):
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(int(self._per_step * state.global_step) - self._bar.n)
+        self._bar.update(int(self._per_step * state.global_step) - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if self._bar is not None and logs:
-            named = {"loss": "loss", "eval_mixture_perplexity": "mixture"}
-            self._bar.set_postfix({named[k]: f"{v:.3f}" for k, v in logs.items() if k in named}, refresh=False)
+        named = {"loss": "loss", "eval_mixture_perplexity": "mixture"}
+        told = {named[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in named}
+        self._bar.set_postfix(told, refresh=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
