@@ -44,6 +44,11 @@ class Block:
         return np.where(self.predicted, self.input_ids, IGNORE).astype(np.int64)
 
     @property
+    def positions(self) -> slice:
+        """Numbers of its positions."""
+        return slice(self.first_position, self.first_position + int(self.predicted.sum()))
+
+    @property
     def places(self) -> NDArray[np.int64]:
         """`(P,)` where hidden states predict: one place to the left of each predicted token."""
         return np.flatnonzero(self.predicted) - 1

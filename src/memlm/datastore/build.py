@@ -198,9 +198,7 @@ def read_keys(
     starts = np.append(0, np.cumsum(np.diff(split.position_starts)[numbers]))
     out: NDArray[np.float16] | None = None
     for batch, keys in _one_ahead(_read_batches(reader, split, numbers, batch_tokens)):
-        found = keys()
-        if not np.isfinite(found).all():
-            raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
+        found = checked_keys(keys())
         if out is None:
             out = np.empty((int(starts[-1]), found.shape[1]), np.float16)
         lengths = starts[batch + 1] - starts[batch]
@@ -208,6 +206,17 @@ def read_keys(
             out[start : start + len(part)] = part
     assert out is not None  # there is at least one block, and blocks have at least one position
     return out
+
+
+def checked_keys(activations: NDArray[np.float16]) -> NDArray[np.float16]:
+    """The same, all finite.
+
+    Raises:
+        ModelError: An activation does not fit float16.
+    """
+    if not np.isfinite(activations).all():
+        raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
+    return activations
 
 
 def _read_batches(reader: TapReader, split: Blocks, numbers: NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:

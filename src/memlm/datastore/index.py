@@ -35,7 +35,7 @@ class Keys:
 
     def rows(self, start: int, stop: int) -> Floats:
         """Keys `start` to `stop`, widened to float32."""
-        return _widen(self.slice(start, min(stop, len(self))))
+        return widen(self.slice(start, min(stop, len(self))))
 
     def slice(self, start: int, stop: int) -> NDArray[np.float16]:
         """Keys `start` to `stop`; a view where they are in one shard."""
@@ -55,10 +55,10 @@ class Keys:
             for shard in touched:
                 here = shard_of == shard
                 out[here] = self._shards[shard][flat[here] - self._starts[shard]]
-        return (_widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
+        return (widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
 
 
-def _widen(keys: NDArray[np.float16]) -> Floats:
+def widen(keys: NDArray[np.float16]) -> Floats:
     """The keys in float32; numpy takes ten times as long."""
     return faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16).decode(keys.view(np.uint8))
 
