@@ -16,7 +16,7 @@ from memlm.datastore import build as build_module
 from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import same_documents
-from memlm.datastore.index import INDEXES, IVFIndex, measure_recall
+from memlm.datastore.index import INDEXES, IVFIndex, RecallSample
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError
 from memlm.manifest import Manifest, read_manifest
@@ -202,7 +202,7 @@ def test_an_approximate_index_grows_without_training(
     assert store.keys is not None
     assert index.index.ntotal == store.n_entries == len(keys)
     assert manifest.facts["index"]["nlist"] == 12
-    assert manifest.facts["recall"]["value"] == round(measure_recall(index, store.keys, store.config), 4) > 0.5
+    assert manifest.facts["recall"]["value"] == round(RecallSample(store.keys, store.config).recall(index), 4) > 0.5
     distances, ids = index.search(keys, 32, thorough=True)
     assert ((ids >= 0) & (ids < len(keys))).all()
     assert set(ids.flatten()) == set(range(len(keys)))

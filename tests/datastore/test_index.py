@@ -20,9 +20,9 @@ from memlm.datastore.index import (
     Index,
     IVFIndex,
     Keys,
+    RecallSample,
     default_nlist,
     exact_distances,
-    measure_recall,
     tune_nprobe,
 )
 from memlm.datastore.layout import IndexFacts
@@ -253,11 +253,11 @@ def test_the_default_nprobe_is_the_smallest_that_reaches_the_target_within_an_ei
     index = INDEXES["ivf-flat"].build(keys, settings)
     recall = tune_nprobe(index, keys, settings)
     chosen = index.describe()["nprobe"]
-    assert recall == measure_recall(index, keys, settings) >= 0.97
+    assert recall == RecallSample(keys, settings).recall(index) >= 0.97
     reaches = []
     for nprobe in range(1, 41):
         index.set_nprobe(nprobe)
-        reaches.append(measure_recall(index, keys, settings) >= 0.97)
+        reaches.append(RecallSample(keys, settings).recall(index) >= 0.97)
     smallest = 1 + reaches.index(True)
     assert smallest <= chosen <= smallest + max(1, smallest // 8)
 
@@ -271,13 +271,13 @@ def test_recall_leaves_the_entry_itself_out() -> None:
 
     keys = Keys([clustered(50, 8)])
     settings = DatastoreConfig(recall_k=5)
-    assert measure_recall(ExactIndex(keys), keys, settings) == 1.0
-    assert measure_recall(OnlyItself(keys), keys, settings) == 0.0
+    assert RecallSample(keys, settings).recall(ExactIndex(keys)) == 1.0
+    assert RecallSample(keys, settings).recall(OnlyItself(keys)) == 0.0
 
 
 def test_recall_of_a_single_entry_is_one() -> None:
     keys = Keys([clustered(1, 8)])
-    assert measure_recall(ExactIndex(keys), keys, DatastoreConfig()) == 1.0
+    assert RecallSample(keys, DatastoreConfig()).recall(ExactIndex(keys)) == 1.0
 
 
 def test_the_index_is_chosen_by_size_unless_it_is_named() -> None:

@@ -43,13 +43,23 @@ class Block:
         """`(T,)` the token where it is predicted here, `IGNORE` elsewhere."""
         return np.where(self.predicted, self.input_ids, IGNORE).astype(np.int64)
 
+    @property
+    def positions(self) -> slice:
+        """Numbers of its positions."""
+        return slice(self.first_position, self.first_position + int(self.predicted.sum()))
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """`(P,)` where hidden states predict: one place to the left of each predicted token."""
+        return np.flatnonzero(self.predicted) - 1
+
 
 class Blocks(Protocol):
     """Blocks of tokens with labels, such as a `Split`."""
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each block."""
+        """`(blocks,)` tokens in each block."""
         ...
 
     @property
@@ -62,6 +72,7 @@ class Blocks(Protocol):
     def __getitem__(self, index: int, /) -> Block: ...
 
 
+@dataclass(frozen=True, eq=False)
 class Split:
     """The documents of one split as one memory-mapped run of tokens, cut into blocks.
 
@@ -69,28 +80,16 @@ class Split:
     token is the BOS. Every other token is a position, numbered through the split.
     """
 
-    def __init__(
-        self,
-        tokens: NDArray[np.int32],
-        offsets: NDArray[np.int64],
-        *,
-        block_size: int,
-        step: int,
-        cross_documents: bool,
-    ) -> None:
-        """
-        Args:
-            tokens: `(N,)` all documents, one after another.
-            offsets: `(D + 1,)` where each document starts, and N.
-            block_size: Tokens per block at most.
-            step: Tokens newly predicted per further block of a long segment.
-            cross_documents: Whether blocks are cut through document ends.
-        """
-        self.tokens = tokens
-        self.offsets = offsets
-        self.block_size = block_size
-        self.step = step
-        self.cross_documents = cross_documents
+    tokens: NDArray[np.int32]
+    """`(N,)` all documents, one after another."""
+    offsets: NDArray[np.int64]
+    """`(D + 1,)` where each document starts, and N."""
+    block_size: int
+    """Tokens per block at most."""
+    step: int
+    """Tokens newly predicted per further block of a long segment."""
+    cross_documents: bool
+    """Whether blocks are cut through document ends."""
 
     @property
     def n_documents(self) -> int:
@@ -126,12 +125,10 @@ class Split:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """`(blocks,)` tokens in each block."""
         return self._windows[:, 1] - self._windows[:, 0]
 
     @property
     def position_starts(self) -> NDArray[np.int64]:
-        """`(blocks + 1,)` the first position of each block, and the number of positions."""
         return self._position_starts
 
     @cached_property
@@ -212,11 +209,8 @@ class Corpus:
         Raises:
             ArtifactError: Its files do not fit together.
         """
-        if name not in self._splits:
-            self._splits[name] = self._open_split(name)
-        return self._splits[name]
-
-    def _open_split(self, name: str) -> Split:
+        if name in self._splits:
+            return self._splits[name]
         facts, config = self.facts.splits[name], self.config  # type: ignore[index]
         tokens = self._array(f"{name}.tokens.npy", np.int32, facts.tokens, mapped=True)
         offsets = self._array(f"{name}.offsets.npy", np.int64, facts.documents + 1)
@@ -225,9 +219,8 @@ class Corpus:
         if len(tokens) - facts.documents != facts.positions:
             raise ArtifactError(f"{self.folder}: {name} has {facts.positions} positions; rebuild the corpus")
         check_ids(tokens, self.vocab_size, self.folder / f"{name}.tokens.npy")
-        return Split(
-            tokens, offsets, block_size=config.block_size, step=config.step, cross_documents=config.cross_documents
-        )
+        split = Split(tokens, offsets, config.block_size, config.step, config.cross_documents)
+        return self._splits.setdefault(name, split)
 
     def _array(self, name: str, dtype: type[np.generic], length: int, *, mapped: bool = False) -> NDArray:
         return load_array(payload_file(self.folder, self.manifest, name), dtype, (length,), mapped=mapped)

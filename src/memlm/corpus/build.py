@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def plan_corpus(
     config = config or CorpusConfig()
     files = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
-    _special_ids(loaded, config)
+    around = [special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token")]
     spec = StageSpec(
         "corpus",
         config=config.model_dump(),
@@ -68,7 +68,7 @@ def plan_corpus(
 
     def work(stage: Stage) -> dict[str, Any]:
         shards = _shards(read_documents(files, config), shard_characters)
-        _tokenize(stage, shards, loaded, config)
+        _tokenize(stage, shards, loaded, around, config.seed)
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
@@ -88,16 +88,15 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
     """
     if setting == "none":
         return None
+    special: dict[str, Any] = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     if setting == "auto":
         if role == "end_token":
-            return _single(tokenizer.eos_token_id)
-        ids = tokenizer("a")["input_ids"]
-        return _single(tokenizer.bos_token_id) if ids and ids[0] == tokenizer.bos_token_id else None
-    if setting in ("bos", "eos"):
-        found = getattr(tokenizer, f"{setting}_token_id")
-        if found is None:
+            return special["eos"]
+        return special["bos"] if tokenizer("a")["input_ids"][:1] == [special["bos"]] else None
+    if setting in special:
+        if special[setting] is None:
             raise ConfigError(f"{role} = {setting!r}: the tokenizer has no {setting} token; use none or a token's text")
-        return found
+        return special[setting]
     vocabulary = tokenizer.get_vocab()
     if setting not in vocabulary:
         raise ConfigError(
@@ -106,20 +105,15 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
     return vocabulary[setting]
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase, config: CorpusConfig) -> list[int | None]:
-    return [special_id(tokenizer, getattr(config, role), role) for role in ("start_token", "end_token")]
-
-
-def _single(token_id: object) -> int | None:
-    """A special id as transformers gives it: an integer, or None."""
-    return token_id if isinstance(token_id, int) else None
-
-
 def _tokenize(
-    stage: Stage, shards: Iterator[list[Document]], tokenizer: PreTrainedTokenizerBase, config: CorpusConfig
+    stage: Stage,
+    shards: Iterator[list[Document]],
+    tokenizer: PreTrainedTokenizerBase,
+    around: list[int | None],
+    seed: int,
 ) -> None:
-    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each."""
-    start, end = ([] if token is None else [token] for token in _special_ids(tokenizer, config))
+    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each; `around` are first and last id."""
+    start, end = ([] if token is None else [token] for token in around)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
         for number, shard in enumerate(shards):
@@ -130,7 +124,7 @@ def _tokenize(
             rows = [np.array([*start, *ids, *end] if ids else [], np.int32) for ids in encoded]
             stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
-            hashes = np.array([document_hash(d.text, config.seed) for d in shard])
+            hashes = np.array([document_hash(d.text, seed) for d in shard])
             stage.save_array(f"raw/{number:05d}.hashes.npy", hashes)
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
             bar.update(sum(map(len, rows)))
@@ -181,23 +175,20 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
     """Choose each split's documents and write them."""
     raw = _Raw(stage.path / "raw")
     usable = raw.lengths >= 2
-    order = np.argsort(raw.hashes, kind="stable")
-    first = np.ones(len(order), bool)
-    first[1:] = raw.hashes[order][1:] != raw.hashes[order][:-1]
-    repeated = ~np.isin(np.arange(len(order)), order[first])
+    _, distinct = np.unique(raw.hashes, return_index=True)  # the first of each text, in the order of hashes
     share = raw.hashes / 2.0**64
     bounds = (config.validation_fraction, config.validation_fraction + config.test_fraction)
     split_of = np.where(share < bounds[0], 1, np.where(share < bounds[1], 2, 0))
     facts: dict = {
         "documents_read": len(raw.lengths),
         "documents_too_short": int((~usable).sum()),
-        "documents_repeated": int((usable & repeated).sum()),
+        "documents_repeated": int(usable.sum() - usable[distinct].sum()),
         "documents_near_duplicate": 0,
         "splits": {},
     }
     chosen: dict[str, list[tuple[int, int]]] = {}
     for number, split in enumerate(SPLITS):
-        candidates = [d for d in order if split_of[d] == number and usable[d] and not repeated[d]]
+        candidates = [d for d in distinct if split_of[d] == number and usable[d]]
         if config.near_duplicate_ngram and split != "train":
             candidates, dropped = _drop_near_duplicates(raw, candidates, chosen, config)
             facts["documents_near_duplicate"] += dropped
@@ -236,13 +227,19 @@ def _within_budget(raw: _Raw, candidates: list[int], budget: int | None) -> list
 def _write_split(stage: Stage, raw: _Raw, split: str, documents: list[tuple[int, int]]) -> tuple[int, int]:
     offsets = np.cumsum([0, *[length for _, length in documents]]).astype(np.int64)
     if not stage.has(f"{split}.tokens.npy"):
-        with stage.writing(f"{split}.tokens.npy") as temporary, temporary.open("wb") as file:
-            header = {"descr": "<i4", "fortran_order": False, "shape": (int(offsets[-1]),)}
-            np.lib.format.write_array_header_1_0(file, header)
-            for document, length in documents:
-                file.write(raw.tokens(document)[:length].astype("<i4").tobytes())
+        kept = (raw.tokens(document)[:length] for document, length in documents)
+        save_tokens(stage, f"{split}.tokens.npy", int(offsets[-1]), kept)
     if not stage.has(f"{split}.offsets.npy"):
         stage.save_array(f"{split}.offsets.npy", offsets)
     if not stage.has(f"{split}.names.txt"):
         stage.save_text(f"{split}.names.txt", "".join(raw.names[document] + "\n" for document, _ in documents))
     return int(offsets[-1]), len(documents)
+
+
+def save_tokens(stage: Stage, name: str, count: int, parts: Iterable[NDArray[np.int32]]) -> None:
+    """Write `count` token ids as one `.npy` file, part by part, so that memory does not grow with their number."""
+    with stage.writing(name) as temporary, temporary.open("wb") as file:
+        header = {"descr": "<i4", "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(part.astype("<i4").tobytes())

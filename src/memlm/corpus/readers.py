@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import zstandard
+
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import InputError
 from memlm.files import digest, file_digest
@@ -94,7 +96,7 @@ def _read_file(path: Path, config: CorpusConfig) -> Iterator[Any]:
                 yield from _parquet(stream, path, config.text_column)
             else:
                 yield from _decoded(stream, path, config)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise InputError(f"{path} cannot be decompressed: {error}") from None
 
 
@@ -121,53 +123,39 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.name.lower().endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(path))
+        return io.BufferedReader(_Chunks(_unpacked(path)))
     return path.open("rb")
 
 
-class _ZstdFile(io.RawIOBase):
+def _unpacked(path: Path) -> Iterator[bytes]:
     """The content of a .zst file, all frames of it. zstandard's own reader ends quietly where a file was cut off."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._path = path
-        self._file = path.open("rb")
-        self._error = zstandard.ZstdError
-        self._new_frame = lambda: zstandard.ZstdDecompressor().decompressobj()
-        self._content = self._chunks()
-        self._rest = b""
-
-    def _chunks(self) -> Iterator[bytes]:
+    with path.open("rb") as file:
         frame, packed = None, b""
-        while packed := packed or self._file.read(_CHUNK):
-            frame = frame or self._new_frame()
-            try:
-                yield frame.decompress(packed)
-            except self._error as error:
-                raise InputError(f"{self._path} cannot be decompressed: {error}") from None
+        while packed := packed or file.read(_CHUNK):
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(packed)
             packed = b""
             if frame.eof:
                 packed, frame = frame.unused_data, None
-        if frame is not None:
-            raise InputError(f"{self._path} cannot be decompressed: it was cut off")
+    if frame is not None:
+        raise EOFError("it was cut off")
+
+
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes as one file."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = filter(None, chunks)
+        self._rest = b""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._rest:
-            chunk = next(self._content, None)
-            if chunk is None:
-                return 0
-            self._rest = chunk
+        self._rest = self._rest or next(self._chunks, b"")
         count = min(len(buffer), len(self._rest))
         buffer[:count], self._rest = self._rest[:count], self._rest[count:]
         return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def split_documents(text: IO[str], separator: str | None, *, chunk_size: int = _CHUNK) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 
 from memlm.config import settings_from
 from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
+from memlm.corpus.build import save_tokens
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import Extension
 from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
@@ -119,12 +121,15 @@ def _build(
         index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
     needs_keys = config.keep_keys or not index_is_whole
     tap = _save_keys(stage, split, teacher, config, extension) if needs_keys else None
-    _save_values(stage, split)
+    total = split.n_positions
+    starts = range(0, total, _VALUES_AT_ONCE)
+    values = (split.labels(start, min(start + _VALUES_AT_ONCE, total)) for start in starts)
+    save_tokens(stage, VALUES_FILE, total, values)
     if before is not None and index_is_whole:
         return before.facts
     keys = open_keys(stage.path)
     facts = {
-        "entries": split.n_positions,
+        "entries": total,
         "key_width": keys.shape[1],
         "tap": tap,
         "distance": "squared L2",
@@ -140,27 +145,21 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
     missing = [i for i in range(len(shards)) if not stage.has(f"keys/{i:05d}.npy")]
     if not missing and stage.has(_TAP_FILE):
         return (stage.path / _TAP_FILE).read_text().strip()
-    to_read = {i: np.arange(*shards[i]) for i in missing}
     if extension is not None:
-        to_read = {i: blocks[extension.is_new(blocks)] for i, blocks in to_read.items()}
         config = config.model_copy(update={"tap": extension.tap})
-    if extension is None or any(map(len, to_read.values())):
-        model, tap = load_teacher(teacher, config)
-    else:
-        model, tap = None, extension.tap
+    reader = cache(lambda: TapReader(*load_teacher(teacher, config)))  # loaded where there is something to read
+    tap = reader().tap if extension is None else extension.tap
     stage.save_text(_TAP_FILE, tap + "\n")
-    total = split.n_positions
-    done = total - sum(
-        int(split.position_starts[b1] - split.position_starts[b0]) for b0, b1 in (shards[i] for i in missing)
-    )
-    reader = None if model is None else TapReader(model, tap)
-    with progress_bar(total, "teacher pass", initial=done) as bar, writing_behind() as write:
+    bounds = {i: split.position_starts[list(shards[i])].tolist() for i in missing}
+    done = split.n_positions - sum(stop - start for start, stop in bounds.values())
+    with progress_bar(split.n_positions, "teacher pass", initial=done) as bar, writing_behind() as write:
         for i in missing:
-            keys = None
-            if reader is not None and len(to_read[i]):
-                keys = read_keys(reader, split, to_read[i], batch_tokens=config.batch_tokens)
+            blocks = np.arange(*shards[i])
             if extension is not None:
-                keys = extension.complete(keys, *split.position_starts[list(shards[i])])
+                blocks = blocks[extension.is_new(blocks)]
+            keys = read_keys(reader(), split, blocks, batch_tokens=config.batch_tokens) if len(blocks) else None
+            if extension is not None:
+                keys = extension.complete(keys, *bounds[i])
             assert keys is not None  # without an extension every block is read
             write(stage.save_array, f"keys/{i:05d}.npy", keys)
             bar.update(len(keys))
@@ -200,9 +199,7 @@ def read_keys(
     starts = np.append(0, np.cumsum(np.diff(split.position_starts)[numbers]))
     out: NDArray[np.float16] | None = None
     for batch, keys in _one_ahead(_read_batches(reader, split, numbers, batch_tokens)):
-        found = keys()
-        if not np.isfinite(found).all():
-            raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
+        found = checked_keys(keys())
         if out is None:
             out = np.empty((int(starts[-1]), found.shape[1]), np.float16)
         lengths = starts[batch + 1] - starts[batch]
@@ -210,6 +207,17 @@ def read_keys(
             out[start : start + len(part)] = part
     assert out is not None  # there is at least one block, and blocks have at least one position
     return out
+
+
+def checked_keys(activations: NDArray[np.float16]) -> NDArray[np.float16]:
+    """The same, all finite.
+
+    Raises:
+        ModelError: An activation does not fit float16.
+    """
+    if not np.isfinite(activations).all():
+        raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
+    return activations
 
 
 def _read_batches(reader: TapReader, split: Blocks, numbers: NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
@@ -257,16 +265,6 @@ def _one_ahead(items: Iterable[_Batch]) -> Iterator[_Batch]:
     yield from before
 
 
-def _save_values(stage: Stage, split: Split) -> None:
-    """Write the values, some positions at a time, so that memory does not grow with the corpus."""
-    with stage.writing(VALUES_FILE) as temporary, temporary.open("wb") as file:
-        header = {"descr": "<i4", "fortran_order": False, "shape": (split.n_positions,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, split.n_positions, _VALUES_AT_ONCE):
-            stop = min(start + _VALUES_AT_ONCE, split.n_positions)
-            file.write(split.labels(start, stop).astype("<i4").tobytes())
-
-
 def _save_index(stage: Stage, keys: Keys, config: DatastoreConfig, extension: Extension | None) -> dict:
     kind = config.index_kind(len(keys))
     if stage.has(INDEX_FILE):
@@ -275,8 +273,8 @@ def _save_index(stage: Stage, keys: Keys, config: DatastoreConfig, extension: Ex
         index = extension.index(keys, config)
     else:
         index = INDEXES[kind].build(keys, config)
-    if not config.keep_keys and hasattr(index, "keys"):
-        index.keys = None  # type: ignore[attr-defined]
+    if not config.keep_keys:
+        index.keys = None
     recall = tune_nprobe(index, keys, config)
     if kind != "exact":
         with stage.writing(INDEX_FILE) as temporary:

@@ -35,7 +35,7 @@ class Keys:
 
     def rows(self, start: int, stop: int) -> Floats:
         """Keys `start` to `stop`, widened to float32."""
-        return _widen(self.slice(start, min(stop, len(self))))
+        return widen(self.slice(start, min(stop, len(self))))
 
     def slice(self, start: int, stop: int) -> NDArray[np.float16]:
         """Keys `start` to `stop`; a view where they are in one shard."""
@@ -55,15 +55,10 @@ class Keys:
             for shard in touched:
                 here = shard_of == shard
                 out[here] = self._shards[shard][flat[here] - self._starts[shard]]
-        return (_widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
-
-    def blocks(self, size: int) -> Iterator[tuple[int, Floats]]:
-        """(first id, keys) over all keys, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield start, self.rows(start, start + size)
+        return (widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
 
 
-def _widen(keys: NDArray[np.float16]) -> Floats:
+def widen(keys: NDArray[np.float16]) -> Floats:
     """The keys in float32; numpy takes ten times as long."""
     return faiss.ScalarQuantizer(keys.shape[1], faiss.ScalarQuantizer.QT_fp16).decode(keys.view(np.uint8))
 
@@ -71,6 +66,8 @@ def _widen(keys: NDArray[np.float16]) -> Floats:
 class Index(ABC):
     """Finds the entries nearest to a query, by squared L2 distance."""
 
+    kind: IndexKind
+    keys: Keys | None
     sizes: SearchSizes = SIZES
 
     @classmethod
@@ -88,9 +85,9 @@ class Index(ABC):
             config: Settings of the search, as for `build`; those of the training have no effect.
         """
 
-    @abstractmethod
     def save(self, path: Path) -> None:
         """Write what `load` needs beyond the keys; no file if it needs no more."""
+        return
 
     @classmethod
     @abstractmethod
@@ -113,11 +110,11 @@ class Index(ABC):
         Raises:
             ConfigError: The index has none.
         """
-        raise ConfigError(f"nprobe = {nprobe}: an index of kind {self.describe()['kind']} has no lists to choose from")
+        raise ConfigError(f"nprobe = {nprobe}: an index of kind {self.kind} has no lists to choose from")
 
-    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Settings in force, for the manifest."""
+        return {"kind": self.kind}
 
     @abstractmethod
     def _search(self, queries: Floats, k: int) -> Neighbors:
@@ -148,6 +145,9 @@ class ExactIndex(Index):
     memory.
     """
 
+    kind = "exact"
+    keys: Keys
+
     def __init__(self, keys: Keys, sizes: SearchSizes = SIZES) -> None:
         self.keys, self.sizes = keys, sizes
         self._device = default_device()
@@ -162,17 +162,11 @@ class ExactIndex(Index):
     def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
         self.keys, self._held = keys, []
 
-    def save(self, path: Path) -> None:
-        pass
-
     @classmethod
     def load(cls, path: Path | None, keys: Keys | None, facts: IndexFacts, shape: tuple[int, int]) -> Self:
         if keys is None:
             raise ArtifactError("a datastore with an exact index has no keys (keep_keys false); rebuild it")
         return cls(keys)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "exact"}
 
     def _search(self, queries: Floats, k: int) -> Neighbors:
         if not self.by_lists:
@@ -288,7 +282,8 @@ class IVFIndex(Index):
         self.index.nprobe = min(nprobe, self.index.nlist)
 
     def describe(self) -> dict[str, Any]:
-        return {"nlist": self.index.nlist, "nprobe": self.index.nprobe, "rerank_factor": self.rerank_factor}
+        settings = {"nlist": self.index.nlist, "nprobe": self.index.nprobe, "rerank_factor": self.rerank_factor}
+        return {**super().describe(), **settings}
 
     def search(self, queries: Floats, k: int, *, thorough: bool = False) -> Neighbors:
         nprobe = self.index.nprobe
@@ -305,13 +300,12 @@ class IVFIndex(Index):
 class IVFFlatIndex(IVFIndex):
     """Lists of whole float16 keys: exact distances, approximate choice."""
 
+    kind = "ivf-flat"
+
     @classmethod
     def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
         float16, by_residual = faiss.ScalarQuantizer.QT_fp16, False  # keys themselves: lossless
         return faiss.IndexIVFScalarQuantizer(quantizer, quantizer.d, nlist, float16, faiss.METRIC_L2, by_residual)
-
-    def describe(self) -> dict[str, Any]:
-        return {"kind": "ivf-flat", **super().describe()}
 
     def _search(self, queries: Floats, k: int) -> Neighbors:
         """As `search`; where lists are probed by many queries each, list by list."""
@@ -333,6 +327,8 @@ class IVFFlatIndex(IVFIndex):
 class IVFPQIndex(IVFIndex):
     """Lists of product-quantised keys, re-ranked with exact distances while the keys are there."""
 
+    kind = "ivf-pq"
+
     @classmethod
     def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
         width = quantizer.d
@@ -343,7 +339,7 @@ class IVFPQIndex(IVFIndex):
         return index
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "ivf-pq", "code_bytes": int(self.index.code_size), **super().describe()}
+        return {**super().describe(), "code_bytes": int(self.index.code_size)}
 
     def _search(self, queries: Floats, k: int) -> Neighbors:
         if self.keys is None:
@@ -354,7 +350,7 @@ class IVFPQIndex(IVFIndex):
         return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
 
 
-INDEXES: dict[IndexKind, type[Index]] = {"exact": ExactIndex, "ivf-flat": IVFFlatIndex, "ivf-pq": IVFPQIndex}
+INDEXES: dict[IndexKind, type[Index]] = {index.kind: index for index in (ExactIndex, IVFFlatIndex, IVFPQIndex)}
 
 
 def exact_distances(keys: Keys, queries: Floats, ids: Ints, sizes: SearchSizes = SIZES) -> Floats:
@@ -382,13 +378,14 @@ def exact_distances(keys: Keys, queries: Floats, ids: Ints, sizes: SearchSizes =
 def _fill(index: Any, keys: Keys, at_once: int) -> None:
     """Add all keys. Lists get their final room at once, for a list that grows leaves as much unused behind."""
     lists = np.empty(len(keys), np.int32)
-    for start, block in keys.blocks(at_once):
-        lists[start : start + len(block)] = index.quantizer.assign(block, 1)[:, 0]
+    starts = range(0, len(keys), at_once)
+    for start in starts:
+        lists[start : start + at_once] = index.quantizer.assign(keys.rows(start, start + at_once), 1)[:, 0]
     for number, size in enumerate(np.bincount(lists, minlength=index.nlist).tolist()):
         index.invlists.resize(number, size)
         index.invlists.resize(number, 0)
-    for start, block in keys.blocks(at_once):
-        assigned = lists[start : start + len(block)].astype(np.int64)
+    for start in starts:
+        block, assigned = keys.rows(start, start + at_once), lists[start : start + at_once].astype(np.int64)
         index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(assigned))  # type: ignore[attr-defined]
 
 
@@ -397,7 +394,7 @@ def default_nlist(entries: int) -> int:
     return max(1, min(int(4 * entries**0.5), entries // 39))
 
 
-class _RecallSample:
+class RecallSample:
     """Some entries and their k nearest by exact search, the entry itself left out; all keys are read once."""
 
     def __init__(self, keys: Keys, config: DatastoreConfig) -> None:
@@ -409,7 +406,7 @@ class _RecallSample:
         self.expected = self._others(ExactIndex(keys))
 
     def recall(self, index: Index) -> float:
-        """Share of the k nearest that `index` finds; 1 for a single entry."""
+        """Recall@k of `index`: the share of the k nearest that it finds; 1 for a single entry."""
         if self.k < 1:
             return 1.0
         pairs = zip(self._others(index), self.expected, strict=True)
@@ -420,19 +417,14 @@ class _RecallSample:
         return [set(row[row != own][: self.k].tolist()) for row, own in zip(found, self.own, strict=True)]
 
 
-def measure_recall(index: Index, keys: Keys, config: DatastoreConfig) -> float:
-    """Recall@k of `index` against exact search for a sample of entries, the entry itself left out."""
-    return _RecallSample(keys, config).recall(index)
-
-
 def tune_nprobe(index: Index, keys: Keys, config: DatastoreConfig) -> float:
     """Set about the smallest nprobe that reaches `recall_target`, where it is not configured; returns recall@k.
 
     It stops earlier where more lists no longer help, as with codes that are not re-ranked.
     """
+    sample = RecallSample(keys, config)
     if not isinstance(index, IVFIndex) or config.nprobe is not None:
-        return measure_recall(index, keys, config)
-    sample = _RecallSample(keys, config)
+        return sample.recall(index)
 
     def recall_at(nprobe: int) -> float:
         index.index.nprobe = nprobe

@@ -31,10 +31,10 @@ class DatastoreFacts(Facts):
 
 
 class _Shard:
-    """Keys of one shard on disk, whose checksum is verified when they are first read."""
+    """Keys of one shard on disk, whose checksum, if the folder has a manifest, is verified when they are first read."""
 
-    def __init__(self, folder: Path, manifest: Manifest, name: str, width: int | None) -> None:
-        self._source = folder, manifest, name
+    def __init__(self, folder: Path, manifest: Manifest | None, name: str, width: int | None) -> None:
+        self._folder, self._manifest, self._name = folder, manifest, name
         self._unverified = load_array(folder / name, np.float16, (None, width), mapped=True)
         self.shape = self._unverified.shape
 
@@ -46,7 +46,8 @@ class _Shard:
 
     @cached_property
     def _rows(self) -> NDArray[np.float16]:
-        payload_file(*self._source)
+        if self._manifest is not None:
+            payload_file(self._folder, self._manifest, self._name)
         return self._unverified
 
 
@@ -68,11 +69,7 @@ def open_keys(folder: Path, manifest: Manifest | None = None) -> Keys:
         raise ArtifactError(f"{folder} has no keys; rebuild it")
     shards: list[Any] = []
     for name in names:
-        width = shards[0].shape[1] if shards else None
-        if manifest is None:
-            shards.append(load_array(folder / name, np.float16, (None, width), mapped=True))
-        else:
-            shards.append(_Shard(folder, manifest, name, width))
+        shards.append(_Shard(folder, manifest, name, shards[0].shape[1] if shards else None))
     return Keys(shards)
 
 
@@ -135,8 +132,6 @@ class Datastore:
 
     @cached_property
     def index(self) -> Index:
-        facts = self.facts
-        path = None
-        if facts.index.kind != "exact":
-            path = payload_file(self.folder, self.manifest, INDEX_FILE)
-        return INDEXES[facts.index.kind].load(path, self.keys, facts.index, (facts.entries, facts.key_width))
+        kind, shape = self.facts.index.kind, (self.facts.entries, self.facts.key_width)
+        path = None if kind == "exact" else payload_file(self.folder, self.manifest, INDEX_FILE)
+        return INDEXES[kind].load(path, self.keys, self.facts.index, shape)

@@ -16,6 +16,7 @@ from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled, finite
 from memlm.evaluate.plot import number, plot_curve
 from memlm.files import write_json
+from memlm.manifest import read_manifest
 from memlm.memory.loading import read_settings
 from memlm.mix.weights import settle_weights
 from memlm.models.identity import model_identity
@@ -83,26 +84,22 @@ def evaluate_perplexity(
     source.check_read_by(base)
     for model in memories.values():
         check_memory(source, model)
-    spec = report_spec(source, base=base, memory=memory, config=config, retrieval=retrieval)
+    spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval)
     if out is not None:
         check_output(out, spec)
     tables = score_corpus(
         source, base, memories, dtype=config.dtype, batch_tokens=config.batch_tokens, retrieval=retrieval
     )
     weights = given if given is not None else best_mix_weights(*_labels(tables["validation"], memories))
-    base_label, labels = _labels(tables["test"], memories)
-    parts = {
-        BASE: base_label.astype(np.float64),
-        **{name: label.astype(np.float64) for name, label in zip(memories, labels, strict=True)},
-        MIXTURE: mixture_label_log_probs(base_label, labels, weights),
-    }
     test = tables["test"]
+    parts = {name: test.voters[name].label.astype(np.float64) for name in (BASE, *memories)}
+    parts[MIXTURE] = mixture_label_log_probs(*_labels(test, memories), weights)
     resampled = Resampled(test.document, parts, config)
     report: dict[str, Any] = {name: resampled.perplexity(name) for name in parts}
     by_name = dict(zip(memories, weights, strict=True))
     report[MIXTURE]["mix_weight"] = by_name if isinstance(memory, Mapping) else weights[0]
     report[MIXTURE]["mix_weight_from"] = "validation" if given is None else "given"
-    report["tokens"] = len(base_label)
+    report["tokens"] = len(test.document)
     report["documents"] = int(test.document.max()) + 1
     report["ratio"] = resampled.ratio(MIXTURE, BASE)
     report["by_label_frequency"] = by_label_frequency(test.label_count, parts)
@@ -167,7 +164,7 @@ def by_label_frequency(label_count: NDArray[np.int64], parts: dict[str, NDArray[
 
 
 def report_spec(
-    corpus: Corpus | str | Path,
+    corpus: str | Path,
     *,
     base: str,
     memory: str | Mapping[str, str],
@@ -175,18 +172,15 @@ def report_spec(
     retrieval: RetrievalConfig | None,
 ) -> StageSpec:
     """What `evaluate_perplexity` with these arguments makes in its `out`."""
-    corpus, config = corpus if isinstance(corpus, Corpus) else Corpus(corpus), config or EvaluateConfig()
+    made, config = read_manifest(corpus, "corpus"), config or EvaluateConfig()
     named = {f"memory.{n}": m for n, m in memory.items()} if isinstance(memory, Mapping) else {"memory": memory}
+    sources = {"base": base, **named}
     return StageSpec(
         "evaluation",
         config=config.model_dump() | ({"retrieval": retrieval.model_dump()} if retrieval is not None else {}),
-        inputs={
-            "corpus": corpus.manifest.hash,
-            "base": model_identity(base),
-            **{name: model_identity(model) for name, model in named.items()},
-        },
-        tokenizer=corpus.manifest.tokenizer,
-        sources={"corpus": str(corpus.folder), "base": base, **named},
+        inputs={"corpus": made.hash, **{name: model_identity(model) for name, model in sources.items()}},
+        tokenizer=made.tokenizer,
+        sources={"corpus": str(Path(corpus)), **sources},
     )
 
 
@@ -220,11 +214,10 @@ def report_table(report: dict[str, Any]) -> str:
     heads = "".join(f"{name:>{wide}}" for name, wide in columns.items())
     lines.append(f"{'label seen in training':<24}{'tokens':>9}{heads}")
     for row in report["by_label_frequency"]:
-        span = (
-            f"{row['from']:,} times or more"
-            if row["below"] is None
-            else ("never" if row["from"] == 0 else f"{row['from']:,} to {row['below'] - 1:,} times")
-        )
+        if row["below"] is None:
+            span = f"{row['from']:,} times or more"
+        else:
+            span = "never" if row["from"] == 0 else f"{row['from']:,} to {row['below'] - 1:,} times"
         numbers = "".join(f"{number(row[name]):>{wide}}" for name, wide in columns.items())
         lines.append(f"{span:<24}{row['tokens']:>9,}{numbers}")
     return "\n".join(lines)

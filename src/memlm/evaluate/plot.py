@@ -31,9 +31,7 @@ def plot_curve(report: dict[str, Any], path: Path) -> None:
     axes.annotate(
         f"chosen: {weight:g}", (weight, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
     )
-    axes.set_xlabel(
-        "mix_weight (0: base alone, 1: memories alone)" if named else "mix_weight (0: base alone, 1: memory alone)"
-    )
+    axes.set_xlabel(f"mix_weight (0: base alone, 1: {'memories' if named else 'memory'} alone)")
     axes.set_ylabel("validation perplexity")
     axes.set_title("test: " + ", ".join(f"{part} {number(report[part]['perplexity'])}" for part in parts), fontsize=10)
     axes.grid(alpha=0.3)

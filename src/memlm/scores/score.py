@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.corpus.blocks import IGNORE, Block, Blocks, length_batches
-from memlm.errors import ModelError
+from memlm.datastore.build import checked_keys
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
 
@@ -43,9 +43,7 @@ def stored_activations(keys: NDArray[np.float16]) -> ReadActivations:
     def read(blocks: list[Block], tokens: Tensor) -> Tensor:
         out = torch.zeros(*tokens.shape, keys.shape[1], dtype=torch.float16)
         for row, block in enumerate(blocks):
-            before = np.flatnonzero(block.predicted) - 1
-            first = block.first_position
-            out[row, before] = torch.from_numpy(np.array(keys[first : first + len(before)]))
+            out[row, block.places] = torch.from_numpy(np.array(keys[block.positions]))
         return out
 
     return read
@@ -66,14 +64,10 @@ class Collected:
             ModelError: An activation does not fit float16.
         """
         read = activations[self._tap].half().cpu().numpy()
+        if self.array is None:
+            self.array = np.zeros((self._positions, read.shape[-1]), np.float16)
         for row, block in enumerate(blocks):
-            before = np.flatnonzero(block.predicted) - 1
-            found = read[row, before]
-            if not np.isfinite(found).all():
-                raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
-            if self.array is None:
-                self.array = np.zeros((self._positions, read.shape[-1]), np.float16)
-            self.array[block.first_position : block.first_position + len(before)] = found
+            self.array[block.positions] = checked_keys(read[row, block.places])
 
 
 @torch.inference_mode()
@@ -105,7 +99,10 @@ def score(
     """
     wanted = taps | {voter.tap for voter in voters.values() if voter.tap is not None and stored is None}
     base_votes = any(voter is base for voter in voters.values())
-    pieces: dict[str, dict[int, list[NDArray]]] = {name: {} for name in voters}
+    starts = blocks.position_starts
+    scores: dict[str, dict[str, NDArray[Any]]] = {
+        name: {column: np.empty(int(starts[-1]), dtype) for column, dtype in COLUMNS.items()} for name in voters
+    }
     for batch in length_batches(blocks.lengths, batch_tokens):
         members = [blocks[int(i)] for i in batch]
         longest = max(len(b.input_ids) for b in members)
@@ -122,7 +119,7 @@ def score(
             activations = base.read(tokens.to(base.device), wanted)
         if on_activations is not None:
             on_activations(members, activations)
-        edges = np.cumsum([0, *(labels != IGNORE).sum(1).tolist()])
+        positions = np.concatenate([np.arange(*starts[[i, i + 1]]) for i in batch])
         for name, voter in voters.items():
             state = base_state
             if voter is not base:
@@ -131,16 +128,7 @@ def score(
                     read = stored(members, tokens) if stored is not None else activations[voter.tap]
                 state = voter.step(tokens.to(voter.device), read)
             found = voter.label_log_probs(state, labels.to(voter.device))
-            for row, index in enumerate(batch):
-                pieces[name][int(index)] = [found[c][edges[row] : edges[row + 1]].numpy() for c in COLUMNS]
-        progress(int(edges[-1]))
-    return {name: _in_order(found) for name, found in pieces.items()}
-
-
-def _in_order(pieces: dict[int, list[NDArray]]) -> Scores:
-    parts = [pieces[block] for block in sorted(pieces)]
-    columns: dict[str, Any] = {
-        name: np.concatenate([np.empty(0, dtype), *(part[i] for part in parts)])
-        for i, (name, dtype) in enumerate(COLUMNS.items())
-    }
-    return Scores(**columns)
+            for column, values in scores[name].items():
+                values[positions] = found[column].numpy()
+        progress(len(positions))
+    return {name: Scores(**columns) for name, columns in scores.items()}

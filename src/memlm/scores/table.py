@@ -198,14 +198,12 @@ def score_corpus(
         retrieval=retrieval,
     )
     tables = {}
-    counts = None
+    counts = np.bincount(corpus.split("train").labels(), minlength=corpus.vocab_size)
     for name in SCORED_SPLITS:
         split = corpus.split(name)
         if not split.n_positions:
             continue
         text = Text(corpus.manifest.hash, name, split, corpus.manifest.tokenizer, str(corpus.folder))
-        if counts is None:
-            counts = np.bincount(corpus.split("train").labels(), minlength=corpus.vocab_size)
         documents = split.documents_of(np.arange(split.n_positions))
         tables[name] = ScoreTable(scorers.score(text), documents, counts[split.labels()])
     return tables

@@ -1,7 +1,8 @@
 """The targets stage: a datastore to rows of blocks with a sparse distribution per position."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from memlm.config import settings_from
-from memlm.corpus.blocks import Block, Corpus, Split
+from memlm.corpus.blocks import Block, Corpus
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
+from memlm.datastore.index import widen
 from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, InputError
 from memlm.files import file_digest
@@ -73,21 +75,22 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
     """Write the targets of all positions, and return the facts."""
     split = store.corpus.split("train")
     shards = shard_blocks(split, store.config.shard_positions)
-    missing = [i for i in range(len(shards)) if not stage.has(_shard(i))]
-    done = split.n_positions - sum(_positions(split, *shards[i]) for i in missing)
-    queries = _queries(store, split, positions_at_once)
+    bounds = {i: split.position_starts[list(s)].tolist() for i, s in enumerate(shards) if not stage.has(_shard(i))}
+    done = split.n_positions - sum(stop - start for start, stop in bounds.values())
+    reader = cache(lambda: TapReader(load_teacher(store.teacher, store.config)[0], store.facts.tap))
     with progress_bar(split.n_positions, "searching", initial=done) as bar, writing_behind() as write:
-        for i in missing:
-            first, end = shards[i]
-            start = int(split.position_starts[first])
-            votes = []
-            for chunk in queries(first, end):
-                own = np.arange(start, start + len(chunk))
-                votes.append(retrieve(store, chunk, own, **config.model_dump()))
-                start += len(chunk)
-                bar.update(len(chunk))
-            blocks = [split[b] for b in range(first, end)]
-            write(_write_shard, stage, i, blocks, SparseProbs.concatenate(votes))
+        for i, (start, stop) in bounds.items():
+            blocks, votes = range(*shards[i]), []
+            if store.keys is not None:
+                keys = store.keys.slice(start, stop)
+            else:
+                keys = read_keys(reader(), split, blocks, batch_tokens=store.config.batch_tokens)
+            for at in range(0, len(keys), positions_at_once):
+                queries = widen(keys[at : at + positions_at_once])
+                own = np.arange(start + at, start + at + len(queries))
+                votes.append(retrieve(store, queries, own, **config.model_dump()))
+                bar.update(len(own))
+            write(_write_shard, stage, i, [split[b] for b in blocks], SparseProbs.concatenate(votes))
     return _write_rest(stage, store.corpus, len(shards), store.manifest.facts)
 
 
@@ -134,7 +137,7 @@ def import_released(
     def work(stage: Stage) -> dict[str, Any]:
         shards = shard_blocks(split, shard_positions)
         for i, (first, end) in enumerate(shards):
-            start, stop = int(split.position_starts[first]), int(split.position_starts[end])
+            start, stop = split.position_starts[[first, end]].tolist()
             rows = table.slice(start, stop - start)
             votes = _released_votes(rows, source.vocab_size, arrow, start)
             _write_shard(stage, i, [split[b] for b in range(first, end)], votes)
@@ -171,32 +174,6 @@ def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: i
 
 def _shard(number: int) -> str:
     return f"train-{number:05d}.arrow"
-
-
-def _positions(split: Split, first: int, end: int) -> int:
-    return int(split.position_starts[end] - split.position_starts[first])
-
-
-def _queries(store: Datastore, split: Split, at_once: int) -> Callable[[int, int], Iterator[NDArray[np.float32]]]:
-    """A function from a run of blocks to its queries, `at_once` positions at a time."""
-    if store.keys is not None:
-        keys = store.keys
-
-        def kept(first: int, end: int) -> Iterator[NDArray[np.float32]]:
-            stop = int(split.position_starts[end])
-            for start in range(int(split.position_starts[first]), stop, at_once):
-                yield keys.rows(start, min(start + at_once, stop))
-
-        return kept
-    model, _ = load_teacher(store.teacher, store.config)
-    reader = TapReader(model, store.manifest.facts["tap"])
-
-    def recomputed(first: int, end: int) -> Iterator[NDArray[np.float32]]:
-        keys = read_keys(reader, split, range(first, end), batch_tokens=store.config.batch_tokens)
-        for start in range(0, len(keys), at_once):
-            yield keys[start : start + at_once].astype(np.float32)
-
-    return recomputed
 
 
 def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparseProbs) -> None:
