@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from memlm.config import read_recipe
 from memlm.errors import ArtifactError
 from memlm.files import read_json
 from memlm.manifest import MANIFEST, PLAN, RUN, read_manifest
@@ -182,7 +181,7 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
     Raises:
         OutputExistsError: A folder of the run holds something else, as `run_recipe` would say.
     """
-    recipe, out = Recipe({name: dict(values) for name, values in sections.items()}), Path(out)
+    recipe, out = Recipe(sections), Path(out)
     from memlm.evaluate.perplexity import report_spec
     from memlm.runs.estimate import Cost, step_costs
 
@@ -228,10 +227,9 @@ def run_recipe(
     Returns:
         Row name (`memory`, `twin`, `retrieval`) to the report of `evaluate_perplexity`.
     """
-    recipe = Recipe({name: dict(values) for name, values in sections.items()})
+    recipe, out = Recipe(sections), Path(out)
     from memlm.evaluate.perplexity import evaluate_perplexity
 
-    out = Path(out)
     there: dict[str, Path] = {}
     for step in recipe_steps(recipe):
         there[step.name] = make_step(out / step.name, step.plan(there), say)
@@ -242,21 +240,9 @@ def run_recipe(
     return reports
 
 
-def run_recipe_file(
-    path: str | Path,
-    out: str | Path | None = None,
-    *,
-    overrides: list[str] | None = None,
-    say: Callable[[str], None],
-) -> tuple[Path, dict[str, Any]]:
-    """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
-    folder = run_folder(path, out)
-    return folder, run_recipe(read_recipe(path, overrides or []), folder, say=say)
-
-
-def run_folder(path: str | Path, out: str | Path | None = None) -> Path:
-    """`out`, or else `runs/NAME` of a recipe file."""
-    return Path(out) if out is not None else Path("runs") / Path(path).stem
+def run_folder(recipe: str | Path) -> Path:
+    """Where a recipe file runs unless told otherwise: `runs/NAME`."""
+    return Path("runs") / Path(recipe).stem
 
 
 def plan_table(steps: list[Planned]) -> str:
