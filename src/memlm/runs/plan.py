@@ -57,10 +57,8 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     tokenizer = places["corpus"]["tokenizer"]
     steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, tokenizer=tokenizer, config=configs["corpus"]))]
     if "teacher" in configs:
-        begin, teacher = places["teacher"]["init"], configs["teacher"]
-        steps.append(
-            Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], init=begin, config=teacher))
-        )
+        tune = {"init": places["teacher"]["init"], "config": configs["teacher"]}
+        steps.append(Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], **tune)))
     steps += [
         Step(
             "datastore",
@@ -77,9 +75,13 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     return steps
 
 
+_JUDGED = {"memory": "memory", "twin": "twin", "retrieval": "datastore"}
+"""Row of the results to the step whose folder stands beside the base."""
+
+
 def evaluated_rows(recipe: Recipe) -> list[str]:
     """What the recipe evaluates, each beside the base."""
-    return [row for row in ("memory", "twin", "retrieval") if row == "memory" or row in recipe.configs]
+    return [row for row in _JUDGED if row == "memory" or row in recipe.configs]
 
 
 def evaluation(recipe: Recipe, row: str, there: dict[str, Path]) -> dict[str, Any]:
@@ -87,14 +89,10 @@ def evaluation(recipe: Recipe, row: str, there: dict[str, Path]) -> dict[str, An
     return {
         "corpus": there["corpus"],
         "base": recipe.places.get("evaluate", {}).get("base", base_of(recipe)),
-        "memory": str(there[_judged(row)]),
+        "memory": str(there[_JUDGED[row]]),
         "config": recipe.configs.get("evaluate"),
         "retrieval": recipe.configs.get("retrieval") if row == "retrieval" else None,
     }
-
-
-def _judged(row: str) -> str:
-    return "datastore" if row == "retrieval" else row
 
 
 def base_of(recipe: Recipe) -> str:
@@ -192,9 +190,8 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
             there[step.name] = found
     for row in evaluated_rows(recipe):
         names.append(name := f"evaluation-{row}")
-        if there.keys() >= {"corpus", _judged(row)}:
-            spec = report_spec(**evaluation(recipe, row, there))
-            if check_output(out / name, spec):
+        if there.keys() >= {"corpus", _JUDGED[row]}:
+            if check_output(out / name, report_spec(**evaluation(recipe, row, there))):
                 there[name] = out / name
     costs = step_costs(recipe, base_of(recipe), there.get("corpus"))
     planned = []
