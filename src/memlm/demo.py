@@ -262,8 +262,7 @@ def docstrings() -> Iterator[str]:
             name = ".".join((package, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
             if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 >= _SHARE:
                 continue
-            text = _module_text(name, path)
-            if len(text) >= _SHORTEST:
+            if text := _module_text(name, path):
                 yield text[:_LONGEST]
 
 

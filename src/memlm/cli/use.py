@@ -178,18 +178,17 @@ def chat(
     for line in _lines():
         if line == "/clear":
             turns = []
-            continue
-        if line.startswith("/weight"):
+        elif line.startswith("/weight"):
             try:
                 model.set_mix_weight(weights_by_name(line.removeprefix("/weight").split(), model.mix_weights))
             except ConfigError as error:
                 say(f"error: {error}")
-            continue
-        turns.append({"role": "user", "content": line})
-        plain = "\n".join(turn["content"] for turn in turns) + "\n"
-        prompt = turns if tokenizer.chat_template is not None else plain
-        answer = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
-        turns.append({"role": "assistant", "content": answer})
+        else:
+            turns.append({"role": "user", "content": line})
+            plain = "\n".join(turn["content"] for turn in turns) + "\n"
+            prompt = turns if tokenizer.chat_template is not None else plain
+            answer = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
+            turns.append({"role": "assistant", "content": answer})
 
 
 def _lines() -> Iterator[str]:

@@ -107,7 +107,7 @@ def corpus_tokens(config: CorpusConfig, documents: list[str], corpus: Path | Non
     splits = {}
     for name in SPLITS:
         budget, whole = config.budget(name), None if total is None else int(shares[name] * total)
-        splits[name] = min(size for size in (budget, whole) if size is not None) if budget or total is not None else 0
+        splits[name] = min(size for size in (budget, whole) if size is not None)
     return total if total is not None else sum(splits.values()), splits
 
 

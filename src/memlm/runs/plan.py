@@ -190,9 +190,9 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
             there[step.name] = found
     for row in evaluated_rows(recipe):
         names.append(name := f"evaluation-{row}")
-        if there.keys() >= {"corpus", _JUDGED[row]}:
-            if check_output(out / name, report_spec(**evaluation(recipe, row, there))):
-                there[name] = out / name
+        known = there.keys() >= {"corpus", _JUDGED[row]}
+        if known and check_output(out / name, report_spec(**evaluation(recipe, row, there))):
+            there[name] = out / name
     costs = step_costs(recipe, base_of(recipe), there.get("corpus"))
     planned = []
     for name in names:
@@ -208,10 +208,7 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
 
 
 def run_recipe(
-    sections: dict[str, dict[str, Any]],
-    out: str | Path,
-    *,
-    say: Callable[[str], None] = lambda line: None,
+    sections: dict[str, dict[str, Any]], out: str | Path, *, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Run every stage of a recipe into folders below `out`; what is finished there, or in a run beside it, is used.
 
