@@ -10,7 +10,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from memlm.runs.plan import run_recipe_file
+from memlm.config import read_recipe
+from memlm.runs.plan import run_recipe
 
 _TOKENS = 12_000
 _QUICK = {
@@ -26,7 +27,6 @@ _QUICK = {
 def quick_overrides(recipe: str, out: Path) -> list[str]:
     """Write a toy model and its text below `out`; returns the settings that put them in the recipe's place."""
     from benchmarks.stage_memory import write_documents, write_teacher
-    from memlm.config import read_recipe
 
     documents, model = out / "documents.txt", out / "model"
     if not documents.exists():
@@ -52,9 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     logging.disable_progress_bar()
     overrides = quick_overrides(given.recipe, given.out) if given.quick else []
-    _, reports = run_recipe_file(
-        given.recipe, given.out, overrides=overrides, say=lambda line: print(line, file=sys.stderr)
-    )
+    sections = read_recipe(given.recipe, overrides)
+    reports = run_recipe(sections, given.out, say=lambda line: print(line, file=sys.stderr))
     print(json.dumps(reports))
 
 

@@ -13,7 +13,7 @@ from memlm.config import read_recipe
 from memlm.errors import ConfigError, MemlmError, OutputExistsError
 from memlm.manifest import read_manifest
 from memlm.runs.estimate import corpus_tokens
-from memlm.runs.plan import Planned, plan_recipe, plan_table, run_recipe, run_recipe_file
+from memlm.runs.plan import Planned, plan_recipe, plan_table, run_folder, run_recipe
 from memlm.runs.recipe import SECTIONS, Recipe, data_path
 
 ROOT = Path(__file__).parents[1]
@@ -149,7 +149,8 @@ def test_a_recipe_file_runs_below_runs_under_its_own_name(
     Path("runs/small.tiny").symlink_to(out, target_is_directory=True)
     Path("small.tiny.yaml").write_text(yaml.safe_dump(tiny(documents, model_folder)))
     said: list[str] = []
-    folder, found = run_recipe_file("small.tiny.yaml", overrides=["evaluate.bootstrap=10"], say=said.append)
+    folder = run_folder("small.tiny.yaml")
+    found = run_recipe(read_recipe("small.tiny.yaml", ["evaluate.bootstrap=10"]), folder, say=said.append)
     assert folder == Path("runs/small.tiny")
     assert {k: v["base"] for k, v in found.items()} == {k: v["base"] for k, v in reports.items()}
     assert said[0] == "corpus found at runs/small.tiny/corpus"

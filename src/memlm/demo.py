@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from memlm.corpus.blocks import Corpus
 from memlm.evaluate.perplexity import report_table
-from memlm.files import write_json
+from memlm.files import replacing, write_json
 from memlm.manifest import library_versions
 from memlm.models.fetching import fetch
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -70,11 +70,9 @@ def run_demo(
     documents = out / "docstrings.jsonl"
     if not documents.is_file():
         say(f"reading documentation strings of {' and '.join(PACKAGES)}")
-        out.mkdir(parents=True, exist_ok=True)
-        temporary = documents.with_suffix(".writing")
         rows = (json.dumps({"text": text}) + "\n" for text in docstrings())
-        temporary.write_text("".join(rows), encoding="utf-8")
-        temporary.rename(documents)
+        with replacing(documents) as temporary:
+            temporary.write_text("".join(rows), encoding="utf-8")
     size = out / "size.json"
     if not size.is_file():
         say("measuring how fast this machine reads and trains")
@@ -94,9 +92,7 @@ def run_demo(
     with _one_bar(TimeLeft(parts), say) as told:
         report = run_recipe(demo_recipe(str(documents), tokens), out, say=told)["memory"]
     say(f"took {(time.monotonic() - began) / 60:.1f} minutes")
-    return report, "\n".join(
-        [*_headline(report), "", report_table(report), "", *_passages(out, report), "", *_next(out, report)]
-    )
+    return report, "\n".join([_headline(report), "", report_table(report), "", *_passages(out, report), "", _next(out)])
 
 
 def measured_speed() -> Speed:
@@ -150,7 +146,6 @@ def seconds_by_part(train_tokens: int, speed: Speed) -> dict[str, float]:
 
     Blocks overlap, so more is read than the corpus holds; validation and test split are shares of the training split.
     """
-    training = _BLOCK_TOKENS * train_tokens / speed.training
 
     def reading(share: float) -> float:
         return _BLOCK_TOKENS * share * train_tokens / speed.reading
@@ -158,7 +153,7 @@ def seconds_by_part(train_tokens: int, speed: Speed) -> dict[str, float]:
     work = {
         "teacher pass": reading(1),
         "scoring validation: base": reading(_VALIDATION),
-        "training": training + reading(_VALIDATION),
+        "training": _BLOCK_TOKENS * train_tokens / speed.training + reading(_VALIDATION),
         "scoring validation: memory": reading(_VALIDATION),
         "scoring test: base, memory": 2 * reading(_TEST),
     }
@@ -267,8 +262,7 @@ def docstrings() -> Iterator[str]:
             name = ".".join((package, *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__")
             if int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 >= _SHARE:
                 continue
-            text = _module_text(name, path)
-            if len(text) >= _SHORTEST:
+            if text := _module_text(name, path):
                 yield text[:_LONGEST]
 
 
@@ -290,20 +284,19 @@ def _module_text(name: str, path: Path) -> str:
     return f"{name}\n\n{body}" if len(body) >= _SHORTEST else ""
 
 
-def _headline(report: dict[str, Any]) -> list[str]:
+def _headline(report: dict[str, Any]) -> str:
     base, mixture = report["base"]["perplexity"], report["mixture"]["perplexity"]
     low, high = report["ratio"]["interval"]
-    return [
+    return (
         f"Perplexity on held-out modules: {base:.2f} with the base alone, {mixture:.2f} with the memory beside it"
         f" ({1 - mixture / base:.0%} lower; 95% of resamplings of the documents: {1 - high:.0%} to {1 - low:.0%})."
-    ]
+    )
 
 
 def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     """Three held-out passages: where the memory helped most, typically, and least."""
-    corpus = Corpus(out / "corpus")
-    split, tokenizer = corpus.split("test"), corpus.tokenizer
-    run = report["run"]
+    corpus, run = Corpus(out / "corpus"), report["run"]
+    tokenizer = corpus.tokenizer
     asked = {name: run["config"][name] for name in ("dtype", "batch_tokens")}
     table = score_corpus(corpus, run["base"], {"memory": run["memory"]}, **asked)["test"]
     base, memory = table.voters["base"], table.voters["memory"]
@@ -316,20 +309,17 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     if not len(ranked):
         return []
     lines = []
-    labels = split.labels()
-    for title, document in zip(
-        ("helped most", "typical", "helped least"), ranked[[0, len(ranked) // 2, -1]], strict=True
+    labels = corpus.split("test").labels()
+    for title, document, start_of in (
+        ("helped most", ranked[0], np.argmax),
+        ("typical", ranked[len(ranked) // 2], lambda sums: len(sums) // 2),
+        ("helped least", ranked[-1], np.argmin),
     ):
         places = np.flatnonzero(table.document == document)
-        sums = np.convolve(gain[places], np.ones(_PASSAGE_TOKENS), "valid")
-        start = int(
-            sums.argmin() if title == "helped least" else sums.argmax() if title == "helped most" else len(sums) // 2
-        )
+        start = start_of(np.convolve(gain[places], np.ones(_PASSAGE_TOKENS), "valid"))
         window = places[start : start + _PASSAGE_TOKENS]
-        lines += [
-            f"[{title}] {means[document]:+.2f} nats a token in this document",
-            _indented(str(tokenizer.decode(labels[window]))),
-        ]
+        lines.append(f"[{title}] {means[document]:+.2f} nats a token in this document")
+        lines += [f"    | {line}" for line in str(tokenizer.decode(labels[window])).splitlines() if line.strip()]
         change = np.exp(mixed[window]) - np.exp(base.label[window])  # of the probability of the token that came
         order = window[np.argsort(-change)]
         for word, chosen in (("lifted", order[:4]), ("sank", order[::-1][:3])):
@@ -341,19 +331,12 @@ def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     return lines[:-1]
 
 
-def _indented(text: str) -> str:
-    return "\n".join("    | " + line for line in text.splitlines() if line.strip())
-
-
-def _next(out: Path, report: dict[str, Any]) -> list[str]:
+def _next(out: Path) -> str:
     versions = library_versions()
-    return [
-        f"plot: {out / 'evaluation-memory' / 'perplexity.png'}",
+    return (
+        f"plot: {out / 'evaluation-memory' / 'perplexity.png'}\n"
         f"made with torch {versions.get('torch')}, transformers {versions.get('transformers')},"
-        f" {versions.get('threads')} threads",
-        "try next:",
-        f'  memlm generate "The generation config" --base {MODEL} --memory {out / "memory"} --max-new-tokens 60',
-    ]
-
-
-__all__ = ["PACKAGES", "demo_recipe", "docstrings", "run_demo", "seconds_by_part", "tokens_within"]
+        f" {versions.get('threads')} threads\n"
+        "try next:\n"
+        f'  memlm generate "The generation config" --base {MODEL} --memory {out / "memory"} --max-new-tokens 60'
+    )

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ import numpy as np
 from memlm.errors import ArtifactError
 
 _NESTING = 32  # of lists and objects in JSON
-_NPY_HEADER = re.compile(rb"\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \((\d+,(?: \d+)?)\), \} *\n")
+_NPY_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00(?s:..)"  # version, length
+    rb"\{'descr': '([<|]\w\d)', 'fortran_order': False, 'shape': \((\d+,(?: \d+)?)\), \} *\n"
+)
 _REMEDIES = {
     errno.ENOSPC: "free some space",
     errno.EDQUOT: "free some space",
@@ -125,7 +129,8 @@ def read_json(path: Path, *, limit: int = 1 << 20) -> Any:
         if size > limit:
             raise ValueError(f"{size:,} bytes, {limit:,} at most")
         value = json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_unique_keys)
-        _check_json(value, _NESTING)
+        _check_nesting(value, _NESTING)
+        json.dumps(value, ensure_ascii=False).encode()  # an escape may stand for what UTF-8 cannot hold
     except RecursionError:
         raise ArtifactError(f"{path} cannot be read: nested too deeply") from None
     except (OSError, ValueError) as error:
@@ -140,19 +145,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _check_json(value: Any, levels: int) -> None:
-    """Raise unless `value` has no more levels than these, and only texts that UTF-8 can hold."""
-    if isinstance(value, str):
-        value.encode()
-    elif isinstance(value, dict | list):
+def _check_nesting(value: Any, levels: int) -> None:
+    if isinstance(value, dict | list):
         if not levels:
             raise ValueError("nested too deeply")
-        if isinstance(value, dict):
-            for key in value:
-                key.encode()
-            value = value.values()
-        for part in value:
-            _check_json(part, levels - 1)
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_nesting(part, levels - 1)
 
 
 def load_array(
@@ -172,37 +170,36 @@ def load_array(
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(10)
-            header = file.read(int.from_bytes(start[8:], "little"))
+            header = file.read(10)
+            header += file.read(int.from_bytes(header[8:], "little"))
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror}") from None
-    match = _NPY_HEADER.fullmatch(header) if start[:8] == b"\x93NUMPY\x01\x00" else None
+    match = _NPY_HEADER.fullmatch(header)
     if match is None:
-        raise ArtifactError(f"{path} is no array; {repair_hint(path.parent)}")
+        raise damaged(path, "is no array")
+    wanted, kind = np.dtype(dtype), match[1].decode()
     found = tuple(int(length) for length in match[2].decode().split(",") if length)
-    wanted = np.dtype(dtype)
-    if (
-        match[1].decode() != wanted.str
-        or len(found) != len(shape)
-        or any(asked not in (None, there) for asked, there in zip(shape, found, strict=True))
-    ):
+    fits = len(found) == len(shape) and all(a in (None, b) for a, b in zip(shape, found, strict=True))
+    if kind != wanted.str or not fits:
         expected = " x ".join("any" if length is None else str(length) for length in shape)
-        there = f"{match[1].decode()} of shape {' x '.join(map(str, found))}"
-        raise ArtifactError(
-            f"{path} holds {there[:80]}, expected {wanted.str} of shape {expected}; {repair_hint(path.parent)}"
-        )
-    offset = len(start) + len(header)
-    if offset + math.prod(found) * wanted.itemsize != size:
-        raise ArtifactError(
-            f"{path} has {size} bytes, which its shape {found} does not fit; {repair_hint(path.parent)}"
-        )
-    if not math.prod(found):
-        return np.empty(found, wanted)
-    if mapped:
-        return np.memmap(path, wanted, "r", offset, found)
-    return np.fromfile(path, wanted, offset=offset).reshape(found)
+        there = f"{kind} of shape {' x '.join(map(str, found))}"
+        raise damaged(path, f"holds {there[:80]}, expected {wanted.str} of shape {expected}")
+    if len(header) + math.prod(found) * wanted.itemsize != size:
+        raise damaged(path, f"has {size} bytes, which its shape {found} does not fit")
+    if mapped and math.prod(found):
+        return np.memmap(path, wanted, "r", len(header), found)
+    return np.fromfile(path, wanted, offset=len(header)).reshape(found)
 
 
-def repair_hint(folder: Path) -> str:
-    """What to do about a damaged file of `folder`, as the end of a message."""
-    return f"run `memlm repair {folder}`, then the command that made it"
+def damaged(path: Path, problem: str, folder: Path | None = None) -> ArtifactError:
+    """What is wrong with a file, and how to get it back; `folder` has its manifest, by default where it lies."""
+    return ArtifactError(f"{path} {problem}; run `memlm repair {folder or path.parent}`, then the command that made it")
+
+
+def erase(path: Path) -> None:
+    """Remove a file or folder, if it is there; of a link, never what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()

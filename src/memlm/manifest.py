@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from memlm.config import first_problem
 from memlm.errors import ArtifactError
-from memlm.files import digest, file_digest, read_json, repair_hint
+from memlm.files import damaged, digest, file_digest, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -171,13 +171,13 @@ def _locate(folder: Path, manifest: Manifest, name: str) -> os.stat_result:
         real, home = os.path.realpath(target, strict=True), os.path.realpath(folder)
         found = os.stat(real)
     except (OSError, ValueError):
-        raise ArtifactError(f"{target} is missing; {repair_hint(folder)}") from None
+        raise damaged(target, "is missing", folder) from None
     blobs = os.path.join(os.path.dirname(os.path.dirname(home)), "blobs")
     if not stat.S_ISREG(found.st_mode) or not real.startswith((home + os.sep, blobs + os.sep)):
-        raise ArtifactError(f"{target} is a link that leads out of its folder, or no file; {repair_hint(folder)}")
+        raise damaged(target, "is a link that leads out of its folder, or no file", folder)
     size = manifest.payload[name].bytes
     if found.st_size != size:
-        raise ArtifactError(f"{target} has {found.st_size} bytes, its manifest says {size}; {repair_hint(folder)}")
+        raise damaged(target, f"has {found.st_size} bytes, its manifest says {size}", folder)
     return found
 
 
@@ -199,9 +199,7 @@ def payload_file(folder: str | Path, manifest: Manifest, name: str) -> Path:
     state = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, expected)
     if state not in _verified:
         if file_digest(folder / name) != expected:
-            raise ArtifactError(
-                f"{folder / name} is damaged: its checksum is not its manifest's; {repair_hint(folder)}"
-            )
+            raise damaged(folder / name, "is damaged: its checksum is not its manifest's", folder)
         _verified.add(state)
     return folder / name
 

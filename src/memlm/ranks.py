@@ -25,9 +25,9 @@ class Ranks:
     """This process among those that work together; by default it is alone."""
 
     def __init__(self, index: int = 0, count: int = 1, group: Any = None) -> None:
-        self.count = count
+        self.index, self.count = index, count
         self.first = index == 0
-        self._index, self._group = index, group
+        self._group = group
 
     def from_first(self, value: _T) -> _T:
         """What the first rank gives for `value`, on every rank; waits for the first."""
@@ -38,10 +38,6 @@ class Ranks:
         box = [value if self.first else None]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]  # type: ignore[return-value]
-
-    def describe(self, error: Exception) -> str:
-        """An error as the first rank is to tell it."""
-        return str(error) if isinstance(error, MemlmError | OSError) else f"rank {self._index}: {error!r}"
 
 
 ALONE = Ranks()
@@ -77,7 +73,9 @@ def together() -> Iterator[Ranks]:
         ended.set()
         watch.join()
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
-        reason = "another rank is gone; the same command goes on where this one was" if lost else _here.describe(error)
+        reason = str(error) if isinstance(error, MemlmError | OSError) else f"rank {_here.index}: {error!r}"
+        if lost:
+            reason = "another rank is gone; the same command goes on where this one was"
         with contextlib.suppress(RuntimeError):  # the store went with the rank that keeps it
             reason = store.compare_set(_ERROR, "", reason).decode()
         if not _here.first:

@@ -1,12 +1,10 @@
 """Repair: what is rotten in a finished folder goes, so that the command that made it makes that again, and no more."""
 
-import contextlib
 import os
-import shutil
 from pathlib import Path, PurePosixPath
 
 from memlm.errors import ArtifactError, OutputExistsError
-from memlm.files import is_half_written, write_json
+from memlm.files import erase, is_half_written, write_json
 from memlm.manifest import MANIFEST, PLAN, PREVIOUS, UNHASHED, Manifest, is_finished, parse_manifest, payload_file
 from memlm.progress import progress_bar
 from memlm.stage import locked
@@ -67,12 +65,7 @@ def _foreign_files(folder: Path, manifest: Manifest) -> list[str]:
 
 
 def _remove(folder: Path, name: str) -> None:
-    """Remove a payload file, or the link on the way to it, but never what a link leads to."""
+    """Remove a payload file, or the link on the way to it."""
     parts = PurePosixPath(name).parts
-    places = [folder.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1)]
-    path = next((place for place in places if place.is_symlink()), folder / name)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.unlink()
+    places = [folder.joinpath(*parts[: depth + 1]) for depth in range(len(parts))]
+    erase(next((place for place in places if place.is_symlink()), folder / name))

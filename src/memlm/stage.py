@@ -8,11 +8,10 @@ inputs goes on at the first missing file.
 import contextlib
 import json
 import os
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from memlm.errors import ArtifactError, OutputExistsError
-from memlm.files import file_digest, file_error, flush_to_disk, is_half_written, read_json, replacing, write_json
+from memlm.files import erase, file_digest, file_error, flush_to_disk, is_half_written, read_json, replacing, write_json
 from memlm.manifest import (
     FORMAT_VERSION,
     IDENTITY,
@@ -101,11 +100,7 @@ class Stage:
 
     def remove(self, name: str) -> None:
         """Remove an intermediate file or folder."""
-        path = self.path / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        erase(self.path / name)
 
     def has_begun(self) -> bool:
         """Whether there is anything but the plan."""
@@ -142,11 +137,11 @@ class Stage:
         payload = {}
         readers = stat.S_IMODE((self.path / PLAN).stat().st_mode)
         for path in sorted(self.path.rglob("*")):
-            name = path.relative_to(self.path)
-            described = path.name not in UNHASHED  # of a folder copied into this one as well
-            if path.is_file() and described and not self._is_left_over(path):
+            # what is unhashed of a folder copied into this one too is left out
+            if path.is_file() and path.name not in UNHASHED and not self._is_left_over(path):
                 flush_to_disk(path)  # what libraries wrote, they did not flush
-                payload[name.as_posix()] = PayloadFile(bytes=path.stat().st_size, sha256=file_digest(path))
+                name = path.relative_to(self.path).as_posix()
+                payload[name] = PayloadFile(bytes=path.stat().st_size, sha256=file_digest(path))
                 with contextlib.suppress(OSError):  # a file system without permissions
                     if not path.is_symlink():
                         path.chmod(readers)  # safetensors writes for the owner alone
@@ -329,15 +324,13 @@ def writing_behind() -> Iterator[Callable[..., None]]:
     So a stage computes its next shard while the last goes to disk, and holds two at most. What a write raises is raised
     by the next call, or at the end.
     """
-    last: Future[None] | None = None
     with ThreadPoolExecutor(1, "memlm-writer") as disk:
+        last = disk.submit(lambda: None)
 
         def submit(write: Callable[..., None], *args: Any) -> None:
             nonlocal last
-            if last is not None:
-                last.result()
+            last.result()
             last = disk.submit(write, *args)
 
         yield submit
-        if last is not None:
-            last.result()
+        last.result()

@@ -29,17 +29,14 @@ def info(folder: Annotated[Path, typer.Argument(help="What any stage wrote.")], 
             lines.append(f"  {memory_line(manifest.facts)}")
         except (KeyError, TypeError, ValueError):
             raise ArtifactError(f"{folder}/manifest.json: its facts are not those of a memory; rebuild it") from None
-    lines += [
-        f"  {name}: {_shorten(value)}"
-        for name, value in manifest.facts.items()
-        if name not in ("training", "validation")
-    ]
+    facts = {name: fact for name, fact in manifest.facts.items() if name not in ("training", "validation")}
+    lines += [f"  {name}: {_shorten(fact)}" for name, fact in facts.items()]
     lines.append(f"  settings: {_shorten(manifest.config)}")
     lines.append(f"  made with: {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
+    # what a stranger wrote moves no cursor
     shown = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
-    print_result(  # what a stranger wrote moves no cursor
-        {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}, as_json, "\n".join(shown)
-    )
+    found = {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}
+    print_result(found, as_json, "\n".join(shown))
 
 
 def _shorten(value: Any) -> str:

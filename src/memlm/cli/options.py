@@ -2,20 +2,19 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 from pydantic.fields import FieldInfo
 
 from memlm.config import StageConfig
 from memlm.errors import ConfigError
+from memlm.memory.config import UNNAMED
 
-UNNAMED = "memory"
-"""What a memory without a name is called."""
-
+_T = TypeVar("_T")
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 CorpusFolder = Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")]
@@ -37,23 +36,17 @@ MixWeights = Annotated[
         help="Weight of a memory in [0, 1], by name where there are several; default what validation data chose.",
     ),
 ]
-Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
-ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
 
 def with_settings(
-    cls: type[StageConfig], *, leave_out: tuple[str, ...] = (), into: str = "config", optional: bool = False
+    cls: type[StageConfig], *, leave_out: tuple[str, ...] = (), into: str = "config"
 ) -> Callable[[Callable], Callable]:
     """Decorate a command so that every field of `cls` is an option of it.
 
     Args:
         cls: Settings; a field's docstring is the option's help.
         leave_out: Fields that are no options.
-        into: The command's parameter that gets the settings.
-        optional: Give None where no option was given, instead of the defaults.
+        into: The command's parameter that gets the settings; None where no option was given.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -61,11 +54,9 @@ def with_settings(
 
         @wraps(command)
         def run(**values: Any) -> None:
-            given = {name: values.pop(name) for name in fields}
-            settings = {
-                name: _from_text(name, value, fields[name]) for name, value in given.items() if value is not None
-            }
-            command(**values, **{into: cls.parse(settings) if settings or not optional else None})
+            texts = {name: values.pop(name) for name in fields}
+            given = {name: _from_text(name, text, fields[name]) for name, text in texts.items() if text is not None}
+            command(**values, **{into: cls.parse(given) if given else None})
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
         options = [
@@ -108,7 +99,18 @@ def _from_text(name: str, value: Any, field: FieldInfo) -> Any:
     return value
 
 
-def by_name(values: list[str], option: str, memories: int) -> dict[str, str]:
+def by_name(memories: list[str], weights: list[str] | None) -> tuple[dict[str, str], dict[str, float] | None]:
+    """`--memory` and `--mix-weight` options by name; None where there are no weights."""
+    named = _named(memories, "--memory", len(memories))
+    return named, weights_by_name(weights, named)
+
+
+def alone(named: Mapping[str, _T]) -> _T | Mapping[str, _T]:
+    """What a single memory without a name has, else everything by name."""
+    return named[UNNAMED] if list(named) == [UNNAMED] else named
+
+
+def _named(values: list[str], option: str, memories: int) -> dict[str, str]:
     """`NAME=VALUE` options as a dictionary; beside a single memory, a value without a name is called `memory`."""
     named = {}
     for value in values:
@@ -122,11 +124,11 @@ def by_name(values: list[str], option: str, memories: int) -> dict[str, str]:
     return named
 
 
-def weights_by_name(values: list[str] | None, memories: dict[str, str]) -> dict[str, float] | None:
+def weights_by_name(values: list[str] | None, memories: Mapping[str, Any]) -> dict[str, float] | None:
     """`--mix-weight` options by name; None where there are none."""
     if not values:
         return None
-    named = by_name(values, "--mix-weight", len(memories))
+    named = _named(values, "--mix-weight", len(memories))
     if list(named) == [UNNAMED] and len(memories) == 1:
         named = dict.fromkeys(memories, named[UNNAMED])
     try:

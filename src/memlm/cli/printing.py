@@ -1,6 +1,5 @@
 """What commands print: results on stdout, all else on stderr."""
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ def quiet() -> None:
     """Leave stderr to our own bars and errors."""
     import warnings
 
+    import datasets
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -40,10 +40,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.showwarning = lambda message, *_, **__: say(f"memlm: warning: {message}")
-    with contextlib.suppress(ImportError):
-        import datasets
-
-        datasets.disable_progress_bars()
+    datasets.disable_progress_bars()
 
 
 def memory_line(facts: dict[str, Any]) -> str:

@@ -6,19 +6,7 @@ from typing import Annotated
 
 import typer
 
-from memlm.cli.options import (
-    UNNAMED,
-    Base,
-    CorpusFolder,
-    Json,
-    Memories,
-    MixWeights,
-    Model,
-    Out,
-    by_name,
-    weights_by_name,
-    with_settings,
-)
+from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, Model, Out, alone, by_name, with_settings
 from memlm.cli.printing import memory_line, print_made, print_result, quiet, say
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
@@ -57,7 +45,7 @@ def corpus(
     ],
     out: Out,
     tokenizer: Annotated[str, typer.Option(help=f"Tokenizer of the bases to serve: {Model}.")],
-    config: CorpusConfig,
+    config: CorpusConfig | None,
     as_json: Json = False,
 ) -> None:
     """Turn documents into token blocks, split into train, validation and test by document.
@@ -86,7 +74,7 @@ def corpus(
 def datastore(
     corpus: CorpusFolder,
     out: Out,
-    config: DatastoreConfig,
+    config: DatastoreConfig | None,
     teacher: Annotated[
         str | None, typer.Option(help=f"Model whose activations become keys: {Model}. Default with --extend: its own.")
     ] = None,
@@ -130,7 +118,7 @@ def datastore(
 def targets(
     datastore: Annotated[str, typer.Argument(metavar="DATASTORE", help="Folder that memlm datastore wrote.")],
     out: Out,
-    config: TargetsConfig,
+    config: TargetsConfig | None,
     released: Annotated[
         Path | None,
         typer.Option(help="Arrow file of the released Memory Decoder code to import; the argument is then the corpus."),
@@ -165,7 +153,7 @@ def train(
         str, typer.Argument(metavar="TARGETS", help="Folder that memlm targets wrote; a corpus at --kl-weight 0.")
     ],
     out: Out,
-    config: TrainConfig,
+    config: TrainConfig | None,
     init: Annotated[
         str | None, typer.Option(help=f"Start model of a decoder: {Model}; or a memory of the kind to go on with.")
     ] = None,
@@ -205,7 +193,7 @@ def adapt(
     memory: Annotated[str, typer.Argument(metavar="MEMORY", help="Memory folder or hub id; a Memory Decoder.")],
     tokenizer: Annotated[str, typer.Option(help=f"The other tokenizer: {Model}.")],
     out: Out,
-    config: AdaptConfig,
+    config: AdaptConfig | None,
     as_json: Json = False,
 ) -> None:
     """Carry a memory to bases of another tokenizer: new rows of embeddings and head, the body stays.
@@ -263,12 +251,12 @@ def convert(
 
 
 @with_settings(EvaluateConfig, leave_out=("mix_weight",))
-@with_settings(RetrievalConfig, into="retrieval", optional=True)
+@with_settings(RetrievalConfig, into="retrieval")
 def perplexity(
     corpus: CorpusFolder,
     base: Base,
     memory: Memories,
-    config: EvaluateConfig,
+    config: EvaluateConfig | None,
     retrieval: RetrievalConfig | None,
     mix_weight: MixWeights = None,
     out: Annotated[
@@ -290,13 +278,11 @@ def perplexity(
     quiet()
     from memlm.evaluate.perplexity import evaluate_perplexity, report_table
 
-    memories = by_name(memory, "--memory", len(memory))
-    one = list(memories) == [UNNAMED]
-    if (weights := weights_by_name(mix_weight, memories)) is not None:
-        config = config.parse({**config.model_dump(), "mix_weight": weights[UNNAMED] if one else weights})
-    report = evaluate_perplexity(
-        corpus, base=base, memory=memories[UNNAMED] if one else memories, out=out, config=config, retrieval=retrieval
-    )
+    memories, weights = by_name(memory, mix_weight)
+    if weights is not None:
+        given = config.model_dump() if config is not None else {}
+        config = EvaluateConfig.parse({**given, "mix_weight": alone(weights)})
+    report = evaluate_perplexity(corpus, base=base, memory=alone(memories), out=out, config=config, retrieval=retrieval)
     print_result(report, as_json, report_table(report))
 
 
@@ -321,19 +307,19 @@ def run(
     Example: memlm run recipes/cpu/medquad.yaml --plan
     """
     from memlm.config import read_recipe
-    from memlm.runs.plan import plan_recipe, plan_table, run_folder, run_recipe_file
+    from memlm.runs.plan import plan_recipe, plan_table, run_folder, run_recipe
     from memlm.runs.recipe import Recipe
 
-    sections = read_recipe(recipe, settings or [])
-    Recipe(dict(sections))  # wrong keys and values before anything heavy is imported
+    sections, folder = read_recipe(recipe, settings or []), out or run_folder(recipe)
+    Recipe(sections)  # wrong keys and values before anything heavy is imported
     quiet()
     if plan:
-        steps = plan_recipe(sections, run_folder(recipe, out))
+        steps = plan_recipe(sections, folder)
         print_result({"steps": [asdict(step) for step in steps]}, as_json, plan_table(steps))
         return
     from memlm.evaluate.perplexity import report_table
 
-    folder, reports = run_recipe_file(recipe, out, overrides=settings, say=say)
+    reports = run_recipe(sections, folder, say=say)
     text = "\n\n".join(f"{name} ({folder / name})\n{report_table(report)}" for name, report in reports.items())
     print_result({"folder": str(folder), **reports}, as_json, text)
 

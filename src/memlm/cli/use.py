@@ -1,32 +1,26 @@
 """Commands that use memories: generate, explain, chat."""
 
+import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from memlm.cli.options import (
-    UNNAMED,
-    Base,
-    ChatTemplate,
-    Dtype,
-    Json,
-    Memories,
-    MixWeights,
-    Seed,
-    Temperature,
-    TopP,
-    by_name,
-    weights_by_name,
-    with_settings,
-)
+from memlm.cli.options import UNNAMED, Base, Json, Memories, MixWeights, alone, by_name, weights_by_name, with_settings
 from memlm.cli.printing import print_result, quiet, say
 from memlm.errors import ConfigError
 from memlm.targets.config import RetrievalConfig
 
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
+Seed = Annotated[int, typer.Option(help="Of sampling.")]
+ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
-@with_settings(RetrievalConfig, into="retrieval", optional=True)
+
+@with_settings(RetrievalConfig, into="retrieval")
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
@@ -53,12 +47,10 @@ def generate(
     text = generate_text(
         model, tokenizer, _turn(prompt, chat_template), max_new_tokens, temperature, top_p, seed, stream=not as_json
     )
-    weights = model.mix_weights
-    shown = next(iter(weights.values())) if list(weights) == [UNNAMED] else weights
-    print_result({"prompt": prompt, "text": text, "mix_weight": shown}, as_json)
+    print_result({"prompt": prompt, "text": text, "mix_weight": alone(model.mix_weights)}, as_json)
 
 
-@with_settings(RetrievalConfig, into="retrieval", optional=True)
+@with_settings(RetrievalConfig, into="retrieval")
 def explain(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
@@ -83,8 +75,6 @@ def explain(
     Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --datastore d/
     """
     quiet()
-    from dataclasses import asdict
-
     from memlm.mix.explain import check_datastore, explain, explanation_text
     from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
@@ -109,10 +99,9 @@ def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:
 
 
 def _mixed(
-    base: str, memory: list[str], mix_weight: list[str] | None, dtype: str, retrieval: RetrievalConfig | None = None
+    base: str, memory: list[str], mix_weight: list[str] | None, dtype: str, retrieval: RetrievalConfig | None
 ) -> tuple[Any, Any]:
-    memories = by_name(memory, "--memory", len(memory))
-    weights = weights_by_name(mix_weight, memories)
+    memories, weights = by_name(memory, mix_weight)
     from memlm.mix.mixed_lm import MixedLM
     from memlm.models.loading import default_device, parse_dtype, resolve
     from memlm.models.tokenizers import load_tokenizer
@@ -147,18 +136,21 @@ def generate_text(
     from memlm.models.tokenizers import encode_prompt
 
     torch.manual_seed(seed)
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
-    )
+    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
     inputs = encode_prompt(tokenizer, prompt).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, streamer=streamer, pad_token_id=tokenizer.eos_token_id, **sampling
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        streamer=streamer,
+        pad_token_id=tokenizer.eos_token_id,
+        **sampling,
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@with_settings(RetrievalConfig, into="retrieval", optional=True)
+@with_settings(RetrievalConfig, into="retrieval")
 def chat(
     base: Base,
     memory: Memories,
@@ -186,26 +178,22 @@ def chat(
     for line in _lines():
         if line == "/clear":
             turns = []
-            continue
-        if line.startswith("/weight"):
+        elif line.startswith("/weight"):
             try:
                 model.set_mix_weight(weights_by_name(line.removeprefix("/weight").split(), model.mix_weights))
             except ConfigError as error:
                 say(f"error: {error}")
-            continue
-        turns.append({"role": "user", "content": line})
-        plain = "\n".join(turn["content"] for turn in turns) + "\n"
-        prompt = turns if tokenizer.chat_template is not None else plain
-        answer = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
-        turns.append({"role": "assistant", "content": answer})
+        else:
+            turns.append({"role": "user", "content": line})
+            plain = "\n".join(turn["content"] for turn in turns) + "\n"
+            prompt = turns if tokenizer.chat_template is not None else plain
+            answer = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
+            turns.append({"role": "assistant", "content": answer})
 
 
 def _lines() -> Iterator[str]:
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
+    """What is typed, up to an empty line."""
+    mark = "> " if sys.stdin.isatty() else ""
+    with contextlib.suppress(EOFError):
+        while line := input(mark).strip():
+            yield line

@@ -17,6 +17,7 @@ from memlm.evaluate.intervals import Resampled, finite
 from memlm.evaluate.plot import number, plot_curve
 from memlm.files import write_json
 from memlm.manifest import read_manifest
+from memlm.memory.config import UNNAMED
 from memlm.memory.loading import read_settings
 from memlm.mix.weights import settle_weights
 from memlm.models.identity import model_identity
@@ -26,8 +27,6 @@ from memlm.scores.table import BASE, ScoreTable, score_corpus
 from memlm.stage import Stage, StageSpec, check_output, run_stage
 from memlm.targets.config import RetrievalConfig
 
-MEMORY = "memory"
-"""What a memory without a name is called."""
 MIXTURE = "mixture"
 _FREQUENCY_EDGES = (0, 1, 10, 100, 1000)
 
@@ -69,7 +68,7 @@ def evaluate_perplexity(
         OutputExistsError: `out` holds something else.
     """
     config = settings_from(EvaluateConfig, config, settings)
-    memories = dict(memory) if isinstance(memory, Mapping) else {MEMORY: memory}
+    memories = dict(memory) if isinstance(memory, Mapping) else {UNNAMED: memory}
     source = Corpus(corpus)
     splits = source.manifest.facts["splits"]
     if not splits["test"]["positions"]:
@@ -198,7 +197,7 @@ def report_table(report: dict[str, Any]) -> str:
     """The report as lines of text: perplexities with intervals, then the split by label frequency."""
     mixture = report[MIXTURE]
     weight = mixture["mix_weight"]
-    memories = list(weight) if isinstance(weight, dict) else [MEMORY]
+    memories = list(weight) if isinstance(weight, dict) else [UNNAMED]
     shown = ", ".join(f"{n} {w:g}" for n, w in weight.items()) if isinstance(weight, dict) else f"{weight:g}"
     labels = {BASE: "base alone", **{name: f"{name} alone" for name in memories}, MIXTURE: f"mixture, weight {shown}"}
     width = max(24, *(len(label) + 1 for label in labels.values()))

@@ -10,6 +10,9 @@ from pydantic import Field, model_validator
 from memlm.config import StageConfig, nearest
 from memlm.errors import ConfigError
 
+UNNAMED = "memory"
+"""What a memory without a name is called."""
+
 
 class StartConfig(StageConfig):
     """What a memory is before its training; a kind with settings of its own has a subclass."""

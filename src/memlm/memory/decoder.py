@@ -6,14 +6,14 @@ from typing import Any, Self
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ConfigError
 from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import WindowedReader, longest_context
 from memlm.models.heads import find_head
-from memlm.models.loading import chosen_layers, fresh_model, keep_layers, load_causal_lm, load_config
+from memlm.models.loading import chosen_layers, fresh_model, keep_layers, load_causal_lm, load_config, model_size
 
 
 class MemoryDecoder(ParametricMemory):
@@ -71,6 +71,11 @@ class MemoryDecoder(ParametricMemory):
             return cls(fresh_model(load_config(init), config.layers, seed), settings)
         model = load_causal_lm(init, dtype=torch.float32)
         return cls(model if config.layers is None else keep_layers(model, config.layers), settings)
+
+    @classmethod
+    def size(cls, config: DecoderStart, *, init: str | None, base: PreTrainedConfig) -> int:
+        assert init is not None
+        return model_size(init, config.layers)
 
     def training_hidden(
         self, input_ids: Int[Tensor, "B T"], activations: Tensor | None, places: Int[Tensor, "P"]

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
@@ -183,10 +183,7 @@ class MLPMemory(ParametricMemory):
         tap = resolve_tap(base, config.tap or "1.0")
         input_width = tap_width(base, tap)
         style, own_ffn_width = ffn_style(base)
-        layers, width, ffn_width = SIZES.get(config.like or "", (config.layers, config.width, config.ffn_width))
-        width = width or input_width
-        layers = layers or DEFAULT_LAYERS
-        ffn_width = ffn_width or (own_ffn_width if width == input_width else 4 * width)
+        layers, width, ffn_width = _sizes(config, input_width, own_ffn_width)
         own = MLPSettings(
             **{**settings.model_dump(), "kind": cls.kind, "tap": tap},
             input_width=input_width,
@@ -205,6 +202,14 @@ class MLPMemory(ParametricMemory):
         if config.head != "random" and fits:
             memory.take_head(base)
         return memory
+
+    @classmethod
+    def size(cls, config: MLPStart, *, init: str | None, base: PreTrainedConfig) -> int:
+        text = base.get_text_config()
+        own_ffn_width = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+        layers, width, ffn_width = _sizes(config, text.hidden_size, own_ffn_width)
+        matrices = 3 if hasattr(text, "rms_norm_eps") else 2  # RMSNorm goes with a gated FFN
+        return layers * matrices * width * ffn_width + text.vocab_size * width
 
     @torch.no_grad()
     def take_head(self, base: PreTrainedModel) -> None:
@@ -231,6 +236,15 @@ class MLPMemory(ParametricMemory):
 
     def hidden(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... W"]:
         return self.body(state.to(self.device)[places])  # no token looks at another, so blocks run where asked only
+
+
+def _sizes(config: MLPStart, input_width: int, own_ffn_width: int) -> tuple[int, int, int]:
+    """Layers, width and FFN width beside a base of these widths."""
+    if config.like is not None:
+        return SIZES[config.like]
+    width = config.width or input_width
+    ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
+    return config.layers or DEFAULT_LAYERS, width, ffn_width
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
@@ -138,6 +138,11 @@ class Memory(nn.Module, Voter):
             base: The loaded base.
             seed: Of random weights.
         """
+        raise NotImplementedError
+
+    @classmethod
+    def size(cls, config: Any, *, init: str | None, base: PreTrainedConfig) -> int:
+        """About how many parameters `start` would give, by the configs of start model and base."""
         raise NotImplementedError
 
     # --- saving -----------------------------------------------------------------------------------------------------

@@ -286,3 +286,9 @@ def fresh_model(config: PreTrainedConfig, layers: int | Sequence[int] | None, se
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def model_size(name: str, layers: int | Sequence[int] | None = None) -> int:
+    """Parameters of the model `name`, by its config; with only some of its layers where asked."""
+    with torch.device("meta"):
+        return fresh_model(load_config(name), layers, 0).num_parameters()

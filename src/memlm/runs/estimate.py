@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -12,15 +12,13 @@ from memlm.corpus.config import CorpusConfig
 from memlm.corpus.readers import find_sources
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import default_nlist
-from memlm.memory.config import MLPStart
-from memlm.memory.loading import read_settings
-from memlm.memory.mlp import DEFAULT_LAYERS, SIZES
+from memlm.memory.loading import memory_class, read_settings
 from memlm.models.loading import (
     WEIGHTS_FILE,
     default_device,
     find_file,
-    fresh_model,
     load_config,
+    model_size,
     parse_dtype,
     resolve,
     tensor_shapes,
@@ -67,9 +65,8 @@ def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost
         return 2 * parameters * tokens / flops
 
     def training(config: TrainConfig, size: int, read_beside: int = 0) -> Cost:
-        steps = config.max_steps
-        tokens = steps * config.batch_size * config.accumulation * configs["corpus"].block_size if steps else None
-        tokens = tokens or int(config.epochs * train)
+        step = config.batch_size * config.accumulation * configs["corpus"].block_size
+        tokens = config.max_steps * step if config.max_steps else int(config.epochs * train)
         seconds = 3 * passes(size, tokens) + passes(size, config.epochs * validation)
         return Cost(tokens, seconds + passes(read_beside, tokens), 4 * size + _ENTRY_BYTES * vocabulary)
 
@@ -88,7 +85,7 @@ def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost
     for section, name in (("train", "memory"), ("twin", "twin")):
         if section in configs:
             size = memory_size(configs[section], places["train"].get("init"), base)
-            online = isinstance(configs[section].start, MLPStart) and "activations" not in places["train"]
+            online = memory_class(configs[section].start.kind).reads_base and "activations" not in places["train"]
             costs[name] = training(configs[section], size, beside if online else 0)
             costs[f"evaluation-{name}"] = Cost(held, passes(beside + size, held), _REPORT_BYTES)
     costs["evaluation-retrieval"] = Cost(held, passes(beside, 2 * held), _REPORT_BYTES)  # a search is about a pass
@@ -110,7 +107,7 @@ def corpus_tokens(config: CorpusConfig, documents: list[str], corpus: Path | Non
     splits = {}
     for name in SPLITS:
         budget, whole = config.budget(name), None if total is None else int(shares[name] * total)
-        splits[name] = min(size for size in (budget, whole) if size is not None) if budget or total is not None else 0
+        splits[name] = min(size for size in (budget, whole) if size is not None)
     return total if total is not None else sum(splits.values()), splits
 
 
@@ -128,31 +125,13 @@ def _target_bytes(k: int) -> int:
     return 8 + int(6 * min(k, 5.9 * k**0.5))
 
 
-def model_size(name: str, layers: Any = None) -> int:
-    """Parameters of a causal LM, by its config; with only some of its layers where asked."""
-    with torch.device("meta"):
-        model = fresh_model(load_config(name), layers, 0)
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def memory_size(config: TrainConfig, init: str | None, base: str) -> int:
-    """Parameters of the memory that training starts with, by configs, or the header of a memory to go on with."""
-    start = config.start
-    if init is not None and read_settings(init) is not None and not start.given():
+    """Parameters of the memory that training starts with: by its kind, or by the weights of a memory to go on with."""
+    if init is not None and read_settings(init) is not None and not config.start.given():
         weights = find_file(resolve(init), WEIGHTS_FILE)
         if weights is not None:
             return sum(math.prod(shape) for shape in tensor_shapes(weights).values())
-    if not isinstance(start, MLPStart):
-        assert init is not None
-        return model_size(init, getattr(start, "layers", None))
-    text = load_config(base).get_text_config()
-    if start.like:
-        layers, width, ffn = SIZES[start.like]
-    else:
-        layers, width = start.layers or DEFAULT_LAYERS, start.width or text.hidden_size
-        ffn = start.ffn_width or getattr(text, "intermediate_size", None) or 4 * width
-    matrices = 3 if hasattr(text, "rms_norm_eps") else 2  # RMSNorm goes with a gated FFN
-    return layers * matrices * width * ffn + text.vocab_size * width
+    return memory_class(config.start.kind).size(config.start, init=init, base=load_config(base))
 
 
 def product_rate(seconds: float = 0.2) -> float:

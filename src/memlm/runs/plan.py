@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from memlm.config import read_recipe
 from memlm.errors import ArtifactError
 from memlm.files import read_json
 from memlm.manifest import MANIFEST, PLAN, RUN, read_manifest
@@ -58,10 +57,8 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     tokenizer = places["corpus"]["tokenizer"]
     steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, tokenizer=tokenizer, config=configs["corpus"]))]
     if "teacher" in configs:
-        begin, teacher = places["teacher"]["init"], configs["teacher"]
-        steps.append(
-            Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], init=begin, config=teacher))
-        )
+        tune = {"init": places["teacher"]["init"], "config": configs["teacher"]}
+        steps.append(Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], **tune)))
     steps += [
         Step(
             "datastore",
@@ -78,9 +75,13 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     return steps
 
 
+_JUDGED = {"memory": "memory", "twin": "twin", "retrieval": "datastore"}
+"""Row of the results to the step whose folder stands beside the base."""
+
+
 def evaluated_rows(recipe: Recipe) -> list[str]:
     """What the recipe evaluates, each beside the base."""
-    return [row for row in ("memory", "twin", "retrieval") if row == "memory" or row in recipe.configs]
+    return [row for row in _JUDGED if row == "memory" or row in recipe.configs]
 
 
 def evaluation(recipe: Recipe, row: str, there: dict[str, Path]) -> dict[str, Any]:
@@ -88,14 +89,10 @@ def evaluation(recipe: Recipe, row: str, there: dict[str, Path]) -> dict[str, An
     return {
         "corpus": there["corpus"],
         "base": recipe.places.get("evaluate", {}).get("base", base_of(recipe)),
-        "memory": str(there[_judged(row)]),
+        "memory": str(there[_JUDGED[row]]),
         "config": recipe.configs.get("evaluate"),
         "retrieval": recipe.configs.get("retrieval") if row == "retrieval" else None,
     }
-
-
-def _judged(row: str) -> str:
-    return "datastore" if row == "retrieval" else row
 
 
 def base_of(recipe: Recipe) -> str:
@@ -182,7 +179,7 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
     Raises:
         OutputExistsError: A folder of the run holds something else, as `run_recipe` would say.
     """
-    recipe, out = Recipe({name: dict(values) for name, values in sections.items()}), Path(out)
+    recipe, out = Recipe(sections), Path(out)
     from memlm.evaluate.perplexity import report_spec
     from memlm.runs.estimate import Cost, step_costs
 
@@ -193,10 +190,9 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
             there[step.name] = found
     for row in evaluated_rows(recipe):
         names.append(name := f"evaluation-{row}")
-        if there.keys() >= {"corpus", _judged(row)}:
-            spec = report_spec(**evaluation(recipe, row, there))
-            if check_output(out / name, spec):
-                there[name] = out / name
+        known = there.keys() >= {"corpus", _JUDGED[row]}
+        if known and check_output(out / name, report_spec(**evaluation(recipe, row, there))):
+            there[name] = out / name
     costs = step_costs(recipe, base_of(recipe), there.get("corpus"))
     planned = []
     for name in names:
@@ -212,10 +208,7 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
 
 
 def run_recipe(
-    sections: dict[str, dict[str, Any]],
-    out: str | Path,
-    *,
-    say: Callable[[str], None] = lambda line: None,
+    sections: dict[str, dict[str, Any]], out: str | Path, *, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Run every stage of a recipe into folders below `out`; what is finished there, or in a run beside it, is used.
 
@@ -228,10 +221,9 @@ def run_recipe(
     Returns:
         Row name (`memory`, `twin`, `retrieval`) to the report of `evaluate_perplexity`.
     """
-    recipe = Recipe({name: dict(values) for name, values in sections.items()})
+    recipe, out = Recipe(sections), Path(out)
     from memlm.evaluate.perplexity import evaluate_perplexity
 
-    out = Path(out)
     there: dict[str, Path] = {}
     for step in recipe_steps(recipe):
         there[step.name] = make_step(out / step.name, step.plan(there), say)
@@ -242,21 +234,9 @@ def run_recipe(
     return reports
 
 
-def run_recipe_file(
-    path: str | Path,
-    out: str | Path | None = None,
-    *,
-    overrides: list[str] | None = None,
-    say: Callable[[str], None],
-) -> tuple[Path, dict[str, Any]]:
-    """`run_recipe` for a YAML file, into `runs/NAME` unless told otherwise; returns that folder and the reports."""
-    folder = run_folder(path, out)
-    return folder, run_recipe(read_recipe(path, overrides or []), folder, say=say)
-
-
-def run_folder(path: str | Path, out: str | Path | None = None) -> Path:
-    """`out`, or else `runs/NAME` of a recipe file."""
-    return Path(out) if out is not None else Path("runs") / Path(path).stem
+def run_folder(recipe: str | Path) -> Path:
+    """Where a recipe file runs unless told otherwise: `runs/NAME`."""
+    return Path("runs") / Path(recipe).stem
 
 
 def plan_table(steps: list[Planned]) -> str:

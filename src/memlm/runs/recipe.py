@@ -46,6 +46,7 @@ class Recipe:
         for name in sections:
             if name not in SECTIONS:
                 raise ConfigError(f"unknown section '{name}'{nearest(name, SECTIONS)}")
+        sections = dict(sections)
         for name in ("corpus", "datastore", "targets", "train"):
             sections.setdefault(name, {})
         if "twin" in sections:  # what the train section says, without targets
