@@ -1,6 +1,6 @@
 """A finished datastore: its corpus, keys, values and index."""
 
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys
 from memlm.datastore.layout import IndexFacts
 from memlm.errors import ArtifactError
 from memlm.files import load_array
-from memlm.manifest import Facts, Manifest, payload_file, read_manifest
+from memlm.manifest import MANIFEST, Facts, Manifest, payload_file, read_manifest
 from memlm.models.identity import model_identity
 
 CORPUS_PAYLOAD = "corpus"
@@ -74,14 +74,18 @@ def open_keys(folder: Path, manifest: Manifest | None = None) -> Keys:
 
 
 class Datastore:
-    """A datastore folder, opened."""
+    """A datastore folder, opened for reading: deep copies share it, a pickled one is opened again where it is read."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, nprobe: int | None = None) -> None:
         """
+        Args:
+            nprobe: Lists that a search looks through; what was tuned if None.
+
         Raises:
             ArtifactError: The folder is no complete datastore, or its parts do not fit together.
         """
-        self.folder = Path(folder)
+        self.folder, self.nprobe = Path(folder), nprobe
+        self._opened = self._state_on_disk()
         self.manifest = read_manifest(folder, "datastore")
         self.facts = DatastoreFacts.of(folder, self.manifest)
         self.config = DatastoreConfig.parse(self.manifest.config, "datastore.")
@@ -93,6 +97,28 @@ class Datastore:
             raise ArtifactError(f"{folder} has {self.n_entries} entries, its corpus {positions} positions; rebuild it")
         if "teacher" not in self.manifest.inputs or "teacher" not in self.manifest.sources:
             raise ArtifactError(f"{folder} does not name its teacher; rebuild it")
+
+    def __deepcopy__(self, memo: dict) -> "Datastore":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return partial(Datastore, self.folder, nprobe=self.nprobe), ()
+
+    def check_unchanged(self) -> None:
+        """Raise unless the folder is still the one that was opened.
+
+        Raises:
+            ArtifactError: It was changed or deleted.
+        """
+        if self._state_on_disk() != self._opened:
+            raise ArtifactError(f"datastore {self.folder} was changed or deleted while in use; load it again")
+
+    def _state_on_disk(self) -> tuple[int, int] | None:
+        try:
+            found = (self.folder / MANIFEST).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
 
     @property
     def teacher(self) -> str:
@@ -134,4 +160,7 @@ class Datastore:
     def index(self) -> Index:
         kind, shape = self.facts.index.kind, (self.facts.entries, self.facts.key_width)
         path = None if kind == "exact" else payload_file(self.folder, self.manifest, INDEX_FILE)
-        return INDEXES[kind].load(path, self.keys, self.facts.index, shape)
+        index = INDEXES[kind].load(path, self.keys, self.facts.index, shape)
+        if self.nprobe is not None:
+            index.set_nprobe(self.nprobe)
+        return index

@@ -15,7 +15,6 @@ from memlm.corpus.blocks import IGNORE
 from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ModelError
-from memlm.manifest import MANIFEST
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.reading import GivenActivations, WindowedReader, longest_context
 from memlm.models.heads import joined
@@ -87,20 +86,26 @@ class RetrievalMemory(Memory):
             ConfigError: nprobe is given and the index has none.
         """
         settings = datastore if isinstance(datastore, RetrievalSettings) else datastore_settings(datastore, config)
-        store = Datastore(settings.datastore)
+        store = Datastore(settings.datastore, nprobe=settings.retrieval.nprobe)
         super().__init__(settings.model_copy(update={"tap": store.facts.tap if teacher is None else None}))
         self.store = store
-        if store.manifest.hash != settings.datastore_hash:
-            raise ArtifactError(f"datastore {settings.datastore} is another than when this memory was saved")
-        if settings.retrieval.nprobe is not None:
-            store.index.set_nprobe(settings.retrieval.nprobe)
-        self._seen = self._state_on_disk()
+        self._check_store()
         self.teacher = teacher
         if teacher is None:
             self.reader = GivenActivations(self.width, f"datastore {store.folder}")
         else:
             run = TapReader(teacher, store.facts.tap).read
             self.reader = WindowedReader(teacher, longest_context(teacher.config), run)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._check_store()
+
+    def _check_store(self) -> None:
+        if self.store.manifest.hash != self.settings.datastore_hash:
+            raise ArtifactError(f"datastore {self.store.folder} is another than when this memory was saved")
+        if self.settings.retrieval.nprobe is not None:
+            _ = self.store.index  # which may have none
 
     @classmethod
     def load(cls, source: str, settings: RetrievalSettings, *, base: str | None = None, **kwargs: Any) -> Self:
@@ -180,16 +185,8 @@ class RetrievalMemory(Memory):
         return search_neighbors(self.store, self._as_keys(queries), None, k=min(k, self.store.n_entries))
 
     def _as_keys(self, queries: Float[Tensor, "P D"]) -> NDArray[np.float32]:
-        if self._state_on_disk() != self._seen:
-            raise ArtifactError(f"datastore {self.store.folder} was changed or deleted while in use; load it again")
+        self.store.check_unchanged()
         keys = queries.half()  # as stored keys are
         if not torch.isfinite(keys).all():
             raise ModelError("an activation at the tap overflows float16 (or is NaN)")
         return keys.float().cpu().numpy()
-
-    def _state_on_disk(self) -> tuple[int, int] | None:
-        try:
-            found = (self.store.folder / MANIFEST).stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
