@@ -426,8 +426,34 @@ def test_a_revision_is_kept(
     (place / "refs" / "main").write_text("1" * 40)
     for revision, name in ((None, "latest"), ("1" * 40, "named")):
         model = MixedLM.from_pretrained("someone/model", memory=memory_folder, mix_weight=0.3, revision=revision)
-        assert model.config.base_revision == "1" * 40
+        assert model.config.base_where == {"revision": "1" * 40}
         model.save_pretrained(tmp_path / name)
         (place / "refs" / "main").write_text("2" * 40)
         for load in (MixedLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
             torch.testing.assert_close(logits(load(tmp_path / name)), logits(model), rtol=0, atol=0)
+
+
+def test_where_a_model_is_holds_for_config_and_tokenizer_too(
+    model_folder: str, memory_folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """A base in a subfolder, beside another model of another tokenizer; what is saved finds it again."""
+    folder_with(other_tokenizer(340, seed=0), tmp_path / "models")
+    save_model(tmp_path / "models" / "inner", tokenizer, padding=8)
+    options = {"memory": memory_folder, "mix_weight": 0.3}
+    model = MixedLM.from_pretrained(tmp_path / "models", subfolder="inner", **options)
+    torch.testing.assert_close(logits(model), logits(MixedLM.from_pretrained(model_folder, **options)))
+    model.save_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(logits(MixedLM.from_pretrained(tmp_path / "saved")), logits(model))
+
+
+def test_a_hub_model_is_looked_for_in_the_cache_that_is_named(
+    model_folder: str, memory_folder: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "models--someone--model"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("1" * 40)
+    shutil.copytree(model_folder, place / "snapshots" / ("1" * 40))
+    options = {"memory": memory_folder, "mix_weight": 0.3}
+    model = MixedLM.from_pretrained("someone/model", cache_dir=str(tmp_path), local_files_only=True, **options)
+    torch.testing.assert_close(logits(model), logits(MixedLM.from_pretrained(model_folder, **options)))
+    assert model.config.base_where == {"revision": "1" * 40}

@@ -11,7 +11,7 @@ from memlm.memory.config import KINDS
 from memlm.memory.protocol import SETTINGS_FILE, Memory, MemorySettings
 from memlm.memory.released import is_released_mlp
 from memlm.memory.retrieval import RetrievalSettings, datastore_settings
-from memlm.models.loading import find_file, load_config, resolve
+from memlm.models.loading import find_file, load_config, resolve, where_from
 from memlm.targets.config import RetrievalConfig
 
 
@@ -36,10 +36,11 @@ def load_memory(
         ModelError: It cannot be reached, or has to be converted first.
         ArtifactError: The folder is damaged, or of a kind that is no memory.
     """
-    settings = read_settings(source, revision=kwargs.get("revision"))
+    where = where_from(kwargs)
+    settings = read_settings(source, **where)
     if retrieval is not None and isinstance(settings, RetrievalSettings):
         settings = settings.model_copy(update={"retrieval": retrieval})
-    if settings is None and is_released_mlp(str(source), revision=kwargs.get("revision")):
+    if settings is None and is_released_mlp(str(source), **where):
         raise ModelError(
             f"{source} is a released MLP Memory; convert it: memlm convert {source} --base BASE --out FOLDER"
         )
@@ -47,8 +48,12 @@ def load_memory(
     return kind.load(resolve(str(source)), settings, base=base, **kwargs)
 
 
-def read_settings(source: str | Path, *, revision: str | None = None) -> MemorySettings | None:
+def read_settings(source: str | Path, **where: Any) -> MemorySettings | None:
     """What `memory.json` or a datastore's manifest says; None for a causal LM, whose config is then readable.
+
+    Args:
+        source: As `load_memory` takes it.
+        where: As `where_from` gives it.
 
     Raises:
         ModelError: Nothing can be reached there.
@@ -58,9 +63,9 @@ def read_settings(source: str | Path, *, revision: str | None = None) -> MemoryS
     manifest = read_manifest(folder, "memory", "datastore") if is_artifact(folder) else None
     if manifest is not None and manifest.kind == "datastore":
         return datastore_settings(folder)
-    path = find_file(str(source), SETTINGS_FILE, revision)
+    path = find_file(str(source), SETTINGS_FILE, **where)
     if path is None:
-        load_config(str(source), revision=revision)
+        load_config(str(source), **where)
         return None
     if manifest is not None:
         path = payload_file(folder, manifest, SETTINGS_FILE)

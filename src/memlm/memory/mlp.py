@@ -20,7 +20,7 @@ from memlm.memory.config import MLPStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import GivenActivations
 from memlm.models.heads import Head, find_head
-from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes
+from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes, where_from
 from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
 
 SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
@@ -135,7 +135,7 @@ class MLPMemory(ParametricMemory):
         Raises:
             ArtifactError: Weights are missing, damaged, or of other shapes than the settings say.
         """
-        path = find_file(source, WEIGHTS_FILE, kwargs.get("revision"))
+        path = find_file(source, WEIGHTS_FILE, **where_from(kwargs))
         if path is None:
             raise ArtifactError(f"{source} has no {WEIGHTS_FILE}")
         if is_artifact(path.parent):

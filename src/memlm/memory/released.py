@@ -199,7 +199,7 @@ def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str
 # --- the checkpoint -----------------------------------------------------------------------------------------------
 
 
-def is_released_mlp(source: str, *, revision: str | None = None) -> bool:
+def is_released_mlp(source: str, **where: Any) -> bool:
     """Whether a folder or hub repository holds a released MLP Memory, by its tensors' names.
 
     Its config is that of its base, so without this look it would load as a causal LM of mostly random weights.
@@ -207,7 +207,7 @@ def is_released_mlp(source: str, *, revision: str | None = None) -> bool:
     Raises:
         ArtifactError: The weights cannot be read.
     """
-    path = _weights_file(source, revision)
+    path = _weights_file(source, **where)
     if path is None:
         return False
     return _is_released(_weight_map(path) if path.suffix == ".json" else _load(path))
@@ -258,8 +258,8 @@ def read_tensors(source: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _weights_file(source: str, revision: str | None = None) -> Path | None:
-    paths = (find_file(source, name, revision) for name in _WEIGHTS)
+def _weights_file(source: str, **where: Any) -> Path | None:
+    paths = (find_file(source, name, **where) for name in _WEIGHTS)
     return next((path for path in paths if path is not None), None)
 
 

@@ -12,7 +12,8 @@ class MixedLMConfig(PreTrainedConfig):
     model_type = "memlm-mixed"
 
     base: str = ""
-    base_revision: str | None = None
+    base_where: dict | None = None
+    """Which of the base's files are meant: `revision`, `subfolder`, `gguf_file`."""
     memories: dict | None = None
     """Name to folder (relative to this config's) or hub id."""
     mix_weights: dict | None = None

@@ -19,7 +19,7 @@ from memlm.mix.config import MixedLMConfig
 from memlm.mix.weights import settle_weights
 from memlm.models.adapters import active_adapters, save_adapter, save_without_adapter
 from memlm.models.identity import commit_of, is_what_is_stored
-from memlm.models.loading import adapted_base, load_causal_lm, load_config, resolve
+from memlm.models.loading import adapted_base, load_causal_lm, load_config, resolve, where_from
 from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def load_mixture(
             kept = {name: weight for name, weight in (saved.mix_weights or {}).items() if name in sources}
             mix_weight = kept | dict(mix_weight or {})
         memory_window = saved.memory_window if memory_window is None else memory_window
-        base_kwargs["revision"] = base_kwargs.get("revision") or saved.base_revision
+        base_kwargs |= {n: value for n, value in (saved.base_where or {}).items() if not base_kwargs.get(n)}
     memory_kwargs = dict(memory_kwargs or {})
     check_names(sources)
     check_window(memory_window)
@@ -68,8 +68,10 @@ def load_mixture(
         loaded = source if isinstance(source, Memory) else load_memory(source, base=base, **memory_kwargs)
         memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
     mixed = kind(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
+    where = where_from(base_kwargs)
+    mixed.config.base_where = {name: where[name] for name in ("subfolder", "gguf_file") if name in where}
     if not Path(mixed.config.base).is_dir():  # a hub id, whose weights may become others
-        mixed.config.base_revision = commit_of(mixed.config.base, base_kwargs.get("revision"))
+        mixed.config.base_where["revision"] = commit_of(mixed.config.base, **where)
     if saved is not None and (place / GENERATION_CONFIG_NAME).is_file():
         mixed.generation_config = GenerationConfig.from_pretrained(place)
     return mixed
@@ -78,12 +80,12 @@ def load_mixture(
 def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:
     """What `MixedLM.save_pretrained` does, with its arguments and errors."""
     base, config, folder = mixed.base, copy.deepcopy(mixed.config), Path(save_directory)
-    adapted = active_adapters(base)
-    original = adapted_base(config.base, revision=config.base_revision) or config.base if config.base else ""
+    adapted, where = active_adapters(base), config.base_where or {}
+    original = adapted_base(config.base, **where) or config.base if config.base else ""
     if not include_base:
         if not original:
             raise ConfigError("the base came from no folder or hub id to refer to; save it too with include_base=True")
-        if not is_what_is_stored(base, original, config.base_revision):
+        if not is_what_is_stored(base, original, **where):
             raise ConfigError(
                 f"the base is not what {original} holds (it was merged, trained or edited): a reference would load"
                 " another model; save it too with include_base=True"
@@ -98,21 +100,19 @@ def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: boo
     for name, memory in mixed.named_memories().items():
         memory.save_pretrained(folder / "memories" / name)
     config.memories = {name: f"memories/{name}" for name in mixed.memories}
-    config.base, config.base_revision = place, None if include_base else config.base_revision
+    config.base, config.base_where = place, None if include_base else config.base_where
     config.architectures = [type(mixed).__name__]
     config.save_pretrained(folder)
     mixed.generation_config.save_pretrained(folder)
     with contextlib.suppress(ModelError):  # a base without tokenizer, as in tests, is saved without
-        tokenizer = load_tokenizer(mixed.config.base, revision=mixed.config.base_revision)
+        tokenizer = load_tokenizer(mixed.config.base, **where)
         for copies in (folder, folder / place) if include_base else (folder,):
             tokenizer.save_pretrained(copies)
 
 
 def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
     """What a memory's folder says beside its weights; no weights are loaded."""
-    return (
-        source.settings if isinstance(source, Memory) else read_settings(source, revision=memory_kwargs.get("revision"))
-    )
+    return source.settings if isinstance(source, Memory) else read_settings(source, **where_from(memory_kwargs))
 
 
 def _check_spelling(base_kwargs: Mapping[str, Any]) -> None:
@@ -171,7 +171,7 @@ def check_tokenizers(
         TokenizerMismatchError: They differ; the message says in what.
         ModelError: Base or memory cannot be reached.
     """
-    options, memory_options = _where_from(base_kwargs), _where_from(memory_kwargs)
+    options, memory_options = where_from(base_kwargs or {}), where_from(memory_kwargs or {})
     load_config(base, **options)
     ours = find_tokenizer(base, **options)
     for name, source in memories.items():
@@ -185,7 +185,3 @@ def check_tokenizers(
         elif settings is not None and settings.tokenizer is not None:
             raise TokenizerMismatchError(f"base {base} and memory {label} have different tokenizers; {ADVICE}")
     return vocabulary_size(ours) if ours is not None else None
-
-
-def _where_from(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {name: value for name, value in (kwargs or {}).items() if name in ("revision", "trust_remote_code")}

@@ -180,7 +180,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         recorded = {**self.mix_weights, name: settings.mix_weight if settings else None}
         weights = settle_weights(recorded, {} if mix_weight is None else {name: mix_weight})
         if self.config.base:
-            check_tokenizers(self.config.base, {name: memory}, {"revision": self.config.base_revision}, kwargs)
+            check_tokenizers(self.config.base, {name: memory}, self.config.base_where, kwargs)
         if not isinstance(memory, Memory):
             memory = load_memory(memory, base=self.config.base or None, **{"dtype": self.base.dtype, **kwargs})
         self._adopt(name, memory if "device_map" in kwargs else memory.to(self.base.device))
@@ -431,7 +431,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             memory_window: Tokens a memory may look back; what it was trained with if None.
             memory_kwargs: For loading the memory: `dtype` (default the base's), `device_map`, `revision`, `retrieval` …
             base_kwargs: For loading the base: `dtype`, `device_map`, `quantization_config`, `revision`,
-                `trust_remote_code` …
+                `subfolder`, `cache_dir`, `token`, `gguf_file`, `trust_remote_code` …
 
         Raises:
             TokenizerMismatchError: Base and memory have different tokenizers.

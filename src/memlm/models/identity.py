@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.errors import ModelError
-from memlm.files import cache_dir, digest, file_digest, read_json, replacing
+from memlm.files import cache_dir, digest, file_digest, file_error, read_json, replacing
 from memlm.manifest import is_artifact, read_manifest
 from memlm.models.adapters import ADAPTER_CONFIG, plain_state
 from memlm.models.loading import WEIGHTS_FILE, adapted_base, find_file, load_causal_lm, resolve
@@ -19,7 +20,7 @@ from memlm.models.loading import WEIGHTS_FILE, adapted_base, find_file, load_cau
 _UNSETTLED_NS = 2_000_000_000  # a file written this shortly ago may change again without another time
 
 
-def model_identity(name: str, *, revision: str | None = None) -> str:
+def model_identity(name: str, **where: Any) -> str:
     """A string that two models share only if their weights are equal.
 
     A memlm folder gives its manifest's hash, any other folder a hash of all bytes of its files, a hub model its id and
@@ -27,33 +28,38 @@ def model_identity(name: str, *, revision: str | None = None) -> str:
 
     Args:
         name: Path, hub id or packaged name.
-        revision: Of a hub model.
+        where: As `where_from` gives it.
 
     Raises:
         ModelError: It cannot be reached.
+        ArtifactError: A file of it cannot be read.
     """
     source = resolve(name)
     if is_artifact(source):
         return f"memlm:{read_manifest(source).hash}"
     if Path(source).is_dir():
-        files = sorted(path for path in Path(source).iterdir() if path.is_file())
-        own = f"files:{digest([[path.name, known_digest(path)] for path in files])}"
+        try:
+            files = sorted(path for path in Path(source).iterdir() if path.is_file())
+            own = f"files:{digest([[path.name, known_digest(path)] for path in files])}"
+        except OSError as error:
+            raise file_error(error, source) from None
     else:
-        own = f"{source}@{commit_of(source, revision)}"
-    base = adapted_base(source, revision=revision)
+        own = f"{source}@{commit_of(source, **where)}"
+    base = adapted_base(source, **where)
     return own if base is None else f"{own}+{model_identity(base)}"
 
 
-def commit_of(repository: str, revision: str | None) -> str:
+def commit_of(repository: str, **where: Any) -> str:
     """The commit of a hub repository that a revision stands for.
 
     Raises:
         ModelError: It cannot be reached.
     """
-    for name in ("config.json", ADAPTER_CONFIG):
-        path = find_file(repository, name, revision)
-        if path is not None and path.parent.parent.name == "snapshots":  # as the hub's cache lays its files
-            return path.parent.name
+    for name in (*filter(None, [where.get("gguf_file")]), "config.json", ADAPTER_CONFIG):
+        path = find_file(repository, name, **where)
+        parts = path.parts if path is not None else ()
+        if "snapshots" in parts[:-2]:  # as the hub's cache lays its files
+            return parts[parts.index("snapshots") + 1]
     raise ModelError(f"model {repository!r} cannot be told from its other versions: no commit of it is known")
 
 
@@ -76,7 +82,7 @@ def known_digest(path: Path) -> str:
     return sha256
 
 
-def is_what_is_stored(model: PreTrainedModel, name: str, revision: str | None = None) -> bool:
+def is_what_is_stored(model: PreTrainedModel, name: str, **where: Any) -> bool:
     """Whether loading `name` gives the weights and the config that `model` has apart from its adapters.
 
     The checkpoint's tensors are read one by one; only where they do not stand under the model's own names, the
@@ -89,12 +95,12 @@ def is_what_is_stored(model: PreTrainedModel, name: str, revision: str | None = 
     if getattr(model, "hf_quantizer", None) is not None:
         return True
     seen: set[tuple] = set()
-    for key, stored in _stored_tensors(name, revision):
+    for key, stored in _stored_tensors(name, **where):
         if key in ours and _same(ours[key], stored):
             seen.add(_storage(ours[key]))
     if all(_storage(tensor) in seen for tensor in ours.values()):  # tied weights are stored once
         return True
-    theirs = load_causal_lm(name, dtype=model.dtype, revision=revision).state_dict()
+    theirs = load_causal_lm(name, dtype=model.dtype, **where).state_dict()
     return ours.keys() == theirs.keys() and all(_same(tensor, theirs[key]) for key, tensor in ours.items())
 
 
@@ -106,13 +112,13 @@ def _same(ours: Tensor, stored: Tensor) -> bool:
     return ours.shape == stored.shape and torch.equal(ours.cpu(), stored.to(ours.dtype))
 
 
-def _stored_tensors(name: str, revision: str | None) -> Iterator[tuple[str, Tensor]]:
+def _stored_tensors(name: str, **where: Any) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a checkpoint, one at a time; none where it holds no safetensors."""
     source = resolve(name)
-    index = find_file(source, f"{WEIGHTS_FILE}.index.json", revision)
+    index = find_file(source, f"{WEIGHTS_FILE}.index.json", **where)
     files = [WEIGHTS_FILE] if index is None else sorted(set(read_json(index, limit=1 << 26)["weight_map"].values()))
     for file in files:
-        if (path := find_file(source, file, revision)) is not None:
+        if (path := find_file(source, file, **where)) is not None:
             with safe_open(path, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118
                     yield key, tensors.get_tensor(key)

@@ -1,7 +1,7 @@
 """Causal language models from a path, a hub id or a packaged name; whole, with some layers, or fresh."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from memlm.models.adapters import ADAPTER_CONFIG
 from memlm.models.fetching import PACKAGED, fetch
 
 WEIGHTS_FILE = "model.safetensors"
+_OF_FILES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _INFLATED = ("num_labels", "auto_map", "quantization_config")  # they ask for a table of any size, code, another loader
 
 
@@ -28,17 +29,22 @@ def resolve(name: str) -> str:
     return str(fetch(name)) if name in PACKAGED else name
 
 
-def adapted_base(source: str, *, revision: str | None = None) -> str | None:
+def where_from(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the keywords for loading a model that say where it is: config, tokenizer and all files need them too."""
+    return {name: kwargs[name] for name in (*_OF_FILES, "gguf_file", "trust_remote_code") if kwargs.get(name)}
+
+
+def adapted_base(source: str, **where: Any) -> str | None:
     """The base that an adapter refers to; None where `source` is no adapter, or holds its base itself.
 
     Args:
         source: Folder or hub id.
-        revision: Of a hub id.
+        where: As `where_from` gives it.
     """
     try:
-        if find_file(source, "config.json", revision) is not None:
+        if find_file(source, "config.json", **where) is not None:
             return None
-        config = find_file(source, ADAPTER_CONFIG, revision)
+        config = find_file(source, ADAPTER_CONFIG, **where)
     except ModelError:  # whoever loads it will say so
         return None
     values = read_json(config) if config is not None else {}
@@ -48,8 +54,12 @@ def adapted_base(source: str, *, revision: str | None = None) -> str | None:
     return base
 
 
-def load_config(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+def load_config(name: str, **where: Any) -> PreTrainedConfig:
     """The config of the model `name`, without its weights.
+
+    Args:
+        name: A path, a hub id, or a packaged name such as `smollm2`.
+        where: As `where_from` gives it.
 
     Raises:
         ModelError: Nothing there can be reached as a causal language model.
@@ -61,10 +71,10 @@ def load_config(name: str, *, revision: str | None = None, trust_remote_code: bo
         if not isinstance(values, dict) or values.keys() & _INFLATED:
             raise ArtifactError(f"{path} is no config that memlm writes; it may have none of {', '.join(_INFLATED)}")
     try:
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **where})  # else transformers asks
     except Exception as error:  # a config's own code, given values that it was not written for
-        if (base := adapted_base(source, revision=revision)) is not None:
-            return load_config(base, revision=revision, trust_remote_code=trust_remote_code)
+        if (base := adapted_base(source, **where)) is not None:
+            return load_config(base, **where)
         raise _unreachable(name, source, error) from None
 
 
@@ -91,7 +101,7 @@ def load_causal_lm(
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**kwargs, **told})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        if find_spec("peft") is None and adapted_base(source, revision=kwargs.get("revision")) is not None:
+        if find_spec("peft") is None and adapted_base(source, **where_from(kwargs)) is not None:
             raise ModelError(f"model {name!r} is an adapter; to load it: pip install peft") from None
         raise _unreachable(name, source, error) from None
     if not isinstance(loaded, tuple):  # a saved mixture; its parts were looked at as they were loaded
@@ -146,20 +156,23 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def find_file(source: str, name: str, revision: str | None = None) -> Path | None:
+def find_file(source: str, name: str, **where: Any) -> Path | None:
     """The local path of one file of a folder or hub repository; None where the place exists without it.
+
+    Args:
+        where: As `where_from` gives it.
 
     Raises:
         ModelError: Neither a folder nor a hub repository can be reached.
     """
-    folder = Path(resolve(source))
-    if folder.is_dir():
+    folder = Path(resolve(source), where.get("subfolder", ""))
+    if Path(resolve(source)).is_dir():
         return folder / name if (folder / name).is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
     try:
-        return Path(hf_hub_download(source, name, revision=revision))
+        return Path(hf_hub_download(source, name, **{key: where[key] for key in _OF_FILES if key in where}))
     except EntryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

@@ -20,10 +20,11 @@ ADVICE = (
 )
 
 
-def load_tokenizer(
-    source: str, *, revision: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
     """The tokenizer stored at a path or hub id.
+
+    Args:
+        where: As `where_from` gives it.
 
     Raises:
         ModelError: There is none, or it cannot be reached.
@@ -31,10 +32,10 @@ def load_tokenizer(
     if is_artifact(source):
         check_payload(source, read_manifest(source), "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **where})
     except Exception as error:  # tokenizers raises it bare
-        if (base := adapted_base(source, revision=revision)) is not None:
-            return load_tokenizer(base, trust_remote_code=trust_remote_code)
+        if (base := adapted_base(source, **where)) is not None:
+            return load_tokenizer(base, **where)
         raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason_of(error)})") from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up from the model's config alone
         raise ModelError(f"no tokenizer could be loaded from {source!r} (no vocabulary is stored there)")
