@@ -31,6 +31,27 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert not heavy & {name.split(".")[0] for name in loaded}
 
 
+@pytest.mark.parametrize("first", ["memlm", "transformers", "transformers.models.auto.modeling_auto"])
+def test_importing_the_package_makes_auto_classes_know_mixtures(first: str, tmp_path: Path) -> None:
+    """Whichever is imported first."""
+    (tmp_path / "config.json").write_text('{"model_type": "memlm-mixed", "base": "nowhere", "memories": {}}')
+    code = f"""
+import {first}, memlm, transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)
+try:
+    AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})
+except memlm.MemlmError as error:
+    print(error)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.startswith("MixedLMConfig\nmodel 'nowhere' cannot be loaded"), found.stdout
+
+
+def test_dir_lists_what_there_is() -> None:
+    assert set(memlm.__all__) <= set(dir(memlm))
+
+
 @pytest.mark.parametrize("name", memlm.__all__)
 def test_every_public_name_is_there(name: str) -> None:
     assert getattr(memlm, name) is not None

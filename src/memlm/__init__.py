@@ -6,6 +6,8 @@ Names are imported when they are first used, so `import memlm` is light.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from memlm.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from memlm.corpus.blocks import Corpus as Corpus
     from memlm.corpus.build import build_corpus as build_corpus
@@ -77,3 +79,10 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'memlm' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+register_with_transformers()

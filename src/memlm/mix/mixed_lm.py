@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.corpus.blocks import IGNORE
@@ -20,7 +20,7 @@ from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter
 from memlm.mix.cache import MixedCache
-from memlm.mix.config import SIZES, MixedLMConfig
+from memlm.mix.config import SIZES, MixedLMConfig, register
 from memlm.mix.loading import (
     MemorySource,
     check_names,
@@ -467,5 +467,5 @@ def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
-AutoConfig.register(MixedLMConfig.model_type, MixedLMConfig)
-AutoModelForCausalLM.register(MixedLMConfig, MixedLM)  # type: ignore[arg-type]
+register()
+AutoModelForCausalLM.register(MixedLMConfig, MixedLM, exist_ok=True)  # type: ignore[arg-type]
