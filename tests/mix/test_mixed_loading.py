@@ -457,3 +457,26 @@ def test_a_hub_model_is_looked_for_in_the_cache_that_is_named(
     model = MixedLM.from_pretrained("someone/model", cache_dir=str(tmp_path), local_files_only=True, **options)
     torch.testing.assert_close(logits(model), logits(MixedLM.from_pretrained(model_folder, **options)))
     assert model.config.base_where == {"revision": "1" * 40}
+
+
+def test_a_loaded_base_takes_a_memory_by_its_folder(model_folder: str, memory_folder: Path) -> None:
+    expected = logits(MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.3))
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    for model in (
+        MixedLM(base, str(memory_folder), 0.3),
+        MixedLM(base, {"law": memory_folder}, 0.3),
+        MixedLM.from_pretrained(base, memory=memory_folder, mix_weight=0.3),
+    ):
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+        assert model.base is base
+
+
+def test_a_loaded_base_and_a_memory_of_another_tokenizer_are_refused(memory_folder: Path, tmp_path: Path) -> None:
+    folder = folder_with(other_tokenizer(340, seed=0), tmp_path / "other")
+    with pytest.raises(TokenizerMismatchError, match="have different tokenizers"):
+        MixedLM(AutoModelForCausalLM.from_pretrained(folder), memory_folder, 0.3)
+
+
+def test_keywords_for_loading_a_base_that_is_loaded_are_refused(model_folder: str, memory_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="dtype is for loading the base, and this base is loaded already"):
+        MixedLM.from_pretrained(tiny_model(328), memory=memory_folder, dtype=torch.bfloat16)

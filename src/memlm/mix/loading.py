@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
@@ -32,7 +32,7 @@ MemorySource = str | Path | Memory
 
 def load_mixture(
     kind: type[Mixture],
-    base: str | Path,
+    base: str | Path | PreTrainedModel,
     memory: MemorySource | Mapping[str, MemorySource] | None,
     mix_weight: float | Mapping[str, float] | None,
     memory_window: int | None,
@@ -41,6 +41,12 @@ def load_mixture(
 ) -> Mixture:
     """What `MixedLM.from_pretrained` gives, with its arguments and errors."""
     _check_spelling(base_kwargs)
+    if isinstance(base, nn.Module):
+        if base_kwargs:
+            raise ConfigError(f"{next(iter(base_kwargs))} is for loading the base, and this base is loaded already")
+        if memory is None:
+            raise ConfigError("memory is missing: name the one to put beside the base")
+        return kind(base, load_beside(base, memory, memory_kwargs), mix_weight, memory_window=memory_window)
     config = base_kwargs.get("config")
     if isinstance(config, MixedLMConfig):  # AutoModel hands over the config it found, and in it how to attend
         del base_kwargs["config"]
@@ -62,11 +68,7 @@ def load_mixture(
     settle_weights({name: found.mix_weight if found else None for name, found in settings.items()}, mix_weight)
     size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
     model = load_causal_lm(base, **base_kwargs)
-    memory_kwargs.setdefault("dtype", model.dtype)
-    memories = {}
-    for name, source in sources.items():
-        loaded = source if isinstance(source, Memory) else load_memory(source, base=base, **memory_kwargs)
-        memories[name] = loaded if "device_map" in memory_kwargs else loaded.to(model.device)
+    memories = _load_memories(model, base, sources, memory_kwargs)
     mixed = kind(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
     where = where_from(base_kwargs)
     mixed.config.base_where = {name: where[name] for name in ("subfolder", "gguf_file") if name in where}
@@ -75,6 +77,37 @@ def load_mixture(
     if saved is not None and (place / GENERATION_CONFIG_NAME).is_file():
         mixed.generation_config = GenerationConfig.from_pretrained(place)
     return mixed
+
+
+def load_beside(
+    base: PreTrainedModel,
+    memory: MemorySource | Mapping[str, MemorySource],
+    memory_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Memory]:
+    """Name to memory, loaded where they are folders or hub ids, beside a base that is loaded already.
+
+    Raises:
+        TokenizerMismatchError: One has another tokenizer than the base, as far as that is known.
+        ModelError: One cannot be reached.
+    """
+    sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+    name = base.config.name_or_path or ""
+    if name and find_tokenizer(name) is not None:
+        check_tokenizers(name, sources, None, memory_kwargs)
+    return _load_memories(base, name or None, sources, memory_kwargs or {})
+
+
+def _load_memories(
+    base: PreTrainedModel, name: str | None, sources: Mapping[str, MemorySource], kwargs: Mapping[str, Any]
+) -> dict[str, Memory]:
+    """Folders and hub ids are loaded in the base's precision; all stand where the base is, unless told otherwise."""
+    found = {
+        label: source
+        if isinstance(source, Memory)
+        else load_memory(source, base=name, **{"dtype": base.dtype, **kwargs})
+        for label, source in sources.items()
+    }
+    return found if "device_map" in kwargs else {label: part.to(base.device) for label, part in found.items()}
 
 
 def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from memlm.mix.loading import (
     check_names,
     check_tokenizers,
     check_window,
+    load_beside,
     load_mixture,
     save_mixture,
     settings_of,
@@ -66,7 +67,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
     def __init__(
         self,
         base: PreTrainedModel,
-        memory: Memory | Mapping[str, Memory],
+        memory: MemorySource | Mapping[str, MemorySource],
         mix_weight: float | Mapping[str, float] | None = None,
         *,
         vocab_size: int | None = None,
@@ -76,7 +77,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """
         Args:
             base: Any causal LM; its weights and config are left as they are.
-            memory: One memory, or name to memory.
+            memory: One memory or name to memory, loaded, or its folder or hub id.
             mix_weight: In [0, 1] (α in Memory Decoder, λ in MLP Memory); what the memory was validated with if None.
             vocab_size: Ids of the shared tokenizer are below it; the smallest of all parts if None.
             memory_window: Tokens a memory may look back; what it was trained with if None.
@@ -84,10 +85,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             ConfigError: A weight is missing or outside [0, 1], they sum to more than 1, or the window is too small.
+            TokenizerMismatchError: A memory that is loaded here has another tokenizer than the base.
+            ModelError: It cannot be reached.
         """
         check_window(memory_window)
         given = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
         check_names(given)
+        if not all(isinstance(part, Memory) for part in given.values()):
+            given = load_beside(base, given)
         size = int(base.config.get_text_config().vocab_size)
         size = size if vocab_size is None else min(size, vocab_size)
         config = MixedLMConfig(
@@ -107,7 +112,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         self._rule = FixedWeights({})
         self._vocab_sizes = {"": size}  # the base's; a memory's below its name
         for name, part in given.items():
-            self._adopt(name, part)
+            self._adopt(name, cast(Memory, part))
         self.set_mix_weight(mix_weight)
         if not has_adapter(base):  # whose weights may be in training elsewhere
             base.requires_grad_(False)
@@ -414,7 +419,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,
-        base: str | Path,
+        base: str | Path | PreTrainedModel,
         *,
         memory: MemorySource | Mapping[str, MemorySource] | None = None,
         mix_weight: float | Mapping[str, float] | None = None,
@@ -425,7 +430,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """A base and its memories from paths or hub ids.
 
         Args:
-            base: Path, hub id or packaged name of a causal LM; or a folder that `save_pretrained` wrote.
+            base: Path, hub id or packaged name of a causal LM, or a loaded one; or a folder that `save_pretrained` wrote.
             memory: Folder, hub id or loaded memory, or name to any of these; may be left out for a saved folder.
             mix_weight: In [0, 1]; what the memory was validated with if None.
             memory_window: Tokens a memory may look back; what it was trained with if None.
