@@ -83,28 +83,35 @@ def load_beside(
     base: PreTrainedModel,
     memory: MemorySource | Mapping[str, MemorySource],
     memory_kwargs: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+    where: Mapping[str, Any] | None = None,
 ) -> dict[str, Memory]:
     """Name to memory, loaded where they are folders or hub ids, beside a base that is loaded already.
+
+    Args:
+        base, memory, memory_kwargs: As `load_mixture` takes them.
+        name: Where the base came from; as its config says if None.
+        where: Which of its files are meant, as `where_from` gives it.
 
     Raises:
         TokenizerMismatchError: One has another tokenizer than the base, as far as that is known.
         ModelError: One cannot be reached.
     """
     sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
-    name = base.config.name_or_path or ""
-    if name and find_tokenizer(name) is not None:
-        check_tokenizers(name, sources, None, memory_kwargs)
-    return _load_memories(base, name or None, sources, memory_kwargs or {})
+    name = name or base.config.name_or_path or None
+    if name is not None and find_tokenizer(name, **(where or {})) is not None:
+        check_tokenizers(name, sources, where, memory_kwargs)
+    return _load_memories(base, name, sources, memory_kwargs or {})
 
 
 def _load_memories(
     base: PreTrainedModel, name: str | None, sources: Mapping[str, MemorySource], kwargs: Mapping[str, Any]
 ) -> dict[str, Memory]:
     """Folders and hub ids are loaded in the base's precision; all stand where the base is, unless told otherwise."""
+    options = {"dtype": base.dtype, **kwargs}
     found = {
-        label: source
-        if isinstance(source, Memory)
-        else load_memory(source, base=name, **{"dtype": base.dtype, **kwargs})
+        label: source if isinstance(source, Memory) else load_memory(source, base=name, **options)
         for label, source in sources.items()
     }
     return found if "device_map" in kwargs else {label: part.to(base.device) for label, part in found.items()}

@@ -15,7 +15,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError
-from memlm.memory.loading import load_memory
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter
@@ -24,7 +23,6 @@ from memlm.mix.config import SIZES, MixedLMConfig, register
 from memlm.mix.loading import (
     MemorySource,
     check_names,
-    check_tokenizers,
     check_window,
     load_beside,
     load_mixture,
@@ -184,11 +182,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         settings = settings_of(memory, kwargs)
         recorded = {**self.mix_weights, name: settings.mix_weight if settings else None}
         weights = settle_weights(recorded, {} if mix_weight is None else {name: mix_weight})
-        if self.config.base:
-            check_tokenizers(self.config.base, {name: memory}, self.config.base_where, kwargs)
-        if not isinstance(memory, Memory):
-            memory = load_memory(memory, base=self.config.base or None, **{"dtype": self.base.dtype, **kwargs})
-        self._adopt(name, memory if "device_map" in kwargs else memory.to(self.base.device))
+        place, where = self.config.base, self.config.base_where
+        self._adopt(name, load_beside(self.base, {name: memory}, kwargs, name=place, where=where)[name])
         self._weigh(weights)
 
     def remove_memory(self, name: str) -> None:
@@ -430,7 +425,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """A base and its memories from paths or hub ids.
 
         Args:
-            base: Path, hub id or packaged name of a causal LM, or a loaded one; or a folder that `save_pretrained` wrote.
+            base: Path, hub id or packaged name of a causal LM, or a loaded one; or what `save_pretrained` wrote.
             memory: Folder, hub id or loaded memory, or name to any of these; may be left out for a saved folder.
             mix_weight: In [0, 1]; what the memory was validated with if None.
             memory_window: Tokens a memory may look back; what it was trained with if None.
