@@ -315,7 +315,7 @@ def test_weights_above_one_are_refused_before_the_memory_is_loaded(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("weights were loaded before the check")
 
-    monkeypatch.setattr("memlm.mix.mixed_lm.load_memory", fail)
+    monkeypatch.setattr("memlm.mix.loading.load_memory", fail)
     with pytest.raises(ConfigError, match=r"the weights 0\.7, 0\.4 sum to 1\.1, above 1"):
         model.add_memory("mlp", places["mlp"], 0.4)
     assert model.mix_weights == {"law": 0.7}
