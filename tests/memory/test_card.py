@@ -145,3 +145,13 @@ def test_push_refuses_other_stages_and_damaged_memories(
     with pytest.raises(ArtifactError, match="is missing"):
         push_to_hub(folder, "me/memory")
     assert not hub.calls
+
+
+def test_names_reach_the_card_as_text() -> None:
+    sources = {"base": 'b"ase', "init": "<img src=x>", "teacher": "[t](http://evil)|x", "documents": "a\n# b\x1b[31m"}
+    card = memory_card(MemorySettings(kind="decoder", vocab_size=9), FACTS, sources, CONFIG)
+    assert 'MixedLM.from_pretrained("b\\"ase", memory' in card
+    assert "| \\<img src=x\\> |" in card
+    assert "| \\[t\\](http://evil)\\|x |" in card
+    assert "\x1b" not in card
+    assert "\n# b" not in card

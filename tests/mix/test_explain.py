@@ -341,3 +341,11 @@ def test_a_datastore_of_another_tokenizer_is_refused(
     datastore = load_memory(datastore_folder) if opened else datastore_folder
     with pytest.raises(TokenizerMismatchError, match=r"ids differ.*build a corpus and a datastore with this model's"):
         explain(model, permuted(tokenizer, seed=1)[0], PROMPT, datastore=datastore)  # type: ignore[arg-type]
+
+
+def test_what_documents_hold_moves_no_cursor() -> None:
+    neighbor = Neighbor("\x1b[2Jname", 1.0, "before\x1b[31m", "\x07", "after\r", 3)
+    token = ExplainedToken("a", 5, 0.1, {"memory": 0.2}, 0.15, "b", 0.3, [neighbor])
+    text = explanation_text(Explanation("\x1b[1mprompt", "a", {"memory": 0.5}, [token], "note"))
+    assert all(c.isprintable() or c == "\n" for c in text)
+    assert "\\x1b[2Jname" in text

@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from memlm.ranks import speaks
+from memlm.text import printable
 
 
 def say(line: str) -> None:
     """Tell what is no result."""
     if speaks():
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
 
 
 def print_result(value: dict[str, Any], as_json: bool, text: str = "") -> None:
     """Print `value` as one JSON object, or `text` where there is some."""
     if speaks() and (as_json or text):
-        print(json.dumps(value) if as_json else text)
+        print(json.dumps(value) if as_json else printable(text))
 
 
 def print_made(folder: Path, manifest: Any, as_json: bool, text: str) -> None:

@@ -1,11 +1,13 @@
 """The card of a memory: what it was made from, how good it is, how to load it; and its way to the hub."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from memlm.errors import ArtifactError
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.protocol import MemorySettings
+from memlm.text import as_markdown
 
 CARD_FILE = "README.md"
 
@@ -24,7 +26,7 @@ This is not a language model to be served alone. It is a *memory*: it votes on t
 ```python
 from memlm import MixedLM
 
-model = MixedLM.from_pretrained("{sources[base]}", memory="THIS_FOLDER_OR_HUB_ID", mix_weight={weight})
+model = MixedLM.from_pretrained({base}, memory="THIS_FOLDER_OR_HUB_ID", mix_weight={weight})
 ```
 
 {serves}
@@ -56,6 +58,7 @@ def memory_card(
         facts: What training found out; `config` are its settings.
         sources: Names of corpus, teacher, start model and base.
     """
+    base, sources = json.dumps(sources["base"]), {name: as_markdown(source) for name, source in sources.items()}
     targets = facts.get("targets_config")
     if config["kl_weight"] == 0:
         made = "none: plain fine-tuning"
@@ -65,6 +68,7 @@ def memory_card(
     else:
         made = "imported"
     return _TEMPLATE.format(
+        base=base,
         settings=settings,
         facts=facts,
         sources=sources,

@@ -21,6 +21,7 @@ from memlm.mix.mixture import mix_log_probs
 from memlm.models.tokenizers import check_same, encode_prompt
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
+from memlm.text import printable
 
 EVIDENCE = "Near neighbours are evidence of what the corpus says in such places, not proof that they caused the token."
 NO_SNIPPETS = "No snippets: give the datastore (--datastore) that holds the corpus."
@@ -281,7 +282,8 @@ def explanation_text(explanation: Explanation) -> str:
 
 
 def _neighbor_line(neighbor: Neighbor) -> str:
-    name = neighbor.document if len(neighbor.document) <= _DOCUMENT else "…" + neighbor.document[1 - _DOCUMENT :]
+    name = _one_line(neighbor.document)
+    name = name if len(name) <= _DOCUMENT else "…" + name[1 - _DOCUMENT :]
     line = f"    {neighbor.distance:>10.1f}  {name:<{_DOCUMENT}}  "
     token = _one_line(neighbor.token)
     bare = token.strip() or token
@@ -293,7 +295,7 @@ def _neighbor_line(neighbor: Neighbor) -> str:
 
 
 def _one_line(text: str) -> str:
-    return re.sub(r"\s+", " ", re.sub(r"\s*\n\s*", "⏎", text))
+    return printable(re.sub(r"\s+", " ", re.sub(r"\s*\n\s*", "⏎", text)))
 
 
 def _clip(text: str, length: int) -> str:
