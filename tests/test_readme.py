@@ -4,11 +4,11 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import save_model, sentences
+from preloaded import preloaded_program
 from tiny_tokenizers import sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
@@ -44,21 +44,16 @@ def test_commands_of_the_pages_run(block: str, tokenizer: PreTrainedTokenizerFas
     save_model(work / "OTHER", foreign, width=16)
     programs = tmp_path / "bin"
     programs.mkdir()
-    (programs / "memlm").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m memlm "$@"\n')
-    (programs / "memlm").chmod(0o755)
-    found = subprocess.run(
-        [shutil.which("bash") or "bash", "-euo", "pipefail", "-c", block],
-        cwd=work,
-        env={
-            **os.environ,
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "MEMLM_HOME": str(tmp_path / "home"),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    with preloaded_program(programs):
+        found = subprocess.run(
+            [shutil.which("bash") or "bash", "-euo", "pipefail", "-c", block],
+            cwd=work,
+            env={**os.environ, "PATH": path, "MEMLM_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "Traceback" not in found.stderr
     made = {p.name for p in work.iterdir()} - {"DOCS", "OTHER"}

@@ -1,0 +1,91 @@
+"""The command line as a program that starts at once: each call is a fork of a process that has imported all of it.
+
+Importing torch and transformers takes seconds of every command; a page of the docs has twenty of them.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_CLIENT = """#!{python} -IS
+import json, os, socket, sys
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n"], [0, 1, 2])
+    sys.exit(int(server.recv(16) or b"70"))
+"""
+
+
+@contextlib.contextmanager
+def preloaded_program(folder: Path) -> Iterator[None]:
+    """Puts a program `memlm` into `folder`, which works for as long as the `with` block lasts."""
+    address = str(folder / "socket")
+    program = folder / "memlm"
+    program.write_text(_CLIENT.format(python=sys.executable, address=address))
+    program.chmod(0o755)
+    server = subprocess.Popen([sys.executable, __file__, address])
+    try:
+        while not Path(address).exists():
+            assert server.poll() is None, "the process that is forked ended"
+            time.sleep(0.05)
+        yield
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def _serve(address: str) -> None:
+    import memlm.cli
+    import memlm.demo
+    import memlm.mix.explain
+    import memlm.runs.plan  # noqa: F401
+
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        while True:
+            client, _ = listener.accept()
+            if os.fork() == 0:  # one child a call, which runs it in a child of its own and tells how that ended
+                with client:
+                    request, streams, *_ = socket.recv_fds(client, 1 << 20, 3)
+                    worker = os.fork()
+                    if worker == 0:
+                        _run(json.loads(request), streams)
+                    client.sendall(str(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])).encode())
+                os._exit(0)
+            client.close()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(-1, os.WNOHANG)
+
+
+def _run(request: list, streams: list[int]) -> None:
+    arguments, folder, environment = request
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["memlm", *arguments]
+    status = 1
+    try:
+        from memlm.cli import main
+
+        main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])
