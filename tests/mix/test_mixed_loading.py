@@ -480,3 +480,48 @@ def test_a_loaded_base_and_a_memory_of_another_tokenizer_are_refused(memory_fold
 def test_keywords_for_loading_a_base_that_is_loaded_are_refused(model_folder: str, memory_folder: Path) -> None:
     with pytest.raises(ConfigError, match="dtype is for loading the base, and this base is loaded already"):
         MixedLM.from_pretrained(tiny_model(328), memory=memory_folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memories": {"memory": "/etc"}}, "memory '/etc' lies outside"),
+        ({"memories": {"memory": "memories/../../elsewhere"}}, r"memory 'memories/\.\./\.\./elsewhere' lies outside"),
+        ({"memories": {"memory": 5}}, "must be names of folders or hub ids"),
+        ({"memories": ["memories/memory"]}, "must be names of folders or hub ids"),
+        ({"base": "../elsewhere"}, r"base '\.\./elsewhere' leads outside"),
+        ({"base": None}, "must be names of folders or hub ids"),
+    ],
+)
+def test_a_strangers_mixture_names_nothing_outside_its_folder(
+    model_folder: str, memory_folder: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.3).save_pretrained(tmp_path / "saved")
+    config = tmp_path / "saved" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ArtifactError, match=message):
+        MixedLM.from_pretrained(tmp_path / "saved")
+
+
+def test_a_base_with_code_of_its_own_is_loaded_where_that_is_trusted(
+    model_folder: str, memory_folder: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(model_folder, base)
+    (base / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own-kind'\n"
+        "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnModel"}
+    values = json.loads((base / "config.json").read_text()) | {"model_type": "own-kind", "auto_map": code}
+    (base / "config.json").write_text(json.dumps(values))
+    options = {"memory": memory_folder, "mix_weight": 0.3}
+    with pytest.raises(ModelError, match="custom code"):
+        MixedLM.from_pretrained(base, **options)
+    model = MixedLM.from_pretrained(base, trust_remote_code=True, **options)
+    assert type(model.base).__name__ == "OwnModel"
+    torch.testing.assert_close(logits(model), logits(MixedLM.from_pretrained(model_folder, **options)))
+    model.save_pretrained(tmp_path / "saved")
+    again = MixedLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
+    torch.testing.assert_close(logits(again), logits(model))

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
+from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
+from memlm.files import read_json
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.mix.config import MixedLMConfig
@@ -181,19 +182,31 @@ def check_window(memory_window: int | None) -> None:
 def _open_saved(
     base: str, memory: MemorySource | Mapping[str, MemorySource] | None
 ) -> tuple[str, MemorySource | Mapping[str, MemorySource], MixedLMConfig | None]:
-    """Base and memories, looked up in the config where `base` is a folder that `save_pretrained` wrote."""
+    """Base and memories, looked up in the config where `base` is a folder that `save_pretrained` wrote.
+
+    Raises:
+        ArtifactError: That names places outside of it, or something that is no name.
+    """
     folder = Path(base)
     path = folder / "config.json"
-    saved = None
-    if path.is_file():
-        config = load_config(base)
-        saved = config if isinstance(config, MixedLMConfig) else None
-    if saved is None:
+    values = None
+    with contextlib.suppress(ArtifactError):  # a plain model's config is for transformers to read
+        values = read_json(path) if path.is_file() else None
+    if not isinstance(values, dict) or values.get("model_type") != MixedLMConfig.model_type:
         if memory is None:
             raise ConfigError(f"memory is missing: {base} is a plain model, so name the memory to put beside it")
         return base, memory, None
-    names = {name: str(folder / place) for name, place in (saved.memories or {}).items()}
+    saved = MixedLMConfig.from_pretrained(folder)
+    places = saved.memories or {}
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in (saved.base, *places.values())):
+        raise ArtifactError(f"{path}: base and memories must be names of folders or hub ids")
+    for place in places.values():
+        if Path(place).is_absolute() or ".." in Path(place).parts:
+            raise ArtifactError(f"{path}: memory {place!r} lies outside {folder}")
     inside = folder / saved.base
+    if ".." in Path(saved.base).parts:
+        raise ArtifactError(f"{path}: base {saved.base!r} leads outside {folder}; name it by its whole path")
+    names = {name: str(folder / place) for name, place in places.items()}
     return str(inside) if saved.base and inside.is_dir() else saved.base, memory if memory is not None else names, saved
 
 
