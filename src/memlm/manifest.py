@@ -62,6 +62,12 @@ class Manifest(BaseModel):
     versions: dict[str, str]
     """Libraries, Python, machine and thread count that wrote it; not part of the hash."""
 
+    def __repr__(self) -> str:
+        size = sum(file.bytes for file in self.payload.values())
+        return f"Manifest({self.kind} {self.hash[:12]}, {len(self.payload)} files, {size:,} bytes)"
+
+    __str__ = __repr__
+
     @property
     def hash(self) -> str:
         """What identifies the folder's content: equal for equal settings, inputs and payload bytes."""

@@ -349,3 +349,23 @@ def test_what_documents_hold_moves_no_cursor() -> None:
     text = explanation_text(Explanation("\x1b[1mprompt", "a", {"memory": 0.5}, [token], "note"))
     assert all(c.isprintable() or c == "\n" for c in text)
     assert "\\x1b[2Jname" in text
+
+
+def test_html_shows_each_token_with_its_probabilities_and_no_markup_of_its_own() -> None:
+    neighbor = Neighbor("<b>name", 1.0, "before", "t", "after\x1b", 3)
+    token = ExplainedToken("<i>", 5, 0.1, {"law": 0.9}, 0.5, "b", 0.3, [neighbor], {"law": '"mine"'})
+    found = Explanation("a & b", "<i>", {"law": 0.5}, [token], "note")._repr_html_()
+    assert "a &amp; b" in found
+    assert ">&lt;i&gt;</span>" in found
+    assert "the favourite of law: &#x27;&quot;mine&quot;&#x27;" in found
+    assert "&lt;b&gt;name: before«t»after\\x1b" in found
+    assert "0, 150, 80" in found, "lifted"
+
+
+def test_the_favourite_of_each_memory_is_its_likeliest_token(trio: MixedLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    found = explain(trio, tokenizer, "the memory reads", max_new_tokens=3, neighbors=0)
+    tokens = tokenizer("the memory reads", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        votes = trio.components(tokens, logits_to_keep=1).votes
+    for name, likeliest in (("law", votes["law"][0, -1].argmax()), ("facts", votes["facts"].ids[0])):
+        assert found.tokens[0].memory_choices[name] == tokenizer.decode([int(likeliest)])

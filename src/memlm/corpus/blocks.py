@@ -190,6 +190,10 @@ class Corpus:
         self.config = CorpusConfig.parse(self.manifest.config, "corpus.")
         self._splits: dict[str, Split] = {}
 
+    def __repr__(self) -> str:
+        tokens = ", ".join(f"{split.tokens:,} {name}" for name, split in self.facts.splits.items())
+        return f"Corpus({self.folder}: {tokens} tokens)"
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return open_tokenizer(self.folder, self.manifest, self.vocab_size)

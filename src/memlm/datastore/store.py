@@ -98,6 +98,9 @@ class Datastore:
         if "teacher" not in self.manifest.inputs or "teacher" not in self.manifest.sources:
             raise ArtifactError(f"{folder} does not name its teacher; rebuild it")
 
+    def __repr__(self) -> str:
+        return f"Datastore({self.folder}: {self.n_entries:,} entries, {self.facts.index.kind}, teacher {self.teacher})"
+
     def __deepcopy__(self, memo: dict) -> "Datastore":
         return self
 

@@ -1,8 +1,10 @@
 """Provenance: what base, memory and mixture thought of each generated token, and where the corpus has its like."""
 
+import html
+import math
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,8 @@ class ExplainedToken:
     """Its probability under the base."""
     neighbors: list[Neighbor]
     """Nearest first."""
+    memory_choices: dict[str, str] = field(default_factory=dict)
+    """The likeliest token of each memory; none where a retriever found nothing."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,10 @@ class Explanation:
     """An end token, which `text` leaves out, included."""
     note: str
     """How to read the neighbours, or how to get them."""
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each token as dark as the memories lifted it; its probabilities where one points at it."""
+        return explanation_html(self)
 
 
 @torch.inference_mode()
@@ -135,6 +143,7 @@ def explain(
     mixture = mix_log_probs(base, list(parts.votes.values()), parts.weights)
     base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)
     memory_probs = {name: _probs_of(answer, votes) for name, votes in parts.votes.items()}
+    favourites = {name: _favourites(votes) for name, votes in parts.votes.items()}
     choices = base[0].max(-1)
     near: list[list[Neighbor]] = [[] for _ in answer]
     if memory is not None and neighbors:
@@ -152,6 +161,9 @@ def explain(
             base_choice=_decode(tokenizer, [int(choices.indices[i])]),
             base_choice_prob=float(choices.values[i].exp()),
             neighbors=near[i],
+            memory_choices={
+                name: _decode(tokenizer, [ids[i]]) for name, ids in favourites.items() if ids[i] is not None
+            },
         )
         for i, token_id in enumerate(answer.tolist())
     ]
@@ -204,6 +216,14 @@ def _probs_of(tokens: Int[Tensor, "T"], votes: Votes) -> list[float]:
         hits = votes.probs * (votes.ids == tokens[owner])
         return torch.zeros(len(tokens), device=tokens.device).index_add_(0, owner, hits).tolist()
     return votes[0, places, tokens].exp().tolist()
+
+
+def _favourites(votes: Votes) -> list[int | None]:
+    """The likeliest token at each place; None where a retriever found none."""
+    if isinstance(votes, SparseProbs):
+        firsts = (votes.counts.cumsum(0) - votes.counts).tolist()
+        return [int(votes.ids[at]) if count else None for at, count in zip(firsts, votes.counts.tolist(), strict=True)]
+    return votes[0].argmax(-1).tolist()
 
 
 def _neighbors(
@@ -266,7 +286,8 @@ def explanation_text(explanation: Explanation) -> str:
         "",
         f"{'token':<{_TOKEN}}"
         + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
-        + "   likeliest for the base alone",
+        + "   likeliest for base; "
+        + "; ".join(names),
     ]
     if any(token.neighbors for token in explanation.tokens):
         lines.append("    squared distance, document, and the place in it: «what came next there»")
@@ -276,6 +297,7 @@ def explanation_text(explanation: Explanation) -> str:
             f"{_clip(repr(token.text), _TOKEN):<{_TOKEN}}"
             + "".join(f"{prob:>{width}.4f}" for prob, width in zip(probs, widths, strict=True))
             + f"   {_clip(repr(token.base_choice), _TOKEN)} {token.base_choice_prob:.4f}"
+            + "".join(f"; {_clip(repr(token.memory_choices.get(name, '')), _TOKEN)}" for name in names)
         )
         lines += [_neighbor_line(neighbor) for neighbor in token.neighbors]
     return "\n".join([*lines, "", textwrap.fill(explanation.note, _WIDTH)])
@@ -300,3 +322,32 @@ def _one_line(text: str) -> str:
 
 def _clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: max(0, length - 1)] + "…"
+
+
+# --- as HTML ----------------------------------------------------------------------------------------------------------
+
+
+def explanation_html(explanation: Explanation) -> str:
+    """The answer as HTML: green where the memories made a token likelier than the base had it, red where less likely."""
+    names = list(explanation.mix_weights)
+    spans = []
+    for token in explanation.tokens:
+        lift = math.log(max(token.mixture_prob, 1e-9) / max(token.base_prob, 1e-9))
+        colour = "0, 150, 80" if lift > 0 else "200, 60, 40"
+        lines = [f"base {token.base_prob:.4f}", *(f"{name} {token.memory_probs[name]:.4f}" for name in names)]
+        lines += [f"mixture {token.mixture_prob:.4f}", f"the base's favourite: {token.base_choice!r}"]
+        lines += [f"the favourite of {name}: {choice!r}" for name, choice in token.memory_choices.items()]
+        lines += [
+            f"{n.document}: {_one_line(n.before)}«{_one_line(n.token)}»{_one_line(n.after)}" for n in token.neighbors
+        ]
+        shade = f"background: rgba({colour}, {min(0.6, abs(lift) / 5):.2f})"
+        spans.append(f'<span style="{shade}" title="{_html(chr(10).join(lines))}">{_html(token.text)}</span>')
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
+    return (
+        f'<div style="white-space: pre-wrap">{_html(explanation.prompt)}{"".join(spans)}</div>'
+        f"<small>mix_weight: {_html(weights)}. {_html(explanation.note)}</small>"
+    )
+
+
+def _html(text: str) -> str:
+    return html.escape(printable(text))

@@ -133,6 +133,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         for part in self.named_memories().values():
             part.settings = part.settings.model_copy(update={"vocab_size": self.config.vocab_size})
 
+    def __repr__(self) -> str:
+        weights = [f"{w:g} {name} ({type(self.memories[name]).__name__})" for name, w in self.mix_weights.items()]
+        base = f"{type(self.base).__name__} {self.config.base}".rstrip()
+        return f"MixedLM({' + '.join([base, *weights])}, {self.vocab_size:,} tokens)"
+
     # --- the parts ----------------------------------------------------------------------------------------------
 
     def named_memories(self) -> dict[str, Memory]:
