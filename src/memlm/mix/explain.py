@@ -143,7 +143,7 @@ def explain(
     mixture = mix_log_probs(base, list(parts.votes.values()), parts.weights)
     base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)
     memory_probs = {name: _probs_of(answer, votes) for name, votes in parts.votes.items()}
-    favourites = {name: _favourites(votes) for name, votes in parts.votes.items()}
+    favourites = {name: _favourites(tokenizer, votes) for name, votes in parts.votes.items()}
     choices = base[0].max(-1)
     near: list[list[Neighbor]] = [[] for _ in answer]
     if memory is not None and neighbors:
@@ -161,9 +161,7 @@ def explain(
             base_choice=_decode(tokenizer, [int(choices.indices[i])]),
             base_choice_prob=float(choices.values[i].exp()),
             neighbors=near[i],
-            memory_choices={
-                name: _decode(tokenizer, [ids[i]]) for name, ids in favourites.items() if ids[i] is not None
-            },
+            memory_choices={name: choices[i] for name, choices in favourites.items() if choices[i]},
         )
         for i, token_id in enumerate(answer.tolist())
     ]
@@ -218,12 +216,13 @@ def _probs_of(tokens: Int[Tensor, "T"], votes: Votes) -> list[float]:
     return votes[0, places, tokens].exp().tolist()
 
 
-def _favourites(votes: Votes) -> list[int | None]:
-    """The likeliest token at each place; None where a retriever found none."""
-    if isinstance(votes, SparseProbs):
-        firsts = (votes.counts.cumsum(0) - votes.counts).tolist()
-        return [int(votes.ids[at]) if count else None for at, count in zip(firsts, votes.counts.tolist(), strict=True)]
-    return votes[0].argmax(-1).tolist()
+def _favourites(tokenizer: PreTrainedTokenizerBase, votes: Votes) -> list[str]:
+    """The likeliest token at each place; nothing where a retriever found none."""
+    if not isinstance(votes, SparseProbs):
+        return [_decode(tokenizer, [token]) for token in votes[0].argmax(-1).tolist()]
+    firsts = (votes.counts.cumsum(0) - votes.counts).tolist()
+    found = zip(firsts, votes.counts.tolist(), strict=True)
+    return [_decode(tokenizer, [int(votes.ids[at])]) if count else "" for at, count in found]
 
 
 def _neighbors(
@@ -286,8 +285,7 @@ def explanation_text(explanation: Explanation) -> str:
         "",
         f"{'token':<{_TOKEN}}"
         + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
-        + "   likeliest for base; "
-        + "; ".join(names),
+        + "   likeliest for the base alone",
     ]
     if any(token.neighbors for token in explanation.tokens):
         lines.append("    squared distance, document, and the place in it: «what came next there»")
@@ -297,7 +295,6 @@ def explanation_text(explanation: Explanation) -> str:
             f"{_clip(repr(token.text), _TOKEN):<{_TOKEN}}"
             + "".join(f"{prob:>{width}.4f}" for prob, width in zip(probs, widths, strict=True))
             + f"   {_clip(repr(token.base_choice), _TOKEN)} {token.base_choice_prob:.4f}"
-            + "".join(f"; {_clip(repr(token.memory_choices.get(name, '')), _TOKEN)}" for name in names)
         )
         lines += [_neighbor_line(neighbor) for neighbor in token.neighbors]
     return "\n".join([*lines, "", textwrap.fill(explanation.note, _WIDTH)])
@@ -328,7 +325,7 @@ def _clip(text: str, length: int) -> str:
 
 
 def explanation_html(explanation: Explanation) -> str:
-    """The answer as HTML: green where the memories made a token likelier than the base had it, red where less likely."""
+    """The answer as HTML: green where the memories made a token likelier than the base had it, red where less."""
     names = list(explanation.mix_weights)
     spans = []
     for token in explanation.tokens:
@@ -337,9 +334,9 @@ def explanation_html(explanation: Explanation) -> str:
         lines = [f"base {token.base_prob:.4f}", *(f"{name} {token.memory_probs[name]:.4f}" for name in names)]
         lines += [f"mixture {token.mixture_prob:.4f}", f"the base's favourite: {token.base_choice!r}"]
         lines += [f"the favourite of {name}: {choice!r}" for name, choice in token.memory_choices.items()]
-        lines += [
-            f"{n.document}: {_one_line(n.before)}«{_one_line(n.token)}»{_one_line(n.after)}" for n in token.neighbors
-        ]
+        for near in token.neighbors:
+            place = f"{_one_line(near.before)}«{_one_line(near.token)}»{_one_line(near.after)}"
+            lines.append(f"{near.document}: {place}")
         shade = f"background: rgba({colour}, {min(0.6, abs(lift) / 5):.2f})"
         spans.append(f'<span style="{shade}" title="{_html(chr(10).join(lines))}">{_html(token.text)}</span>')
     weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
