@@ -305,13 +305,13 @@ class IVFIndex(Index):
 
     def _fill(self, keys: Keys) -> None:
         """Add all keys. Lists get their final room at once, for a list that grows leaves as much unused behind."""
-        at_once, lists = self.sizes.filled, np.empty(len(keys), np.int32)
+        at_once, lists, invlists = self.sizes.filled, np.empty(len(keys), np.int32), self.index.invlists
         starts = range(0, len(keys), at_once)
         for start in starts:
             lists[start : start + at_once] = self._assign(keys.rows(start, start + at_once))
         for number, size in enumerate(np.bincount(lists, minlength=self.index.nlist).tolist()):
-            self.index.invlists.resize(number, size)
-            self.index.invlists.resize(number, 0)
+            invlists.resize(number, size)  # type: ignore[union-attr]
+            invlists.resize(number, 0)  # type: ignore[union-attr]
         for start in starts:
             assigned = lists[start : start + at_once].astype(np.int64)
             self._add(keys.rows(start, start + at_once), assigned, np.arange(start, start + len(assigned)))
@@ -416,7 +416,7 @@ class IVFPQIndex(IVFIndex):
 
     def _place(self, centroids: Floats) -> None:
         super()._place(centroids)
-        self.index.precompute_table()
+        self.index.precompute_table()  # type: ignore[attr-defined]
 
     def _coded(self, keys: Floats) -> Floats:
         return keys - self.centre

@@ -65,6 +65,7 @@ def evaluate_perplexity(
         InputError: The corpus has no test tokens, or no validation tokens to choose weights on.
         ConfigError: A memory's name is taken by the report, or weights do not fit the memories.
         TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
+        ModelError: Base or memory cannot be reached, or gives NaN.
         OutputExistsError: `out` holds something else.
     """
     config = settings_from(EvaluateConfig, config, settings)

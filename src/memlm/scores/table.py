@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.corpus.blocks import Block, Blocks, Corpus
+from memlm.errors import ArtifactError
 from memlm.files import cache_dir, digest, load_array
 from memlm.manifest import is_finished, payload_file, read_manifest
 from memlm.memory.loading import load_memory, read_settings
@@ -95,12 +96,18 @@ class Scorers:
 
         Args:
             taps, on_activations: As `score` takes them; not called where nothing had to be computed.
+
+        Raises:
+            ModelError: A model gives NaN; nothing is kept of the pass.
         """
         specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
         folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
         missing = [name for name, folder in folders.items() if not is_finished(folder)]
         if missing:
-            voters = {name: self._voter(name) for name in missing}
+            titles = {
+                name: f"{name} {specs[name].sources['model']} ({specs[name].config['dtype']})" for name in missing
+            }
+            voters = {titles[name]: self._voter(name) for name in missing}
             reads_base = BASE in missing or any(voter.tap is not None for voter in voters.values())
             positions = int(text.blocks.position_starts[-1])
             with progress_bar(positions, f"scoring {text.split}: {', '.join(missing)}") as bar:
@@ -114,7 +121,7 @@ class Scorers:
                     progress=bar.update,
                 )
             for name in missing:
-                run_stage(folders[name], specs[name], lambda stage, name=name: _save(stage, found[name]))
+                run_stage(folders[name], specs[name], lambda stage, name=name: _save(stage, found[titles[name]]))
         return {name: read_scores(folder, int(text.blocks.position_starts[-1])) for name, folder in folders.items()}
 
     def _spec(self, text: Text, name: str) -> StageSpec:
@@ -159,15 +166,16 @@ def read_scores(folder: str | Path, positions: int) -> Scores:
     """The scores that a folder of the cache holds.
 
     Raises:
-        ArtifactError: It is damaged, or of another number of positions.
+        ArtifactError: It is damaged, or of another number of positions, or holds NaN, as earlier versions kept it.
     """
     manifest = read_manifest(folder, "scores")
-    return Scores(
-        **{
-            column: load_array(payload_file(folder, manifest, f"{column}.npy"), dtype, (positions,))
-            for column, dtype in COLUMNS.items()
-        }
-    )
+    columns = {
+        column: load_array(payload_file(folder, manifest, f"{column}.npy"), dtype, (positions,))
+        for column, dtype in COLUMNS.items()
+    }
+    if any(np.isnan(values).any() for values in columns.values()):
+        raise ArtifactError(f"{folder} holds NaN of {manifest.sources.get('model')}; delete it, and mend that model")
+    return Scores(**columns)
 
 
 def score_corpus(
