@@ -410,7 +410,7 @@ def test_without_out_nothing_is_written_outside_the_cache(
     evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
     assert everything() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "home"]
-    assert {p.name for p in fresh_cache.iterdir()} == {"digests", "scores"}
+    assert {p.name for p in fresh_cache.iterdir()} == {"digests", "locks", "scores"}
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------

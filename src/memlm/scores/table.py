@@ -1,19 +1,22 @@
 """The table of scores: any number of voters over splits of a corpus, each computed once and kept in the cache."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.corpus.blocks import Block, Blocks, Corpus
 from memlm.errors import ArtifactError
-from memlm.files import cache_dir, digest, load_array
+from memlm.files import cache_dir, digest, file_error, load_array
 from memlm.manifest import is_finished, payload_file, read_manifest
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.retrieval import RetrievalSettings
@@ -94,6 +97,8 @@ class Scorers:
     ) -> dict[str, Scores]:
         """What base and memories think of each label of `text`: read back where known, else computed in one pass.
 
+        Where another process computes some of them it is waited for.
+
         Args:
             taps, on_activations: As `score` takes them; not called where nothing had to be computed.
 
@@ -102,27 +107,38 @@ class Scorers:
         """
         specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
         folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
-        missing = [name for name, folder in folders.items() if not is_finished(folder)]
-        if missing:
-            titles = {
-                name: f"{name} {specs[name].sources['model']} ({specs[name].config['dtype']})" for name in missing
-            }
-            voters = {titles[name]: self._voter(name) for name in missing}
-            reads_base = BASE in missing or any(voter.tap is not None for voter in voters.values())
-            positions = int(text.blocks.position_starts[-1])
-            with progress_bar(positions, f"scoring {text.split}: {', '.join(missing)}") as bar:
-                found = score(
-                    voters,
-                    text.blocks,
-                    base=self._base_voter if reads_base else None,
-                    taps=taps,
-                    on_activations=on_activations,
-                    batch_tokens=self._batch_tokens,
-                    progress=bar.update,
-                )
-            for name in missing:
-                run_stage(folders[name], specs[name], lambda stage, name=name: _save(stage, found[titles[name]]))
+        if unknown := [folder for folder in folders.values() if not is_finished(folder)]:
+            with _alone(unknown):
+                missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
+                for name, scores in self._compute(text, missing, taps, on_activations).items():
+                    run_stage(folders[name], specs[name], partial(_save, scores=scores))
         return {name: read_scores(folder, int(text.blocks.position_starts[-1])) for name, folder in folders.items()}
+
+    def _compute(
+        self,
+        text: Text,
+        specs: Mapping[str, StageSpec],
+        taps: frozenset[str],
+        on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None,
+    ) -> dict[str, Scores]:
+        """The scores of these voters, from one pass over `text`; none where none are asked for."""
+        if not specs:
+            return {}
+        voters = {name: self._voter(name) for name in specs}
+        titles = {name: f"{name} {spec.sources['model']} ({spec.config['dtype']})" for name, spec in specs.items()}
+        reads_base = BASE in voters or any(voter.tap is not None for voter in voters.values())
+        positions = int(text.blocks.position_starts[-1])
+        with progress_bar(positions, f"scoring {text.split}: {', '.join(voters)}") as bar:
+            found = score(
+                {titles[name]: voter for name, voter in voters.items()},
+                text.blocks,
+                base=self._base_voter if reads_base else None,
+                taps=taps,
+                on_activations=on_activations,
+                batch_tokens=self._batch_tokens,
+                progress=bar.update,
+            )
+        return {name: found[titles[name]] for name in voters}
 
     def _spec(self, text: Text, name: str) -> StageSpec:
         model = self._memories.get(name, self._base)
@@ -154,6 +170,29 @@ class Scorers:
         if voter.tap is not None:
             voter.check_base(self._base_voter.model)
         return voter.to(default_device())
+
+
+@contextmanager
+def _alone(folders: Iterable[Path]) -> Iterator[None]:
+    """Keeps others from computing the same scores, or waits until they are done; what they made is there then.
+
+    These locks are none of the folders' own, which are held while those are written only.
+    """
+    with ExitStack() as held:
+        for folder in sorted(folders):  # in one order, so that no two wait for each other
+            try:
+                locks = cache_dir() / "locks"
+                locks.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(locks / folder.name)
+                try:
+                    lock.acquire(blocking=False)
+                except Timeout:
+                    print("another run computes the same scores; waiting for them", file=sys.stderr)
+                    lock.acquire()
+            except OSError as error:
+                raise file_error(error, folder) from error
+            held.callback(lock.release)
+        yield
 
 
 def _save(stage: Stage, scores: Scores) -> dict[str, Any]:
