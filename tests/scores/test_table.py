@@ -1,6 +1,8 @@
 """The table of scores, where several ask for it at once."""
 
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,17 @@ def passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         return right(voters, *args, **kwargs)
 
     monkeypatch.setattr(table_module, "score", slowly)
+    one = threading.Lock()  # transformers loads one model at a time; processes do not share it as these threads do
+
+    def one_at_a_time(load: Callable[..., Any]) -> Callable[..., Any]:
+        def loaded(*args: Any, **kwargs: Any) -> Any:
+            with one:
+                return load(*args, **kwargs)
+
+        return loaded
+
+    for name in ("load_memory", "load_causal_lm", "BaseVoter"):
+        monkeypatch.setattr(table_module, name, one_at_a_time(getattr(table_module, name)))
     return told
 
 
