@@ -72,6 +72,13 @@ def test_three_that_ask_for_the_same_compute_it_once(
     assert sorted(passes) == ["a", "a", "b", "b", "base", "base"]
 
 
+def test_one_model_under_two_names_is_not_waited_for(
+    corpus_folder: Path, model_folder: str, passes: list[str], capfd: Any
+) -> None:
+    at_once(corpus_folder, model_folder, [{"a": model_folder, "b": model_folder}])
+    assert "waiting" not in capfd.readouterr().err
+
+
 def test_what_is_scored_already_is_not_waited_for(
     corpus_folder: Path, model_folder: str, memory_folder: Path, other_base: str, passes: list[str], capfd: Any
 ) -> None:

@@ -107,7 +107,7 @@ class Scorers:
         """
         specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
         folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
-        if unknown := [folder for folder in folders.values() if not is_finished(folder)]:
+        if unknown := {folder for folder in folders.values() if not is_finished(folder)}:
             with _alone(unknown):
                 missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
                 for name, scores in self._compute(text, missing, taps, on_activations).items():
