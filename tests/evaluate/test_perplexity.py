@@ -561,6 +561,38 @@ def test_without_matplotlib_the_report_is_written_and_the_plot_is_named_as_missi
     assert "pip install 'memlm[plot]'" in capsys.readouterr().err
 
 
+# --- where things are -----------------------------------------------------------------------------------------------
+
+
+def test_equal_runs_give_equal_bytes_however_paths_are_written(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed from another folder, and copied to one of another name."""
+    shutil.copytree(corpus_folder, tmp_path / "the-corpus")
+    shutil.copytree(model_folder, tmp_path / "the-base")
+    shutil.copytree(memory_folder, tmp_path / "the-memory")
+    monkeypatch.chdir(tmp_path)
+    there = {"base": "the-base", "memory": "./the-memory"}
+    here: dict[str, Any] = {"base": model_folder, "memory": str(memory_folder)}
+    for several in (False, True):
+        made = []
+        for name, corpus, models in (("here", corpus_folder, here), ("there", Path("the-corpus"), there)):
+            out = tmp_path / f"{name}-{several}"
+            memory: Any = {"law": models["memory"], "bio": models["base"]} if several else models["memory"]
+            report = evaluate_perplexity(corpus, base=models["base"], memory=memory, out=out, config=EXACT)
+            assert str(tmp_path) not in json.dumps(report)
+            made.append(out)
+        one, other = (read_manifest(out) for out in made)
+        assert one.payload == other.payload
+        assert one.hash == other.hash
+        assert other.sources["base"] == "the-base"
+        run = json.loads((made[0] / "report.json").read_text())["run"]
+        assert run["corpus"] == read_manifest(corpus_folder).hash
+        assert run["memory"] == (
+            {n: one.inputs[f"memory.{n}"] for n in ("law", "bio")} if several else one.inputs["memory"]
+        )
+
+
 # --- what is no number ----------------------------------------------------------------------------------------------
 
 

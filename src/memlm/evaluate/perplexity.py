@@ -59,7 +59,9 @@ def evaluate_perplexity(
         `base`, each memory by its name (`memory` where it has none) and `mixture`, each with `perplexity` and
         `interval` (95%, documents resampled); `mixture` has `mix_weight` too, by name where memories are named. Further
         `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the mixture over the memories' total
-        weight), `by_label_frequency`, and what was run. An infinite perplexity, as a retriever has alone, is None.
+        weight), `by_label_frequency`, and `run`: settings, and the content hashes of what was read, so that equal
+        runs give equal bytes (the manifest beside says where it was found). An infinite perplexity, as a retriever has
+        alone, is None.
 
     Raises:
         InputError: The corpus has no test tokens, or no validation tokens to choose weights on.
@@ -109,9 +111,15 @@ def evaluate_perplexity(
         "mix_weights": GRID.round(4).tolist(),
         "perplexities": None if curve is None else [finite(value) for value in curve],
     }
-    report["run"] = {"corpus": str(corpus), "base": base, "memory": memory, "config": config.model_dump()}
+    named = {name: spec.inputs[_input(name, memory)] for name in memories}
+    report["run"] = {
+        "corpus": spec.inputs["corpus"],
+        "base": spec.inputs["base"],
+        "memory": named if isinstance(memory, Mapping) else named[UNNAMED],
+        "config": config.model_dump(),
+    }
     if retrieval is not None:
-        report["run"]["retrieval"] = retrieval.model_dump()
+        report["run"]["retrieval"] = retrieval.found
     if out is not None:
         run_stage(out, spec, lambda stage: _write(stage, report, parts))
     return report
@@ -173,15 +181,20 @@ def report_spec(
 ) -> StageSpec:
     """What `evaluate_perplexity` with these arguments makes in its `out`."""
     made, config = read_manifest(corpus, "corpus"), config or EvaluateConfig()
-    named = {f"memory.{n}": m for n, m in memory.items()} if isinstance(memory, Mapping) else {"memory": memory}
+    named = {_input(n, memory): m for n, m in memory.items()} if isinstance(memory, Mapping) else {UNNAMED: memory}
     sources = {"base": base, **named}
     return StageSpec(
         "evaluation",
-        config=config.model_dump() | ({"retrieval": retrieval.model_dump()} if retrieval is not None else {}),
+        config=config.model_dump() | ({"retrieval": retrieval.found} if retrieval is not None else {}),
         inputs={"corpus": made.hash, **{name: model_identity(model) for name, model in sources.items()}},
         tokenizer=made.tokenizer,
         sources={"corpus": str(Path(corpus)), **sources},
     )
+
+
+def _input(name: str, memory: str | Mapping[str, str]) -> str:
+    """What a memory is called among the inputs."""
+    return f"memory.{name}" if isinstance(memory, Mapping) else name
 
 
 def _write(stage: Stage, report: dict[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:

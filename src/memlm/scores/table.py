@@ -153,7 +153,7 @@ class Scorers:
         if settings is not None and settings.tap is not None:
             inputs["base"] = model_identity(self._base)
         if isinstance(settings, RetrievalSettings):
-            config["retrieval"] = (self._retrieval or settings.retrieval).model_dump()
+            config["retrieval"] = settings.searched_by(self._retrieval).retrieval.found
         sources = {"corpus": text.source, "model": model}
         return StageSpec("scores", config=config, inputs=inputs, tokenizer=text.tokenizer, sources=sources)
 
