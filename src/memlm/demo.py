@@ -286,10 +286,11 @@ def _module_text(name: str, path: Path) -> str:
 
 def _headline(report: dict[str, Any]) -> str:
     base, mixture = report["base"]["perplexity"], report["mixture"]["perplexity"]
-    low, high = report["ratio"]["interval"]
+    interval = report["ratio"]["interval"]
+    drawn = f"; 95% of resamplings of the documents: {1 - interval[1]:.0%} to {1 - interval[0]:.0%}" if interval else ""
     return (
         f"Perplexity on held-out modules: {base:.2f} with the base alone, {mixture:.2f} with the memory beside it"
-        f" ({1 - mixture / base:.0%} lower; 95% of resamplings of the documents: {1 - high:.0%} to {1 - low:.0%})."
+        f" ({1 - mixture / base:.0%} lower{drawn})."
     )
 
 

@@ -14,7 +14,7 @@ from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled, finite
-from memlm.evaluate.plot import number, plot_curve
+from memlm.evaluate.plot import number, plot_report, ratio_line
 from memlm.files import write_json
 from memlm.manifest import read_manifest
 from memlm.memory.config import UNNAMED
@@ -57,9 +57,9 @@ def evaluate_perplexity(
 
     Returns:
         `base`, each memory by its name (`memory` where it has none) and `mixture`, each with `perplexity` and
-        `interval` (95%, documents resampled); `mixture` has `mix_weight` too, by name where memories are named. Further
-        `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the mixture over the memories' total
-        weight), `by_label_frequency`, and `run`: settings, and the content hashes of what was read, so that equal
+        `interval` (95%, documents resampled; None for a single document); `mixture` has `mix_weight` too, by name where
+        memories are named. Further `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the mixture
+        over the memories' total weight), `by_label_frequency`, and `run`: settings, and the content hashes of what was read, so that equal
         runs give equal bytes (the manifest beside says where it was found). An infinite perplexity, as a retriever has
         alone, is None.
 
@@ -102,7 +102,7 @@ def evaluate_perplexity(
     report[MIXTURE]["mix_weight"] = by_name if isinstance(memory, Mapping) else weights[0]
     report[MIXTURE]["mix_weight_from"] = "validation" if given is None else "given"
     report["tokens"] = len(test.document)
-    report["documents"] = int(test.document.max()) + 1
+    report["documents"] = len(np.unique(test.document))
     report["ratio"] = resampled.ratio(MIXTURE, BASE)
     report["by_label_frequency"] = by_label_frequency(test.label_count, parts)
     curve = _curve(tables["validation"], memories, weights) if "validation" in tables else None
@@ -203,12 +203,12 @@ def _write(stage: Stage, report: dict[str, Any], parts: Mapping[str, Any]) -> di
         print("no plot was drawn: pip install 'memlm[plot]' brings matplotlib", file=sys.stderr)
     else:
         with stage.writing("perplexity.png") as temporary:
-            plot_curve(report, temporary)
+            plot_report(report, temporary)
     return {name: report[name] for name in (*parts, "tokens")}
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """The report as lines of text: perplexities with intervals, then the split by label frequency."""
+    """The report as lines of text: perplexities with intervals and their ratio, then the split by label frequency."""
     mixture = report[MIXTURE]
     weight = mixture["mix_weight"]
     memories = list(weight) if isinstance(weight, dict) else [UNNAMED]
@@ -220,8 +220,10 @@ def report_table(report: dict[str, Any]) -> str:
         row = report[name]
         interval = "" if row["interval"] is None else "   {:.2f} to {:.2f}".format(*row["interval"])
         lines.append(f"{label:<{width}}{number(row['perplexity']):>12}{interval}")
+    lines.append(f"{ratio_line(report)}{'; no interval: one document' if report['documents'] == 1 else ''}")
     chosen = "chosen on validation" if mixture["mix_weight_from"] == "validation" else "given"
-    lines.append(f"{report['tokens']:,} test tokens of {report['documents']:,} documents; mix_weight {chosen}")
+    documents = f"{report['documents']:,} document{'s' if report['documents'] > 1 else ''}"
+    lines.append(f"{report['tokens']:,} test tokens of {documents}; mix_weight {chosen}")
     lines.append("")
     columns = {name: max(10, len(name) + 2) for name in labels}
     heads = "".join(f"{name:>{wide}}" for name, wide in columns.items())
