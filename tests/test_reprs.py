@@ -8,20 +8,15 @@ from memlm import Corpus, Datastore
 
 
 def test_a_mixture_shows_its_base_and_weights(make: Make, model_folder: str) -> None:
-    found = repr(make())
-    assert found == (
-        f"MixedLM(LlamaForCausalLM {model_folder} + {WEIGHTS['law']} law (MemoryDecoder) + {WEIGHTS['mlp']} mlp (MLPMemory)"
-        f" + {WEIGHTS['facts']} facts (RetrievalMemory), 320 tokens)"
-    )
+    law, mlp, facts = WEIGHTS.values()
+    memories = f"{law} law (MemoryDecoder) + {mlp} mlp (MLPMemory) + {facts} facts (RetrievalMemory)"
+    assert repr(make()) == f"MixedLM(LlamaForCausalLM {model_folder} + {memories}, 320 tokens)"
 
 
 def test_folders_show_what_they_hold(corpus_folder: Path, datastore_folder: Path, model_folder: str) -> None:
     corpus, store = Corpus(corpus_folder), Datastore(datastore_folder)
-    splits = corpus.facts.splits
-    assert (
-        repr(corpus)
-        == f"Corpus({corpus_folder}: " + ", ".join(f"{splits[n].tokens:,} {n}" for n in splits) + " tokens)"
-    )
+    tokens = ", ".join(f"{split.tokens:,} {name}" for name, split in corpus.facts.splits.items())
+    assert repr(corpus) == f"Corpus({corpus_folder}: {tokens} tokens)"
     assert repr(store) == f"Datastore({datastore_folder}: {store.n_entries:,} entries, exact, teacher {model_folder})"
     assert repr(store.manifest).startswith(f"Manifest(datastore {store.manifest.hash[:12]}, ")
     assert len(repr(store.manifest)) < 80

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from memlm.corpus.blocks import Corpus
 from memlm.evaluate.perplexity import report_table
 from memlm.files import replacing, write_json
-from memlm.manifest import library_versions
+from memlm.manifest import library_versions, read_manifest
 from memlm.models.fetching import fetch
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.progress import told_to
@@ -286,19 +286,20 @@ def _module_text(name: str, path: Path) -> str:
 
 def _headline(report: dict[str, Any]) -> str:
     base, mixture = report["base"]["perplexity"], report["mixture"]["perplexity"]
-    low, high = report["ratio"]["interval"]
+    interval = report["ratio"]["interval"]
+    drawn = f"; 95% of resamplings of the documents: {1 - interval[1]:.0%} to {1 - interval[0]:.0%}" if interval else ""
     return (
         f"Perplexity on held-out modules: {base:.2f} with the base alone, {mixture:.2f} with the memory beside it"
-        f" ({1 - mixture / base:.0%} lower; 95% of resamplings of the documents: {1 - high:.0%} to {1 - low:.0%})."
+        f" ({1 - mixture / base:.0%} lower{drawn})."
     )
 
 
 def _passages(out: Path, report: dict[str, Any]) -> list[str]:
     """Three held-out passages: where the memory helped most, typically, and least."""
-    corpus, run = Corpus(out / "corpus"), report["run"]
+    corpus, places = Corpus(out / "corpus"), read_manifest(out / "evaluation-memory").sources
     tokenizer = corpus.tokenizer
-    asked = {name: run["config"][name] for name in ("dtype", "batch_tokens")}
-    table = score_corpus(corpus, run["base"], {"memory": run["memory"]}, **asked)["test"]
+    asked = {name: report["run"]["config"][name] for name in ("dtype", "batch_tokens")}
+    table = score_corpus(corpus, places["base"], {"memory": places["memory"]}, **asked)["test"]
     base, memory = table.voters["base"], table.voters["memory"]
     mixed = mixture_label_log_probs(base.label, [memory.label], [report["mixture"]["mix_weight"]])
     gain = mixed - base.label

@@ -54,6 +54,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MEMLM_HOME") or Path.home() / ".cache" / "memlm").expanduser()
 
 
+def lasting_name(name: str) -> str:
+    """The absolute path of a folder, so that it is found from everywhere; any other name as it is."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, whole or not at all."""
     with replacing(path) as temporary:

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import same_documents
 from memlm.datastore.index import INDEXES, IVFIndex, RecallSample
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError
+from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, ModelError
 from memlm.manifest import Manifest, read_manifest
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
@@ -327,3 +328,17 @@ def test_documents_are_matched_by_their_tokens_each_once(before: list[list[int]]
     for tokens in after:  # as many as there are on both sides
         matched = sum(source >= 0 for source, other in zip(found, after, strict=True) if other == tokens)
         assert matched == min(before.count(tokens), after.count(tokens))
+
+
+def test_an_extension_whose_teacher_is_gone_says_which_datastore_asks_for_it(
+    old: Path, grown: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    build(old, tmp_path / "d", teacher="teacher")
+    monkeypatch.chdir("/")
+    build_datastore(grown, out=tmp_path / "d2", extend=tmp_path / "d")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=r"datastore .*/d asks for its teacher '.*/teacher': .*; give --teacher"):
+        build_datastore(grown, out=tmp_path / "d3", extend=tmp_path / "d")
+    build_datastore(grown, out=tmp_path / "d3", extend=tmp_path / "d", teacher=str(tmp_path / "moved"))

@@ -1,9 +1,11 @@
 """The report against plain forward passes, and what it must not depend on."""
 
+import hashlib
 import itertools
 import json
 import shutil
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,15 @@ from conftest import forbid_models, make_corpus, save_stranger, tiny_config, tin
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import Corpus
-from memlm.errors import ConfigError, InputError, MemlmError, ModelError, OutputExistsError, TokenizerMismatchError
+from memlm.errors import (
+    ArtifactError,
+    ConfigError,
+    InputError,
+    MemlmError,
+    ModelError,
+    OutputExistsError,
+    TokenizerMismatchError,
+)
 from memlm.evaluate import perplexity as perplexity_module
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled
@@ -400,7 +410,7 @@ def test_without_out_nothing_is_written_outside_the_cache(
     evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
     assert everything() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cwd", "home"]
-    assert {p.name for p in fresh_cache.iterdir()} <= {"scores", "digests"}
+    assert {p.name for p in fresh_cache.iterdir()} <= {"digests", "locks", "scores"}
 
 
 # --- what is refused ----------------------------------------------------------------------------------------------
@@ -549,3 +559,120 @@ def test_without_matplotlib_the_report_is_written_and_the_plot_is_named_as_missi
     evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), out=out, config=EXACT)
     assert set(read_manifest(out).payload) == {"report.json"}
     assert "pip install 'memlm[plot]'" in capsys.readouterr().err
+
+
+# --- where things are -----------------------------------------------------------------------------------------------
+
+
+def test_equal_runs_give_equal_bytes_however_paths_are_written(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Typed from another folder, and copied to one of another name."""
+    shutil.copytree(corpus_folder, tmp_path / "the-corpus")
+    shutil.copytree(model_folder, tmp_path / "the-base")
+    shutil.copytree(memory_folder, tmp_path / "the-memory")
+    monkeypatch.chdir(tmp_path)
+    there = {"base": "the-base", "memory": "./the-memory"}
+    here: dict[str, Any] = {"base": model_folder, "memory": str(memory_folder)}
+    for several in (False, True):
+        made = []
+        for name, corpus, models in (("here", corpus_folder, here), ("there", Path("the-corpus"), there)):
+            out = tmp_path / f"{name}-{several}"
+            memory: Any = {"law": models["memory"], "bio": models["base"]} if several else models["memory"]
+            report = evaluate_perplexity(corpus, base=models["base"], memory=memory, out=out, config=EXACT)
+            assert str(tmp_path) not in json.dumps(report)
+            made.append(out)
+        one, other = (read_manifest(out) for out in made)
+        assert one.payload == other.payload
+        assert one.hash == other.hash
+        assert other.sources["base"] == "the-base"
+        run = json.loads((made[0] / "report.json").read_text())["run"]
+        assert run["corpus"] == read_manifest(corpus_folder).hash
+        assert run["memory"] == (
+            {n: one.inputs[f"memory.{n}"] for n in ("law", "bio")} if several else one.inputs["memory"]
+        )
+
+
+# --- what is no number ----------------------------------------------------------------------------------------------
+
+
+def changed(folder: str | Path, out: Path, change: Callable[[torch.nn.Module], object]) -> str:
+    """The model of a folder with its weights changed, and all else that the folder has."""
+    shutil.copytree(folder, out)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(out)
+    return str(out)
+
+
+def one_nan(model: Any) -> None:
+    model.model.norm.weight[3] = torch.nan
+
+
+def nan_for_one_token(model: Any) -> None:
+    model.get_output_embeddings().weight[17] = torch.nan
+
+
+def too_large(model: Any) -> None:
+    """For float16, whose largest number is 65,504."""
+    model.model.layers[0].mlp.down_proj.weight *= 1e6
+
+
+@pytest.mark.parametrize(
+    ("role", "change", "dtype"),
+    [
+        ("memory", one_nan, "float32"),
+        ("memory", nan_for_one_token, "float32"),
+        ("memory", too_large, "float16"),
+        ("base", one_nan, "float32"),
+        ("base", too_large, "float16"),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("weight", [None, 0.25])
+def test_a_model_that_is_not_finite_is_named_and_nothing_is_kept(
+    corpus_folder: Path,
+    model_folder: str,
+    tmp_path: Path,
+    fresh_cache: Path,
+    role: str,
+    change: Any,
+    dtype: str,
+    several: bool,
+    weight: float | None,
+) -> None:
+    models = {"base": model_folder, "memory": model_folder}
+    models[role] = broken = changed(model_folder, tmp_path / "broken", change)
+    memory: Any = {"memory": models["memory"], "other": model_folder} if several else models["memory"]
+    given: Any = {"memory": weight, "other": 0.5} if several and weight else weight
+    config = EvaluateConfig(dtype=dtype, bootstrap=5, mix_weight=given)
+    with pytest.raises(ModelError) as error:
+        evaluate_perplexity(corpus_folder, base=models["base"], memory=memory, out=tmp_path / "e", config=config)
+    assert f"{role} {broken} ({dtype}) gives NaN" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(fresh_cache.rglob("label.npy"))
+    assert not (tmp_path / "e").exists()
+
+
+def test_a_base_too_large_for_float16_is_measured_in_float32(
+    corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    large = changed(model_folder, tmp_path / "large", too_large)
+    report = evaluate_perplexity(corpus_folder, base=large, memory=model_folder, config=EXACT)
+    assert report["base"]["perplexity"] > 1
+
+
+def test_nan_that_an_earlier_version_kept_is_refused(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, fresh_cache: Path
+) -> None:
+    evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+    kept = sorted(fresh_cache.rglob("label.npy"))[0]
+    label = np.load(kept)
+    label[2] = np.nan
+    np.save(kept, label)
+    manifest = json.loads((kept.parent / "manifest.json").read_text())
+    manifest["payload"]["label.npy"]["sha256"] = hashlib.sha256(kept.read_bytes()).hexdigest()
+    (kept.parent / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="holds NaN"):
+        evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)

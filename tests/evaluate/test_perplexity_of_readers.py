@@ -162,7 +162,7 @@ def test_an_infinite_perplexity_is_none_in_valid_json_and_infinite_in_words(
     assert parsed_strictly(out / "manifest.json")["facts"]["memory"]["perplexity"] is None
     assert knn_report["validation"]["perplexities"][-1] is None
     assert all(value is not None for value in knn_report["validation"]["perplexities"][:-1])
-    assert knn_report["run"]["retrieval"] == FEW.model_dump()
+    assert knn_report["run"]["retrieval"] == FEW.found
     rows = report_table(knn_report).splitlines()
     assert [row.split() for row in rows if row.startswith("memory alone")] == [["memory", "alone", "infinite"]]
     image = matplotlib.image.imread(out / "perplexity.png")

@@ -322,5 +322,48 @@ def test_a_teacher_that_changed_since_the_keys_were_made_is_refused(
     assert load_memory(tmp_path / "d", base=str(teacher)).tap is not None
     tiny_model(VOCAB, seed=9).save_pretrained(teacher)
     for base in (str(teacher), other_base, None):
-        with pytest.raises(ArtifactError, match="teacher' is no longer the teacher that made it; rebuild it"):
+        with pytest.raises(ArtifactError, match=r"teacher' is not .*the teacher that made it; give --teacher"):
             load_memory(tmp_path / "d", base=base)
+
+
+def test_a_teacher_that_was_moved_is_named_anew(
+    corpus_folder: Path, model_folder: str, other_base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside another base, in every door; the new place is kept as a whole path."""
+    shutil.copytree(model_folder, tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    build_datastore(corpus_folder, teacher="teacher", out="d", config=DatastoreConfig(dtype="float32", recall_k=4))
+    before = load_memory(tmp_path / "d", base=other_base, retrieval=FEW)
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match=r"datastore .*d asks for its teacher '.*teacher': .*; give --teacher"):
+        load_memory("d", base=other_base)
+    there = RetrievalConfig(k=16, target_temperature=4.0, teacher="moved")
+    memory = load_memory("d", base=other_base, retrieval=there)
+    assert isinstance(memory, RetrievalMemory)
+    assert isinstance(before, RetrievalMemory)
+    assert memory.settings.retrieval.teacher == str(tmp_path / "moved")
+    tokens = torch.arange(12)[None]
+    found, expected = (each.votes(each.step(tokens, None), slice(None)) for each in (memory, before))
+    assert torch.equal(found.dense(VOCAB), expected.dense(VOCAB))
+    assert there.found == FEW.found
+    memory.save_pretrained(tmp_path / "memory")
+    monkeypatch.chdir("/")
+    saved = load_memory(tmp_path / "memory", base=other_base)
+    assert isinstance(saved, RetrievalMemory)
+    (tmp_path / "moved").rename(tmp_path / "again")
+    once_more = load_memory(
+        tmp_path / "memory", base=other_base, retrieval=RetrievalConfig(teacher=str(tmp_path / "again"))
+    )
+    assert isinstance(once_more, RetrievalMemory)
+    assert once_more.settings.retrieval.found == FEW.found  # what is not said is as it was saved
+
+
+def test_a_base_that_is_the_teacher_serves_wherever_the_teacher_is(
+    corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(model_folder, tmp_path / "teacher")
+    build_datastore(
+        corpus_folder, teacher=str(teacher), out=tmp_path / "d", config=DatastoreConfig(dtype="float32", recall_k=4)
+    )
+    shutil.rmtree(teacher)
+    assert load_memory(tmp_path / "d", base=model_folder).tap is not None

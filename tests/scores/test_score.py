@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlm.corpus.blocks import Split
+from memlm.errors import ModelError
 from memlm.memory.mlp import FFNStyle, MLPMemory, MLPSettings
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
@@ -214,3 +215,30 @@ def test_weights_zero_and_one_are_exact_even_for_the_impossible() -> None:
         same = (expected is memory) == bool(weight)
         assert np.array_equal(mixture_label_log_probs(base, [memory], [weight]), expected.astype(np.float64)) == same
     np.testing.assert_allclose(mixture_label_log_probs(base, [memory], [0.5]), [-1 + np.log(0.5), -2 + np.log(0.5)])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("bad", [0, 1])
+def test_no_weight_is_chosen_from_nan(count: int, bad: int) -> None:
+    parts = np.full((count + 1, 5), -2, np.float32)
+    parts[bad, 3] = np.nan
+    with pytest.raises(ModelError, match=f"label log-probs of {'memory 1' if bad else 'base'} hold NaN"):
+        best_mix_weights(parts[0], list(parts[1:]))
+    with pytest.raises(ModelError, match="hold NaN"):
+        best_mix_weight(parts[0], parts[1])
+
+
+@pytest.mark.parametrize("wrong", ["label", "entropy", "top1"])
+def test_a_voter_that_gives_nan_is_named_at_its_first_batch(
+    voter: BaseVoter, split: Split, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(state: Any, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = right(state, labels)
+        found[wrong][-1] = torch.nan
+        return found
+
+    right, told = voter.label_log_probs, []
+    monkeypatch.setattr(voter, "label_log_probs", spoilt)
+    with pytest.raises(ModelError, match="it gives NaN"):
+        scores_of(voter, split, batch_tokens=12, progress=told.append)
+    assert not told

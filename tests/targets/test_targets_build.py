@@ -17,7 +17,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.build import build_datastore
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ConfigError, InputError
+from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
 from memlm.manifest import Manifest, read_manifest
 from memlm.stage import run_stage
 from memlm.targets.build import build_targets, import_released, plan_targets
@@ -219,8 +219,34 @@ def test_a_datastore_without_keys_gives_nearly_the_same_targets(
     shifted = difference(np.roll(dense(approximate), 1, axis=0), dense(exact))
     assert distances.mean() < 0.35 < 0.6 < shifted.mean()  # codes blur distances, but each position has its own target
     tiny_model(328, seed=9).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(ArtifactError, match=r"/d: '.*teacher' is no longer the teacher that made it; rebuild it"):
+    with pytest.raises(ArtifactError, match=r"/d: '.*teacher' is not .*the teacher that made it; give --teacher"):
         build(tmp_path / "d", tmp_path / "t2")
+
+
+def test_a_datastore_without_keys_finds_its_teacher_from_any_folder_or_says_who_asks_for_it(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "teacher")
+    monkeypatch.chdir(tmp_path)
+    settings = DatastoreConfig(dtype="float32", keep_keys=False, recall_k=4, code_bytes=8, nlist=2)
+    build_datastore(corpus_folder, teacher="teacher", out="d", config=settings)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    made = build_targets(tmp_path / "d", out="t", k=4)
+    assert made.sources["teacher"] == str(tmp_path / "teacher")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    with pytest.raises(
+        ModelError, match=r"datastore .*/d asks for its teacher '.*/teacher': .*; give --teacher"
+    ) as error:
+        build_targets(tmp_path / "d", out="t2", k=4)
+    assert "\n" not in str(error.value)
+    again = build_targets(tmp_path / "d", out="t2", k=4, teacher="../moved")
+    assert again.payload == made.payload
+    assert again.hash == made.hash
+    other = tiny_model(328, seed=9)
+    other.save_pretrained(tmp_path / "moved")
+    with pytest.raises(ArtifactError, match=r"d: '../moved' is not .*the teacher that made it"):
+        build_targets(tmp_path / "d", out="t3", k=4, teacher="../moved")
 
 
 def test_an_index_that_probes_too_little_still_finds_each_position_a_neighbour(

@@ -123,6 +123,9 @@ def targets(
         Path | None,
         typer.Option(help="Arrow file of the released Memory Decoder code to import; the argument is then the corpus."),
     ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Where the datastore's teacher is by now; needed if it kept no keys.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
@@ -135,7 +138,7 @@ def targets(
     from memlm.targets.build import build_targets, import_released
 
     manifest = (
-        build_targets(datastore, out=out, config=config)
+        build_targets(datastore, out=out, teacher=teacher, config=config)
         if released is None
         else import_released(datastore, released, out=out)
     )

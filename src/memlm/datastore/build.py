@@ -20,6 +20,7 @@ from memlm.datastore.extend import Extension
 from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
 from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
+from memlm.files import lasting_name
 from memlm.manifest import MANIFEST, Manifest
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -85,13 +86,17 @@ def plan_datastore(
     extension = None if extend is None else Extension(extend, source)
     config = config or DatastoreConfig()
     if extension is not None:
-        config, teacher = extension.settings(config), teacher or extension.store.teacher
+        config = extension.settings(config)
+        if teacher is None:
+            extension.store.check_teacher()
+            teacher = extension.store.teacher
     if teacher is None:
         raise ConfigError("teacher is missing: give --teacher, the model whose activations become keys, or --extend")
     parse_dtype(config.dtype)
     source.check_read_by(teacher)
     identity = model_identity(teacher)
-    inputs, sources = {"corpus": source.manifest.hash, "teacher": identity}, {"corpus": str(corpus), "teacher": teacher}
+    inputs = {"corpus": source.manifest.hash, "teacher": identity}
+    sources = {"corpus": str(corpus), "teacher": lasting_name(teacher)}
     if extension is not None:
         extension.check_teacher(teacher, identity)
         inputs["extended"], sources["extended"] = extension.store.manifest.hash, str(extend)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.layout import IndexFacts, IndexLayout
-from memlm.datastore.lists import SIZES, SearchSizes, fits, search_lists
+from memlm.datastore.lists import SIZES, SearchSizes, are_long, common_part, fits, search_lists
 from memlm.datastore.ranking import Floats, Ints, Neighbors, nearest_first
 from memlm.errors import ArtifactError, ConfigError
 from memlm.models.loading import default_device
 
 INDEX_FILE = "index.faiss"
+
+_CENTRED = 4096  # keys whose common part is taken for that of all
 
 
 class Keys:
@@ -32,6 +35,11 @@ class Keys:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @cached_property
+    def centre(self) -> Floats:
+        """`(D,)` about what all keys have in common, which a search takes from them."""
+        return common_part(self.gather(np.linspace(0, len(self) - 1, min(len(self), _CENTRED)).astype(np.int64)))
 
     def rows(self, start: int, stop: int) -> Floats:
         """Keys `start` to `stop`, widened to float32."""
@@ -148,11 +156,15 @@ class ExactIndex(Index):
     kind = "exact"
     keys: Keys
 
-    def __init__(self, keys: Keys, sizes: SearchSizes = SIZES) -> None:
-        self.keys, self.sizes = keys, sizes
+    def __init__(self, keys: Keys, sizes: SearchSizes = SIZES, dtype: torch.dtype = torch.float32) -> None:
+        """
+        Args:
+            dtype: float64, or float32 for queries that are short enough for it.
+        """
+        self.keys, self.sizes, self.dtype = keys, sizes, dtype
         self._device = default_device()
-        self.by_lists = self._device.type == "cpu" and fits(sizes.queries, len(keys))
-        """Whether the CPU's cores compare runs of keys; else torch compares blocks on its default device."""
+        self.by_lists = self._device.type in ("cpu", "mps") and fits(sizes.queries, len(keys))
+        """Whether the CPU's cores compare runs of keys; else torch compares blocks on a device that has float64."""
         self._held: list[tuple[int, Tensor]] = []
 
     @classmethod
@@ -170,15 +182,23 @@ class ExactIndex(Index):
 
     def _search(self, queries: Floats, k: int) -> Neighbors:
         if not self.by_lists:
-            best, ids = nearest_by_blocks(torch.from_numpy(queries).to(self._device), self._blocks(), k)
-            return best.cpu().numpy(), ids.cpu().numpy()
+            best, ids = self._by_blocks(queries, k, self.dtype)
+            if self.dtype == torch.float32 and len(rows := np.flatnonzero(are_long(queries - self.keys.centre, best))):
+                best[rows], ids[rows] = self._by_blocks(queries[rows], k, torch.float64)
+            return best, ids
         starts = np.arange(0, len(self.keys), self.sizes.core_keys)
 
         def read(number: int) -> tuple[NDArray[np.float16], Ints]:
             ids = np.arange(starts[number], min(starts[number] + self.sizes.core_keys, len(self.keys)))
             return np.array(self.keys.slice(ids[0], ids[-1] + 1)), ids
 
-        return search_lists(queries, None, np.diff(starts, append=len(self.keys)), read, k, self.sizes)
+        entries, centre = np.diff(starts, append=len(self.keys)), self.keys.centre
+        return search_lists(queries, None, entries, read, k, self.sizes, centre=centre, dtype=self.dtype)
+
+    def _by_blocks(self, queries: Floats, k: int, dtype: torch.dtype) -> Neighbors:
+        asked, centre = (torch.from_numpy(array).to(self._device) for array in (queries, self.keys.centre))
+        best, ids = nearest_by_blocks(asked.to(dtype), self._blocks(), k, centre)
+        return best.float().cpu().numpy(), ids.cpu().numpy()
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
         """(first id, keys) on the device, kept there where they fit."""
@@ -197,20 +217,25 @@ class ExactIndex(Index):
 
 
 def nearest_by_blocks(
-    queries: Float[Tensor, "P D"], blocks: Iterable[tuple[int, Float[Tensor, "B D"]]], k: int
+    queries: Float[Tensor, "P D"],
+    blocks: Iterable[tuple[int, Float[Tensor, "B D"]]],
+    k: int,
+    centre: Float[Tensor, "D"],
 ) -> tuple[Float[Tensor, "P k"], Int[Tensor, "P k"]]:
     """Squared L2 distances to the nearest keys, ascending, and their ids; `inf` and -1 where there is none.
 
     Args:
-        queries: In float32, on the device that computes.
+        queries: In the precision of the computing, on the device that computes.
         blocks: First id and keys of each block, on that device, in any precision.
         k: Neighbours wanted.
+        centre: Taken from queries and keys, on that device.
     """
+    queries = queries - centre
     norms = queries.square().sum(1, keepdim=True)
     best = queries.new_full((len(queries), k), torch.inf)
     ids = torch.full_like(best, -1, dtype=torch.long)
     for start, block in blocks:
-        keys = block.float()
+        keys = block.to(queries.dtype).sub_(centre)
         distances = torch.addmm(keys.square().sum(1), queries, keys.T, alpha=-2).add_(norms).clamp_(min=0)
         found, columns = distances.topk(min(k, len(keys)), largest=False, sorted=False)
         best, order = torch.cat([best, found], 1).topk(k, largest=False)
@@ -225,6 +250,16 @@ class IVFIndex(Index):
         self, index: faiss.IndexIVF, keys: Keys | None, rerank_factor: int, sizes: SearchSizes = SIZES
     ) -> None:
         self.index, self.keys, self.rerank_factor, self.sizes = index, keys, rerank_factor, sizes
+        self._centroids: Floats = self.index.quantizer.reconstruct_n(0, self.index.nlist)  # type: ignore[call-arg]
+        self.centre = common_part(self._centroids)
+        """Taken from centroids and queries: the file holds centroids as the keys are, a search those without it."""
+        self._place(self._centroids - self.centre)
+
+    def _place(self, centroids: Floats) -> None:
+        """Put the centroids here."""
+        quantizer: Any = self.index.quantizer
+        quantizer.reset()
+        quantizer.add(centroids)
 
     @classmethod
     @abstractmethod
@@ -243,10 +278,43 @@ class IVFIndex(Index):
         index = cls._empty(quantizer, nlist, len(sample), config)
         index.cp.seed = config.seed + 1
         index.cp.min_points_per_centroid = 1  # silences faiss; recall is measured afterwards
-        index.train(keys.gather(sample))
-        _fill(index, keys, sizes.filled)
+        vectors = keys.gather(sample)
+        centre = common_part(vectors)
+        vectors -= centre
+        index.train(vectors)
+        centroids = quantizer.reconstruct_n(0, nlist)
+        quantizer.reset()
+        quantizer.add(centroids + centre)
         index.nprobe = min(config.nprobe or 8, nlist)
-        return cls(index, keys, config.rerank_factor, sizes)
+        built = cls(index, keys, config.rerank_factor, sizes)
+        built._fill(keys)
+        return built
+
+    @abstractmethod
+    def _coded(self, keys: Floats) -> Floats:
+        """What the index makes codes of for these keys."""
+
+    def _assign(self, keys: Floats) -> Ints:
+        """`(P,)` the list of each key."""
+        return self.index.quantizer.assign(keys - self.centre, 1)[:, 0]  # type: ignore[call-arg]
+
+    def _add(self, keys: Floats, assigned: Ints, ids: Ints) -> None:
+        """Append keys to their lists."""
+        arrays = (np.ascontiguousarray(self._coded(keys), np.float32), ids, assigned)
+        self.index.add_core(len(keys), *(faiss.swig_ptr(array) for array in arrays))  # type: ignore[attr-defined]
+
+    def _fill(self, keys: Keys) -> None:
+        """Add all keys. Lists get their final room at once, for a list that grows leaves as much unused behind."""
+        at_once, lists, invlists = self.sizes.filled, np.empty(len(keys), np.int32), self.index.invlists
+        starts = range(0, len(keys), at_once)
+        for start in starts:
+            lists[start : start + at_once] = self._assign(keys.rows(start, start + at_once))
+        for number, size in enumerate(np.bincount(lists, minlength=self.index.nlist).tolist()):
+            invlists.resize(number, size)  # type: ignore[union-attr]
+            invlists.resize(number, 0)  # type: ignore[union-attr]
+        for start in starts:
+            assigned = lists[start : start + at_once].astype(np.int64)
+            self._add(keys.rows(start, start + at_once), assigned, np.arange(start, start + len(assigned)))
 
     def extend(self, keys: Keys, new_ids: Ints, config: DatastoreConfig) -> None:
         index: Any = self.index  # its stubs do not know what the Python wrappers add
@@ -260,12 +328,17 @@ class IVFIndex(Index):
         added = np.flatnonzero(is_new)
         for start in range(0, len(added), self.sizes.filled):
             ids = added[start : start + self.sizes.filled]
-            index.add_with_ids(keys.gather(ids), ids)
+            block = keys.gather(ids)
+            self._add(block, self._assign(block), ids)
         index.nprobe = min(config.nprobe or 8, index.nlist)
         self.keys, self.rerank_factor = keys, config.rerank_factor
 
     def save(self, path: Path) -> None:
-        faiss.write_index(self.index, str(path))
+        self._place(self._centroids)
+        try:
+            faiss.write_index(self.index, str(path))
+        finally:
+            self._place(self._centroids - self.centre)
 
     @classmethod
     def load(cls, path: Path | None, keys: Keys | None, facts: IndexFacts, shape: tuple[int, int]) -> Self:
@@ -293,9 +366,6 @@ class IVFIndex(Index):
         finally:
             self.index.nprobe = nprobe
 
-    def _search(self, queries: Floats, k: int) -> Neighbors:
-        return self.index.search(queries, k)
-
 
 class IVFFlatIndex(IVFIndex):
     """Lists of whole float16 keys: exact distances, approximate choice."""
@@ -310,8 +380,9 @@ class IVFFlatIndex(IVFIndex):
     def _search(self, queries: Floats, k: int) -> Neighbors:
         """As `search`; where lists are probed by many queries each, list by list."""
         index: Any = self.index
+        coarse, probed = index.quantizer.search(queries - self.centre, index.nprobe)
         if len(queries) * index.nprobe < self.sizes.shared * index.nlist or not fits(len(queries), index.ntotal):
-            return super()._search(queries, k)
+            return index.search_preassigned(queries, k, probed, coarse)  # in differences
         entries = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
 
         def read(number: int) -> tuple[NDArray[np.float16], Ints]:
@@ -320,8 +391,10 @@ class IVFFlatIndex(IVFIndex):
             ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
             return codes.view(np.float16).reshape(size, -1), ids
 
-        _, probed = index.quantizer.search(queries, index.nprobe)
-        return search_lists(queries, probed, entries, read, k, self.sizes)
+        return search_lists(queries, probed, entries, read, k, self.sizes, centre=self.centre)
+
+    def _coded(self, keys: Floats) -> Floats:
+        return keys
 
 
 class IVFPQIndex(IVFIndex):
@@ -341,10 +414,19 @@ class IVFPQIndex(IVFIndex):
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "code_bytes": int(self.index.code_size)}
 
+    def _place(self, centroids: Floats) -> None:
+        super()._place(centroids)
+        self.index.precompute_table()  # type: ignore[attr-defined]
+
+    def _coded(self, keys: Floats) -> Floats:
+        return keys - self.centre
+
     def _search(self, queries: Floats, k: int) -> Neighbors:
+        index: Any = self.index
+        asked = queries - self.centre
         if self.keys is None:
-            return super()._search(queries, k)
-        _, candidates = super()._search(queries, min(k * self.rerank_factor, len(self.keys)))
+            return index.search(asked, k)
+        _, candidates = index.search(asked, min(k * self.rerank_factor, len(self.keys)))
         distances, ids = nearest_first(exact_distances(self.keys, queries, candidates, self.sizes), candidates, k)
         missing = ((0, 0), (0, k - ids.shape[1]))
         return np.pad(distances, missing, constant_values=np.inf), np.pad(ids, missing, constant_values=-1)
@@ -375,27 +457,13 @@ def exact_distances(keys: Keys, queries: Floats, ids: Ints, sizes: SearchSizes =
     return distances
 
 
-def _fill(index: Any, keys: Keys, at_once: int) -> None:
-    """Add all keys. Lists get their final room at once, for a list that grows leaves as much unused behind."""
-    lists = np.empty(len(keys), np.int32)
-    starts = range(0, len(keys), at_once)
-    for start in starts:
-        lists[start : start + at_once] = index.quantizer.assign(keys.rows(start, start + at_once), 1)[:, 0]
-    for number, size in enumerate(np.bincount(lists, minlength=index.nlist).tolist()):
-        index.invlists.resize(number, size)
-        index.invlists.resize(number, 0)
-    for start in starts:
-        block, assigned = keys.rows(start, start + at_once), lists[start : start + at_once].astype(np.int64)
-        index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(assigned))  # type: ignore[attr-defined]
-
-
 def default_nlist(entries: int) -> int:
     """About four times the root of `entries`, with some forty entries per list at least."""
     return max(1, min(int(4 * entries**0.5), entries // 39))
 
 
 class RecallSample:
-    """Some entries and their k nearest by exact search, the entry itself left out; all keys are read once."""
+    """Some entries and their k nearest by search in float64, the entry itself left out; all keys are read once."""
 
     def __init__(self, keys: Keys, config: DatastoreConfig) -> None:
         entries = len(keys)
@@ -403,7 +471,7 @@ class RecallSample:
         rng = np.random.default_rng(config.seed + 1)
         self.own = np.sort(rng.choice(entries, min(config.recall_sample, entries), replace=False))
         self.queries = keys.gather(self.own)
-        self.expected = self._others(ExactIndex(keys))
+        self.expected = self._others(ExactIndex(keys, dtype=torch.float64))
 
     def recall(self, index: Index) -> float:
         """Recall@k of `index`: the share of the k nearest that it finds; 1 for a single entry."""

@@ -2,6 +2,9 @@
 
 A list is compared with all queries that probe it by one matrix product. Each query's nearest lists come first; the k-th
 distance found there bounds what other lists can add, so that few of their entries are looked at again.
+
+The product gives distances as |q|² + |k|² - 2qk, which loses digits where vectors are long beside their distances. So
+what keys have in common is taken from both first, and queries that are still long are compared in float64.
 """
 
 import math
@@ -21,6 +24,7 @@ from memlm.datastore.ranking import LARGEST_NUMBER, MISSING, Floats, Ints, Neigh
 
 MOST_QUERIES = 1 << 16
 _FIRST = 2  # times k: entries in the lists that come first
+_LONG = 256  # squared length over the furthest distance from which float32 keeps fewer than some 14 bits of it
 
 Visit = tuple[int, Ints]
 """Number of a list, and the queries that are compared with it."""
@@ -46,8 +50,32 @@ class SearchSizes:
 SIZES = SearchSizes()
 
 
+def common_part(vectors: Floats) -> Floats:
+    """`(D,)` what is best taken from all: their mean, where that is larger than what they vary by, else 0.
+
+    It is rounded to float16, so that from a float16 key it is taken without rounding.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):  # centroids in a file may be any numbers
+        mean, spread = vectors.mean(0, np.float64), vectors.var(0, np.float64)
+        return np.where((mean**2 > spread) & (abs(mean) < 65504), mean, 0).astype(np.float16).astype(np.float32)
+
+
+def are_long(queries: Floats, distances: Floats) -> NDArray[np.bool_]:
+    """`(P,)` which queries are too long for float32 beside the distances `(P, k)` found in it."""
+    furthest = np.where(np.isfinite(distances), distances, 0).max(1)
+    return np.square(queries).sum(1) > _LONG * furthest
+
+
 def search_lists(
-    queries: Floats, probed: Ints | None, entries: Ints, read: ReadList, k: int, sizes: SearchSizes = SIZES
+    queries: Floats,
+    probed: Ints | None,
+    entries: Ints,
+    read: ReadList,
+    k: int,
+    sizes: SearchSizes = SIZES,
+    *,
+    centre: Floats | float = 0.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Neighbors:
     """The nearest entries of the lists that each query probes; of equally near ones, those with the smallest ids.
 
@@ -58,8 +86,10 @@ def search_lists(
         read: Gives a list; called by several threads.
         k: Neighbours wanted.
         sizes: `candidates` and `picked` are used.
+        centre: `(D,)` taken from queries and keys.
+        dtype: float64, or float32 for what is short enough.
     """
-    found = _Nearest(queries, k, sizes.picked)
+    found = _Nearest(queries, k, sizes.picked, centre, dtype)
     if probed is None:
         all_rows = np.arange(len(queries))
         phases = [((number, all_rows) for number in range(len(entries)))]
@@ -70,7 +100,12 @@ def search_lists(
     for phase in phases:
         for visits in _in_groups(phase, entries, _FIRST * k * len(queries), sizes.candidates):
             found.add(visits, read)
-    return unpack(found.sorted())
+    distances, ids = unpack(found.sorted())
+    if dtype == torch.float32 and len(rows := np.flatnonzero(are_long(queries - centre, distances))):
+        there = None if probed is None else probed[rows]
+        again = search_lists(queries[rows], there, entries, read, k, sizes, centre=centre, dtype=torch.float64)
+        distances[rows], ids[rows] = again
+    return distances, ids
 
 
 def fits(queries: int, entries: int) -> bool:
@@ -142,8 +177,9 @@ def _in_groups(visits: Iterable[Visit], entries: Ints, room: int, most: int) -> 
 class _Nearest:
     """The k nearest entries that each query has met so far."""
 
-    def __init__(self, queries: Floats, k: int, picked: int) -> None:
-        self._queries = torch.from_numpy(queries)
+    def __init__(self, queries: Floats, k: int, picked: int, centre: Floats | float, dtype: torch.dtype) -> None:
+        self._centre = torch.as_tensor(centre, dtype=dtype)
+        self._queries = torch.from_numpy(queries).to(dtype) - self._centre
         self._norms = self._queries.square().sum(1)
         self._bound = np.full(len(queries), np.inf, np.float32)
         self._best = np.full((len(queries), k), MISSING)  # (P, k) packed; the last is the furthest
@@ -182,12 +218,14 @@ class _Nearest:
         """Entries of a list within the bounds of the queries `rows`: the query's number; distance and id packed."""
         chosen = torch.from_numpy(rows)
         table = self._buffer("table", *keys.shape).copy_(torch.from_numpy(keys))
+        if self._centre.any():
+            table -= self._centre
         asked = self._buffer("asked", len(rows), keys.shape[1])
         torch.index_select(self._queries, 0, chosen, out=asked)  # in half the time of indexing
         squares = torch.linalg.vector_norm(table, dim=1).square_()  # in half the time of squares and their sum
         product = self._buffer("product", len(rows), len(keys))
         torch.addmm(squares, asked, table.T, alpha=-2, out=product)
-        distances = product.add_(self._norms[chosen, None]).numpy()
+        distances = product.add_(self._norms[chosen, None]).float().numpy()
         near = np.flatnonzero(distances <= self._bound[rows, None])
         which, columns = np.divmod(near, len(keys))
         return rows[which].astype(np.uint16), pack(distances.reshape(-1)[near], ids[columns])
@@ -197,6 +235,6 @@ class _Nearest:
         size = math.prod(shape)
         held = getattr(self._buffers, name, None)
         if held is None or len(held) < size:
-            held = torch.empty(size)
+            held = torch.empty(size, dtype=self._queries.dtype)
             setattr(self._buffers, name, held)
         return held[:size].view(shape)

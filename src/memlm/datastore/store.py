@@ -12,7 +12,7 @@ from memlm.corpus.blocks import Corpus, check_ids
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys
 from memlm.datastore.layout import IndexFacts
-from memlm.errors import ArtifactError
+from memlm.errors import ArtifactError, MemlmError, ModelError
 from memlm.files import load_array
 from memlm.manifest import MANIFEST, Facts, Manifest, payload_file, read_manifest
 from memlm.models.identity import model_identity
@@ -76,15 +76,16 @@ def open_keys(folder: Path, manifest: Manifest | None = None) -> Keys:
 class Datastore:
     """A datastore folder, opened for reading: deep copies share it, a pickled one is opened again where it is read."""
 
-    def __init__(self, folder: str | Path, *, nprobe: int | None = None) -> None:
+    def __init__(self, folder: str | Path, *, nprobe: int | None = None, teacher: str | None = None) -> None:
         """
         Args:
             nprobe: Lists that a search looks through; what was tuned if None.
+            teacher: Where its teacher is found by now; where it was if None.
 
         Raises:
             ArtifactError: The folder is no complete datastore, or its parts do not fit together.
         """
-        self.folder, self.nprobe = Path(folder), nprobe
+        self.folder, self.nprobe, self._teacher = Path(folder), nprobe, teacher
         self._opened = self._state_on_disk()
         self.manifest = read_manifest(folder, "datastore")
         self.facts = DatastoreFacts.of(folder, self.manifest)
@@ -105,7 +106,7 @@ class Datastore:
         return self
 
     def __reduce__(self) -> tuple:
-        return partial(Datastore, self.folder, nprobe=self.nprobe), ()
+        return partial(Datastore, self.folder, nprobe=self.nprobe, teacher=self._teacher), ()
 
     def check_unchanged(self) -> None:
         """Raise unless the folder is still the one that was opened.
@@ -125,8 +126,8 @@ class Datastore:
 
     @property
     def teacher(self) -> str:
-        """Where the teacher was found."""
-        return self.manifest.sources["teacher"]
+        """Where the teacher is found."""
+        return self._teacher or self.manifest.sources["teacher"]
 
     def check_teacher(self) -> None:
         """Raise unless the teacher can still be found and is the model that made the keys.
@@ -135,9 +136,17 @@ class Datastore:
             ArtifactError: It is another model now.
             ModelError: It cannot be reached.
         """
-        if model_identity(self.teacher) != self.manifest.inputs["teacher"]:
+        cure = "give --teacher (teacher= in Python), where that model is now"
+        try:
+            found = model_identity(self.teacher)
+        except MemlmError as error:
+            raise ModelError(
+                f"datastore {self.folder} asks for its teacher {self.teacher!r}: {error}; {cure}"
+            ) from None
+        if found != self.manifest.inputs["teacher"]:
             raise ArtifactError(
-                f"datastore {self.folder}: {self.teacher!r} is no longer the teacher that made it; rebuild it"
+                f"datastore {self.folder}: {self.teacher!r} is not (or no longer) the teacher that made it; {cure},"
+                " or rebuild it"
             )
 
     @cached_property

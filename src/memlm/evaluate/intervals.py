@@ -35,16 +35,18 @@ class Resampled:
         )  # (models, documents)
         rng, n = np.random.default_rng(config.seed), len(counts)
         means = [np.empty((0, len(sums)))]
+        times_drawn = config.bootstrap if (counts > 0).sum() > 1 else 0  # a single document says nothing of others
         with np.errstate(invalid="ignore"):  # an infinite sum that is not drawn
-            for start in range(0, config.bootstrap, size := max(1, drawn_at_once // n)):
-                times = min(size, config.bootstrap - start)
+            for start in range(0, times_drawn, size := max(1, drawn_at_once // n)):
+                times = min(size, times_drawn - start)
                 draws = rng.multinomial(n, np.full(n, 1 / n), size=times).astype(np.float64)
                 means.append(draws @ sums.T / np.maximum(draws @ counts, 1)[:, None])
         self._mean = dict(zip(log_probs, sums.sum(1) / counts.sum(), strict=True))
         self._drawn = dict(zip(log_probs, np.concatenate(means).T, strict=True))
 
     def perplexity(self, name: str) -> dict[str, Any]:
-        """Perplexity and its 95% interval; an infinite one, as a retriever has alone, is None and has no interval."""
+        """Perplexity and its 95% interval; an infinite one, as a retriever has alone, is None and has no
+        interval, as a single document has none."""
         return _figure(self._mean[name], self._drawn[name])
 
     def ratio(self, above: str, below: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled, finite
-from memlm.evaluate.plot import number, plot_curve
+from memlm.evaluate.plot import number, plot_report, ratio_line
 from memlm.files import write_json
 from memlm.manifest import read_manifest
 from memlm.memory.config import UNNAMED
@@ -57,14 +57,17 @@ def evaluate_perplexity(
 
     Returns:
         `base`, each memory by its name (`memory` where it has none) and `mixture`, each with `perplexity` and
-        `interval` (95%, documents resampled); `mixture` has `mix_weight` too, by name where memories are named. Further
-        `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the mixture over the memories' total
-        weight), `by_label_frequency`, and what was run. An infinite perplexity, as a retriever has alone, is None.
+        `interval` (95%, documents resampled; None for a single document); `mixture` has `mix_weight` too, by name where
+        memories are named. Further `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the mixture
+        over the memories' total weight), `by_label_frequency`, and `run`: settings, and the content hashes of what was read, so that equal
+        runs give equal bytes (the manifest beside says where it was found). An infinite perplexity, as a retriever has
+        alone, is None.
 
     Raises:
         InputError: The corpus has no test tokens, or no validation tokens to choose weights on.
         ConfigError: A memory's name is taken by the report, or weights do not fit the memories.
         TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
+        ModelError: Base or memory cannot be reached, or gives NaN.
         OutputExistsError: `out` holds something else.
     """
     config = settings_from(EvaluateConfig, config, settings)
@@ -99,7 +102,7 @@ def evaluate_perplexity(
     report[MIXTURE]["mix_weight"] = by_name if isinstance(memory, Mapping) else weights[0]
     report[MIXTURE]["mix_weight_from"] = "validation" if given is None else "given"
     report["tokens"] = len(test.document)
-    report["documents"] = int(test.document.max()) + 1
+    report["documents"] = len(np.unique(test.document))
     report["ratio"] = resampled.ratio(MIXTURE, BASE)
     report["by_label_frequency"] = by_label_frequency(test.label_count, parts)
     curve = _curve(tables["validation"], memories, weights) if "validation" in tables else None
@@ -108,9 +111,15 @@ def evaluate_perplexity(
         "mix_weights": GRID.round(4).tolist(),
         "perplexities": None if curve is None else [finite(value) for value in curve],
     }
-    report["run"] = {"corpus": str(corpus), "base": base, "memory": memory, "config": config.model_dump()}
+    named = {name: spec.inputs[_input(name, memory)] for name in memories}
+    report["run"] = {
+        "corpus": spec.inputs["corpus"],
+        "base": spec.inputs["base"],
+        "memory": named if isinstance(memory, Mapping) else named[UNNAMED],
+        "config": config.model_dump(),
+    }
     if retrieval is not None:
-        report["run"]["retrieval"] = retrieval.model_dump()
+        report["run"]["retrieval"] = retrieval.found
     if out is not None:
         run_stage(out, spec, lambda stage: _write(stage, report, parts))
     return report
@@ -172,15 +181,20 @@ def report_spec(
 ) -> StageSpec:
     """What `evaluate_perplexity` with these arguments makes in its `out`."""
     made, config = read_manifest(corpus, "corpus"), config or EvaluateConfig()
-    named = {f"memory.{n}": m for n, m in memory.items()} if isinstance(memory, Mapping) else {"memory": memory}
+    named = {_input(n, memory): m for n, m in memory.items()} if isinstance(memory, Mapping) else {UNNAMED: memory}
     sources = {"base": base, **named}
     return StageSpec(
         "evaluation",
-        config=config.model_dump() | ({"retrieval": retrieval.model_dump()} if retrieval is not None else {}),
+        config=config.model_dump() | ({"retrieval": retrieval.found} if retrieval is not None else {}),
         inputs={"corpus": made.hash, **{name: model_identity(model) for name, model in sources.items()}},
         tokenizer=made.tokenizer,
         sources={"corpus": str(Path(corpus)), **sources},
     )
+
+
+def _input(name: str, memory: str | Mapping[str, str]) -> str:
+    """What a memory is called among the inputs."""
+    return f"memory.{name}" if isinstance(memory, Mapping) else name
 
 
 def _write(stage: Stage, report: dict[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,12 +203,12 @@ def _write(stage: Stage, report: dict[str, Any], parts: Mapping[str, Any]) -> di
         print("no plot was drawn: pip install 'memlm[plot]' brings matplotlib", file=sys.stderr)
     else:
         with stage.writing("perplexity.png") as temporary:
-            plot_curve(report, temporary)
+            plot_report(report, temporary)
     return {name: report[name] for name in (*parts, "tokens")}
 
 
 def report_table(report: dict[str, Any]) -> str:
-    """The report as lines of text: perplexities with intervals, then the split by label frequency."""
+    """The report as lines of text: perplexities with intervals and their ratio, then the split by label frequency."""
     mixture = report[MIXTURE]
     weight = mixture["mix_weight"]
     memories = list(weight) if isinstance(weight, dict) else [UNNAMED]
@@ -206,8 +220,10 @@ def report_table(report: dict[str, Any]) -> str:
         row = report[name]
         interval = "" if row["interval"] is None else "   {:.2f} to {:.2f}".format(*row["interval"])
         lines.append(f"{label:<{width}}{number(row['perplexity']):>12}{interval}")
+    lines.append(f"{ratio_line(report)}{'; no interval: one document' if report['documents'] == 1 else ''}")
     chosen = "chosen on validation" if mixture["mix_weight_from"] == "validation" else "given"
-    lines.append(f"{report['tokens']:,} test tokens of {report['documents']:,} documents; mix_weight {chosen}")
+    documents = f"{report['documents']:,} document{'s' if report['documents'] > 1 else ''}"
+    lines.append(f"{report['tokens']:,} test tokens of {documents}; mix_weight {chosen}")
     lines.append("")
     columns = {name: max(10, len(name) + 2) for name in labels}
     heads = "".join(f"{name:>{wide}}" for name, wide in columns.items())

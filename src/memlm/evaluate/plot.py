@@ -1,44 +1,141 @@
 """The plot of an evaluation."""
 
+import atexit
+import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+_BASE, _MIXTURE, _OTHER = "#555555", "#b0413e", "#1f5fa8"
 
-def plot_curve(report: dict[str, Any], path: Path) -> None:
-    """A PNG of validation perplexity against mix_weight, with the chosen weight marked."""
-    import matplotlib
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
+def plot_report(report: dict[str, Any], path: Path) -> None:
+    """Write `report_figure` as a PNG; equal reports give equal bytes, whatever the user's style."""
+    matplotlib = _matplotlib()
+    look = {
+        k: v for k, v in matplotlib.rcParamsDefault.items() if k.partition(".")[0] not in ("backend", "interactive")
+    }
+    with matplotlib.rc_context(look):
+        report_figure(report).savefig(path, format="png", dpi=150, metadata={"Software": None})
 
-    curve = report["validation"]
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    values = [value for value in curve["perplexities"] or [] if value is not None]
-    if values:
-        there = [w for w, value in zip(curve["mix_weights"], curve["perplexities"], strict=True) if value is not None]
-        axes.plot(there, values, color="#1f5fa8")
-        if max(values) > 5 * min(values):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_minor_formatter(NullFormatter())
-    weight = report["mixture"]["mix_weight"]
-    named = isinstance(weight, dict)
-    parts = ["base", *(weight if named else ["memory"]), "mixture"]
-    weight = sum(weight.values()) if named else weight
-    axes.axvline(weight, color="#b0413e", linestyle="--", linewidth=1)
+
+def report_figure(report: dict[str, Any]) -> Any:
+    """A figure of two parts: how the weight was chosen on validation text, and what came out on test text.
+
+    Both are drawn as large as the difference between base and mixture allows; what lies further off is written at the
+    edge. Nothing is drawn through pyplot, whose figures and backend are the caller's.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    choice, result = figure.subplots(1, 2)
+    _draw_choice(choice, report)
+    _draw_result(result, report)
+    return figure
+
+
+def _matplotlib() -> Any:
+    """The module; what it keeps for itself goes to a temporary folder, unless its user has imported or placed it."""
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
+        import matplotlib
+
+        return matplotlib
+    folder = os.environ["MPLCONFIGDIR"] = tempfile.mkdtemp(prefix="memlm-matplotlib-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # it may look there as long as it is loaded
+    try:
+        import matplotlib
+        import matplotlib.font_manager  # writes its list of fonts
+
+        return matplotlib
+    finally:
+        del os.environ["MPLCONFIGDIR"]
+
+
+def _draw_choice(axes: Any, report: dict[str, Any]) -> None:
+    """Validation perplexity against the memories' weight, and the base's as a line."""
+    curve, weight = report["validation"], report["mixture"]["mix_weight"]
+    total = sum(weight.values()) if isinstance(weight, dict) else weight
+    points = [
+        (w, value)
+        for w, value in zip(curve["mix_weights"], curve["perplexities"] or [], strict=bool(curve["perplexities"]))
+        if value is not None
+    ]
+    axes.set_title(f"validation, {curve['tokens']:,} tokens", fontsize=10)
+    axes.set_xlabel(f"weight of {' + '.join(_memories(report))}")
+    axes.set_ylabel("perplexity of the mixture")
+    axes.set_xlim(0, 1)
+    if points:
+        values = [value for _, value in points]
+        axes.plot(*zip(*points, strict=True), color=_OTHER)
+        axes.set_ylim(*_zoomed(min(values), values[0]))
+        axes.axhline(values[0], color=_BASE, linewidth=1)
+        axes.annotate(f"base {number(values[0])}", (0.99, values[0]), ha="right", va="bottom", color=_BASE)
+    axes.axvline(total, color=_MIXTURE, linestyle="--", linewidth=1)
+    chosen = "chosen" if report["mixture"]["mix_weight_from"] == "validation" else "given"
     axes.annotate(
-        f"chosen: {weight:g}", (weight, 0.97), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right"
+        f"{chosen}: {total:g}",
+        (total, 0.03),
+        xycoords=("data", "axes fraction"),
+        rotation=90,
+        ha="right" if total > 0.1 else "left",
+        color=_MIXTURE,
     )
-    axes.set_xlabel(f"mix_weight (0: base alone, 1: {'memories' if named else 'memory'} alone)")
-    axes.set_ylabel("validation perplexity")
-    axes.set_title("test: " + ", ".join(f"{part} {number(report[part]['perplexity'])}" for part in parts), fontsize=10)
     axes.grid(alpha=0.3)
-    figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
+
+
+def _draw_result(axes: Any, report: dict[str, Any]) -> None:
+    """Test perplexities with their intervals, by name; the base's as a line and a band."""
+    names = ["base", *_memories(report), "mixture"]
+    base, mixture = report["base"], report["mixture"]
+    shown = [value for part in (base, mixture) for value in (part["perplexity"], *(part["interval"] or [])) if value]
+    low, high = _zoomed(min(shown), max(shown)) if shown else (0.0, 1.0)
+    axes.set_xlim(low, high)
+    for place, name in enumerate(names):
+        figure, interval = report[name]["perplexity"], report[name]["interval"]
+        color = {"base": _BASE, "mixture": _MIXTURE}.get(name, _OTHER)
+        if figure is None or not low <= figure <= high:
+            told = f"{number(figure)}, off the scale"
+            axes.annotate(told, (0.98, place), xycoords=("axes fraction", "data"), ha="right", va="center", color=color)
+            continue
+        if interval is not None:
+            axes.plot(interval, [place, place], color=color, linewidth=2, alpha=0.5)
+        axes.plot([figure], [place], "o", color=color)
+        axes.annotate(number(figure), (figure, place), (0, 7), textcoords="offset points", ha="center", color=color)
+    if base["perplexity"] is not None:
+        axes.axvline(base["perplexity"], color=_BASE, linewidth=1)
+    if base["interval"] is not None:
+        axes.axvspan(*base["interval"], color=_BASE, alpha=0.12, linewidth=0)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.6)
+    axes.set_xlabel("perplexity, 95% interval" if base["interval"] else "perplexity")
+    axes.set_title(f"test, {report['tokens']:,} tokens: {ratio_line(report)}", fontsize=10)
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _memories(report: dict[str, Any]) -> list[str]:
+    weight = report["mixture"]["mix_weight"]
+    return list(weight) if isinstance(weight, dict) else ["memory"]
+
+
+def _zoomed(low: float, high: float) -> tuple[float, float]:
+    """Limits in which the way from `low` to `high`, or a hundredth where there is less, takes two thirds."""
+    room = max(high - low, 0.01 * high) / 4
+    return low - room, high + room
 
 
 def number(perplexity: float | None) -> str:
     """A perplexity as tables show it."""
     return "infinite" if perplexity is None else f"{perplexity:.2f}"
+
+
+def ratio_line(report: dict[str, Any]) -> str:
+    """Mixture over base, with its interval where there is one."""
+    ratio = report["ratio"]
+    if ratio["perplexity"] is None:
+        return "mixture / base infinite"
+    interval = "" if ratio["interval"] is None else " ({:.4f} to {:.4f})".format(*ratio["interval"])
+    return f"mixture / base {ratio['perplexity']:.4f}{interval}"

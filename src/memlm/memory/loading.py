@@ -29,7 +29,8 @@ def load_memory(
     Args:
         source: What `memlm train` wrote, a hub repository of one, a datastore (live retrieval), or any causal LM.
         base: The base it will stand beside; a live retrieval memory whose teacher is that base reads its activations.
-        retrieval: How a datastore is searched; as saved, or the defaults, if None. Other kinds ignore it.
+        retrieval: How a datastore is searched, and where its teacher is; what is not set is as saved, or the default.
+            Other kinds ignore it.
         kwargs: For loading the weights: `dtype`, `device_map`, `revision` …
 
     Raises:
@@ -38,8 +39,8 @@ def load_memory(
     """
     where = where_from(kwargs)
     settings = read_settings(source, **where)
-    if retrieval is not None and isinstance(settings, RetrievalSettings):
-        settings = settings.model_copy(update={"retrieval": retrieval})
+    if isinstance(settings, RetrievalSettings):
+        settings = settings.searched_by(retrieval)
     if settings is None and is_released_mlp(str(source), **where):
         raise ModelError(
             f"{source} is a released MLP Memory; convert it: memlm convert {source} --base BASE --out FOLDER"

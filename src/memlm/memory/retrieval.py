@@ -36,6 +36,11 @@ class RetrievalSettings(MemorySettings):
     retrieval: RetrievalConfig = Field(default_factory=RetrievalConfig)
     """Neighbours and temperature."""
 
+    def searched_by(self, config: RetrievalConfig | None) -> Self:
+        """The same, but for what `config` sets."""
+        given = {} if config is None else config.model_dump(include=config.model_fields_set)
+        return self.model_copy(update={"retrieval": self.retrieval.model_copy(update=given)})
+
 
 def datastore_settings(folder: str | Path, config: RetrievalConfig | None = None) -> RetrievalSettings:
     """The settings of a memory that searches the datastore in `folder`.
@@ -86,7 +91,8 @@ class RetrievalMemory(Memory):
             ConfigError: nprobe is given and the index has none.
         """
         settings = datastore if isinstance(datastore, RetrievalSettings) else datastore_settings(datastore, config)
-        store = Datastore(settings.datastore, nprobe=settings.retrieval.nprobe)
+        search = settings.retrieval
+        store = Datastore(settings.datastore, nprobe=search.nprobe, teacher=search.teacher)
         super().__init__(settings.model_copy(update={"tap": store.facts.tap if teacher is None else None}))
         self.store = store
         self._check_store()
@@ -116,8 +122,9 @@ class RetrievalMemory(Memory):
 
         Raises:
             ArtifactError: The teacher is no longer the model that made the keys.
+            ModelError: It cannot be reached.
         """
-        store = Datastore(settings.datastore)
+        store = Datastore(settings.datastore, teacher=settings.retrieval.teacher)
         if base is not None and model_identity(base) == store.manifest.inputs["teacher"]:
             return cls(settings).eval()
         store.check_teacher()

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from memlm.errors import ModelError
+
 LabelLogProbs = NDArray[np.float32] | NDArray[np.float64]
 GRID = np.linspace(0.0, 1.0, 101)
 _DIGITS = 4
@@ -39,7 +41,12 @@ def perplexity_curve(base: LabelLogProbs, memory: LabelLogProbs, grid: NDArray[n
 
 
 def best_mix_weight(base: LabelLogProbs, memory: LabelLogProbs) -> tuple[float, float]:
-    """The weight of `GRID` with the lowest perplexity, and that perplexity. Call it on validation scores only."""
+    """The weight of `GRID` with the lowest perplexity, and that perplexity. Call it on validation scores only.
+
+    Raises:
+        ModelError: There is NaN among them.
+    """
+    _check_numbers([base, memory])
     curve = perplexity_curve(base, memory)
     best = int(curve.argmin())
     return float(round(GRID[best], _DIGITS)), float(curve[best])
@@ -50,9 +57,13 @@ def best_mix_weights(base: LabelLogProbs, memories: Sequence[LabelLogProbs]) -> 
 
     A single memory's is the best of `GRID`. Several memories' come from expectation maximisation, whose every round
     lowers the perplexity, which has one minimum.
+
+    Raises:
+        ModelError: There is NaN among them.
     """
     if len(memories) == 1:
         return [best_mix_weight(base, memories[0])[0]]
+    _check_numbers([base, *memories])
     parts = np.stack([base, *memories]).astype(np.float64)  # (M + 1, P)
     there = np.isfinite(parts).any(0)  # a label that all find impossible prefers no weights
     probs = np.exp(parts[:, there] - parts[:, there].max(0))
@@ -64,3 +75,10 @@ def best_mix_weights(base: LabelLogProbs, memories: Sequence[LabelLogProbs]) -> 
         if moved < _SETTLED:
             break
     return [float(np.floor(weight * 10**_DIGITS) / 10**_DIGITS) for weight in weights[1:]]
+
+
+def _check_numbers(parts: Sequence[LabelLogProbs]) -> None:
+    for number, part in enumerate(parts):
+        if np.isnan(part).any():
+            who = f"memory {number}" if number else "base"
+            raise ModelError(f"label log-probs of {who} hold NaN, so no weight is best; score it again in float32")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memlm.corpus.blocks import IGNORE, Block, Blocks, length_batches
 from memlm.datastore.build import checked_keys
+from memlm.errors import ModelError
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
 
@@ -96,6 +97,9 @@ def score(
         taps: Those it wants.
         batch_tokens: Tokens in one forward pass, padding included.
         progress: Told how many labels were scored.
+
+    Raises:
+        ModelError: A voter gives NaN.
     """
     wanted = taps | {voter.tap for voter in voters.values() if voter.tap is not None and stored is None}
     base_votes = any(voter is base for voter in voters.values())
@@ -128,6 +132,10 @@ def score(
                     read = stored(members, tokens) if stored is not None else activations[voter.tap]
                 state = voter.step(tokens.to(voter.device), read)
             found = voter.label_log_probs(state, labels.to(voter.device))
+            if any(values.isnan().any() for values in found.values()):
+                raise ModelError(
+                    f"{name} gives NaN, no distribution; where its weights are whole they overflow: take dtype float32"
+                )
             for column, values in scores[name].items():
                 values[positions] = found[column].numpy()
         progress(len(positions))

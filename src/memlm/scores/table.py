@@ -1,18 +1,22 @@
 """The table of scores: any number of voters over splits of a corpus, each computed once and kept in the cache."""
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.corpus.blocks import Block, Blocks, Corpus
-from memlm.files import cache_dir, digest, load_array
+from memlm.errors import ArtifactError
+from memlm.files import cache_dir, digest, file_error, load_array
 from memlm.manifest import is_finished, payload_file, read_manifest
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.retrieval import RetrievalSettings
@@ -93,29 +97,48 @@ class Scorers:
     ) -> dict[str, Scores]:
         """What base and memories think of each label of `text`: read back where known, else computed in one pass.
 
+        Where another process computes some of them it is waited for.
+
         Args:
             taps, on_activations: As `score` takes them; not called where nothing had to be computed.
+
+        Raises:
+            ModelError: A model gives NaN; nothing is kept of the pass.
         """
         specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
         folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
-        missing = [name for name, folder in folders.items() if not is_finished(folder)]
-        if missing:
-            voters = {name: self._voter(name) for name in missing}
-            reads_base = BASE in missing or any(voter.tap is not None for voter in voters.values())
-            positions = int(text.blocks.position_starts[-1])
-            with progress_bar(positions, f"scoring {text.split}: {', '.join(missing)}") as bar:
-                found = score(
-                    voters,
-                    text.blocks,
-                    base=self._base_voter if reads_base else None,
-                    taps=taps,
-                    on_activations=on_activations,
-                    batch_tokens=self._batch_tokens,
-                    progress=bar.update,
-                )
-            for name in missing:
-                run_stage(folders[name], specs[name], lambda stage, name=name: _save(stage, found[name]))
+        if unknown := {folder for folder in folders.values() if not is_finished(folder)}:
+            with _alone(unknown):
+                missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
+                for name, scores in self._compute(text, missing, taps, on_activations).items():
+                    run_stage(folders[name], specs[name], partial(_save, scores=scores))
         return {name: read_scores(folder, int(text.blocks.position_starts[-1])) for name, folder in folders.items()}
+
+    def _compute(
+        self,
+        text: Text,
+        specs: Mapping[str, StageSpec],
+        taps: frozenset[str],
+        on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None,
+    ) -> dict[str, Scores]:
+        """The scores of these voters, from one pass over `text`; none where none are asked for."""
+        if not specs:
+            return {}
+        voters = {name: self._voter(name) for name in specs}
+        titles = {name: f"{name} {spec.sources['model']} ({spec.config['dtype']})" for name, spec in specs.items()}
+        reads_base = BASE in voters or any(voter.tap is not None for voter in voters.values())
+        positions = int(text.blocks.position_starts[-1])
+        with progress_bar(positions, f"scoring {text.split}: {', '.join(voters)}") as bar:
+            found = score(
+                {titles[name]: voter for name, voter in voters.items()},
+                text.blocks,
+                base=self._base_voter if reads_base else None,
+                taps=taps,
+                on_activations=on_activations,
+                batch_tokens=self._batch_tokens,
+                progress=bar.update,
+            )
+        return {name: found[titles[name]] for name in voters}
 
     def _spec(self, text: Text, name: str) -> StageSpec:
         model = self._memories.get(name, self._base)
@@ -130,7 +153,7 @@ class Scorers:
         if settings is not None and settings.tap is not None:
             inputs["base"] = model_identity(self._base)
         if isinstance(settings, RetrievalSettings):
-            config["retrieval"] = (self._retrieval or settings.retrieval).model_dump()
+            config["retrieval"] = settings.searched_by(self._retrieval).retrieval.found
         sources = {"corpus": text.source, "model": model}
         return StageSpec("scores", config=config, inputs=inputs, tokenizer=text.tokenizer, sources=sources)
 
@@ -149,6 +172,29 @@ class Scorers:
         return voter.to(default_device())
 
 
+@contextmanager
+def _alone(folders: Iterable[Path]) -> Iterator[None]:
+    """Keeps others from computing the same scores, or waits until they are done; what they made is there then.
+
+    These locks are none of the folders' own, which are held while those are written only.
+    """
+    with ExitStack() as held:
+        for folder in sorted(folders):  # in one order, so that no two wait for each other
+            try:
+                locks = cache_dir() / "locks"
+                locks.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(locks / folder.name)
+                try:
+                    lock.acquire(blocking=False)
+                except Timeout:
+                    print("another run computes the same scores; waiting for them", file=sys.stderr)
+                    lock.acquire()
+            except OSError as error:
+                raise file_error(error, folder) from error
+            held.callback(lock.release)
+        yield
+
+
 def _save(stage: Stage, scores: Scores) -> dict[str, Any]:
     for column in COLUMNS:
         stage.save_array(f"{column}.npy", getattr(scores, column))
@@ -159,15 +205,16 @@ def read_scores(folder: str | Path, positions: int) -> Scores:
     """The scores that a folder of the cache holds.
 
     Raises:
-        ArtifactError: It is damaged, or of another number of positions.
+        ArtifactError: It is damaged, or of another number of positions, or holds NaN, as earlier versions kept it.
     """
     manifest = read_manifest(folder, "scores")
-    return Scores(
-        **{
-            column: load_array(payload_file(folder, manifest, f"{column}.npy"), dtype, (positions,))
-            for column, dtype in COLUMNS.items()
-        }
-    )
+    columns = {
+        column: load_array(payload_file(folder, manifest, f"{column}.npy"), dtype, (positions,))
+        for column, dtype in COLUMNS.items()
+    }
+    if any(np.isnan(values).any() for values in columns.values()):
+        raise ArtifactError(f"{folder} holds NaN of {manifest.sources.get('model')}; delete it, and mend that model")
+    return Scores(**columns)
 
 
 def score_corpus(

@@ -28,7 +28,12 @@ from memlm.targets.votes import SparseProbs, retrieve
 
 
 def build_targets(
-    datastore: str | Path, *, out: str | Path, config: TargetsConfig | None = None, **settings: Any
+    datastore: str | Path,
+    *,
+    out: str | Path,
+    teacher: str | None = None,
+    config: TargetsConfig | None = None,
+    **settings: Any,
 ) -> Manifest:
     """Search every training position's neighbours and write their votes to `out`.
 
@@ -39,22 +44,31 @@ def build_targets(
     Args:
         datastore: Folder of the datastore stage.
         out: Folder to write; resumed where an earlier run stopped.
+        teacher: Where the datastore's teacher is by now, which makes its queries where it kept no keys.
         config: Default settings if None; or give them as keywords.
 
     Raises:
         ConfigError: k is larger than the datastore allows.
         ArtifactError: The datastore kept no keys and its teacher is no longer the one that made it.
+        ModelError: Its teacher is needed and cannot be reached.
     """
-    return run_stage(out, *plan_targets(datastore, config=settings_from(TargetsConfig, config, settings)))
+    config = settings_from(TargetsConfig, config, settings)
+    return run_stage(out, *plan_targets(datastore, teacher=teacher, config=config))
 
 
-def plan_targets(datastore: str | Path, *, config: TargetsConfig | None = None, positions_at_once: int = 4096) -> Plan:
+def plan_targets(
+    datastore: str | Path,
+    *,
+    teacher: str | None = None,
+    config: TargetsConfig | None = None,
+    positions_at_once: int = 4096,
+) -> Plan:
     """What `build_targets` with these arguments is to make, and the work; raises what it raises before any work.
 
     `positions_at_once` decides speed and memory of the search, not what it finds.
     """
     config = config or TargetsConfig()
-    store = Datastore(datastore)
+    store = Datastore(datastore, teacher=teacher)
     if config.k > store.n_entries - 1:
         raise ConfigError(
             f"k = {config.k} is larger than the {store.n_entries - 1} other entries of datastore {datastore}; lower --k"

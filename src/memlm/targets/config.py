@@ -1,8 +1,11 @@
 """Settings of the targets stage."""
 
-from pydantic import Field
+from typing import Any
+
+from pydantic import Field, field_validator
 
 from memlm.config import StageConfig
+from memlm.files import lasting_name
 
 IMPORTED = {"released": True}
 """Settings of targets that were imported, whose making is not known."""
@@ -22,6 +25,18 @@ class RetrievalConfig(NeighborConfig):
 
     nprobe: int | None = Field(default=None, ge=1)
     """Inverted lists searched; default what the datastore was tuned to."""
+    teacher: str | None = None
+    """Where the datastore's teacher is by now, if it was moved; a live retrieval runs it beside another base."""
+
+    @field_validator("teacher")
+    @classmethod
+    def _lasts(cls, value: str | None) -> str | None:
+        return None if value is None else lasting_name(value)
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What decides which votes are found."""
+        return self.model_dump(exclude={"teacher"})
 
 
 class TargetsConfig(NeighborConfig):
