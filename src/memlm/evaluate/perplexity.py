@@ -72,9 +72,13 @@ def evaluate_perplexity(
     source = Corpus(corpus)
     splits = source.manifest.facts["splits"]
     if not splits["test"]["positions"]:
-        raise InputError(f"corpus {corpus} has no test tokens; build it with a larger --test-fraction")
+        cure = "build it with a larger --test-fraction, of more documents, or with a --document-separator"
+        raise InputError(f"corpus {corpus} has no test tokens; {cure}")
     if config.mix_weight is None and not splits["validation"]["positions"]:
-        raise InputError(f"corpus {corpus} has no validation tokens to choose mix_weight on; give --mix-weight")
+        raise InputError(
+            f"corpus {corpus} has no validation tokens to choose mix_weight on; give --mix-weight, or build"
+            " it with a larger --validation-fraction, of more documents, or with a --document-separator"
+        )
     if taken := memories.keys() & _TAKEN:
         raise ConfigError(f"memory name {min(taken)!r} is what the report calls something of its own; take another")
     given = None
