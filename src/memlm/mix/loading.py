@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
+from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.mix.config import MixedLMConfig
@@ -152,9 +153,23 @@ def _open_saved(
         if memory is None:
             raise ConfigError(f"memory is missing: {base} is a plain model, so name the memory to put beside it")
         return base, memory, None
-    names = {name: str(folder / place) for name, place in (saved.memories or {}).items()}
-    inside = folder / saved.base
-    return str(inside) if saved.base and inside.is_dir() else saved.base, memory if memory is not None else names, saved
+    names = {name: str(_inside(folder, place)) for name, place in (saved.memories or {}).items()}
+    home = saved.base
+    if home and not os.path.isabs(home) and (".." in Path(home).parts or (folder / home).is_dir()):
+        home = str(_inside(folder, home))
+    return home, memory if memory is not None else names, saved
+
+
+def _inside(folder: Path, place: str) -> Path:
+    """A place that a saved mixture names in its own folder.
+
+    Raises:
+        ArtifactError: It is elsewhere.
+    """
+    real = os.path.realpath(folder / place)
+    if os.path.isabs(place) or not real.startswith(os.path.realpath(folder) + os.sep):
+        raise ArtifactError(f"{folder}/config.json names a place outside its folder: {place[:80]!r}; save it anew")
+    return folder / place
 
 
 def check_tokenizers(
