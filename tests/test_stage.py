@@ -252,3 +252,32 @@ def test_a_lock_that_a_killed_process_left_in_a_finished_folder_goes_and_nothing
         "part",
         "run.json",
     ]
+
+
+@pytest.mark.parametrize("name", ["lock", "part", ".numbers.npy.writing", "plan.json"])
+def test_a_planted_unfinished_folder_writes_nothing_outside_of_it(tmp_path: Path, name: str) -> None:
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    out.mkdir()
+    write_json(out / "plan.json", ASKED.identity)
+    (out / "begun.txt").write_text("begun")
+    if name == "part":
+        outside.mkdir()
+    else:
+        outside.write_bytes((out / "plan.json").read_bytes())
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(outside)
+    before = [outside.read_bytes()] if outside.is_file() else list(outside.iterdir())
+    with pytest.raises(OutputExistsError, match="is a link"):
+        build(out)
+    assert ([outside.read_bytes()] if outside.is_file() else list(outside.iterdir())) == before
+
+
+def test_files_that_are_elsewhere_too_keep_their_mode_and_bytes_there(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / "plan.json", ASKED.identity)
+    outside = tmp_path / "outside.txt"
+    outside.write_text("mine")
+    outside.chmod(0o600)
+    os.link(outside, tmp_path / "out" / "begun.txt")
+    build(tmp_path / "out")
+    assert (outside.read_text(), outside.stat().st_mode & 0o777) == ("mine", 0o600)

@@ -70,6 +70,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it on success and removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.writing")
+    temporary.unlink(missing_ok=True)  # it might be a link to another file
     try:
         with written_whole(path):
             yield temporary

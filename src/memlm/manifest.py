@@ -7,6 +7,7 @@ before the file is read.
 import contextlib
 import os
 import platform
+import shutil
 import stat
 import sys
 from importlib import metadata
@@ -219,6 +220,18 @@ def check_payload(folder: str | Path, manifest: Manifest, start: str = "") -> No
     for name in manifest.payload:
         if name.startswith(start):
             payload_file(folder, manifest, name)
+
+
+def copy_payload(folder: str | Path, manifest: Manifest, out: Path, start: str = "") -> None:
+    """Copy into `out` the payload files whose names start with `start`, and no other file that lies beside them.
+
+    Raises:
+        ArtifactError: One is missing or damaged, as in `payload_file`.
+    """
+    for name in manifest.payload:
+        if name.startswith(start):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(payload_file(folder, manifest, name), out / name)
 
 
 def library_versions() -> dict[str, str]:

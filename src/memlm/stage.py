@@ -8,6 +8,7 @@ inputs goes on at the first missing file.
 import contextlib
 import json
 import os
+import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -235,11 +236,13 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
             yield stage
             return
         out.mkdir(parents=True, exist_ok=True)
+        _refuse_links(out)
         with locked(out):
             if manifest := check_output(out, spec):
                 stage.settle(manifest)  # of a run that was stopped just before the end, or that ended just now
             else:
                 stage.begin()
+                _part_hard_links(out)
             try:
                 yield stage
             finally:
@@ -273,6 +276,20 @@ def check_output(out: str | Path, spec: StageSpec) -> Manifest | None:
     return None
 
 
+def _refuse_links(folder: Path) -> None:
+    """Raise an OutputExistsError where there is a link in an unfinished folder, for it could lead out of it."""
+    if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
+        raise OutputExistsError(f"{links[0]} is a link, which no stage makes; delete it or choose another output")
+
+
+def _part_hard_links(folder: Path) -> None:
+    """Give the folder copies of its own of the files that are somewhere else too, for some are written in place."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_nlink > 1:
+            with replacing(path) as temporary:
+                shutil.copy2(path, temporary)
+
+
 def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     for part in IDENTITY:
         old, new = there.get(part), here.get(part)
@@ -294,7 +311,10 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         OutputExistsError: Another process works on it.
     """
-    lock = FileLock(folder / LOCK)
+    path = folder / LOCK
+    if path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_nlink == 1)):
+        raise OutputExistsError(f"{path} is a link, or no file; delete it or choose another output")
+    lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
     except Timeout:

@@ -9,7 +9,7 @@ from reference import shared_ngrams
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import SPLITS, Corpus
-from memlm.corpus.build import build_corpus, plan_corpus
+from memlm.corpus.build import build_corpus, corpus_notes, plan_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.manifest import Manifest, read_manifest
@@ -221,3 +221,77 @@ def test_a_finished_corpus_is_not_made_again(build, tmp_path: Path) -> None:
         again, _ = build(texts)
     assert not written
     assert again == first == read_manifest(tmp_path / "corpus", "corpus")
+
+
+SPELLED = "you write </s> after it </s> and <s> in front"
+
+
+@pytest.mark.parametrize("special_tokens", [False, True])
+def test_special_tokens_that_a_document_spells_are_text_unless_asked_for_and_are_counted(
+    build, tokenizer: PreTrainedTokenizerFast, special_tokens: bool
+) -> None:
+    manifest, found = build([SPELLED, *sentences(20, seed=1)], special_tokens=special_tokens)
+    documents = everything(found)
+    ends = sum(document[:-1].count(tokenizer.eos_token_id) for document in documents)
+    assert ends == (2 if special_tokens else 0)
+    assert sum(document.count(tokenizer.bos_token_id) for document in documents) == (1 if special_tokens else 0)
+    assert any(tokenizer.decode(document[:-1]) == SPELLED for document in documents)
+    assert manifest.facts["special_tokens_spelled"] == {"</s>": 2, "<s>": 1}
+    (note,) = corpus_notes(manifest)
+    assert "</s> 2 times, <s> 1 times" in note
+    assert ("--special-tokens makes them tokens" in note) is not special_tokens
+
+
+def test_a_rendered_document_gets_each_end_once(build, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [f"<s>{text}</s>" for text in sentences(20, seed=1)]
+    _, found = build(texts, special_tokens=True, start_token="bos")
+    for document in everything(found):
+        assert document[0] == tokenizer.bos_token_id not in document[1:]
+        assert document[-1] == tokenizer.eos_token_id not in document[:-1]
+
+
+def test_interrupted_tokenising_counts_special_tokens_once(build) -> None:
+    texts, small = [SPELLED, *sentences(40, seed=10)], {"shard_characters": 1000}
+    with files_written("raw/*.npy", most=7):
+        build(texts, "resumed", small)
+    resumed, _ = build(texts, "resumed", small)
+    assert resumed.facts["special_tokens_spelled"] == {"</s>": 2, "<s>": 1}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_splits_that_no_document_fell_to_are_the_ends_of_training_documents(
+    build, tokenizer: PreTrainedTokenizerFast, count: int, seed: int
+) -> None:
+    texts = sentences(count, seed=seed)
+    manifest, found = build(texts, seed=seed, validation_fraction=0.1, test_fraction=0.1)
+    assert all(found.values())
+    assert manifest.facts["held_out_inside_documents"]
+    wholes = {(*tokenizer(text, add_special_tokens=False)["input_ids"], 2) for text in texts}
+    pieces = {name: list(documents) for name, documents in found.items()}
+    for whole in wholes:  # each token of a document is in one split
+        if whole in [*found["validation"], *found["test"], *found["train"]]:
+            continue
+        assert any(
+            a + b + c == whole
+            for a in pieces["train"]
+            for b in [(), *pieces["validation"]]
+            for c in [(), *pieces["test"]]
+        )
+    assert sum(map(len, everything(found))) == sum(map(len, wholes))
+    (note,) = corpus_notes(manifest)
+    assert "the last part of each training document is held out instead" in note
+    assert "another --document-separator" in note
+
+
+def test_a_split_that_nothing_asks_for_stays_empty_without_a_word(build) -> None:
+    manifest, found = build(sentences(2, seed=1), validation_fraction=0, test_fraction=0)
+    assert not found["validation"] + found["test"]
+    assert manifest.facts["held_out_inside_documents"] == corpus_notes(manifest) == []
+
+
+def test_a_split_that_is_empty_in_spite_of_all_is_said_with_the_cure(build) -> None:
+    manifest, _ = build(["a b"], end_token="none", document_separator=None)
+    notes = corpus_notes(manifest)
+    assert [note.split(":")[0] for note in notes] == ["the validation split is empty", "the test split is empty"]
+    assert "--document-separator" in notes[0]

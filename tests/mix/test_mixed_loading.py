@@ -485,11 +485,11 @@ def test_keywords_for_loading_a_base_that_is_loaded_are_refused(model_folder: st
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memories": {"memory": "/etc"}}, "memory '/etc' lies outside"),
-        ({"memories": {"memory": "memories/../../elsewhere"}}, r"memory 'memories/\.\./\.\./elsewhere' lies outside"),
+        ({"memories": {"memory": "/etc"}}, "place outside its folder: '/etc'"),
+        ({"memories": {"memory": "memories/../../elsewhere"}}, "place outside its folder"),
         ({"memories": {"memory": 5}}, "must be names of folders or hub ids"),
         ({"memories": ["memories/memory"]}, "must be names of folders or hub ids"),
-        ({"base": "../elsewhere"}, r"base '\.\./elsewhere' leads outside"),
+        ({"base": "../elsewhere"}, "place outside its folder"),
         ({"base": None}, "must be names of folders or hub ids"),
     ],
 )

@@ -1,11 +1,22 @@
 import copy
 
 import pytest
+from conftest import sentences
+from tiny_tokenizers import byte_level, sentencepiece_like
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from memlm.errors import InputError, TokenizerMismatchError
-from memlm.models.tokenizers import check_same, encode_prompt, fingerprint, load_tokenizer, vocabulary_size
+from memlm.models import tokenizers as module
+from memlm.models.tokenizers import (
+    TextEncoder,
+    check_same,
+    encode_prompt,
+    fingerprint,
+    load_tokenizer,
+    special_texts,
+    vocabulary_size,
+)
 
 
 def character_tokenizer(vocabulary: list[str], merges: list[tuple[str, str]] | None = None) -> PreTrainedTokenizerFast:
@@ -70,3 +81,87 @@ def test_a_chat_without_a_template_and_an_empty_prompt_are_refused() -> None:
         encode_prompt(tokenizer, [{"role": "user", "content": "hi"}])
     with pytest.raises(InputError, match="prompt '' has no tokens"):
         encode_prompt(tokenizer, "")
+
+
+PIECES = ["<unk>", "<s>", "</s>", *"<>/s▁abcdehlmnoprtuvy."]
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.Unigram([(piece, 0.0 if i < 3 else -3.0) for i, piece in enumerate(PIECES)], unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def word_level() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "the", "memory"])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def word_piece() -> PreTrainedTokenizerFast:
+    vocabulary = ["<unk>", "<s>", "</s>", *"<>/sabc", *[f"##{letter}" for letter in "<>/sabc"]]
+    core = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(vocabulary)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+KINDS = {
+    "byte-level": lambda: byte_level(sentences(50, seed=1)),
+    "sentencepiece": lambda: sentencepiece_like(sentences(50, seed=1)),
+    "unigram": unigram,
+    "word-level": word_level,
+    "word-piece": word_piece,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_kind_of_tokenizer_gives_special_tokens_for_text_and_all_else_is_as_before(kind: str) -> None:
+    tokenizer = KINDS[kind]()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<turn>"]})
+    tokenizer.add_tokens(["asthma-inhaler"])  # a word like any
+    special = set(tokenizer.convert_tokens_to_ids(["<s>", "</s>", "<turn>"]))
+    spelled = ("spelled", "the </s> memory <s> <turn></s>")
+    plain, parsed = TextEncoder(tokenizer), TextEncoder(tokenizer, special_tokens=True)
+    assert not special & set(plain([spelled])[0].tolist())
+    assert special <= set(parsed([spelled])[0].tolist())
+    for text in (*sentences(10, seed=3), "the asthma-inhaler memory"):
+        expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert plain([("a", text)])[0].tolist() == parsed([("a", text)])[0].tolist() == expected
+    assert special_texts(tokenizer)[0] == "<turn>"
+    assert tokenizer(spelled[1], add_special_tokens=False)["input_ids"].count(tokenizer.eos_token_id) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_text_is_encoded_in_pieces_to_the_same_ids(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = KINDS[kind]()
+    texts = {"lines": "\n".join(sentences(20, seed=5)), "none": ""}
+    if kind != "sentencepiece":  # some of whose tokens here cross the ends of words
+        texts["line"] = " ".join(sentences(20, seed=6))
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts.values()]
+    assert [ids.tolist() for ids in TextEncoder(tokenizer)(list(texts.items()))] == expected
+    monkeypatch.setattr(module, "PIECE", 400)
+    assert [ids.tolist() for ids in TextEncoder(tokenizer)(list(texts.items()))] == expected
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_named() -> None:
+    core = Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))  # and no such token
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    with pytest.raises(InputError, match=r"b\.txt#0: the tokenizer fails on this text \(.*Missing.*\); leave it out"):
+        TextEncoder(tokenizer)([("a.txt#0", "a"), ("b.txt#0", "b")])
+
+
+def test_a_prompt_does_not_end_in_what_the_tokenizer_puts_behind_a_text() -> None:
+    tokenizer = character_tokenizer(["?", "a", "b", "c"])
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    for template in ("<s> $A </s>", "$A </s> </s>", "$A"):
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=marks
+        )
+        first = ["<s>"] if template.startswith("<s>") else []
+        found = encode_prompt(tokenizer, "a b")
+        assert tokenizer.convert_ids_to_tokens(found["input_ids"][0]) == [*first, "a", "b"]
+        assert found["attention_mask"].shape == found["input_ids"].shape
+        ended = encode_prompt(tokenizer, "a </s>")["input_ids"][0]  # as the user asked for
+        assert tokenizer.convert_ids_to_tokens(ended) == [*first, "a", "</s>"]

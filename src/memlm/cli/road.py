@@ -56,7 +56,7 @@ def corpus(
     Example: memlm corpus medquad.txt --document-separator '\\n\\n' --tokenizer smollm2 --max-tokens 400000 --out c/
     """
     quiet()
-    from memlm.corpus.build import build_corpus
+    from memlm.corpus.build import build_corpus, corpus_notes
 
     manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
     facts = manifest.facts
@@ -68,6 +68,8 @@ def corpus(
         f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()
     ]
     print_made(out, manifest, as_json, "\n".join(lines))
+    for line in corpus_notes(manifest):
+        say(f"memlm: note: {line}")
 
 
 @with_settings(DatastoreConfig)

@@ -2,10 +2,13 @@
 
 import hashlib
 import itertools
+import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +20,10 @@ from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
 from memlm.corpus.readers import Document, find_sources, read_documents, source_digest
 from memlm.errors import ConfigError, InputError
+from memlm.files import read_json
 from memlm.manifest import Manifest
 from memlm.models.loading import resolve
-from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
+from memlm.models.tokenizers import TextEncoder, fingerprint, load_tokenizer, special_texts, vocabulary_size
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 
@@ -68,7 +72,7 @@ def plan_corpus(
 
     def work(stage: Stage) -> dict[str, Any]:
         shards = _shards(read_documents(files, config), shard_characters)
-        _tokenize(stage, shards, loaded, around, config.seed)
+        _tokenize(stage, shards, loaded, around, config)
         facts = _compile(stage, config)
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
@@ -110,24 +114,36 @@ def _tokenize(
     shards: Iterator[list[Document]],
     tokenizer: PreTrainedTokenizerBase,
     around: list[int | None],
-    seed: int,
+    config: CorpusConfig,
 ) -> None:
     """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each; `around` are first and last id."""
-    start, end = ([] if token is None else [token] for token in around)
+    start, end = around
+    special = re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
+    encode = TextEncoder(tokenizer, special_tokens=config.special_tokens)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
         for number, shard in enumerate(shards):
             if stage.has(f"raw/{number:05d}.names.txt"):  # written last
                 bar.update(len(np.load(stage.path / f"raw/{number:05d}.tokens.npy", mmap_mode="r")))
                 continue
-            encoded = tokenizer([d.text for d in shard], add_special_tokens=False, verbose=False)["input_ids"]
-            rows = [np.array([*start, *ids, *end] if ids else [], np.int32) for ids in encoded]
+            rows = [_enclosed(ids, start, end, config) for ids in encode([(d.name, d.text) for d in shard])]
             stage.save_array(f"raw/{number:05d}.tokens.npy", np.concatenate(rows))
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
-            hashes = np.array([document_hash(d.text, seed) for d in shard])
+            hashes = np.array([document_hash(d.text, config.seed) for d in shard])
             stage.save_array(f"raw/{number:05d}.hashes.npy", hashes)
+            met = Counter(match.group() for d in shard for match in special.finditer(d.text))
+            stage.save_text(f"raw/{number:05d}.special.json", json.dumps(met))
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
             bar.update(sum(map(len, rows)))
+
+
+def _enclosed(ids: NDArray[np.int32], start: int | None, end: int | None, config: CorpusConfig) -> NDArray[np.int32]:
+    """A document's ids between the tokens asked for; one that its text spells already is not put there twice."""
+    if not len(ids):
+        return ids
+    first = [] if start is None or (config.special_tokens and ids[0] == start) else [start]
+    last = [] if end is None or (config.special_tokens and ids[-1] == end) else [end]
+    return np.concatenate([first, ids, last]).astype(np.int32)
 
 
 def _shards(documents: Iterator[Document], characters: int) -> Iterator[list[Document]]:
@@ -163,12 +179,22 @@ class _Raw:
         self.names = list(
             itertools.chain.from_iterable((folder / f"{n}.names.txt").read_text("utf-8").splitlines() for n in numbers)
         )
+        special = sum((Counter(read_json(folder / f"{n}.special.json")) for n in numbers), Counter())
+        self.special = dict(sorted(special.items()))
         self._shard = np.repeat(np.arange(len(numbers)), [len(x) for x in lengths])
         self._offset = np.concatenate([np.empty(0, np.int64), *[np.cumsum(x) - x for x in lengths]])
 
-    def tokens(self, document: int) -> NDArray[np.int32]:
-        offset = self._offset[document]
-        return np.asarray(self._tokens[self._shard[document]][offset : offset + self.lengths[document]])
+    def tokens(self, part: "_Part") -> NDArray[np.int32]:
+        offset = self._offset[part.document]
+        return np.asarray(self._tokens[self._shard[part.document]][offset + part.start : offset + part.stop])
+
+
+class _Part(NamedTuple):
+    """A run of one document's tokens: the whole, where nothing is cut from it."""
+
+    document: int
+    start: int
+    stop: int
 
 
 def _compile(stage: Stage, config: CorpusConfig) -> dict:
@@ -179,20 +205,26 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
     share = raw.hashes / 2.0**64
     bounds = (config.validation_fraction, config.validation_fraction + config.test_fraction)
     split_of = np.where(share < bounds[0], 1, np.where(share < bounds[1], 2, 0))
+    parts = {
+        split: [_Part(int(d), 0, int(raw.lengths[d])) for d in distinct if split_of[d] == number and usable[d]]
+        for number, split in enumerate(SPLITS)
+    }
     facts: dict = {
         "documents_read": len(raw.lengths),
         "documents_too_short": int((~usable).sum()),
         "documents_repeated": int(usable.sum() - usable[distinct].sum()),
         "documents_near_duplicate": 0,
+        "special_tokens_spelled": raw.special,
+        "held_out_inside_documents": _hold_out_inside(parts, config),
         "splits": {},
     }
-    chosen: dict[str, list[tuple[int, int]]] = {}
-    for number, split in enumerate(SPLITS):
-        candidates = [d for d in distinct if split_of[d] == number and usable[d]]
+    chosen: dict[str, list[_Part]] = {}
+    for split in SPLITS:
+        candidates = parts[split]
         if config.near_duplicate_ngram and split != "train":
             candidates, dropped = _drop_near_duplicates(raw, candidates, chosen, config)
             facts["documents_near_duplicate"] += dropped
-        chosen[split] = _within_budget(raw, candidates, config.budget(split))
+        chosen[split] = _within_budget(candidates, config.budget(split))
         if split == "train" and not chosen[split]:
             read = f"{len(raw.lengths):,} documents were read"
             raise InputError(f"the corpus is empty: {read}, none of two tokens is left for training")
@@ -201,39 +233,93 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
     return facts
 
 
+def _hold_out_inside(parts: dict[str, list[_Part]], config: CorpusConfig) -> list[str]:
+    """Fill splits that got no document, though asked for, from the ends of the training documents.
+
+    Where no document is left for training, all of them are, and every split that is asked for is cut from them.
+
+    Returns:
+        The splits so filled.
+    """
+    fractions = {"test": config.test_fraction, "validation": config.validation_fraction}  # the test split comes last
+    if not parts["train"]:
+        parts["train"] = [part for split in SPLITS for part in parts[split]]
+        parts.update({split: [] for split in fractions})
+    empty = [split for split, fraction in fractions.items() if fraction and not parts[split]]
+    whole = {part.document: part.stop for part in parts["train"]}
+    for split in empty:
+        left = []
+        for document, start, stop in parts["train"]:
+            held = max(2, round(whole[document] * fractions[split]))
+            if stop - held < 2 * len(empty):
+                held = 0  # too short to give any
+            else:
+                parts[split].append(_Part(document, stop - held, stop))
+            left.append(_Part(document, start, stop - held))
+        parts["train"] = left
+    return [split for split in SPLITS if split in empty and parts[split]]
+
+
+def corpus_notes(manifest: Manifest) -> list[str]:
+    """What the user of a new corpus should know, a line each; of a manifest that `build_corpus` gave."""
+    config, facts, lines = CorpusConfig.parse(manifest.config, "corpus."), manifest.facts, []
+    if spelled := facts["special_tokens_spelled"]:
+        met = ", ".join(f"{text} {count:,} times" for text, count in list(spelled.items())[:5])
+        kept = "are those tokens" if config.special_tokens else "are text like any; --special-tokens makes them tokens"
+        lines.append(f"special tokens spelled in the documents ({met}) {kept}")
+    if inside := facts["held_out_inside_documents"]:
+        shares = ", ".join(f"{name} {getattr(config, f'{name}_fraction'):.0%}" for name in inside)
+        lines.append(
+            f"too few documents to hold any out whole: the last part of each training document is held out instead"
+            f" ({shares}); {_more_documents(config)}"
+        )
+    for name in ("validation", "test"):
+        if getattr(config, f"{name}_fraction") and not facts["splits"][name]["positions"]:
+            lines.append(
+                f"the {name} split is empty: later stages need its tokens; {_more_documents(config)}, or a larger"
+                f" --{name}-fraction"
+            )
+    return lines
+
+
+def _more_documents(config: CorpusConfig) -> str:
+    if config.document_separator is None:
+        return "give more documents, or name what stands between them in a file: --document-separator '\\n\\n'"
+    return f"give more documents, or another --document-separator than {config.document_separator!r}"
+
+
 def _drop_near_duplicates(
-    raw: _Raw, candidates: list[int], chosen: dict[str, list[tuple[int, int]]], config: CorpusConfig
-) -> tuple[list[int], int]:
-    finder = OverlapFinder([raw.tokens(d) for d in candidates], config.near_duplicate_ngram)
-    for document, length in itertools.chain.from_iterable(chosen.values()):
-        finder.scan(raw.tokens(document)[:length])
+    raw: _Raw, candidates: list[_Part], chosen: dict[str, list[_Part]], config: CorpusConfig
+) -> tuple[list[_Part], int]:
+    finder = OverlapFinder([raw.tokens(part) for part in candidates], config.near_duplicate_ngram)
+    for part in itertools.chain.from_iterable(chosen.values()):
+        finder.scan(raw.tokens(part))
     keep = finder.overlaps() <= config.near_duplicate_overlap
-    return [d for d, kept in zip(candidates, keep, strict=True) if kept], int((~keep).sum())
+    return [part for part, kept in zip(candidates, keep, strict=True) if kept], int((~keep).sum())
 
 
-def _within_budget(raw: _Raw, candidates: list[int], budget: int | None) -> list[tuple[int, int]]:
-    """(document, tokens kept) in the order of reading; the last by hash is cut to fit."""
+def _within_budget(candidates: list[_Part], budget: int | None) -> list[_Part]:
+    """What is kept, in the order of reading; the last by hash is cut to fit."""
     kept = []
-    left = budget if budget is not None else int(raw.lengths.sum())
-    for document in candidates:
-        length = min(int(raw.lengths[document]), left)
+    left = budget if budget is not None else sum(part.stop - part.start for part in candidates)
+    for part in candidates:
+        length = min(part.stop - part.start, left)
         if length < 2:
             break
-        kept.append((int(document), length))
+        kept.append(part._replace(stop=part.start + length))
         left -= length
     return sorted(kept)
 
 
-def _write_split(stage: Stage, raw: _Raw, split: str, documents: list[tuple[int, int]]) -> tuple[int, int]:
-    offsets = np.cumsum([0, *[length for _, length in documents]]).astype(np.int64)
+def _write_split(stage: Stage, raw: _Raw, split: str, parts: list[_Part]) -> tuple[int, int]:
+    offsets = np.cumsum([0, *[part.stop - part.start for part in parts]]).astype(np.int64)
     if not stage.has(f"{split}.tokens.npy"):
-        kept = (raw.tokens(document)[:length] for document, length in documents)
-        save_tokens(stage, f"{split}.tokens.npy", int(offsets[-1]), kept)
+        save_tokens(stage, f"{split}.tokens.npy", int(offsets[-1]), map(raw.tokens, parts))
     if not stage.has(f"{split}.offsets.npy"):
         stage.save_array(f"{split}.offsets.npy", offsets)
     if not stage.has(f"{split}.names.txt"):
-        stage.save_text(f"{split}.names.txt", "".join(raw.names[document] + "\n" for document, _ in documents))
-    return int(offsets[-1]), len(documents)
+        stage.save_text(f"{split}.names.txt", "".join(raw.names[part.document] + "\n" for part in parts))
+    return int(offsets[-1]), len(parts)
 
 
 def save_tokens(stage: Stage, name: str, count: int, parts: Iterable[NDArray[np.int32]]) -> None:

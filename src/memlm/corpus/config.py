@@ -20,6 +20,8 @@ class CorpusConfig(StageConfig):
     """Token put before each document: bos, none, a token's text, or auto (bos if the tokenizer adds one by itself)."""
     end_token: str = "auto"
     """Token put after each document, predicted like any: eos, none, a token's text, or auto (eos if it exists)."""
+    special_tokens: bool = False
+    """A special token that a document spells, such as </s>, is that token; otherwise it is text like any."""
     text_column: str = "text"
     """Column that holds the text in .jsonl, .parquet and datasets."""
     document_separator: str | None = Field(default=None, min_length=1)

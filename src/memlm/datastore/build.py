@@ -1,6 +1,5 @@
 """The datastore stage: a teacher reads the training split and leaves keys, values and an index."""
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,8 +19,8 @@ from memlm.datastore.extend import Extension
 from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
 from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
-from memlm.files import lasting_name
-from memlm.manifest import MANIFEST, Manifest
+from memlm.files import lasting_name, write_json
+from memlm.manifest import MANIFEST, Manifest, copy_payload
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
@@ -117,7 +116,8 @@ def _build(
     """Write the datastore, and return its facts."""
     if any(not stage.has(f"{CORPUS_PAYLOAD}/{name}") for name in (MANIFEST, *source.manifest.payload)):
         stage.remove(CORPUS_PAYLOAD)
-        shutil.copytree(source.folder, stage.path / ".corpus", dirs_exist_ok=True)
+        copy_payload(source.folder, source.manifest, stage.path / ".corpus")
+        write_json(stage.path / ".corpus" / MANIFEST, source.manifest.model_dump(mode="json"))
         (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
     split = source.split("train")
     before, index_is_whole = stage.previous, False

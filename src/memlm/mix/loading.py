@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -197,17 +198,25 @@ def _open_saved(
             raise ConfigError(f"memory is missing: {base} is a plain model, so name the memory to put beside it")
         return base, memory, None
     saved = MixedLMConfig.from_pretrained(folder)
-    places = saved.memories or {}
-    if not isinstance(places, dict) or not all(isinstance(place, str) for place in (saved.base, *places.values())):
+    places, home = saved.memories or {}, saved.base
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in (home, *places.values())):
         raise ArtifactError(f"{path}: base and memories must be names of folders or hub ids")
-    for place in places.values():
-        if Path(place).is_absolute() or ".." in Path(place).parts:
-            raise ArtifactError(f"{path}: memory {place!r} lies outside {folder}")
-    inside = folder / saved.base
-    if ".." in Path(saved.base).parts:
-        raise ArtifactError(f"{path}: base {saved.base!r} leads outside {folder}; name it by its whole path")
-    names = {name: str(folder / place) for name, place in places.items()}
-    return str(inside) if saved.base and inside.is_dir() else saved.base, memory if memory is not None else names, saved
+    names = {name: str(_inside(folder, place)) for name, place in places.items()}
+    if home and not os.path.isabs(home) and (".." in Path(home).parts or (folder / home).is_dir()):
+        home = str(_inside(folder, home))
+    return home, memory if memory is not None else names, saved
+
+
+def _inside(folder: Path, place: str) -> Path:
+    """A place that a saved mixture names in its own folder.
+
+    Raises:
+        ArtifactError: It is elsewhere.
+    """
+    real = os.path.realpath(folder / place)
+    if os.path.isabs(place) or not real.startswith(os.path.realpath(folder) + os.sep):
+        raise ArtifactError(f"{folder}/config.json names a place outside its folder: {place[:80]!r}; save it anew")
+    return folder / place
 
 
 def check_tokenizers(

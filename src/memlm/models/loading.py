@@ -180,7 +180,7 @@ def find_file(source: str, name: str, **where: Any) -> Path | None:
         raise ModelError(f"memory {source!r} cannot be loaded; tried: {tried}") from None
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """The first line of what a library says, or the error's type."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 

@@ -1,7 +1,14 @@
-"""What makes two tokenizers the same: equal ids for equal text."""
+"""Text to token ids, and what makes two tokenizers the same: equal ids for equal text."""
 
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from memlm.errors import InputError, ModelError, TokenizerMismatchError
@@ -13,6 +20,8 @@ _PROBE = (
     "Hello, world!  Two  spaces\n\n\tand a tab. don't I'LL we've 1234567890 3.14 1,000 naïve Ünïcödé "
     "def f(x):\n    return x**2  # comment\nΑθήνα Москва 北京 東京 서울 القاهرة नमस्ते 🙂 http://a.b/c?d=e&f=%20"
 )
+
+PIECE = 1 << 18  # characters encoded at a time; a token takes a hundred bytes and more until its id is had
 
 ADVICE = (
     "a memory votes on token ids, so both must share them: train one with this base's tokenizer, or carry a Memory"
@@ -83,16 +92,139 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest({"vocabulary": vocabulary, "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"]})
 
 
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What the special tokens are spelled as, the longest first.
+
+    One of a single character is left out: text that holds it could not be spelled otherwise.
+    """
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = added | set(tokenizer.all_special_tokens)
+    return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))
+
+
+class TextEncoder:
+    """Texts to token ids, nothing put around them; memory does not grow with the length of a text beyond its ids."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, special_tokens: bool = False) -> None:
+        """
+        Args:
+            tokenizer: Any.
+            special_tokens: Whether a special token spelled in a text is that token; else it is text like any.
+        """
+        plain = None if special_tokens else _without_special_tokens(tokenizer)
+        options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+        if not special_tokens and plain is None:
+            options["split_special_tokens"] = True
+
+        def encode(texts: list[str]) -> list[list[int]]:
+            if plain is None:
+                return tokenizer(texts, **options)["input_ids"]  # type: ignore[return-value]
+            return [encoded.ids for encoded in plain.encode_batch_fast(texts, add_special_tokens=False)]
+
+        self._encode = encode
+        self._before: list[int] | None = None
+
+    def __call__(self, texts: list[tuple[str, str]]) -> list[NDArray[np.int32]]:
+        """The ids of each text.
+
+        Args:
+            texts: Each behind the name that an error gives it. One longer than `PIECE` characters is encoded in
+                pieces, cut where a line or word ends.
+
+        Raises:
+            InputError: The tokenizer fails on one.
+        """
+        rows: list[list[NDArray[np.int32]]] = []
+        pieces = ((name, text[a:b], a) for name, text in texts for a, b in itertools.pairwise(_cuts(text)))
+        for batch in _batches(pieces):
+            for (_, piece, start), ids in zip(batch, self._ids(batch), strict=True):
+                rows += [] if start else [[]]
+                rows[-1].append(np.array(self._without_line_end(piece, ids) if start else ids, np.int32))
+        return [np.concatenate(parts) for parts in rows]
+
+    def _ids(self, batch: list[tuple[str, str, int]]) -> list[list[int]]:
+        try:
+            return self._encode([f"\n{piece}" if start else piece for _, piece, start in batch])
+        except BaseException as error:  # tokenizers' panics are no Exceptions
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            if len(batch) == 1:
+                reason = f"{type(error).__name__}: {reason_of(error)}"
+                raise InputError(f"{batch[0][0]}: the tokenizer fails on this text ({reason}); leave it out") from None
+        return [self._ids([piece])[0] for piece in batch]
+
+    def _without_line_end(self, piece: str, ids: list[int]) -> list[int]:
+        """The ids of a piece from within a text, which a line end stood before: else some tokenizers add a space."""
+        if self._before is None:
+            self._before = self._encode(["\n"])[0]
+        length = len(self._before)
+        return ids[length:] if ids[:length] == self._before else self._encode([piece])[0]
+
+
+def _cuts(text: str) -> list[int]:
+    """Where the pieces of a text begin and end: within a line or word only where one is longer than a piece."""
+    cuts = [0]
+    while len(text) - cuts[-1] > PIECE:
+        start, end = cuts[-1], cuts[-1] + PIECE
+        ends = re.compile(r"\n(?=\S)").finditer(text, start + 1, end)
+        cut = max((match.end() for match in ends), default=text.rfind(" ", start + 1, end))
+        cuts.append(cut if cut > start else end)
+    return [*cuts, len(text)]
+
+
+def _batches(pieces: Iterable[tuple[str, str, int]]) -> Iterator[list[tuple[str, str, int]]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= 4 * PIECE:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """The core of `tokenizer`, its special tokens renamed so that no text spells them; None where it has no core.
+
+    `split_special_tokens` does not do where they stand in the vocabulary of the model too, as in Unigram and WordLevel.
+    """
+    if not isinstance(core := getattr(tokenizer, "backend_tokenizer", None), Tokenizer):
+        return None
+    try:
+        settings = json.loads(core.to_str())
+    except Exception:  # a part of it is written in Python
+        return None
+    names = {text: f"\uffff{text}" for text in special_texts(tokenizer)}
+    model = settings["model"]
+    settings |= {"truncation": None, "padding": None, "post_processor": None}
+    for token in settings["added_tokens"]:  # not left out, for ids are counted
+        token["content"] = names.get(token["content"], token["content"])
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if not names.keys() & {*pair, "".join(pair)}]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(text, text): id_ for text, id_ in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+    if model.get("unk_token") is not None:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    return Tokenizer.from_str(json.dumps(settings))
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> BatchEncoding:
     """A text, or the turns of a chat in the tokenizer's template, as a batch of one that an answer can follow.
 
-    A template writes special tokens itself, so none are added to it.
+    A template writes special tokens itself, so none are added to it. What a tokenizer puts behind a text, as an end
+    token, is left out.
 
     Raises:
         InputError: There are no tokens, or turns and no template.
     """
     if isinstance(prompt, str):
         inputs = tokenizer(prompt, return_tensors="pt")
+        length = inputs["input_ids"].shape[1] - _tokens_behind(tokenizer)  # type: ignore[union-attr]
+        inputs = BatchEncoding({name: values[:, :length] for name, values in inputs.items()})  # type: ignore[index]
     elif tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template; give plain text")
     else:
@@ -103,6 +235,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     if not inputs["input_ids"].shape[1]:
         raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
     return inputs
+
+
+def _tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens the tokenizer puts behind every text."""
+    whole: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
+    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
+    extra = len(whole) - len(text)
+    return next((extra - start for start in range(extra + 1) if text and whole[start : start + len(text)] == text), 0)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

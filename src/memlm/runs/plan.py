@@ -222,11 +222,14 @@ def run_recipe(
         Row name (`memory`, `twin`, `retrieval`) to the report of `evaluate_perplexity`.
     """
     recipe, out = Recipe(sections), Path(out)
+    from memlm.corpus.build import corpus_notes
     from memlm.evaluate.perplexity import evaluate_perplexity
 
     there: dict[str, Path] = {}
     for step in recipe_steps(recipe):
         there[step.name] = make_step(out / step.name, step.plan(there), say)
+        for line in corpus_notes(read_manifest(there["corpus"])) if step.name == "corpus" else ():
+            say(f"note: {line}")
     reports = {}
     for row in evaluated_rows(recipe):
         say(f"evaluation of {row} -> {out / f'evaluation-{row}'}")

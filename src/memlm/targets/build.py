@@ -1,6 +1,5 @@
 """The targets stage: a datastore to rows of blocks with a sparse distribution per position."""
 
-import shutil
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,7 +17,7 @@ from memlm.datastore.index import widen
 from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, InputError
 from memlm.files import file_digest
-from memlm.manifest import Manifest
+from memlm.manifest import Manifest, copy_payload
 from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
@@ -225,7 +224,7 @@ def _write_rest(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: di
     rows = ({"input_ids": block.input_ids, "labels": block.labels.astype(np.int32)} for block in blocks)
     with stage.writing(VALIDATION_FILE) as temporary:
         write_rows(temporary, VALIDATION_SCHEMA, rows)
-    shutil.copytree(corpus.folder / "tokenizer", stage.path / "tokenizer", dirs_exist_ok=True)
+    copy_payload(corpus.folder, corpus.manifest, stage.path, "tokenizer/")
     stats = [read_statistics(stage.path / _shard(i)) for i in range(n_shards)]
     positions = sum(s["positions"] for s in stats)
     return {

@@ -38,6 +38,8 @@ def check_trainer_fields(config: TrainConfig, where: str = "") -> None:
         ConfigError: Otherwise.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    if "output_dir" in config.trainer:
+        raise ConfigError(f"{where}trainer.output_dir: checkpoints go into the output folder; leave it out")
     for name in config.trainer:
         if name not in known:
             raise ConfigError(f"unknown setting '{where}trainer.{name}'{nearest(name, known)}")
