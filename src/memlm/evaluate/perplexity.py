@@ -58,10 +58,10 @@ def evaluate_perplexity(
     Returns:
         `base`, each memory by its name (`memory` where it has none) and `mixture`, each with `perplexity` and
         `interval` (95%, documents resampled; None for a single document); `mixture` has `mix_weight` too, by name where
-        memories are named. Further `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the mixture
-        over the memories' total weight), `by_label_frequency`, and `run`: settings, and the content hashes of what was read, so that equal
-        runs give equal bytes (the manifest beside says where it was found). An infinite perplexity, as a retriever has
-        alone, is None.
+        memories are named. Further `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the
+        mixture over the memories' total weight), `by_label_frequency`, and `run`: settings, and the content hashes of
+        what was read, so that equal runs give equal bytes (the manifest beside says where it was found). An infinite
+        perplexity, as a retriever has alone, is None.
 
     Raises:
         InputError: The corpus has no test tokens, or no validation tokens to choose weights on.
