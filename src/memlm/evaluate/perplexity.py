@@ -58,10 +58,10 @@ def evaluate_perplexity(
     Returns:
         `base`, each memory by its name (`memory` where it has none) and `mixture`, each with `perplexity` and
         `interval` (95%, documents resampled; None for a single document); `mixture` has `mix_weight` too, by name where
-        memories are named. Further `tokens`, `ratio` (mixture over base, paired), `validation` (the mixture's curve
-        over the memories' total weight), `by_label_frequency`, and `run`: settings, and the content hashes of what was
-        read, so that equal runs give equal bytes (the manifest beside says where it was found). An infinite perplexity,
-        as a retriever has alone, is None.
+        memories are named. Further `tokens`, `ratio` (mixture over base, paired), `validation` (the curve of the
+        mixture over the memories' total weight), `by_label_frequency`, and `run`: settings, and the content hashes of
+        what was read, so that equal runs give equal bytes (the manifest beside says where it was found). An infinite
+        perplexity, as a retriever has alone, is None.
 
     Raises:
         InputError: The corpus has no test tokens, or no validation tokens to choose weights on.
@@ -75,13 +75,9 @@ def evaluate_perplexity(
     source = Corpus(corpus)
     splits = source.manifest.facts["splits"]
     if not splits["test"]["positions"]:
-        cure = "build it with a larger --test-fraction, of more documents, or with a --document-separator"
-        raise InputError(f"corpus {corpus} has no test tokens; {cure}")
+        raise InputError(f"corpus {corpus} has no test tokens; build it with a larger --test-fraction")
     if config.mix_weight is None and not splits["validation"]["positions"]:
-        raise InputError(
-            f"corpus {corpus} has no validation tokens to choose mix_weight on; give --mix-weight, or build"
-            " it with a larger --validation-fraction, of more documents, or with a --document-separator"
-        )
+        raise InputError(f"corpus {corpus} has no validation tokens to choose mix_weight on; give --mix-weight")
     if taken := memories.keys() & _TAKEN:
         raise ConfigError(f"memory name {min(taken)!r} is what the report calls something of its own; take another")
     given = None

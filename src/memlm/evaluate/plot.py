@@ -30,7 +30,7 @@ def report_figure(report: dict[str, Any]) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     choice, result = figure.subplots(1, 2)
     _draw_choice(choice, report)
@@ -112,7 +112,7 @@ def _draw_result(axes: Any, report: dict[str, Any]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.6)
     axes.set_xlabel("perplexity, 95% interval" if base["interval"] else "perplexity")
-    axes.set_title(f"test, {report['tokens']:,} tokens: {ratio_line(report)}", fontsize=10)
+    axes.set_title(f"test, {report['tokens']:,} tokens: {ratio_line(report)}", fontsize=9)
     axes.grid(alpha=0.3, axis="x")
 
 
