@@ -120,13 +120,19 @@ class Memory(nn.Module, Voter):
         activations: Any = None,
         attention_mask: Bool[Tensor, "B L"] | None = None,
         cache: Any = None,
+        *,
+        keep: slice | Tensor | None = None,
     ) -> Any:
         """As `Voter.step`.
+
+        Args:
+            tokens, activations, attention_mask, cache: As there.
+            keep: Places whose votes will be asked for; None: all. A memory may leave the others out.
 
         Raises:
             ModelError: It has a tap and there are no activations, or of another width.
         """
-        return self.reader.step(tokens, activations, attention_mask, cache)
+        return self.reader.step(tokens, activations, attention_mask, cache, keep=keep)
 
     # --- what transformers' Trainer asks of a model ---------------------------------------------------------------
 
