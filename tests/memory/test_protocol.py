@@ -14,6 +14,7 @@ from families import token_ids
 from memories import LONG_TEXT, decoder_memory
 from torch import Tensor
 
+from memlm.errors import ModelError
 from memlm.memory.config import KINDS
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory
@@ -254,3 +255,27 @@ def test_a_saved_memory_votes_as_before(memory: Memory, model_folder: str, tmp_p
 
 def test_every_kind_is_listed_here(datastore_folder: Path) -> None:
     assert {make(datastore_folder).kind for make in MEMORIES.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("make", [decoder, partial(mlp, norm="rms", gated=True, bias=False)], ids=["decoder", "mlp"])
+def test_weights_that_are_not_finite_are_neither_saved_nor_loaded(
+    make: Callable[[], Memory], value: float, tmp_path: Path
+) -> None:
+    memory = make()
+    memory.save_pretrained(tmp_path / "good")
+    list(memory.parameters())[-1].data[3] = value
+    match = r"has \d+ of [\d,]+ weights that are not finite, the first in \w+"
+    with pytest.raises(ModelError, match=f"the memory for {tmp_path / 'bad'} {match}"):
+        memory.save_pretrained(tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
+    memory.save_weights(tmp_path / "good")
+    with pytest.raises(ModelError, match=f"memory {tmp_path / 'good'} {match}"):
+        load_memory(tmp_path / "good")
+
+
+def test_large_weights_whose_sum_overflows_are_finite(tmp_path: Path) -> None:
+    memory = decoder().half()
+    memory.decoder.get_input_embeddings().weight.data.fill_(60_000.0)
+    memory.save_pretrained(tmp_path / "m")
+    assert load_memory(tmp_path / "m").decoder.get_input_embeddings().weight.max() == 60_000

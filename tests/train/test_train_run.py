@@ -20,6 +20,7 @@ from memlm.errors import (
     ConfigError,
     InputError,
     MemlmError,
+    ModelError,
     OutputExistsError,
     TokenizerMismatchError,
     TrainingError,
@@ -523,6 +524,49 @@ def test_poisoned_weights_stop_the_run_before_its_first_checkpoint(
     with pytest.raises(TrainingError, match="not finite in step 1;"):
         train_memory(data, init=str(tmp_path / "poisoned"), base=model_folder, out=tmp_path / "m", config=config)
     assert not list((tmp_path / "m" / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("validated", [True, False])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_update_that_ruins_the_weights_in_the_last_step_is_not_saved(
+    corpus_folder: Path,
+    unvalidated_corpus: Path,
+    model_folder: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    validated: bool,
+    value: float,
+) -> None:
+    """Losses and gradients are finite to the end; only the weights that the last update leaves are not."""
+    original = trainer_module._TokenBar.on_step_end
+
+    def ruined(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3:
+            kwargs["model"].decoder.model.embed_tokens.weight.data[5] = value
+        original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer_module._TokenBar, "on_step_end", ruined)
+    config = TrainConfig(kl_weight=0, batch_size=2, dtype="float32", max_steps=3, trainer={"logging_strategy": "no"})
+    data = corpus_folder if validated else unvalidated_corpus
+    with pytest.raises(TrainingError, match=r"the memory after step 3 (has|gives no) .*; lower --learning-rate"):
+        train_memory(data, init=model_folder, out=tmp_path / "m", config=config)
+    assert not (tmp_path / "m" / "manifest.json").exists()
+    assert not list((tmp_path / "m" / "checkpoints").glob("checkpoint-3"))
+
+
+def test_a_base_without_finite_scores_is_named_before_training(
+    corpus_folder: Path, tokenizer: PreTrainedTokenizerFast, model_folder: str, tmp_path: Path
+) -> None:
+    model = tiny_model(len(tokenizer))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    model.save_pretrained(tmp_path / "poisoned")
+    tokenizer.save_pretrained(tmp_path / "poisoned")
+    config = TrainConfig(kl_weight=0, batch_size=2, dtype="float32", max_steps=5)
+    with pytest.raises(ModelError, match=r"base .*poisoned (gives no|has) .*finite"):
+        train_memory(
+            corpus_folder, init=model_folder, base=str(tmp_path / "poisoned"), out=tmp_path / "m", config=config
+        )
 
 
 def test_a_gradient_that_overflows_stops_the_run(

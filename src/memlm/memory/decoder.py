@@ -5,7 +5,7 @@ from typing import Any, Self
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ConfigError
@@ -81,6 +81,14 @@ class MemoryDecoder(ParametricMemory):
         self, input_ids: Int[Tensor, "B T"], activations: Tensor | None, places: Int[Tensor, "P"]
     ) -> Float[Tensor, "P D"]:
         return self.decoder.base_model(input_ids=input_ids, use_cache=False)[0].flatten(0, 1)[places]
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        if not self.decoder.supports_gradient_checkpointing:
+            raise ConfigError(f"trainer.activation_checkpointing: {type(self.decoder).__name__} has none; leave it out")
+        getattr(self.decoder, "activation_checkpointing_enable", self.decoder.gradient_checkpointing_enable)(**kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.get_input_embeddings()
 
     # --- inference ----------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from memlm.errors import ArtifactError, ModelError
 from memlm.files import read_json
 from memlm.manifest import is_artifact, payload_file, read_manifest
 from memlm.memory.config import KINDS
-from memlm.memory.protocol import SETTINGS_FILE, Memory, MemorySettings
+from memlm.memory.protocol import SETTINGS_FILE, Memory, MemorySettings, check_finite
 from memlm.memory.released import is_released_mlp
 from memlm.memory.retrieval import RetrievalSettings, datastore_settings
 from memlm.models.loading import find_file, load_config, resolve, where_from
@@ -34,7 +34,7 @@ def load_memory(
         kwargs: For loading the weights: `dtype`, `device_map`, `revision` …
 
     Raises:
-        ModelError: It cannot be reached, or has to be converted first.
+        ModelError: It cannot be reached, has to be converted first, or has weights that are not finite.
         ArtifactError: The folder is damaged, or of a kind that is no memory.
     """
     where = where_from(kwargs)
@@ -46,7 +46,9 @@ def load_memory(
             f"{source} is a released MLP Memory; convert it: memlm convert {source} --base BASE --out FOLDER"
         )
     kind = memory_class(settings.kind if settings else "decoder")
-    return kind.load(resolve(str(source)), settings, base=base, **kwargs)
+    memory = kind.load(resolve(str(source)), settings, base=base, **kwargs)
+    check_finite(memory, f"memory {source}")
+    return memory
 
 
 def read_settings(source: str | Path, **where: Any) -> MemorySettings | None:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
+from memlm.errors import ConfigError, ModelError
 from memlm.memory.loss import DistillationLoss, distillation_loss
 from memlm.memory.reading import GivenActivations, WindowedReader
 from memlm.memory.voter import HeadVoter, Voter, VoterCache
@@ -43,6 +44,24 @@ class MemorySettings(StageConfig):
 def predicting_places(labels: Int[Tensor, "B T"]) -> Int[Tensor, "P"]:
     """Flat numbers of the places whose next token is predicted, that is, no -100, in reading order."""
     return nn.functional.pad(labels[:, 1:] != IGNORE, (0, 1)).flatten().nonzero()[:, 0]
+
+
+@torch.no_grad()
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise unless all weights are finite.
+
+    Args:
+        name: What an error calls the model.
+
+    Raises:
+        ModelError: Some are NaN or infinite; the first tensor is named.
+    """
+    held = {key: p for key, p in model.named_parameters() if not p.is_meta and p.is_floating_point()}
+    # a sum is finite where all are, but for an overflow, which is looked at closely
+    if bad := [key for key, p in held.items() if not p.sum().isfinite() and not p.isfinite().all()]:
+        count = sum(int((~held[key].isfinite()).sum()) for key in bad)
+        total = sum(p.numel() for p in held.values())
+        raise ModelError(f"{name} has {count:,} of {total:,} weights that are not finite, the first in {bad[0]}")
 
 
 class Memory(nn.Module, Voter):
@@ -101,13 +120,41 @@ class Memory(nn.Module, Voter):
         activations: Any = None,
         attention_mask: Bool[Tensor, "B L"] | None = None,
         cache: Any = None,
+        *,
+        keep: slice | Tensor | None = None,
     ) -> Any:
         """As `Voter.step`.
+
+        Args:
+            tokens, activations, attention_mask, cache: As there.
+            keep: Places whose votes will be asked for; None: all. A memory may leave the others out.
 
         Raises:
             ModelError: It has a tap and there are no activations, or of another width.
         """
-        return self.reader.step(tokens, activations, attention_mask, cache)
+        return self.reader.step(tokens, activations, attention_mask, cache, keep=keep)
+
+    # --- what transformers' Trainer asks of a model ---------------------------------------------------------------
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Compute activations again in the backward pass instead of keeping them; arguments as transformers' models.
+
+        Raises:
+            ConfigError: The kind cannot.
+        """
+        raise ConfigError(f"trainer.activation_checkpointing: a memory of kind {self.kind} has none; leave it out")
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """The name that older versions of transformers give `activation_checkpointing_enable`."""
+        self.activation_checkpointing_enable(**kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of token embeddings.
+
+        Raises:
+            ConfigError: The kind has none.
+        """
+        raise ConfigError(f"trainer.neftune_noise_alpha: a memory of kind {self.kind} has no embeddings; leave it out")
 
     # --- training; a memory that is not trained leaves these ------------------------------------------------------
 
@@ -164,8 +211,13 @@ class Memory(nn.Module, Voter):
         """Write weights as safetensors, and their config; nothing where there are none."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the memory to `folder`: weights, config and `memory.json`."""
+        """Write the memory to `folder`: weights, config and `memory.json`.
+
+        Raises:
+            ModelError: Weights are NaN or infinite; nothing is written.
+        """
         folder = Path(folder)
+        check_finite(self, f"the memory for {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder)
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")

@@ -1,15 +1,18 @@
 """What a memory's states are made of: tokens read by a causal LM through a cache and a window, or given activations."""
 
+import copy
 import inspect
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.errors import ModelError
 from memlm.memory.voter import NoCache, VoterCache
@@ -20,7 +23,8 @@ class TokenCache(VoterCache):
 
     A row's window starts at token 0 until it is full; then it jumps ahead by half its size, and the tokens left in it
     are read again from place 0. So what a memory sees depends on the tokens alone, not on how they came (at once, one
-    by one, padded). Keys and values are only a shortcut: where they do not fit, they are made again from the tokens.
+    by one, padded). Keys and values are only a shortcut: where they do not fit, they are made again from the tokens, for
+    the rows concerned alone.
     """
 
     def __init__(self, batch_size: int, device: torch.device) -> None:
@@ -40,7 +44,8 @@ class TokenCache(VoterCache):
         self.tokens, self.mask = self.tokens[:, :-tokens], self.mask[:, :-tokens]
         if self.inner is None:
             return
-        if tokens >= self.inner_mask.shape[1] or any(self.inner.is_sliding) or any(self.inner.is_linear):
+        kept = self.inner_mask.shape[1] - tokens
+        if kept <= 0 or not self.inner_mask[:, kept:].all() or any(self.inner.is_sliding):
             self.drop_inner()
         else:
             self.inner.crop(-tokens)
@@ -74,7 +79,13 @@ class GivenActivations:
         return NoCache()
 
     def step(
-        self, tokens: Tensor, activations: Tensor | None = None, attention_mask: Any = None, cache: Any = None
+        self,
+        tokens: Tensor,
+        activations: Tensor | None = None,
+        attention_mask: Any = None,
+        cache: Any = None,
+        *,
+        keep: Any = None,
     ) -> Float[Tensor, "B T D"]:
         if activations is None:
             raise ModelError(f"{self._reader} reads the base's activations; there are none")
@@ -83,8 +94,23 @@ class GivenActivations:
         return activations
 
 
+class _Segment(NamedTuple):
+    """New tokens of a row that see the same window."""
+
+    row: int
+    start: int
+    """First token in the window, counted without padding, as are the others."""
+    first: int
+    end: int
+    """The new tokens, from the first to before the end; none, where only the window is to be known."""
+
+
 class WindowedReader:
-    """Reads tokens with a causal LM, in runs that fit its window, and gives one vector per token."""
+    """Reads tokens with a causal LM, in runs that fit its window, and gives one vector per token.
+
+    A model that keeps more than keys and values (a state, as state-space and linear-attention models do) reads its
+    window anew in every step.
+    """
 
     def __init__(self, model: PreTrainedModel, window: int | None, run: Callable[..., Tensor] | None = None) -> None:
         """
@@ -96,13 +122,15 @@ class WindowedReader:
         self.model = model
         self.window = window
         self._run = run
-        self._takes_positions = "position_ids" in inspect.signature(model.base_model.forward).parameters
+        parameters = inspect.signature(model.base_model.forward).parameters
+        self._takes_positions = "position_ids" in parameters
+        self.keeps_keys = "past_key_values" in parameters and _keeps_keys_alone(model)
         self._warned = False
 
     def new_cache(self, batch_size: int) -> TokenCache:
         return TokenCache(batch_size, self.model.device)
 
-    def window_starts(self, places: Int[Tensor, "B"]) -> Int[Tensor, "B"]:
+    def window_starts(self, places: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """First token that is visible to the token at each place, both counted without padding."""
         if self.window is None:
             return torch.zeros_like(places)
@@ -115,6 +143,8 @@ class WindowedReader:
         activations: None = None,
         attention_mask: Bool[Tensor, "B L"] | None = None,
         cache: VoterCache | None = None,
+        *,
+        keep: slice | Tensor | None = None,
     ) -> Float[Tensor, "B T D"]:
         """One vector per new token; arguments as `Voter.step` takes them."""
         cache = cache if cache is not None else self.new_cache(len(tokens))
@@ -125,66 +155,200 @@ class WindowedReader:
             if attention_mask is None
             else attention_mask[:, -tokens.shape[1] :].to(tokens.device).bool()
         )
-        states, column = [], 0
-        while column < tokens.shape[1]:
-            run = self._longest_run(cache, mask[:, column:])
-            states.append(self._extend(cache, tokens[:, column : column + run], mask[:, column : column + run]))
-            column += run
-        return torch.cat(states, 1) if len(states) != 1 else states[0]
+        if self.keeps_keys and not cache.tokens.shape[1]:
+            cache.inner, cache.inner_mask = self._empty(), mask[:, :0]
+            cache.starts = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        known = cache.mask.sum(1)
+        last = (known + mask.sum(1) - 1).clamp(min=0)
+        starts, before = self.window_starts(last), self.window_starts(torch.minimum(known, last))  # (B,)
+        self._warn_beyond_window(starts)
+        text, text_mask = torch.cat([cache.tokens, tokens], 1), torch.cat([cache.mask, mask], 1)
+        stay = cache.starts is not None and torch.equal(cache.starts, starts) and torch.equal(starts, before)
+        if cache.inner is not None and stay:
+            states = self._go_on(cache.inner, cache.inner_mask, tokens, mask)
+            cache.inner_mask = torch.cat([cache.inner_mask, mask], 1)
+        else:
+            states = self._read_windows(cache, text, text_mask, known, mask, keep)
+        cache.starts, cache.tokens, cache.mask = starts, text, text_mask
+        return states
 
-    def _longest_run(self, cache: TokenCache, mask: Bool[Tensor, "B T"]) -> int:
-        """How many of the next columns every row can read within its present window."""
-        lengths = cache.mask.sum(1)
-        if self.window is None or int(lengths.max()) + mask.shape[1] <= self.window:
-            return mask.shape[1]
-        places = lengths[:, None] + mask.cumsum(1) - mask.long()  # (B, T) place of each token in its row
-        moved = mask & (self.window_starts(places) != self.window_starts(lengths)[:, None])
-        columns = moved.any(0).nonzero()[:, 0].tolist()
-        return max(columns[0], 1) if columns else mask.shape[1]
-
-    def _extend(
-        self, cache: TokenCache, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+    def _read_windows(
+        self,
+        cache: TokenCache,
+        text: Int[Tensor, "B L"],
+        text_mask: Bool[Tensor, "B L"],
+        known: Int[Tensor, "B"],
+        mask: Bool[Tensor, "B T"],
+        keep: slice | Tensor | None,
     ) -> Float[Tensor, "B T D"]:
-        """Read a run that lies in one window per row, after what that window holds already."""
-        starts = self.window_starts(cache.mask.sum(1))
-        if bool((starts > 0).any()) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the text is longer than the memory's window of {self.window} tokens; the memory now sees between"
-                f" {(self.window or 0) // 2} and {self.window} of the latest tokens, the base all of them",
-                stacklevel=2,
-            )
-        new_tokens, new_mask = tokens, mask
-        if cache.inner is None or cache.starts is None or bool((cache.starts != starts).any()):
-            again, again_mask = _left_padded(cache.tokens, cache.mask, starts)
-            cache.inner = DynamicCache(config=self.model.config)
-            cache.inner_mask = again_mask[:, :0]
-            tokens, mask = torch.cat([again, tokens], 1), torch.cat([again_mask, mask], 1)
-        inner_mask = torch.cat([cache.inner_mask, mask], 1)
+        """The states of a step in which some windows move; leaves keys and values of the last ones in `cache`.
+
+        A row whose window stays goes on with its keys and values; every other window that is needed is read by itself.
+        """
+        wanted = torch.ones(mask.shape[1], dtype=torch.bool)
+        if keep is not None:
+            wanted[:] = False
+            wanted[keep] = True
+        rows = [row[there] for row, there in zip(text, text_mask, strict=True)]  # without padding
+        columns = [row.nonzero()[:, 0] for row in mask]  # of the new tokens
+        before = known.tolist()
+        held = cache.starts.tolist() if cache.inner is not None and cache.starts is not None else None
+        staying, leaving, passing, last = [], [], [], []
+        for row, (first, end) in enumerate(zip(before, map(len, rows), strict=True)):
+            places = torch.arange(first, end)
+            runs = groupby(zip(self.window_starts(places).tolist(), places.tolist(), strict=True), lambda pair: pair[0])
+            segments = [_Segment(row, start, (there := [p for _, p in run])[0], there[-1] + 1) for start, run in runs]
+            if not segments:
+                start = int(self.window_starts(torch.tensor(max(end - 1, 0))))
+                segments = [_Segment(row, start, end, end)]
+            for segment in segments:
+                goes_on = held is not None and segment is segments[0] and held[row] == segment.start
+                if segment is segments[-1]:
+                    (staying if goes_on else last).append(segment)
+                elif bool(wanted[columns[row][segment.first - first : segment.end - first].cpu()].any()):
+                    (leaving if goes_on else passing).append(segment)
+        out: Tensor | None = None
+
+        def put(segments: Sequence[_Segment], hidden: Tensor, begins: Sequence[int]) -> None:
+            """Leave each segment's states, which begin there in its row of `hidden`, at its columns."""
+            nonlocal out
+            out = hidden.new_zeros(*mask.shape, hidden.shape[-1]) if out is None else out
+            for (row, _, first, end), states, begin in zip(segments, hidden, begins, strict=True):
+                at = columns[row][first - before[row] : end - before[row]]
+                out[row, at] = states[begin : begin + end - first]
+
+        def padded(parts: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+            there = [torch.ones_like(part, dtype=torch.bool) for part in parts]
+            both = (pad_sequence(p, batch_first=True, padding_side=side) for p in (parts, there))
+            return cast(tuple[Tensor, Tensor], tuple(both))
+
+        def read_alone(segments: list[_Segment]) -> None:
+            """Whole windows, nothing kept; padding is on the right, where no causal model sees it."""
+            found, _ = padded([rows[row][start:end] for row, start, _, end in segments], "right")
+            put(segments, self._hidden(found), [first - start for _, start, first, _ in segments])
+
+        if leaving:
+            assert cache.inner is not None
+            at = torch.tensor([segment.row for segment in leaving], device=text.device)
+            new, new_mask = padded([rows[row][first:end] for row, _, first, end in leaving], "right")
+            put(leaving, self._go_on(_rows_of(cache.inner, at), cache.inner_mask[at], new, new_mask), [0] * len(at))
+        for group in range(0, len(passing), len(rows)):
+            read_alone(passing[group : group + len(rows)])
+        if not self.keeps_keys:
+            last = [segment for segment in last if segment.end > segment.first]
+            if last:
+                read_alone(last)
+            cache.inner = None
+        else:
+            kept = []
+            if staying:
+                assert cache.inner is not None
+                at = torch.tensor([segment.row for segment in staying], device=text.device)
+                inner, new, new_mask = _rows_of(cache.inner, at), text[at, -mask.shape[1] :], mask[at]
+                if not cache.inner_mask.shape[1]:  # what stands before all texts is not read
+                    begin = int(new_mask.any(0).int().argmax())
+                    new, new_mask = new[:, begin:], new_mask[:, begin:]
+                hidden = self._go_on(inner, cache.inner_mask[at], new, new_mask)
+                out = hidden.new_zeros(*mask.shape, hidden.shape[-1]) if out is None else out
+                out[at, mask.shape[1] - new.shape[1] :] = hidden
+                kept.append((at, inner, torch.cat([cache.inner_mask[at], new_mask], 1)))
+            if last:
+                at, inner = torch.tensor([segment.row for segment in last], device=text.device), self._empty()
+                found, there = padded([rows[row][start:end] for row, start, _, end in last], "left")
+                if found.shape[1]:
+                    hidden = self._go_on(inner, there[:, :0], found, there)
+                    put(last, hidden, [found.shape[1] - (end - first) for _, _, first, end in last])
+                kept.append((at, inner, there))
+            cache.inner, cache.inner_mask = _joined(kept, len(rows))
+        if out is None:  # no token was new
+            out = self._hidden(text[:, -mask.shape[1] :])
+        return out
+
+    def _empty(self) -> DynamicCache:
+        return DynamicCache(config=self.model.config)
+
+    def _hidden(self, tokens: Int[Tensor, "B T"], **inputs: Any) -> Float[Tensor, "B T D"]:
+        run = self._run or self.model.base_model
+        found = run(input_ids=tokens, **{"use_cache": False, **inputs})
+        return found if self._run is not None else found[0]
+
+    def _go_on(
+        self, inner: DynamicCache, inner_mask: Bool[Tensor, "B L"], tokens: Tensor, mask: Bool[Tensor, "B T"]
+    ) -> Float[Tensor, "B T D"]:
+        """States of tokens behind those in `inner`, which is extended."""
+        inner_mask = torch.cat([inner_mask, mask], 1)
         inputs: dict[str, Tensor] = {}
         if not bool(inner_mask.all()):
             inputs["attention_mask"] = inner_mask.long()
         if self._takes_positions:
             inputs["position_ids"] = (inner_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        run = self._run or self.model.base_model
-        found = run(input_ids=tokens, past_key_values=cache.inner, use_cache=True, **inputs)
-        hidden = found if self._run is not None else found[0]
-        cache.starts, cache.inner_mask = starts, inner_mask
-        cache.tokens = torch.cat([cache.tokens, new_tokens], 1)
-        cache.mask = torch.cat([cache.mask, new_mask], 1)
-        return hidden[:, -new_tokens.shape[1] :]
+        return self._hidden(tokens, past_key_values=inner, use_cache=True, **inputs)
+
+    def _warn_beyond_window(self, starts: Int[Tensor, "B"]) -> None:
+        if self.window is None or self._warned or not bool((starts > 0).any()):
+            return
+        self._warned = True
+        warnings.warn(
+            f"the text is longer than the memory's window of {self.window} tokens; the memory now sees between"
+            f" {self.window // 2} and {self.window} of the latest tokens, the base all of them",
+            stacklevel=3,
+        )
+
+
+def _keeps_keys_alone(model: PreTrainedModel) -> bool:
+    """Whether all that a model keeps of its past are keys and values, which transformers' plain layers hold."""
+    some: Any = model
+    if getattr(model, "_is_stateful", False) or not some._supports_default_dynamic_cache():
+        return False
+    try:
+        layers = DynamicCache(config=model.config).layers
+    except Exception:  # a config's own code; what it keeps is not known
+        return False
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def _rows_of(cache: DynamicCache, rows: Int[Tensor, "B2"]) -> DynamicCache:
+    """A cache of some rows of the batch; the other is left as it is."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    part.batch_select_indices(rows)
+    return part
+
+
+def _joined(
+    parts: Sequence[tuple[Tensor, DynamicCache, Tensor]], batch_size: int
+) -> tuple[DynamicCache, Bool[Tensor, "B L"]]:
+    """One cache of the rows of several, flush right, and its mask.
+
+    Args:
+        parts: Which rows of the whole each has, its cache, and its mask.
+    """
+    columns = [int(mask.any(0).int().argmax()) for _, _, mask in parts]  # those before are padding
+    lengths = [mask.shape[1] - first for first, (_, _, mask) in zip(columns, parts, strict=True)]
+    longest = max(lengths)
+    whole_mask = parts[0][2].new_zeros(batch_size, longest)
+    for (rows, _, mask), length in zip(parts, lengths, strict=True):
+        whole_mask[rows, longest - length :] = mask[:, mask.shape[1] - length :]
+    whole = copy.copy(parts[0][1])
+    whole.layers = []
+    for layers in zip(*(cache.layers for _, cache, _ in parts), strict=True):
+        there = [(rows, layer) for (rows, _, _), layer in zip(parts, layers, strict=True) if layer.is_initialized]
+        made: Any = copy.copy(there[0][1] if there else layers[0])
+        size = longest
+        if isinstance(made, DynamicSlidingWindowLayer):
+            made.cumulative_length, size = longest, min(longest, made.sliding_window - 1)
+        for name in ("keys", "values") if there else ():
+            first = getattr(made, name)
+            tensor = first.new_zeros(batch_size, first.shape[1], size, first.shape[3])
+            for rows, layer in there:
+                held = getattr(layer, name)
+                length = min(size, held.shape[2])
+                tensor[rows, :, size - length :] = held[:, :, held.shape[2] - length :]
+            setattr(made, name, tensor)
+        whole.layers.append(made)
+    return whole, whole_mask
 
 
 def longest_context(config: Any) -> int | None:
     """Tokens that a model of this config has positions for; None where it needs none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-def _left_padded(
-    tokens: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"], starts: Int[Tensor, "B"]
-) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
-    """Each row's real tokens from `starts` on, flush right."""
-    rows = [row[kept][start:] for row, kept, start in zip(tokens, mask, starts.tolist(), strict=True)]
-    there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    padded, padded_mask = (pad_sequence(part, batch_first=True, padding_side="left") for part in (rows, there))
-    return padded, padded_mask

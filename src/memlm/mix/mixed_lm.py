@@ -1,6 +1,7 @@
 """`MixedLM`: a frozen base and its memories as one model of transformers."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -328,7 +329,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         votes = {}
         for name, memory in memories.items():
             activations = base.activations[memory.tap] if memory.tap is not None else None
-            state = memory.step(input_ids, activations, attention_mask=attention_mask, cache=caches[name])
+            hint = {"keep": keep} if "keep" in inspect.signature(memory.step).parameters else {}
+            state = memory.step(input_ids, activations, attention_mask=attention_mask, cache=caches[name], **hint)
             votes[name] = memory.votes(state, keep).to(logits.device)
         weights = rule.weights(input_ids, logits, votes, cache.rule if cache is not None else None)
         return Components(base, logits, votes, weights)

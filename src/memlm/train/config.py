@@ -51,7 +51,8 @@ class TrainConfig(StageConfig):
     seed: int = Field(default=0, ge=0)
     """Order of blocks, random start, dropout."""
     trainer: dict[str, Any] = Field(default_factory=dict)
-    """Further fields of transformers' TrainingArguments, such as activation_checkpointing, fsdp or report_to."""
+    """Further fields of transformers' TrainingArguments, such as activation_checkpointing, optim or report_to; one that
+    would break what memlm promises is refused with the reason."""
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:

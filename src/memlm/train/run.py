@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from memlm.config import settings_from
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
+from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError, TrainingError
 from memlm.files import load_array
 from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE, memory_card
@@ -63,7 +63,8 @@ def train_memory(
             setting does not fit the kind.
         TokenizerMismatchError: `init` or `base` has another tokenizer than `data`.
         ArtifactError: `activations` are of another corpus, base or tap.
-        TrainingError: The loss or a gradient is not finite; the step is named.
+        TrainingError: The loss, a gradient, or the memory after a step is not finite; the step is named.
+        ModelError: A model cannot be reached, or the base's scores are not finite.
     """
     config = settings_from(TrainConfig, config, settings)
     with together() as ranks:
@@ -152,6 +153,7 @@ def plan_memory(
         )
         del base_model  # where nothing reads it online, its memory is free for training
         _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
+        trainer.check_weights()
         facts = _facts(trainer, rows, memory)
         if ranks.first:
             _save(stage, memory, rows, facts)
@@ -258,13 +260,27 @@ def _base_scores(
     blocks = rows.validation
     text = Text(rows.corpus_hash, "validation", blocks, rows.manifest.tokenizer, str(rows.folder))
     if tap is None or stage.has(_HELD_OUT):
-        return scorers.score(text)["base"].label
+        return _finite(scorers.score(text)["base"].label, stage)
     keys = Collected(int(blocks.position_starts[-1]), tap)
-    label = scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label
+    label = _finite(scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label, stage)
     if keys.array is None:
         keys.array = read_keys(TapReader(base, tap), blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
     stage.save_array(_HELD_OUT, keys.array)
     return label
+
+
+def _finite(scores: NDArray[np.float32], stage: Stage) -> NDArray[np.float32]:
+    """The base's scores, if they are finite.
+
+    Raises:
+        ModelError: They are not.
+    """
+    if bad := int(np.count_nonzero(~np.isfinite(scores))):
+        raise ModelError(
+            f"base {stage.sources['base']} gives no finite score at {bad:,} of {len(scores):,} validation positions;"
+            " see to its weights, or try --dtype float32"
+        )
+    return scores
 
 
 def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:

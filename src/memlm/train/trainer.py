@@ -1,10 +1,12 @@
 """`MemoryTrainer`: transformers' Trainer with the sparse loss and validation by the mixture."""
 
 import dataclasses
+import json
 import math
 import shutil
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
@@ -12,30 +14,36 @@ import torch
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
 from memlm.config import nearest
 from memlm.corpus.blocks import Blocks
-from memlm.errors import ConfigError, TrainingError
-from memlm.files import flush_to_disk, written_whole
-from memlm.memory.protocol import Memory
+from memlm.errors import ArtifactError, ConfigError, ModelError, TrainingError
+from memlm.files import file_digest, flush_to_disk, read_json, write_json, written_whole
+from memlm.memory.protocol import Memory, check_finite
+from memlm.models.loading import reason_of
 from memlm.models.taps import TapReader
 from memlm.progress import progress_bar
 from memlm.scores.mixtures import best_mix_weight, perplexity
 from memlm.scores.score import ReadActivations, score
 from memlm.train.config import TrainConfig
 from memlm.train.data import LengthGroupedSampler, Rows, Share, WithBlank, collate
+from memlm.train.fields import ALLOWED, REFUSED
 
-_WHOLE = "whole"  # the last file of a checkpoint, made when the others are on disk
+_WHOLE = "whole"  # the last file of a checkpoint, made when the others are on disk: their names and checksums
+_RESUMABLE = ("optimizer*", "scheduler*", "rng_state*", TRAINER_STATE_NAME)  # beside the weights
+_MARK_BYTES = 1 << 24
+_ADVICE = "lower --learning-rate, or train with --dtype float32"
 
 
 def check_trainer_fields(config: TrainConfig, where: str = "") -> None:
-    """Raise unless `config.trainer` names fields of `TrainingArguments` only.
+    """Raise unless `config.trainer` names fields of `TrainingArguments` that memlm takes.
 
     Raises:
-        ConfigError: Otherwise.
+        ConfigError: Otherwise; the message says why.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     if "output_dir" in config.trainer:
@@ -43,6 +51,8 @@ def check_trainer_fields(config: TrainConfig, where: str = "") -> None:
     for name in config.trainer:
         if name not in known:
             raise ConfigError(f"unknown setting '{where}trainer.{name}'{nearest(name, known)}")
+        if name not in ALLOWED:
+            raise ConfigError(f"{where}trainer.{name}: {REFUSED.get(name, 'not known to this version of memlm')}")
 
 
 def training_arguments(
@@ -86,9 +96,34 @@ def training_arguments(
         "report_to": "none",
     }
     try:
-        return TrainingArguments(**{**settings, **config.trainer})
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"trainer = {config.trainer}: {error}") from None
+        arguments = TrainingArguments(**{**settings, **config.trainer})
+        _try_out(arguments)
+    except (AttributeError, TypeError, ValueError, ImportError, RuntimeError) as error:
+        raise ConfigError(f"trainer = {config.trainer}: {reason_of(error)}") from None
+    return arguments
+
+
+def _try_out(arguments: TrainingArguments) -> None:
+    """Raise what the arguments' data loader, optimizer and schedule would raise once training starts."""
+    DataLoader(
+        [0],  # type: ignore[arg-type]
+        num_workers=arguments.dataloader_num_workers,
+        pin_memory=arguments.dataloader_pin_memory,
+        persistent_workers=arguments.dataloader_persistent_workers,
+        prefetch_factor=arguments.dataloader_prefetch_factor,
+        multiprocessing_context=arguments.dataloader_multiprocessing_context,
+    )
+    model = nn.Sequential(nn.Linear(1, 1))
+    if arguments.optim_target_modules is None:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, cast(Any, model))
+        kind(model.parameters(), **options)
+    get_scheduler(
+        arguments.lr_scheduler_type,
+        torch.optim.SGD(model.parameters()),
+        num_warmup_steps=0,
+        num_training_steps=1,
+        scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,12 +222,11 @@ class MemoryTrainer(Trainer):
         super().log(logs, start_time)
 
     def _stop_if_not_finite(self, logs: dict[str, float]) -> None:
-        advice = "lower --learning-rate, or train with --dtype float32"
         bad_step = min(gather_object([float(self._bad_step)]))
         if math.isfinite(bad_step):
-            raise TrainingError(f"the loss is not finite in step {int(bad_step)}; {advice}")
+            raise TrainingError(f"the loss is not finite in step {int(bad_step)}; {_ADVICE}")
         if not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise TrainingError(f"the gradient overflowed by step {self.state.global_step}; {advice}")
+            raise TrainingError(f"the gradient overflowed by step {self.state.global_step}; {_ADVICE}")
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Perplexity on the validation blocks: the memory alone, and its best mixture with the base.
@@ -216,6 +250,11 @@ class MemoryTrainer(Trainer):
             shares, scores = gather_object([scores]), np.empty_like(base_scores)
             for rank, label in enumerate(shares):
                 scores[Share(blocks, rank, self.args.world_size).positions] = label
+        if bad := int(np.count_nonzero(np.isnan(scores) | (scores == np.inf))):
+            raise TrainingError(
+                f"the memory after step {self.state.global_step} gives no finite score at {bad:,} of {len(scores):,}"
+                f" validation positions; {_ADVICE}"
+            )
         weight, mixture = best_mix_weight(base_scores, scores)
         metrics = {
             "eval_memory_perplexity": perplexity(scores),
@@ -231,8 +270,26 @@ class MemoryTrainer(Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(*args, **kwargs)
 
+    def check_weights(self) -> None:
+        """Raise unless the last update left weights that are finite.
+
+        Raises:
+            TrainingError: It did not.
+        """
+        try:
+            check_finite(self.accelerator.unwrap_model(self.model), f"the memory after step {self.state.global_step}")
+        except ModelError as error:
+            raise TrainingError(f"{error}; {_ADVICE}") from None
+
+    def _load_best_model(self) -> None:
+        best = str(self.state.best_model_checkpoint)
+        if self.args.should_save and (fault := _fault(Path(best))):
+            raise ArtifactError(f"{best} {fault}; run the same command again, it makes what is missing")
+        super()._load_best_model()
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint and mark it as whole; only then may older ones go."""
+        self.check_weights()
         folder = Path(str(self.args.output_dir))
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         with written_whole(folder):
@@ -241,10 +298,7 @@ class MemoryTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            for file in checkpoint.rglob("*"):
-                if file.is_file():
-                    flush_to_disk(file)
-            (checkpoint / _WHOLE).touch()
+            _mark_whole(checkpoint)
             rotate_checkpoints(str(folder), keep, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -304,10 +358,45 @@ class _TokenBar(TrainerCallback):
         self._bar.close()
 
 
+def _mark_whole(checkpoint: Path) -> None:
+    """Leave the mark by which a checkpoint is known as whole, once all of it is on disk."""
+    files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
+    for file in files:
+        flush_to_disk(file)
+    write_json(checkpoint / _WHOLE, {str(file.relative_to(checkpoint)): file_digest(file) for file in files})
+
+
+def _fault(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None where training can go on from it."""
+    if not (checkpoint / _WHOLE).is_file():
+        return "was not written whole"
+    try:
+        held = read_json(checkpoint / _WHOLE, limit=_MARK_BYTES)
+        rotten = next((n for n, sha256 in dict(held).items() if file_digest(checkpoint / n) != sha256), None)
+    except (ArtifactError, OSError, TypeError, ValueError):
+        return "lacks files, or its mark is damaged"
+    if rotten is not None:
+        return f"is damaged: the checksum of its {rotten} is not what was written"
+    lacking = next((name for name in _RESUMABLE if not any(checkpoint.glob(name))), None)
+    return f"has no {lacking}" if lacking is not None else None
+
+
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint marked as whole; half-written ones are removed."""
+    """The newest checkpoint that is as it was written, as is the best one that it refers to.
+
+    Others are removed; where one of them had been whole, a warning says so.
+    """
     while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        if (Path(found) / _WHOLE).is_file():
-            return found
-        shutil.rmtree(found)
+        checkpoint, was_whole = Path(found), (Path(found) / _WHOLE).is_file()
+        fault = _fault(checkpoint)
+        if fault is None:
+            best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text()).get("best_global_step")
+            best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{best}") if best else checkpoint
+            fault = _fault(best) if best != checkpoint else None
+            if fault is None:
+                return found
+            fault = f"refers to the best one, {best}, which {fault}"
+        if was_whole:
+            warnings.warn(f"{checkpoint} {fault}; training goes on from the one before it", stacklevel=2)
+        shutil.rmtree(checkpoint)
     return None
