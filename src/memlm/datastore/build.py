@@ -1,5 +1,6 @@
 """The datastore stage: a teacher reads the training split and leaves keys, values and an index."""
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
 from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
 from memlm.files import lasting_name, write_json
-from memlm.manifest import MANIFEST, Manifest, copy_payload
+from memlm.manifest import MANIFEST, RUN, Manifest, copy_payload
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
@@ -118,6 +119,8 @@ def _build(
         stage.remove(CORPUS_PAYLOAD)
         copy_payload(source.folder, source.manifest, stage.path / ".corpus")
         write_json(stage.path / ".corpus" / MANIFEST, source.manifest.model_dump(mode="json"))
+        if (run := source.folder / RUN).is_file() and not run.is_symlink():
+            shutil.copyfile(run, stage.path / ".corpus" / RUN)
         (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
     split = source.split("train")
     before, index_is_whole = stage.previous, False
