@@ -23,8 +23,8 @@ class TokenCache(VoterCache):
 
     A row's window starts at token 0 until it is full; then it jumps ahead by half its size, and the tokens left in it
     are read again from place 0. So what a memory sees depends on the tokens alone, not on how they came (at once, one
-    by one, padded). Keys and values are only a shortcut: where they do not fit, they are made again from the tokens, for
-    the rows concerned alone.
+    by one, padded). Keys and values are only a shortcut: where they do not fit, they are made again from the tokens,
+    for the rows concerned alone.
     """
 
     def __init__(self, batch_size: int, device: torch.device) -> None:

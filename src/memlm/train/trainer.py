@@ -122,7 +122,7 @@ def _try_out(arguments: TrainingArguments) -> None:
         torch.optim.SGD(model.parameters()),
         num_warmup_steps=0,
         num_training_steps=1,
-        scheduler_specific_kwargs=dict(arguments.lr_scheduler_kwargs or {}),
+        scheduler_specific_kwargs=dict(cast(Any, arguments.lr_scheduler_kwargs) or {}),
     )
 
 
