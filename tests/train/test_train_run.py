@@ -563,7 +563,7 @@ def test_a_base_without_finite_scores_is_named_before_training(
     model.save_pretrained(tmp_path / "poisoned")
     tokenizer.save_pretrained(tmp_path / "poisoned")
     config = TrainConfig(kl_weight=0, batch_size=2, dtype="float32", max_steps=5)
-    with pytest.raises(ModelError, match=r"base .*poisoned (gives no|has) .*finite"):
+    with pytest.raises(ModelError, match=r"base .*poisoned .*(gives NaN|finite)"):
         train_memory(
             corpus_folder, init=model_folder, base=str(tmp_path / "poisoned"), out=tmp_path / "m", config=config
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.errors import ArtifactError
+from memlm.files import lasting_name
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.protocol import MemorySettings
 from memlm.text import as_markdown
@@ -58,6 +59,8 @@ def memory_card(
         facts: What training found out; `config` are its settings.
         sources: Names of corpus, teacher, start model and base.
     """
+    if sources.get("teacher") == lasting_name(sources["base"]):
+        sources = {**sources, "teacher": sources["base"]}  # as typed: equal runs elsewhere give equal cards
     base, sources = json.dumps(sources["base"]), {name: as_markdown(source) for name, source in sources.items()}
     targets = facts.get("targets_config")
     if config["kl_weight"] == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from memlm.corpus.blocks import Block, Blocks, Corpus
 from memlm.errors import ArtifactError
 from memlm.files import cache_dir, digest, file_error, load_array
-from memlm.manifest import is_finished, payload_file, read_manifest
+from memlm.manifest import PLAN, is_finished, payload_file, read_manifest
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.retrieval import RetrievalSettings
 from memlm.memory.voter import Voter
@@ -112,6 +112,9 @@ class Scorers:
                 missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
                 for name, scores in self._compute(text, missing, taps, on_activations).items():
                     run_stage(folders[name], specs[name], partial(_save, scores=scores))
+        for name, folder in folders.items():
+            if (folder / PLAN).is_file():  # killed between its last two moves
+                run_stage(folder, specs[name], lambda stage: {})
         return {name: read_scores(folder, int(text.blocks.position_starts[-1])) for name, folder in folders.items()}
 
     def _compute(

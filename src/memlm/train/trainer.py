@@ -46,8 +46,6 @@ def check_trainer_fields(config: TrainConfig, where: str = "") -> None:
         ConfigError: Otherwise; the message says why.
     """
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    if "output_dir" in config.trainer:
-        raise ConfigError(f"{where}trainer.output_dir: checkpoints go into the output folder; leave it out")
     for name in config.trainer:
         if name not in known:
             raise ConfigError(f"unknown setting '{where}trainer.{name}'{nearest(name, known)}")
@@ -239,12 +237,16 @@ class MemoryTrainer(Trainer):
         memory = self.accelerator.unwrap_model(self.model)
         memory.eval()
         with self.compute_loss_context_manager():
-            found = score(
-                {"memory": memory},
-                Share(blocks, self.args.process_index, self.args.world_size),
-                stored=self._held_out.activations,
-                batch_tokens=self._batch_tokens,
-            )
+            try:
+                found = score(
+                    {"memory": memory},
+                    Share(blocks, self.args.process_index, self.args.world_size),
+                    stored=self._held_out.activations,
+                    batch_tokens=self._batch_tokens,
+                )
+            except ModelError:
+                step = self.state.global_step
+                raise TrainingError(f"the memory after step {step} gives no finite scores; {_ADVICE}") from None
         scores = found["memory"].label
         if self.args.world_size > 1:
             shares, scores = gather_object([scores]), np.empty_like(base_scores)
