@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import family_model, token_ids
-from memories import decoder_memory
+from memories import LONG_TEXT, decoder_memory
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +18,7 @@ from transformers import (
 
 from memlm import MixedLM
 from memlm.errors import ConfigError
+from memlm.memory.decoder import MemoryDecoder
 
 VOCAB = 64
 
@@ -159,3 +160,27 @@ def test_the_mask_reaches_a_base_that_peft_wraps() -> None:
     with torch.no_grad():
         alone, beside = model(prompt).logits[:, -1], model(padded, attention_mask=mask).logits[:, -1]
     torch.testing.assert_close(beside, alone, rtol=0, atol=1e-4)
+
+
+# --- memories that keep a state, and what a memory reads --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [lambda: family_model("mamba", seed=3), recurrent_gemma], ids=["mamba", "griffin"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_memory_with_a_state_forgets_nothing(memory: Callable[[], PreTrainedModel], beams: int) -> None:
+    model, prompt = MixedLM(family_model("llama"), MemoryDecoder(memory()), 0.6), token_ids(2, 6)
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams}
+    found = model.generate(prompt, **options)
+    assert torch.equal(found, model.generate(prompt, use_cache=False, **options))
+    if beams == 1:
+        assert torch.equal(found, greedily(model, prompt, 5))
+
+
+@pytest.mark.filterwarnings(LONG_TEXT)
+def test_a_memory_reads_no_more_of_a_prompt_than_the_base() -> None:
+    """Its window of 16 moves 12 times in a prompt of 120, of which the last place alone is asked for."""
+    memory = decoder_memory(VOCAB, window=16, seed=3)
+    model, read = MixedLM(family_model("llama"), memory, 0.4), []
+    memory.decoder.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    model.generate(token_ids(1, 120), max_new_tokens=1, do_sample=False)
+    assert 0 < sum(read) <= 1.1 * 120
