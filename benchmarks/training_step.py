@@ -75,13 +75,13 @@ def measure(
         path = Path(folder) / "train.arrow"
         _write_targets(path, rows=batch * (steps + 1), length=length, vocab_size=config.vocab_size)
         arguments = training_arguments(
-            TrainConfig(batch_size=batch, epochs=1, trainer={"save_strategy": "no", "logging_steps": 1}),
+            TrainConfig(batch_size=batch, epochs=1, trainer={"logging_steps": 1}),
             Path(folder),
             steps_per_epoch=steps + 1,
             bf16=default_dtype(device) == torch.bfloat16,
             use_cpu=device.type == "cpu",
             validate=False,
-        )
+        ).set_save(strategy="no")  # a checkpoint would be in the step's time
         for _ in range(rounds):
             for side in ("distillation", "fine_tuning", "transformers"):
                 model = random_model(config, dtype=torch.float32, device=device)  # of one seed
