@@ -207,7 +207,7 @@ def test_each_stage_says_in_words_what_it_made(
     )
     assert (found.code, found.err) == (0, "")
     assert re.search(
-        r"parameters, \d+ steps; on validation perplexity [\d.]+ alone, [\d.]+ mixed at mix_weight", found.out
+        r"parameters, \d+ steps; perplexity on [\d,]+ validation tokens: base [\d.]+, memory [\d.]+, mixed", found.out
     )
     found = memlm("evaluate", "perplexity", corpus_folder, "--base", model_folder, "--memory", memory_folder)
     assert (found.code, found.err) == (0, "")

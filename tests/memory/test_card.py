@@ -42,7 +42,10 @@ def test_card_says_from_what_how_good_and_how_to_load(card: str, memory_folder: 
     assert f"| teacher | {model_folder} |" in card
     assert f"{train['tokens']:,} training tokens of {train['documents']:,} documents" in card
     assert "k 16, temperature 4, without the position itself" in card
-    assert f"perplexity {best['memory_perplexity']:.2f} alone, {best['mixture_perplexity']:.2f} mixed" in card
+    base = manifest.facts["validation"]["base_perplexity"]
+    assert f": base {model_folder} {base:.2f}, memory {best['memory_perplexity']:.2f}, mixed" in card
+    assert f"mixed {best['mixture_perplexity']:.2f} at mix_weight {best['mix_weight']:g}" in card
+    assert f", {best['mixture_perplexity'] / base:.4f} of the base's" in card
 
 
 FACTS = {"corpus": {"splits": {"train": {"tokens": 1234567, "documents": 9}}}, "parameters": 5, "epochs": 2.0}

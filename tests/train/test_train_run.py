@@ -156,7 +156,8 @@ def test_training_lowers_loss_and_validation_perplexity(learnt: Path, targets_fo
 def test_the_figures_of_the_best_checkpoint_hold_for_the_saved_memory(
     learnt: Path, targets_folder: Path, model_folder: str
 ) -> None:
-    best = read_manifest(learnt, "memory").facts["validation"]["best"]
+    validation = read_manifest(learnt, "memory").facts["validation"]
+    best = validation["best"]
     data = TrainingData(targets_folder, with_targets=True)
     memory = load_memory(learnt, dtype=torch.float32)
     base = labels_of(BaseVoter(load_causal_lm(model_folder), data.vocab_size), data)
@@ -164,6 +165,7 @@ def test_the_figures_of_the_best_checkpoint_hold_for_the_saved_memory(
     weight, perplexity = best_mix_weight(base, ours)
     # the same float32 computation, rounded to four digits in the manifest
     assert float(np.exp(-ours.astype(np.float64).mean())) == pytest.approx(best["memory_perplexity"], rel=1e-5)
+    assert float(np.exp(-base.astype(np.float64).mean())) == pytest.approx(validation["base_perplexity"], rel=1e-5)
     assert perplexity == pytest.approx(best["mixture_perplexity"], rel=1e-5)
     assert weight == best["mix_weight"]
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from memlm.memory.gain import gain_line
 from memlm.ranks import speaks
 from memlm.text import printable
 
@@ -53,10 +54,4 @@ def memory_line(facts: dict[str, Any]) -> str:
         line += f", converted from a released checkpoint of layout {facts['layout']}"
     else:
         line += ", not trained since it was given a new tokenizer"
-    if "validation" in facts:
-        best = facts["validation"]["best"]
-        line += (
-            f"; on validation perplexity {best['memory_perplexity']:.2f} alone,"
-            f" {best['mixture_perplexity']:.2f} mixed at mix_weight {best['mix_weight']:g}"
-        )
-    return line
+    return f"{line}; {gain_line(facts)}" if "validation" in facts else line

@@ -7,6 +7,7 @@ from typing import Any
 from memlm.errors import ArtifactError
 from memlm.files import lasting_name
 from memlm.manifest import is_artifact, read_manifest
+from memlm.memory.gain import gain_line
 from memlm.memory.protocol import MemorySettings
 from memlm.text import as_markdown
 
@@ -110,11 +111,10 @@ def _start(config: dict[str, Any], sources: dict[str, str]) -> str:
 def _figures(facts: dict[str, Any], sources: dict[str, str]) -> str:
     if "validation" not in facts:
         return "No validation split was held out."
-    best, split = facts["validation"]["best"], facts["corpus"]["splits"]["validation"]
+    line = gain_line(facts, f"base {sources['base']}")
     return (
-        f"On {split['positions']:,} validation tokens, where mix_weight was chosen too: perplexity"
-        f" {best['memory_perplexity']:.2f} alone, {best['mixture_perplexity']:.2f} mixed into {sources['base']} at"
-        f" mix_weight {best['mix_weight']}. Run `memlm evaluate perplexity` for figures on the test split."
+        f"{line[:1].upper()}{line[1:]}. The weight was chosen on the same tokens; `memlm evaluate perplexity` gives"
+        " figures on the test split."
     )
 
 

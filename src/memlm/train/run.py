@@ -322,5 +322,9 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[s
     }
     if history:
         best = int(np.argmin([entry["eval_mixture_perplexity"] for entry in validated]))  # the first, as the Trainer's
-        facts["validation"] = {"best": history[best], "history": history}
+        facts["validation"] = {
+            "base_perplexity": round(trainer.base_perplexity, 4),
+            "best": history[best],
+            "history": history,
+        }
     return facts

@@ -267,6 +267,12 @@ class MemoryTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    @property
+    def base_perplexity(self) -> float:
+        """Of the base alone on the validation blocks."""
+        assert self._held_out is not None
+        return perplexity(self._held_out.base_scores)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # the Trainer looks for the end after a step only, so a run stopped after its last step would take one more
         if self.state.global_step < self.state.max_steps:
