@@ -1,5 +1,7 @@
-"""Progress bars: what is done, tokens a second and time left; silent when output is piped."""
+"""Progress: bars on a terminal or in a notebook; elsewhere, as in a log, a plain line now and then. All on stderr."""
 
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -10,6 +12,7 @@ from memlm.ranks import speaks
 Listener = Callable[[str, float, float], None]
 """Told a bar's description, what is done and the total, whenever either changes."""
 
+LINE_SECONDS = 30.0
 _listener: Listener | None = None  # of the process, not of a thread: a stage may move its bar from any
 
 
@@ -26,6 +29,43 @@ class _ToldBar(tqdm):
         self._listener(self._description, self.n, self.total or 0)
 
 
+class _LineBar(tqdm):
+    """A bar for a log: what is done, the rate, what is left, in a line of its own every `seconds`, and at the end."""
+
+    def __init__(self, description: str, total: int, initial: int, unit: str, seconds: float) -> None:
+        super().__init__(total=total, initial=initial, disable=True)
+        self._description, self._unit, self._seconds = description, unit, seconds
+        self._first, self._start, self._last = initial, time.monotonic(), time.monotonic()
+        self._told = self._closed = False
+        self.postfix = None  # a bar that draws nothing has none until it is set
+
+    def update(self, n: float | None = 1) -> None:
+        self.n += n or 0
+        if time.monotonic() - self._last >= self._seconds:
+            self._tell()
+
+    def close(self) -> None:
+        if self._told and not self._closed:  # what was too short for a line needs none at the end
+            self._tell()
+        self._closed = True
+        super().close()
+
+    def _tell(self) -> None:
+        self._told, self._last = True, time.monotonic()
+        count = f"{self.n:,.0f}"
+        if self.total:
+            count += f" of {self.total:,.0f}"
+        line = f"{self._description}: {count} {self._unit}"
+        rate = (self.n - self._first) / max(self._last - self._start, 1e-9)
+        if rate > 0:
+            line += f", {rate:,.0f} {self._unit}/s"
+            if self.total and self.n < self.total:
+                line += f", {tqdm.format_interval(max(0, self.total - self.n) / rate)} left"
+        if self.postfix:
+            line += f", {self.postfix}"
+        print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def told_to(listener: Listener) -> Iterator[None]:
     """Within the block `listener` is told of all progress and no bar is drawn, so that one bar may stand for many."""
@@ -37,11 +77,35 @@ def told_to(listener: Listener) -> Iterator[None]:
         _listener = before
 
 
-def progress_bar(total: int, description: str, *, unit: str = "tok", initial: int = 0) -> tqdm:
-    """A bar over `total` units, shown on a terminal only (stderr)."""
+def progress_bar(
+    total: int, description: str, *, unit: str = "tok", initial: int = 0, line_seconds: float = LINE_SECONDS
+) -> tqdm:
+    """A bar over `total` units.
+
+    Args:
+        total: All there is to do; 0 where nobody knows.
+        description: What is done.
+        unit: What is counted; one bar has one rate.
+        initial: What an earlier run has done already; it is in no rate.
+        line_seconds: Where neither a terminal nor a notebook is there to draw in: seconds between two lines.
+    """
     if _listener is not None:
         return _ToldBar(_listener, description, total, initial)
-    silent = None if speaks() else True
+    drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
+    if speaks() and not drawn:
+        return _LineBar(description, total, initial, unit, line_seconds)
     return tqdm(
-        total=total, desc=description, unit=unit, unit_scale=True, initial=initial, disable=silent, dynamic_ncols=True
+        total=total or None,
+        desc=description,
+        unit=unit,
+        unit_scale=True,
+        initial=initial,
+        disable=not speaks(),
+        dynamic_ncols=True,
     )
+
+
+def note(line: str) -> None:
+    """Say something that a user may want to know and no result holds, where no listener stands in for the bars."""
+    if _listener is None and speaks():
+        print(line, file=sys.stderr, flush=True)

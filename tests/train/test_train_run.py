@@ -31,6 +31,7 @@ from memlm.memory.loading import load_memory
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
 from memlm.models.loading import load_causal_lm
+from memlm.progress import told_to
 from memlm.scores.mixtures import best_mix_weight
 from memlm.scores.score import Scores, score
 from memlm.train import run as run_module
@@ -669,3 +670,23 @@ class TestRefusedBeforeAnyModelIsLoaded:
 def other_model(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The config of a model whose tokenizer has one token more; there are no weights to load."""
     return save_stranger(tmp_path_factory.mktemp("other") / "model", tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [{"epochs": 1.5}, {"max_steps": 5}])
+def test_the_bar_counts_predicted_tokens_and_ends_where_it_said(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, length: dict[str, Any]
+) -> None:
+    heard = []
+    with told_to(lambda *what: heard.append(what)):
+        manifest = train_memory(
+            corpus_folder, init=model_folder, out=tmp_path / "m", kl_weight=0, batch_size=2, accumulation=2, **length
+        )
+    rows = TrainingData(corpus_folder, with_targets=False).train
+    positions = int(rows.position_starts[-1])
+    steps = manifest.facts["steps"]
+    expected = 1.5 * positions if "epochs" in length else steps * 4 * positions / len(rows)
+    training = [(done, total) for part, done, total in heard if part == "training"]
+    assert {total for _, total in training} == {round(expected)}
+    assert training[-1][0] == round(expected)
+    assert len({done for done, _ in training}) > steps, "it moves with every batch"

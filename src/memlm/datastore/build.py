@@ -165,12 +165,15 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
             blocks = np.arange(*shards[i])
             if extension is not None:
                 blocks = blocks[extension.is_new(blocks)]
-            keys = read_keys(reader(), split, blocks, batch_tokens=config.batch_tokens) if len(blocks) else None
+            keys = None
+            if len(blocks):
+                keys = read_keys(reader(), split, blocks, batch_tokens=config.batch_tokens, progress=bar.update)
             if extension is not None:
+                read = 0 if keys is None else len(keys)
                 keys = extension.complete(keys, *bounds[i])
+                bar.update(len(keys) - read)
             assert keys is not None  # without an extension every block is read
             write(stage.save_array, f"keys/{i:05d}.npy", keys)
-            bar.update(len(keys))
     return tap
 
 
@@ -193,12 +196,19 @@ def shard_blocks(split: Split, shard_positions: int) -> list[tuple[int, int]]:
 
 
 def read_keys(
-    reader: TapReader, split: Blocks, blocks: Sequence[int] | NDArray[np.int64], *, batch_tokens: int
+    reader: TapReader,
+    split: Blocks,
+    blocks: Sequence[int] | NDArray[np.int64],
+    *,
+    batch_tokens: int,
+    progress: Callable[[int], object] = lambda keys: None,
 ) -> NDArray[np.float16]:
     """Keys of all positions that these blocks predict, block after block.
 
     Args:
         blocks: Which blocks, at least one.
+        batch_tokens: Tokens in one forward pass, padding included.
+        progress: Told how many keys were read, batch by batch.
 
     Raises:
         ModelError: An activation does not fit float16.
@@ -213,6 +223,7 @@ def read_keys(
         lengths = starts[batch + 1] - starts[batch]
         for start, part in zip(starts[batch], np.split(found, np.cumsum(lengths)[:-1]), strict=True):
             out[start : start + len(part)] = part
+        progress(len(found))
     assert out is not None  # there is at least one block, and blocks have at least one position
     return out
 

@@ -181,7 +181,8 @@ class MemoryTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_AroundCheckpoints(held_out is not None))
-        self.add_callback(_TokenBar(int(rows.lengths.sum())))
+        self._bar = _TokenBar(int(rows.position_starts[-1]), len(rows))
+        self.add_callback(self._bar)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows = self.args.per_device_train_batch_size * self.args.world_size  # of one forward pass on every rank
@@ -201,6 +202,7 @@ class MemoryTrainer(Trainer):
             inputs = inputs | {"activations": activations}
         found = model(**inputs, kl_weight=self._kl_weight)
         positions = len(inputs["places"])
+        self._bar.advance(positions)
         loss = found.loss / (num_items_in_batch if num_items_in_batch is not None else positions)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # undo the mean that data parallelism takes
@@ -262,6 +264,7 @@ class MemoryTrainer(Trainer):
             "eval_memory_perplexity": perplexity(scores),
             "eval_mixture_perplexity": mixture,
             "eval_mix_weight": weight,
+            "eval_base_perplexity": self.base_perplexity,
         }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -342,23 +345,36 @@ class _AroundCheckpoints(TrainerCallback):
 
 
 class _TokenBar(TrainerCallback):
-    """Progress in tokens, so that speed reads as tokens a second."""
+    """Progress in predicted tokens, counted batch by batch, so that speed reads as tokens a second."""
 
-    def __init__(self, epoch_tokens: int) -> None:
-        self._epoch_tokens = epoch_tokens
+    def __init__(self, positions: int, rows: int) -> None:
+        """
+        Args:
+            positions: Predicted tokens of an epoch.
+            rows: Rows of an epoch.
+        """
+        self._positions, self._rows = positions, rows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        total = int(self._epoch_tokens * state.num_train_epochs) if args.max_steps <= 0 else 0
-        self._per_step = total / max(state.max_steps, 1) if total else args.per_device_train_batch_size
-        self._bar = progress_bar(
-            total or int(self._per_step * state.max_steps), "training", initial=int(self._per_step * state.global_step)
-        )
+        if args.max_steps > 0:  # as many rows as these steps take, each of the mean length
+            step_rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+            total = self._positions / self._rows * step_rows * state.max_steps
+        else:
+            total = self._positions * args.num_train_epochs
+        self._world_size = args.world_size
+        done = total * state.global_step / max(state.max_steps, 1)
+        self._bar = progress_bar(round(total), "training", initial=round(done))
+
+    def advance(self, positions: int) -> None:
+        """Count what a batch of this process predicts; those of other processes are as large."""
+        self._bar.update(min(positions * self._world_size, self._bar.total - self._bar.n))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.update(int(self._per_step * state.global_step) - self._bar.n)
+        if state.global_step >= state.max_steps:  # an estimate ends with what it was an estimate of
+            self._bar.update(self._bar.total - self._bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        named = {"loss": "loss", "eval_mixture_perplexity": "mixture"}
+        named = {"loss": "loss", "eval_mixture_perplexity": "mixture", "eval_base_perplexity": "base"}
         told = {named[key]: f"{value:.3f}" for key, value in (logs or {}).items() if key in named}
         self._bar.set_postfix(told, refresh=False)
 
