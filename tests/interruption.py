@@ -17,19 +17,21 @@ class Interrupted(BaseException):
 
 
 @contextlib.contextmanager
-def interrupted_after(step: int) -> Iterator[None]:
-    """The run in the `with` block ends after `step`; one that does not come so far fails the test."""
+def interrupted_after(
+    step: int, error: type[BaseException] = Interrupted
+) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+    """The run in the `with` block ends after `step` by `error`; one that does not come so far fails the test."""
     original = trainer_module._TokenBar.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == step:
-            raise Interrupted
+            raise error
         original(self, args, state, control, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_module._TokenBar, "on_step_end", on_step_end)
-        with pytest.raises(Interrupted):
-            yield
+        with pytest.raises(error) as stop:
+            yield stop
 
 
 @contextlib.contextmanager

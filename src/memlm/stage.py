@@ -41,6 +41,8 @@ from memlm.manifest import (
     read_manifest,
     short,
 )
+from memlm.parts import PARTS
+from memlm.progress import note
 from memlm.ranks import ALONE, Ranks
 
 
@@ -79,6 +81,8 @@ class Stage:
         """The manifest, once there is one."""
         self.previous: Manifest | None = None
         """What the folder was before its repair; None where nothing is repaired."""
+        self.kept: str | None = None
+        """What a stop would leave, in words; None: nothing worth a word."""
         self._started = time.time()
 
     def has(self, name: str) -> bool:
@@ -182,7 +186,7 @@ class Stage:
         self.finished = manifest
 
     def _is_left_over(self, path: Path) -> bool:
-        return is_half_written(path) or path.relative_to(self.path).parts[0] in self.spec.intermediate
+        return is_half_written(path) or path.relative_to(self.path).parts[0] in (PARTS, *self.spec.intermediate)
 
 
 Work = Callable[[Stage], dict[str, Any]]
@@ -212,6 +216,7 @@ def run_stage(out: str | Path, spec: StageSpec, work: Work, ranks: Ranks = ALONE
     """
     with open_stage(out, spec) if ranks.first else contextlib.nullcontext(Stage(Path(out), spec)) as stage:
         if finished := ranks.from_first(stage.finished):
+            note(f"{out} is there already: nothing to do")
             return finished
         facts = work(stage)
         return ranks.from_first(stage.finish(facts) if ranks.first else None)  # type: ignore[return-value]
@@ -250,6 +255,10 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
                     (out / PLAN).unlink()  # what was refused leaves no trace
     except (OSError, SafetensorError) as error:
         raise file_error(error, out) from error
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if stage.kept:
+            stop.add_note(f"{out} keeps {stage.kept}")
+        raise
 
 
 def check_output(out: str | Path, spec: StageSpec) -> Manifest | None:

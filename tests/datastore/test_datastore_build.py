@@ -1,6 +1,8 @@
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,11 +13,15 @@ from strangers import edit_manifest, reseal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import Corpus
-from memlm.datastore.build import build_datastore, shard_blocks
+from memlm.corpus.build import build_corpus
+from memlm.corpus.config import CorpusConfig
+from memlm.datastore.build import build_datastore, plan_datastore, shard_blocks
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, TokenizerMismatchError
 from memlm.manifest import Manifest, read_manifest
+from memlm.models.taps import TapReader
+from memlm.stage import run_stage
 
 # float32 activations of order 1, added up in another order, then rounded to float16 (half a step: 2**-11 of the value)
 HALF = {"rtol": 2**-10, "atol": 1e-4}
@@ -104,6 +110,60 @@ def test_an_interrupted_pass_goes_on_to_the_same_bytes(
     assert resumed.payload == whole.payload
     assert resumed.hash == whole.hash
     assert build(corpus_folder, model_folder, tmp_path / "resumed", **config) == resumed
+
+
+@pytest.mark.parametrize("extends", [False, True])
+def test_a_pass_stopped_in_the_middle_of_a_shard_keeps_what_was_read_and_says_so(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extends: bool
+) -> None:
+    config = DatastoreConfig.parse({"batch_tokens": 100})
+    extend = None
+    if extends:
+        extend = tmp_path / "old"
+        few = CorpusConfig.parse({**Corpus(corpus_folder).config.model_dump(), "max_tokens": 400})
+        sources = [read_manifest(corpus_folder).sources["documents"]]
+        build_corpus(sources, tokenizer=model_folder, out=tmp_path / "few", config=few)
+        build_datastore(tmp_path / "few", teacher=model_folder, out=extend, config=config)
+    asked = {"teacher": model_folder, "config": config, "extend": extend}
+    reads, read = [], TapReader.read
+    monkeypatch.setattr(TapReader, "read", lambda *args: (reads.append(1), read(*args))[1])
+    whole = build_datastore(corpus_folder, out=tmp_path / "whole", **asked)
+    n_whole = len(reads)
+
+    def stopping(*args: Any) -> Any:
+        if len(reads) == n_whole + 5:
+            raise KeyboardInterrupt
+        reads.append(1)
+        return read(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TapReader, "read", stopping)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run_stage(tmp_path / "d", *plan_datastore(corpus_folder, **asked, keep_seconds=0))
+    assert re.fullmatch(rf"{tmp_path}/d keeps the keys of [\d,]+ of [\d,]+ positions", stop.value.__notes__[0])
+    assert not re.search(r"keys of 0 of", stop.value.__notes__[0])
+    reads.clear()
+    resumed = build_datastore(corpus_folder, out=tmp_path / "d", **asked)
+    assert len(reads) == n_whole - 4, "the batch that was under way is read again, no other"
+    assert resumed.payload == whole.payload
+    assert resumed.hash == whole.hash
+
+
+@pytest.mark.parametrize("rotten", [b"", b"no archive", None])
+def test_what_a_stopped_pass_left_is_used_only_where_it_fits(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, rotten: bytes | None
+) -> None:
+    whole = build(corpus_folder, model_folder, tmp_path / "whole")
+    with files_written("keys/*", most=0):
+        build(corpus_folder, model_folder, tmp_path / "d")
+    (tmp_path / "d" / "parts").mkdir()
+    part = tmp_path / "d" / "parts" / "keys-00000.npz"
+    if rotten is None:
+        np.savez(part, steps=np.int64(1), keys=np.zeros((3, 32), np.float16))
+    else:
+        part.write_bytes(rotten)
+    assert build(corpus_folder, model_folder, tmp_path / "d").hash == whole.hash
+    assert not (tmp_path / "d" / "parts").exists()
 
 
 def test_shards_hold_whole_blocks_and_at_least_the_positions_asked_for(corpus_folder: Path) -> None:

@@ -1,11 +1,13 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from conftest import tiny_model
 from interruption import files_written
 from reference import brute_neighbors, dense_votes
@@ -20,8 +22,10 @@ from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
 from memlm.manifest import Manifest, read_manifest
 from memlm.stage import run_stage
+from memlm.targets import build as build_module
 from memlm.targets.build import build_targets, import_released, plan_targets
 from memlm.targets.config import TargetsConfig
+from memlm.targets.votes import SparseProbs, retrieve
 
 VOCABULARY = 320
 Position = tuple[int, list[int], np.ndarray]
@@ -166,6 +170,32 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert written[0] == f"train-{stop_at:05d}.arrow"
     assert resumed.payload == whole.payload
     assert resumed.hash == whole.hash
+
+
+def test_a_search_stopped_in_the_middle_of_a_shard_keeps_what_was_found_and_says_so(
+    datastore_folder: Path, targets_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TargetsConfig(k=16, target_temperature=4.0)
+    searched: list[int] = []
+
+    def stopping(store: Datastore, queries: torch.Tensor, own: np.ndarray, **settings: Any) -> SparseProbs:
+        if len(searched) == 3:
+            raise KeyboardInterrupt
+        searched.append(len(own))
+        return retrieve(store, queries, own, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build_module, "retrieve", stopping)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            run_stage(
+                tmp_path / "t", *plan_targets(datastore_folder, config=config, positions_at_once=50, keep_seconds=0)
+            )
+        total = read_manifest(targets_folder).facts["positions"]
+        assert stop.value.__notes__ == [f"{tmp_path}/t keeps the targets of 150 of {total:,} positions"]
+        searched += [0]
+        resumed = build_targets(datastore_folder, out=tmp_path / "t", config=config)
+    assert sum(searched[3:]) == total - 150
+    assert resumed.hash == read_manifest(targets_folder).hash
 
 
 def test_a_run_stopped_while_its_files_are_hashed_loses_nothing(

@@ -34,11 +34,12 @@ from memlm.models.loading import load_causal_lm
 from memlm.progress import told_to
 from memlm.scores.mixtures import best_mix_weight
 from memlm.scores.score import Scores, score
+from memlm.stage import run_stage
 from memlm.train import run as run_module
 from memlm.train import trainer as trainer_module
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData
-from memlm.train.run import train_memory
+from memlm.train.run import plan_memory, train_memory
 
 QUICK = {"dtype": "float32", "max_steps": 4, "batch_size": 4}
 
@@ -384,6 +385,27 @@ def test_an_interrupted_run_continued_gives_the_same_bytes(
     assert resumed.facts == uninterrupted.facts
     assert resumed.hash == uninterrupted.hash
     assert not (tmp_path / "m" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [2, 9, 13])
+def test_a_run_stopped_between_validations_goes_on_at_the_checkpoint_that_time_asked_for(
+    targets_folder: Path, dropout_model: str, uninterrupted: Manifest, tmp_path: Path, step: int
+) -> None:
+    """Such a checkpoint lies between two logs, whose means hold the steps on both sides of it."""
+    plan = plan_memory(targets_folder, init=dropout_model, config=RESUMED, keep_seconds=0)
+    with interrupted_after(step, KeyboardInterrupt) as stop:
+        run_stage(tmp_path / "m", *plan)
+    assert stop.value.__notes__ == [f"{tmp_path}/m keeps training up to step {step - 1} of 26"]
+    assert (tmp_path / "m" / "checkpoints" / f"checkpoint-{step - 1}" / "whole").is_file()
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_module._TokenBar, "on_step_end", lambda self, args, state, *_, **__: steps.append(state))
+        resumed = train_memory(targets_folder, init=dropout_model, out=tmp_path / "m", config=RESUMED)
+    assert len(steps) == 26 - (step - 1)
+    assert resumed.payload == uninterrupted.payload
+    assert resumed.facts == uninterrupted.facts
+    assert resumed.hash == uninterrupted.hash
 
 
 @contextlib.contextmanager

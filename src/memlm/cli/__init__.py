@@ -52,7 +52,7 @@ def main() -> None:
         _end(error)
     except SystemExit as stop:
         if stop.code in (_INTERRUPTED, _TERMINATED):
-            say("\nmemlm: stopped; the same command goes on where this one was")
+            say(f"\nmemlm: stopped{_kept(stop)}; the same command goes on where this one was")
         raise
     except BrokenPipeError:
         sys.stderr.close()
@@ -61,6 +61,15 @@ def main() -> None:
         from memlm.files import file_error
 
         _end(file_error(error))
+
+
+def _kept(stop: BaseException | None) -> str:
+    """What the stopped stage keeps, as it noted on the exception that went through it."""
+    while stop is not None:
+        if notes := getattr(stop, "__notes__", None):
+            return f"; {notes[0]}"
+        stop = stop.__cause__ or stop.__context__
+    return ""
 
 
 def _stop_again(otherwise: Callable[[Any], Any], lost: Any) -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from memlm.manifest import MANIFEST, RUN, Manifest, copy_payload
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
+from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 
@@ -80,8 +81,12 @@ def plan_datastore(
     teacher: str | None = None,
     config: DatastoreConfig | None = None,
     extend: str | Path | None = None,
+    keep_seconds: float = KEEP_SECONDS,
 ) -> Plan:
-    """What `build_datastore` with these arguments is to make, and the work; raises what it raises before any work."""
+    """What `build_datastore` with these arguments is to make, and the work; raises what it raises before any work.
+
+    What the teacher has read of a shard is kept every `keep_seconds`.
+    """
     source = Corpus(corpus)
     extension = None if extend is None else Extension(extend, source)
     config = config or DatastoreConfig()
@@ -108,11 +113,11 @@ def plan_datastore(
         sources={**source.manifest.sources, **sources},
         intermediate=(_TAP_FILE, *(() if config.keep_keys else ("keys",))),
     )
-    return Plan(spec, lambda stage: _build(stage, source, teacher, config, extension))
+    return Plan(spec, lambda stage: _build(stage, source, teacher, config, extension, Due(keep_seconds)))
 
 
 def _build(
-    stage: Stage, source: Corpus, teacher: str, config: DatastoreConfig, extension: Extension | None
+    stage: Stage, source: Corpus, teacher: str, config: DatastoreConfig, extension: Extension | None, due: Due
 ) -> dict[str, Any]:
     """Write the datastore, and return its facts."""
     if any(not stage.has(f"{CORPUS_PAYLOAD}/{name}") for name in (MANIFEST, *source.manifest.payload)):
@@ -128,7 +133,7 @@ def _build(
         stage.save_text(_TAP_FILE, before.facts["tap"] + "\n")
         index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
     needs_keys = config.keep_keys or not index_is_whole
-    tap = _save_keys(stage, split, teacher, config, extension) if needs_keys else None
+    tap = _save_keys(stage, split, teacher, config, extension, due) if needs_keys else None
     total = split.n_positions
     starts = range(0, total, _VALUES_AT_ONCE)
     values = (split.labels(start, min(start + _VALUES_AT_ONCE, total)) for start in starts)
@@ -147,7 +152,9 @@ def _build(
     return facts if extension is None else {**facts, "extended": extension.facts}
 
 
-def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig, extension: Extension | None) -> str:
+def _save_keys(
+    stage: Stage, split: Split, teacher: str, config: DatastoreConfig, extension: Extension | None, due: Due
+) -> str:
     """Write `keys/NNNNN.npy`, one per run of blocks, and return the tap."""
     shards = shard_blocks(split, config.shard_positions)
     missing = [i for i in range(len(shards)) if not stage.has(f"keys/{i:05d}.npy")]
@@ -159,21 +166,37 @@ def _save_keys(stage: Stage, split: Split, teacher: str, config: DatastoreConfig
     tap = reader().tap if extension is None else extension.tap
     stage.save_text(_TAP_FILE, tap + "\n")
     bounds = {i: split.position_starts[list(shards[i])].tolist() for i in missing}
-    done = split.n_positions - sum(stop - start for start, stop in bounds.values())
-    with progress_bar(split.n_positions, "teacher pass", initial=done) as bar, writing_behind() as write:
+    total, done = split.n_positions, split.n_positions - sum(stop - start for start, stop in bounds.values())
+
+    def keep(done: int) -> None:
+        stage.kept = f"the keys of {done:,} of {total:,} positions"
+
+    keep(done)
+    with progress_bar(total, "teacher pass", initial=done) as bar, writing_behind() as write:
         for i in missing:
             blocks = np.arange(*shards[i])
             if extension is not None:
                 blocks = blocks[extension.is_new(blocks)]
-            keys = None
+            keys, part = None, Part(stage.path, f"keys-{i:05d}", due)
             if len(blocks):
-                keys = read_keys(reader(), split, blocks, batch_tokens=config.batch_tokens, progress=bar.update)
+                keys = read_keys(
+                    reader(),
+                    split,
+                    blocks,
+                    batch_tokens=config.batch_tokens,
+                    progress=bar.update,
+                    part=part,
+                    on_kept=lambda read, done=done: keep(done + read),
+                )
             if extension is not None:
                 read = 0 if keys is None else len(keys)
                 keys = extension.complete(keys, *bounds[i])
                 bar.update(len(keys) - read)
             assert keys is not None  # without an extension every block is read
             write(stage.save_array, f"keys/{i:05d}.npy", keys)
+            write(part.remove)
+            done += len(keys)
+            keep(done)
     return tap
 
 
@@ -202,6 +225,8 @@ def read_keys(
     *,
     batch_tokens: int,
     progress: Callable[[int], object] = lambda keys: None,
+    part: Part | None = None,
+    on_kept: Callable[[int], object] = lambda keys: None,
 ) -> NDArray[np.float16]:
     """Keys of all positions that these blocks predict, block after block.
 
@@ -209,23 +234,47 @@ def read_keys(
         blocks: Which blocks, at least one.
         batch_tokens: Tokens in one forward pass, padding included.
         progress: Told how many keys were read, batch by batch.
+        part: Where an earlier pass over the same blocks may have left some, and this one keeps what it has.
+        on_kept: Told how many keys are kept there.
 
     Raises:
         ModelError: An activation does not fit float16.
     """
     numbers = np.asarray(blocks)
     starts = np.append(0, np.cumsum(np.diff(split.position_starts)[numbers]))
-    out: NDArray[np.float16] | None = None
-    for batch, keys in _one_ahead(_read_batches(reader, split, numbers, batch_tokens)):
+    padded = _padded(split.lengths[numbers])
+    batches = list(length_batches(padded, batch_tokens))
+    positions = [int((starts[batch + 1] - starts[batch]).sum()) for batch in batches]
+    done, out = (0, None) if part is None else _kept_keys(part, len(batches), int(starts[-1]))
+    if done:
+        progress(sum(positions[:done]))
+        on_kept(sum(positions[:done]))
+    left = _read_batches(reader, split, numbers, padded, batches[done:], batch_tokens)
+    for number, (batch, keys) in enumerate(_one_ahead(left), done + 1):
         found = checked_keys(keys())
         if out is None:
             out = np.empty((int(starts[-1]), found.shape[1]), np.float16)
         lengths = starts[batch + 1] - starts[batch]
-        for start, part in zip(starts[batch], np.split(found, np.cumsum(lengths)[:-1]), strict=True):
-            out[start : start + len(part)] = part
+        for start, rows in zip(starts[batch], np.split(found, np.cumsum(lengths)[:-1]), strict=True):
+            out[start : start + len(rows)] = rows
         progress(len(found))
+        if part is not None and number < len(batches) and part.offer(number, partial(dict, keys=out)):
+            on_kept(sum(positions[:number]))
     assert out is not None  # there is at least one block, and blocks have at least one position
     return out
+
+
+def _kept_keys(part: Part, batches: int, positions: int) -> tuple[int, NDArray[np.float16] | None]:
+    """How many batches an earlier pass has read, and its keys; none where what it left does not fit."""
+    done, arrays = part.load()
+    keys = arrays.get("keys")
+    fits = keys is not None and keys.dtype == np.float16 and keys.ndim == 2 and len(keys) == positions
+    return (done, keys) if fits and 0 < done < batches else (0, None)
+
+
+def _padded(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What blocks of these lengths are padded to."""
+    return np.minimum(-(-lengths // _LENGTHS) * _LENGTHS, lengths.max())
 
 
 def checked_keys(activations: NDArray[np.float16]) -> NDArray[np.float16]:
@@ -239,11 +288,16 @@ def checked_keys(activations: NDArray[np.float16]) -> NDArray[np.float16]:
     return activations
 
 
-def _read_batches(reader: TapReader, split: Blocks, numbers: NDArray[np.int64], batch_tokens: int) -> Iterator[_Batch]:
+def _read_batches(
+    reader: TapReader,
+    split: Blocks,
+    numbers: NDArray[np.int64],
+    padded: NDArray[np.int64],
+    batches: list[NDArray[np.int64]],
+    batch_tokens: int,
+) -> Iterator[_Batch]:
     device = reader.model.device
-    lengths = split.lengths[numbers]
-    padded = np.minimum(-(-lengths // _LENGTHS) * _LENGTHS, lengths.max())
-    for batch in length_batches(padded, batch_tokens):
+    for batch in batches:
         read = [split[int(numbers[i])] for i in batch]
         longest = int(padded[batch].max())
         full = max(1, batch_tokens // longest)

@@ -19,6 +19,7 @@ from memlm.errors import ConfigError, InputError
 from memlm.files import file_digest
 from memlm.manifest import Manifest, copy_payload
 from memlm.models.taps import TapReader
+from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
@@ -61,10 +62,12 @@ def plan_targets(
     teacher: str | None = None,
     config: TargetsConfig | None = None,
     positions_at_once: int = 4096,
+    keep_seconds: float = KEEP_SECONDS,
 ) -> Plan:
     """What `build_targets` with these arguments is to make, and the work; raises what it raises before any work.
 
-    `positions_at_once` decides speed and memory of the search, not what it finds.
+    `positions_at_once` decides speed and memory of the search, not what it finds. What was found for a shard is kept
+    every `keep_seconds`.
     """
     config = config or TargetsConfig()
     store = Datastore(datastore, teacher=teacher)
@@ -81,29 +84,43 @@ def plan_targets(
         tokenizer=store.manifest.tokenizer,
         sources={**store.manifest.sources, "datastore": str(datastore)},
     )
-    return Plan(spec, lambda stage: _search(stage, store, config, positions_at_once))
+    return Plan(spec, lambda stage: _search(stage, store, config, positions_at_once, Due(keep_seconds)))
 
 
-def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_once: int) -> dict[str, Any]:
+def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_once: int, due: Due) -> dict[str, Any]:
     """Write the targets of all positions, and return the facts."""
     split = store.corpus.split("train")
     shards = shard_blocks(split, store.config.shard_positions)
     bounds = {i: split.position_starts[list(s)].tolist() for i, s in enumerate(shards) if not stage.has(_shard(i))}
     done = split.n_positions - sum(stop - start for start, stop in bounds.values())
     reader = cache(lambda: TapReader(load_teacher(store.teacher, store.config)[0], store.facts.tap))
+
+    def keep(done: int) -> None:
+        stage.kept = f"the targets of {done:,} of {split.n_positions:,} positions"
+
+    keep(done)
     with progress_bar(split.n_positions, "searching", initial=done) as bar, writing_behind() as write:
         for i, (start, stop) in bounds.items():
-            blocks, votes = range(*shards[i]), []
+            blocks, part = range(*shards[i]), Part(stage.path, f"targets-{i:05d}", due)
+            begin, votes = _kept_votes(part, stop - start)
+            if begin:
+                bar.update(begin)
+                keep(done + begin)
             if store.keys is not None:
                 keys = store.keys.slice(start, stop)
             else:
                 keys = read_keys(reader(), split, blocks, batch_tokens=store.config.batch_tokens)
-            for at in range(0, len(keys), positions_at_once):
+            for at in range(begin, len(keys), positions_at_once):
                 queries = widen(keys[at : at + positions_at_once])
                 own = np.arange(start + at, start + at + len(queries))
                 votes.append(retrieve(store, queries, own, **config.model_dump()))
                 bar.update(len(own))
+                if part.offer(at + len(own), lambda votes=votes: SparseProbs.concatenate(votes).arrays()):
+                    keep(done + at + len(own))
             write(_write_shard, stage, i, [split[b] for b in blocks], SparseProbs.concatenate(votes))
+            write(part.remove)
+            done += stop - start
+            keep(done)
     return _write_rest(stage, store.corpus, len(shards), store.manifest.facts)
 
 
@@ -187,6 +204,13 @@ def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: i
 
 def _shard(number: int) -> str:
     return f"train-{number:05d}.arrow"
+
+
+def _kept_votes(part: Part, positions: int) -> tuple[int, list[SparseProbs]]:
+    """Positions of a shard that an earlier run has searched for, and what it found; none where that does not fit."""
+    done, arrays = part.load()
+    votes = SparseProbs.from_arrays(arrays) if arrays else None
+    return (done, [votes]) if votes is not None and 0 < done == len(votes.counts) <= positions else (0, [])
 
 
 def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparseProbs) -> None:

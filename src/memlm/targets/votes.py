@@ -1,7 +1,8 @@
 """Neighbours as votes: squared distances and next tokens to a sparse distribution."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,19 @@ class SparseProbs:
     def concatenate(cls, parts: Sequence["SparseProbs"]) -> "SparseProbs":
         """The positions of all parts, one part after another."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The same as arrays by name."""
+        return {field.name: getattr(self, field.name).numpy(force=True) for field in fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, NDArray[Any]]) -> "SparseProbs | None":
+        """What `arrays()` gave, read back; None where it is something else."""
+        if arrays.keys() != {field.name for field in fields(cls)}:
+            return None
+        found = cls(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+        fits = len(found.counts) == len(found.lost_mass) and int(found.counts.sum()) == len(found.ids)
+        return found if fits and len(found.ids) == len(found.probs) else None
 
     def to(self, device: torch.device) -> "SparseProbs":
         """The same on another device."""

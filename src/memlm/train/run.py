@@ -22,6 +22,7 @@ from memlm.models.identity import model_identity
 from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
+from memlm.parts import KEEP_SECONDS, Due
 from memlm.ranks import ALONE, Ranks, together
 from memlm.scores.score import Collected, stored_activations
 from memlm.scores.table import Scorers, Text
@@ -80,8 +81,12 @@ def plan_memory(
     activations: str | Path | None = None,
     config: TrainConfig | None = None,
     ranks: Ranks = ALONE,
+    keep_seconds: float = KEEP_SECONDS,
 ) -> Plan:
-    """What `train_memory` with these arguments is to make, and the work; raises what it raises before any work."""
+    """What `train_memory` with these arguments is to make, and the work; raises what it raises before any work.
+
+    Besides those of validations a checkpoint is saved every `keep_seconds`.
+    """
     config = config or TrainConfig()
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
     base, goes_on = check_start(config, init=init, base=base, block_size=rows.corpus_config.block_size)
@@ -150,6 +155,8 @@ def plan_memory(
             held_out=held_out,
             batch_tokens=config.batch_tokens,
             online=TapReader(base_model, memory.tap) if memory.tap is not None and store is None else None,
+            due=Due(keep_seconds),
+            on_saved=lambda step, steps: _say_kept(stage, step, steps),
         )
         del base_model  # where nothing reads it online, its memory is free for training
         _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
@@ -283,7 +290,13 @@ def _finite(scores: NDArray[np.float32], stage: Stage) -> NDArray[np.float32]:
     return scores
 
 
+def _say_kept(stage: Stage, step: int, steps: int) -> None:
+    stage.kept = f"training up to step {step:,} of {steps:,}"
+
+
 def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
+    if checkpoint is not None:
+        trainer.go_on_from(Path(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except RuntimeError as error:

@@ -5,13 +5,14 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import safetensors.torch
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -26,6 +27,7 @@ from memlm.files import file_digest, flush_to_disk, read_json, write_json, writt
 from memlm.memory.protocol import Memory, check_finite
 from memlm.models.loading import reason_of
 from memlm.models.taps import TapReader
+from memlm.parts import Due
 from memlm.progress import progress_bar
 from memlm.scores.mixtures import best_mix_weight, perplexity
 from memlm.scores.score import ReadActivations, score
@@ -34,7 +36,8 @@ from memlm.train.data import LengthGroupedSampler, Rows, Share, WithBlank, colla
 from memlm.train.fields import ALLOWED, REFUSED
 
 _WHOLE = "whole"  # the last file of a checkpoint, made when the others are on disk: their names and checksums
-_RESUMABLE = ("optimizer*", "scheduler*", "rng_state*", TRAINER_STATE_NAME)  # beside the weights
+_SINCE_LOG = "since_log.json"  # sums of every process since the last log
+_RESUMABLE = ("optimizer*", "scheduler*", "rng_state*", TRAINER_STATE_NAME, _SINCE_LOG)  # beside the weights
 _MARK_BYTES = 1 << 24
 _ADVICE = "lower --learning-rate, or train with --dtype float32"
 
@@ -154,6 +157,8 @@ class MemoryTrainer(Trainer):
         held_out: HeldOut | None,
         batch_tokens: int,
         online: TapReader | None = None,
+        due: Due | None = None,
+        on_saved: Callable[[int, int], object] = lambda step, steps: None,
     ) -> None:
         """
         Args:
@@ -162,12 +167,16 @@ class MemoryTrainer(Trainer):
             held_out: None: no validation.
             batch_tokens: Tokens in one forward pass of validation.
             online: Reads the frozen base inside the step, for a memory with a tap whose rows hold no activations.
+            due: When to save a checkpoint between validations.
+            on_saved: Told after which step of how many a checkpoint was saved.
         """
         self._online = online
         self._rows = rows
         self._kl_weight = kl_weight
         self._held_out = held_out
         self._batch_tokens = batch_tokens
+        self._due = due or Due()
+        self._on_saved = on_saved
         self._sums = torch.zeros(3)  # KL, cross-entropy, positions since the last log
         self._bad_step = torch.full((), math.inf)
         super().__init__(
@@ -180,7 +189,7 @@ class MemoryTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # so that positions of the whole step are counted
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(_AroundCheckpoints(held_out is not None))
+        self.add_callback(_AroundCheckpoints(held_out is not None, self._due))
         self._bar = _TokenBar(int(rows.position_starts[-1]), len(rows))
         self.add_callback(self._bar)
 
@@ -217,7 +226,10 @@ class MemoryTrainer(Trainer):
         if "loss" in logs:
             kl, cross_entropy, positions = self.accelerator.reduce(self._sums, "sum").tolist()  # type: ignore[union-attr]
             self._sums = torch.zeros_like(self._sums)
-            logs |= {"kl_nats": kl / max(positions, 1), "cross_entropy_nats": cross_entropy / max(positions, 1)}
+            kl, cross_entropy = kl / max(positions, 1), cross_entropy / max(positions, 1)
+            # the Trainer's own mean starts anew where a run is resumed
+            loss = self._kl_weight * kl + (1 - self._kl_weight) * cross_entropy
+            logs |= {"loss": loss, "kl_nats": kl, "cross_entropy_nats": cross_entropy}
             self._stop_if_not_finite(logs)
         super().log(logs, start_time)
 
@@ -300,17 +312,26 @@ class MemoryTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint and mark it as whole; only then may older ones go."""
+        self._stop_if_not_finite({})
         self.check_weights()
         folder = Path(str(self.args.output_dir))
         keep, self.args.save_total_limit = self.args.save_total_limit, None
-        with written_whole(folder):
+        with self._due.keeping(), written_whole(folder):
             super()._save_checkpoint(model, trial)
+            since_log = gather_object([self._sums.tolist()])
+            if self.args.should_save:
+                checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                write_json(checkpoint / _SINCE_LOG, since_log)
+                _mark_whole(checkpoint)
+                rotate_checkpoints(str(folder), keep, self.state.best_model_checkpoint)
         self.args.save_total_limit = keep
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            _mark_whole(checkpoint)
-            rotate_checkpoints(str(folder), keep, self.state.best_model_checkpoint)
+        self._on_saved(self.state.global_step, self.state.max_steps)
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """Take over what the run that saved `checkpoint` had summed up for its next log."""
+        since_log = read_json(checkpoint / _SINCE_LOG)
+        self._sums = torch.tensor(since_log[self.args.process_index])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -326,13 +347,14 @@ class MemoryTrainer(Trainer):
 
 
 class _AroundCheckpoints(TrainerCallback):
-    """Validates after the last step too; logs before a checkpoint, so that a resumed run logs what one in a go logs.
+    """Validates after the last step too, and saves a checkpoint when it is due, besides those of validations.
 
-    Logging also looks for losses that are not finite, so no poisoned weights become a checkpoint.
+    What a validation's checkpoint follows is logged before it. One that time decides leaves no trace in the log, for a
+    run that is continued gives the bytes of one in a go.
     """
 
-    def __init__(self, validates: bool) -> None:
-        self._validates = validates
+    def __init__(self, validates: bool, due: Due) -> None:
+        self._validates, self._due = validates, due
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.best_global_step:  # the whole folder may have been moved in between
@@ -342,6 +364,10 @@ class _AroundCheckpoints(TrainerCallback):
         if self._validates and state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         control.should_log = control.should_log or control.should_save
+        if not control.should_save:
+            control.should_save = (
+                broadcast_object_list([bool(self._due)])[0] if args.world_size > 1 else bool(self._due)
+            )
 
 
 class _TokenBar(TrainerCallback):
