@@ -38,6 +38,7 @@ COMMANDS = [
     ("chat",),
     ("run",),
     ("info",),
+    ("list",),
     ("repair",),
     ("demo",),
 ]
@@ -105,11 +106,61 @@ def test_help_imports_nothing_heavy() -> None:
 def test_every_command_explains_itself_with_an_example(memlm: Callable[..., Result], command: tuple[str, ...]) -> None:
     found = memlm(*command, "--help")
     assert found.code == 0
-    assert f"Example: memlm {' '.join(command)}" in " ".join(found.out.split())
+    examples = found.out.partition("\nExamples:\n")[2].partition("\n\n")[0].splitlines()
+    assert examples
+    assert all(line.startswith(f"  memlm {' '.join(command)}") for line in examples), "each whole in one line"
+
+
+def test_the_first_screen_shows_every_command_whole(memlm: Callable[..., Result]) -> None:
+    found = memlm("-h")
+    assert len(found.out.splitlines()) <= 40
+    assert "..." not in found.out.partition("Options:")[2]
+    for name in {command[0] for command in COMMANDS} | {"version"}:
+        assert re.search(rf"^  {name} +\S", found.out, re.MULTILINE)
+    positions = [found.out.index(f"\n{group}:") for group in ("Options", "The road", "Use", "Folders", "More")]
+    assert positions == sorted(positions)
+
+
+def test_options_are_grouped_and_those_of_a_kind_stand_together(memlm: Callable[..., Result]) -> None:
+    out = memlm("train", "-h").out
+    start, settings = out.index("Start of the memory, by its kind:"), out.index("\nSettings:")
+    assert all(start < out.index(f"  {flag} ") < settings for flag in ("--kind", "--layers", "--like", "--head"))
+    assert out.index("  --kl-weight ") > settings > out.index("  --init ")
+    assert "Live retrieval:\n" in memlm("generate", "-h").out
+
+
+@pytest.mark.parametrize("flag", ["--version", "-V"])
+def test_the_version_is_an_option_too(memlm: Callable[..., Result], flag: str) -> None:
+    assert memlm(flag).out == memlm("version").out
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "meant"),
+    [
+        (("train", "t/"), "--lr", "--learning-rate"),
+        (("train", "t/"), "--beta", "--kl-weight"),
+        (("generate", "x"), "--alpha", "--mix-weight"),
+        (("targets", "d/"), "--knn-temp", "--target-temperature"),
+        (("generate", "x"), "--max-tokens", "--max-new-tokens"),
+    ],
+)
+def test_an_option_called_as_elsewhere_is_answered_with_its_name_here(
+    memlm: Callable[..., Result], command: tuple[str, ...], flag: str, meant: str
+) -> None:
+    found = memlm(*command, flag, "1")
+    assert found.code == 2
+    assert re.search(rf"No such option: {flag} .*{meant}\b", found.err)
+
+
+def test_shells_can_complete_commands(memlm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MEMLM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "memlm da")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert memlm().out.split() == ["datastore"]
 
 
 def test_the_list_of_commands_here_is_complete() -> None:
-    plain = {c.callback.__name__ for c in app.registered_commands if c.callback is not None}
+    plain = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback is not None}
     assert plain | {"evaluate"} == {command[0] for command in COMMANDS} | {"version"}
 
 
@@ -130,8 +181,9 @@ def test_the_version_is_printed(memlm: Callable[..., Result]) -> None:
 
 
 def ok(result: Result) -> dict[str, Any]:
-    """The one JSON object on stdout of a command that went well and said nothing on stderr."""
-    assert (result.code, result.err) == (0, "")
+    """The one JSON object on stdout of a command that went well; stderr says at most that its work was done before."""
+    assert result.code == 0, result
+    assert re.fullmatch(r"(.* is there already: nothing to do\n)?", result.err)
     assert len(result.out.splitlines()) == 1
     found = json.loads(result.out)
     assert isinstance(found, dict)
@@ -200,12 +252,16 @@ def test_extending_says_how_much_was_reused(
 def test_each_stage_says_in_words_what_it_made(
     memlm: Callable[..., Result], corpus_folder: Path, model_folder: str, memory_folder: Path, targets_folder: Path
 ) -> None:
-    """The stages are finished, so this is what a repeated command prints; nothing is on stderr."""
+    """The stages are finished, so this is what a repeated command prints; stderr says that they were."""
     found = memlm(
         *("train", targets_folder, "--init", model_folder, "--epochs", 1, "--batch-size", 4, "--dtype", "float32"),
         *("--out", memory_folder),
     )
-    assert (found.code, found.err) == (0, "")
+    assert (found.code, found.err) == (0, f"{memory_folder} is there already: nothing to do\n")
+    assert (
+        f"\nnext: memlm evaluate perplexity {corpus_folder} --base {model_folder} --memory {memory_folder}\n"
+        in found.out
+    )
     assert re.search(
         r"parameters, \d+ steps; perplexity on [\d,]+ validation tokens: base [\d.]+, memory [\d.]+, mixed", found.out
     )
@@ -425,12 +481,20 @@ def test_info_says_what_a_folder_is(
     folder = request.getfixturevalue(f"{kind}_folder")
     found = memlm("info", folder)
     assert (found.code, found.err) == (0, "")
-    assert found.out.startswith(f"{folder} is a {kind} folder: ")
+    named = "decoder memory" if kind == "memory" else kind
+    assert re.match(
+        rf"{folder}: {named}, [\d.]+ [kM]B in \d+ files\nmade \d{{4}}-\d\d-\d\d \d\d:\d\d; its last run took \d+ s\n",
+        found.out,
+    )
     assert model_folder in found.out  # from what
     manifest = json.loads((folder / MANIFEST).read_text())
-    assert ("on validation perplexity" in found.out) == (kind == "memory")
+    assert ("mixed" in found.out) == (kind == "memory")
+    for name, value in manifest["config"].items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            assert re.search(rf"^  {name} +{value:,}$", found.out, re.MULTILINE)
     as_json = ok(memlm("info", folder, "--json"))
     assert {name: as_json[name] for name in manifest} == manifest
+    assert as_json["finished"] > 1.7e9
     assert as_json["folder"] == str(folder)
 
 
@@ -450,8 +514,39 @@ def test_info_knows_scores_and_evaluations_too(
         ).code
         == 0
     )
-    assert "is a evaluation folder" in memlm("info", tmp_path / "e").out
-    assert "is a scores folder" in memlm("info", next((tmp_path / "home" / "scores").iterdir())).out
+    assert ": evaluation, " in memlm("info", tmp_path / "e").out
+    assert ": scores, " in memlm("info", next((tmp_path / "home" / "scores").iterdir())).out
+
+
+def test_list_shows_every_folder_below_with_its_kind_origin_quality_and_size(
+    memlm: Callable[..., Result], tmp_path: Path, corpus_folder: Path, datastore_folder: Path, memory_folder: Path
+) -> None:
+    for name, folder in {"c": corpus_folder, "deep/er/d": datastore_folder, "m": memory_folder}.items():
+        shutil.copytree(folder, tmp_path / name)
+    (tmp_path / "u").mkdir()
+    (tmp_path / "u" / "plan.json").write_text("{}")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / MANIFEST).write_text("{")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    found = ok(memlm("list", tmp_path, "--json"))["folders"]
+    kinds = {str(Path(entry["folder"]).relative_to(tmp_path)): entry["kind"] for entry in found}
+    # a datastore's own copy of its corpus is no folder of its own
+    expected = {"c": "corpus", "deep/er/d": "datastore", "m": "memory", "u": "unfinished", "x": "damaged"}
+    assert kinds == expected
+    memory = next(entry for entry in found if entry["kind"] == "memory")
+    manifest = read_manifest(memory_folder)
+    assert memory["bytes"] == sum(file.bytes for file in manifest.payload.values())
+    assert memory["from"] == manifest.sources["base"]
+    best, base = manifest.facts["validation"]["best"], manifest.facts["validation"]["base_perplexity"]
+    assert memory["good"] == f"validation {best['mixture_perplexity']:.2f} of base {base:.2f} at {best['mix_weight']:g}"
+    shown = memlm("list", tmp_path)
+    assert (shown.code, shown.err, len(shown.out.splitlines())) == (0, "", 6)
+
+
+def test_list_says_where_there_is_nothing(memlm: Callable[..., Result], tmp_path: Path) -> None:
+    assert memlm("list", tmp_path).out == f"no memlm folder lies in {tmp_path}\n"
+    assert ok(memlm("list", tmp_path, "--json")) == {"folders": []}
+    one_line(memlm("list", tmp_path / "none"), "none is no folder")
 
 
 def test_fetch_prints_the_folder_of_a_fetched_model_last(
@@ -484,7 +579,8 @@ def test_what_a_stranger_wrote_moves_no_cursor(
 ) -> None:
     folder = shutil.copytree(corpus_folder, tmp_path / "c")
     edit_manifest(folder, lambda manifest: manifest["sources"].update(documents="\x1b[2Jgone\nmore"))
-    assert "documents: \N{REPLACEMENT CHARACTER}[2Jgone\N{REPLACEMENT CHARACTER}more\n" in memlm("info", folder).out
+    out = memlm("info", folder).out
+    assert re.search(r"^  documents +\\x1b\[2Jgone\\nmore$", out, re.MULTILINE)
 
 
 def test_facts_that_no_memory_has_are_refused(
@@ -693,7 +789,7 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
     "empty corpus": (empty_corpus, "the corpus is empty"),
     "not UTF-8": (not_utf8, r"latin\.txt is not utf-8 .*--encoding"),
     "unknown format": (unknown_format, r"thesis\.docx has an unknown format; known: \.txt"),
-    "no such document": (lambda w: w.corpus_of("no/such.txt"), "'no/such.txt' is no file or folder here"),
+    "no such document": (lambda w: w.corpus_of("no/such.txt"), "no/such.txt does not exist"),
     "separator that cannot be read": (bad_separator, "--document-separator"),
     "stride not below block": (
         lambda w: w.corpus_of(w.documents, "--block-size", 8, "--stride", 8),

@@ -124,3 +124,48 @@ def test_the_command_line_says_that_it_needs_typer() -> None:
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert found.stderr == "memlm: error: the command line needs typer: pip install typer\n"
+
+
+CHEAP_MISTAKES = {
+    "corpus none.txt --tokenizer smollm2 --out c": "none.txt does not exist",
+    "corpus ./none --tokenizer smollm2 --out c": "./none does not exist",
+    "corpus doc.txt --tokenizer ./nonne --out c": "./nonne does not exist",
+    "corpus doc.txt --tokenizer x --block-size 0 --out c": "block_size = 0",
+    "datastore none --teacher smollm2 --out d": "none does not exist; expected a corpus folder",
+    "targets none --out t": "none does not exist; expected a datastore folder",
+    "train none --init smollm2 --out m": "none does not exist; expected a targets or corpus folder",
+    "evaluate perplexity none --base smollm2 --memory m": "none does not exist",
+    "generate hi --base smollm2 --memory dok/": "dok/ does not exist; did you mean doc?",
+    "explain hi --base ./dok --memory m": "./dok does not exist; did you mean doc?",
+    "chat --base a/b/c --memory m": "a/b/c does not exist",
+    "run none.yaml": "cannot read recipe none.yaml",
+    "info none": "none does not exist",
+    "list none": "none is no folder",
+}
+
+
+def test_cheap_mistakes_are_answered_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "doc.txt").write_text("x")
+    (tmp_path / "doc").mkdir()
+    program = """
+import contextlib, io, sys
+from memlm.cli import main
+for command in sys.argv[1:]:
+    sys.argv[:] = ["memlm", *command.split()]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        try:
+            main()
+        except SystemExit as stop:
+            assert stop.code == 2, (command, stop.code)
+    print(said.getvalue().strip())
+    heavy = {"torch", "transformers", "datasets", "faiss"} & set(sys.modules)
+    assert not heavy, (command, heavy)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program, *CHEAP_MISTAKES], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    for (command, expected), line in zip(CHEAP_MISTAKES.items(), ran.stdout.splitlines(), strict=True):
+        assert line.startswith("memlm: error: "), command
+        assert expected in line, command

@@ -1,6 +1,7 @@
-"""Text that came from elsewhere (documents, file names), made harmless where it is shown."""
+"""Text as people see it: what came from elsewhere made harmless; durations, sizes, tables."""
 
 import re
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -12,3 +13,26 @@ def as_markdown(text: str) -> str:
     """`text` as one line of Markdown that shows it as it is, and is no markup."""
     line = printable(text).replace("\n", " ").replace("\t", " ")
     return re.sub(r"([\\`*_\[\]<>|~&])", r"\\\1", line)
+
+
+def one_line(text: str) -> str:
+    """`text`, made harmless, without line ends."""
+    return printable(text).replace("\n", "\\n")
+
+
+def duration(seconds: float) -> str:
+    """Such as 3 h: whole numbers of the largest unit that gives at least two."""
+    unit, name = next(((u, n) for u, n in ((86_400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
+    return f"{seconds / unit:.0f} {name}"
+
+
+def size(bytes_: float) -> str:
+    """Such as 1.5 GB."""
+    unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if bytes_ >= u), (1e3, "kB"))
+    return f"{bytes_ / unit:.1f} {name}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, columns aligned on the left."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

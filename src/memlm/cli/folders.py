@@ -1,5 +1,8 @@
-"""Commands that look after folders: info, repair."""
+"""Commands that look after folders: info, list, repair."""
 
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,7 +10,8 @@ import typer
 
 from memlm.cli.options import Json
 from memlm.cli.printing import memory_line, print_result
-from memlm.errors import ArtifactError
+from memlm.errors import ArtifactError, MemlmError
+from memlm.text import duration, one_line, size, table
 
 
 def info(folder: Annotated[Path, typer.Argument(help="What any stage wrote.")], as_json: Json = False) -> None:
@@ -18,30 +22,151 @@ def info(folder: Annotated[Path, typer.Argument(help="What any stage wrote.")], 
     from memlm.manifest import read_manifest
 
     manifest = read_manifest(folder)
-    size = sum(file.bytes for file in manifest.payload.values())
-    lines = [
-        f"{folder} is a {manifest.kind} folder: {len(manifest.payload)} files, {size / 1e6:,.1f} MB,"
-        f" hash {manifest.hash[:16]}"
-    ]
-    lines += [f"  from {name}: {place}" for name, place in manifest.sources.items()]
+    found = {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json"), **_times(folder)}
+    print_result(found, as_json, "\n".join(map(one_line, _info_lines(folder, manifest, _times(folder)))))
+
+
+def _info_lines(folder: Path, manifest: Any, times: dict[str, Any]) -> Iterator[str]:
+    kind = (
+        f"{manifest.config['kind']} memory"
+        if manifest.kind == "memory" and "kind" in manifest.config
+        else manifest.kind
+    )
+    total = sum(file.bytes for file in manifest.payload.values())
+    yield f"{folder}: {kind}, {size(total)} in {len(manifest.payload)} files"
+    if times:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(times["finished"]))
+        yield f"made {made}; its last run took {duration(times['seconds_last_run'])}"
     if manifest.kind == "memory":
         try:
-            lines.append(f"  {memory_line(manifest.facts)}")
+            yield memory_line(manifest.facts)
         except (KeyError, TypeError, ValueError):
             raise ArtifactError(f"{folder}/manifest.json: its facts are not those of a memory; rebuild it") from None
-    facts = {name: fact for name, fact in manifest.facts.items() if name not in ("training", "validation")}
-    lines += [f"  {name}: {_shorten(fact)}" for name, fact in facts.items()]
-    lines.append(f"  settings: {_shorten(manifest.config)}")
-    lines.append(f"  made with: {', '.join(f'{name} {version}' for name, version in manifest.versions.items())}")
-    # what a stranger wrote moves no cursor
-    shown = ("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line) for line in lines)
-    found = {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}
-    print_result(found, as_json, "\n".join(shown))
+    shown = {name: fact for name, fact in manifest.facts.items() if name not in ("training", "validation")}
+    for title, rows in (
+        ("from", manifest.sources),
+        ("facts", shown),
+        ("settings", manifest.config),
+        ("made with", manifest.versions),
+    ):
+        if rows:
+            yield from ("", title)
+            yield from (f"  {line}" for line in _rows(rows))
+    yield from ("", f"hash {manifest.hash}")
 
 
-def _shorten(value: Any) -> str:
-    text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+def _rows(values: dict[str, Any]) -> Iterator[str]:
+    """A line per value; a table for values that are dictionaries of the same keys."""
+    plain = []
+    for name, value in values.items():
+        inner = list(value.values()) if isinstance(value, dict) else []
+        if len(inner) > 1 and all(isinstance(row, dict) and row.keys() == inner[0].keys() and row for row in inner):
+            plain.append((name, ""))
+            columns = list(inner[0])
+            plain += [
+                ("", line)
+                for line in table([["", *columns], *([key, *map(_shown, row.values())] for key, row in value.items())])
+            ]
+        else:
+            plain.append((name, _shown(value)))
+    return iter(table(plain))
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    text = ", ".join(f"{k} {_shown(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
     return text if len(text) <= 400 else text[:399] + "…"
+
+
+def _times(folder: Path) -> dict[str, Any]:
+    """When a folder was finished and how long its last run took; nothing where that is not known."""
+    from memlm.files import read_json
+    from memlm.manifest import RUN
+
+    try:
+        run = read_json(folder / RUN)
+        return {"finished": float(run["finished"]), "seconds_last_run": float(run["seconds_last_run"])}
+    except (MemlmError, OSError, KeyError, TypeError, ValueError):
+        return {}
+
+
+def list_folders(
+    folder: Annotated[Path, typer.Argument(help="Where to look, at any depth.")] = Path(), as_json: Json = False
+) -> None:
+    """List the folders that stages wrote below here: what each is, from what, how good, how large.
+
+    Example: memlm list
+
+    Example: memlm list runs/
+    """
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is no folder")
+    found = [_listed(place) for place in _stage_folders(folder)]
+    if not found and not as_json:
+        print_result({}, False, f"no memlm folder lies in {folder.resolve()}")
+        return
+    rows = [["folder", "kind", "from", "how good", "size", "made"]]
+    for entry in found:
+        made = "" if entry["finished"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["finished"]))
+        rows.append([entry["folder"], entry["kind"], entry["from"], entry["good"], size(entry["bytes"]), made])
+    print_result({"folders": found}, as_json, "\n".join(map(one_line, table(rows))))
+
+
+def _stage_folders(folder: Path) -> Iterator[Path]:
+    """Folders that stages made or began, outermost ones only; links are not followed, hidden folders not entered."""
+    from memlm.manifest import MANIFEST, PLAN
+
+    for place, below, files in os.walk(folder):
+        if MANIFEST in files or PLAN in files:
+            below.clear()
+            yield Path(place)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+
+
+def _listed(place: Path) -> dict[str, Any]:
+    from memlm.manifest import is_finished, read_manifest
+
+    entry = {"folder": str(place), "kind": "unfinished", "from": "", "good": "", "bytes": 0, "finished": None}
+    try:
+        if is_finished(place):
+            manifest = read_manifest(place)
+            kind, facts, sources = manifest.kind, manifest.facts, manifest.sources
+            origin = {"datastore": "teacher", "targets": "datastore", "memory": "base", "evaluation": "memory"}
+            entry |= {
+                "kind": kind,
+                "from": sources.get(origin.get(kind, "documents"), sources.get("corpus", "")),
+                "good": _good(kind, facts),
+                "bytes": sum(file.bytes for file in manifest.payload.values()),
+                "finished": _times(place).get("finished"),
+            }
+        else:
+            entry["bytes"] = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
+    except (MemlmError, OSError) as error:
+        entry |= {"kind": "damaged", "good": str(error)[:100]}
+    return entry
+
+
+def _good(kind: str, facts: dict[str, Any]) -> str:
+    """What is to be known first of a folder's quality."""
+    try:
+        if kind == "corpus":
+            return ", ".join(f"{name} {split['tokens']:,}" for name, split in facts["splits"].items())
+        if kind == "datastore":
+            return f"{facts['entries']:,} entries, recall {facts['recall']['value']:.3f}"
+        if kind == "targets":
+            return f"{facts['positions']:,} positions"
+        if kind == "memory" and "validation" in facts:
+            best, base = facts["validation"]["best"], facts["validation"].get("base_perplexity")
+            of = "" if base is None else f" of base {base:.2f}"
+            return f"validation {best['mixture_perplexity']:.2f}{of} at {best['mix_weight']:g}"
+        if kind == "evaluation":
+            return f"test {facts['mixture']['perplexity']:.2f} of base {facts['base']['perplexity']:.2f}"
+    except (KeyError, TypeError, ValueError):
+        return "facts of another version"
+    return ""
 
 
 def repair(

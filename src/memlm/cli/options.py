@@ -39,7 +39,7 @@ MixWeights = Annotated[
 
 
 def with_settings(
-    cls: type[StageConfig], *, leave_out: tuple[str, ...] = (), into: str = "config"
+    cls: type[StageConfig], *, leave_out: tuple[str, ...] = (), into: str = "config", group: str = "Settings"
 ) -> Callable[[Callable], Callable]:
     """Decorate a command so that every field of `cls` is an option of it.
 
@@ -47,6 +47,7 @@ def with_settings(
         cls: Settings; a field's docstring is the option's help.
         leave_out: Fields that are no options.
         into: The command's parameter that gets the settings; None where no option was given.
+        group: What help calls the options; those of kinds of memory are a group of their own.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -60,7 +61,14 @@ def with_settings(
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
         options = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, field))
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=_option(
+                    name, field, group if name in cls.model_fields else "Start of the memory, by its kind"
+                ),
+            )
             for name, field in fields.items()
         ]
         parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
@@ -71,7 +79,7 @@ def with_settings(
     return decorate
 
 
-def _option(name: str, field: FieldInfo) -> Any:
+def _option(name: str, field: FieldInfo, group: str) -> Any:
     flag, default = name.replace("_", "-"), field.default
     plain = [a for a in get_args(field.annotation) or [field.annotation] if a is not type(None)]
     kind = next((a for a in (bool, int, float) if plain == [a]), str)
@@ -79,7 +87,7 @@ def _option(name: str, field: FieldInfo) -> Any:
     if default is not None:
         told += f" [default: {str(default).lower() if isinstance(default, bool) else default}]"
     names = f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"
-    return Annotated[kind | None, typer.Option(names, help=told, show_default=False)]
+    return Annotated[kind | None, typer.Option(names, help=told, show_default=False, rich_help_panel=group)]
 
 
 def _from_text(name: str, value: Any, field: FieldInfo) -> Any:

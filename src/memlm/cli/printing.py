@@ -1,6 +1,7 @@
 """What commands print: results on stdout, all else on stderr."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,11 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.showwarning = lambda message, *_, **__: say(f"memlm: warning: {message}")
     datasets.disable_progress_bars()
+
+
+def next_line(*command: str | Path) -> str:
+    """What to type next; words in capitals are for the user to fill in."""
+    return "next: " + " ".join(shlex.quote(str(word)) for word in command)
 
 
 def memory_line(facts: dict[str, Any]) -> str:

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from memlm.cli.checks import check_documents, check_folder, check_models
 from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, Model, Out, alone, by_name, with_settings
-from memlm.cli.printing import memory_line, print_made, print_result, quiet, say
+from memlm.cli.printing import memory_line, next_line, print_made, print_result, quiet, say
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.evaluate.config import EvaluateConfig
@@ -55,6 +56,8 @@ def corpus(
 
     Example: memlm corpus medquad.txt --document-separator '\\n\\n' --tokenizer smollm2 --max-tokens 400000 --out c/
     """
+    check_documents(documents)
+    check_models(tokenizer)
     quiet()
     from memlm.corpus.build import build_corpus, corpus_notes
 
@@ -67,6 +70,7 @@ def corpus(
     lines += [
         f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()
     ]
+    lines.append(next_line("memlm", "datastore", out, "--teacher", tokenizer, "--out", "FOLDER"))
     print_made(out, manifest, as_json, "\n".join(lines))
     for line in corpus_notes(manifest):
         say(f"memlm: note: {line}")
@@ -98,6 +102,10 @@ def datastore(
 
     Example: memlm datastore c2/ --extend d/ --out d2/
     """
+    check_folder(corpus, "corpus")
+    check_models(teacher)
+    if extend is not None:
+        check_folder(extend, "datastore")
     quiet()
     from memlm.datastore.build import build_datastore
 
@@ -113,6 +121,7 @@ def datastore(
             name: f"{n['entries']:,} entries ({n['documents']:,} documents)" for name, n in facts["extended"].items()
         }
         text += f"\n  {parts['reused']} from {extend}, {parts['read']} read by the teacher; {parts['dropped']} left out"
+    text += "\n" + next_line("memlm", "targets", out, "--out", "FOLDER")
     print_made(out, manifest, as_json, text)
 
 
@@ -136,6 +145,8 @@ def targets(
 
     Example: memlm targets d/ --k 256 --target-temperature 4 --out t/
     """
+    check_folder(datastore, "datastore" if released is None else "corpus")
+    check_models(teacher)
     quiet()
     from memlm.targets.build import build_targets, import_released
 
@@ -147,7 +158,8 @@ def targets(
     facts = manifest.facts
     text = (
         f"targets of {facts['positions']:,} positions, {facts['mean_support']:.1f} tokens each, likeliest"
-        f" {facts['mean_top1']:.3f} on average; {facts['mean_lost_mass']:.2%} of the mass left out"
+        f" {facts['mean_top1']:.3f} on average; {facts['mean_lost_mass']:.2%} of the mass left out\n"
+        + next_line("memlm", "train", out, "--init", manifest.sources.get("teacher", "MODEL"), "--out", "FOLDER")
     )
     print_made(out, manifest, as_json, text)
 
@@ -186,11 +198,18 @@ def train(
 
     Example: memlm train t/ --kind mlp --base smollm2 --activations d/ --out mlp/
     """
+    check_folder(data, "targets", "corpus")
+    check_models(init, base)
+    if activations is not None:
+        check_folder(activations, "datastore")
     quiet()
     from memlm.train.run import train_memory
 
     manifest = train_memory(data, init=init, base=base, activations=activations, out=out, config=config)
-    print_made(out, manifest, as_json, memory_line(manifest.facts))
+    at = manifest.sources
+    corpus = at.get("corpus", at["data"])
+    told = next_line("memlm", "evaluate", "perplexity", corpus, "--base", at["base"], "--memory", out)
+    print_made(out, manifest, as_json, f"{memory_line(manifest.facts)}\n{told}")
 
 
 @with_settings(AdaptConfig)
@@ -208,14 +227,16 @@ def adapt(
 
     Example: memlm adapt m/ --tokenizer OTHER --out m2/
     """
+    check_models(memory, tokenizer)
     quiet()
     from memlm.memory.adapt import adapt_memory, tokens_line
 
     manifest = adapt_memory(memory, tokenizer=tokenizer, out=out, config=config)
-    epochs = f" --epochs {manifest.facts['epochs_ahead']:g}" if "epochs_ahead" in manifest.facts else ""
+    ahead = manifest.facts.get("epochs_ahead")
+    epochs = () if ahead is None else ("--epochs", f"{ahead:g}")
     lines = [
         f"{manifest.facts['parameters']:,} parameters; tokens {tokens_line(manifest.facts['tokens'])}",
-        f"next: memlm train TARGETS --init {out} --base {tokenizer}{epochs} --out FOLDER",
+        next_line("memlm", "train", "TARGETS", "--init", out, "--base", tokenizer, *epochs, "--out", "FOLDER"),
         f"  where corpus, datastore and TARGETS are made with {tokenizer}, or a teacher of its tokenizer",
     ]
     print_made(out, manifest, as_json, "\n".join(lines))
@@ -244,19 +265,20 @@ def convert(
 
     Example: memlm convert MLPMemory-gpt2-large/ --base gpt2-large-finetuned/ --out mlp/
     """
+    check_models(released, base)
     quiet()
     from memlm.memory.released import convert_released
 
     manifest = convert_released(released, base=base, out=out, tap=tap)
     lines = [
         f"{memory_line(manifest.facts)}; reads {manifest.facts['tap']} of {base}",
-        f"next: memlm evaluate perplexity CORPUS --base {base} --memory {out}",
+        next_line("memlm", "evaluate", "perplexity", "CORPUS", "--base", base, "--memory", out),
     ]
     print_made(out, manifest, as_json, "\n".join(lines))
 
 
 @with_settings(EvaluateConfig, leave_out=("mix_weight",))
-@with_settings(RetrievalConfig, into="retrieval")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def perplexity(
     corpus: CorpusFolder,
     base: Base,
@@ -280,6 +302,8 @@ def perplexity(
 
     Example: memlm evaluate perplexity c/ --base smollm2 --memory law=m1/ --memory bio=m2/
     """
+    check_folder(corpus, "corpus")
+    check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
     from memlm.evaluate.perplexity import evaluate_perplexity, report_table
 
@@ -288,7 +312,9 @@ def perplexity(
         given = config.model_dump() if config is not None else {}
         config = EvaluateConfig.parse({**given, "mix_weight": alone(weights)})
     report = evaluate_perplexity(corpus, base=base, memory=alone(memories), out=out, config=config, retrieval=retrieval)
-    print_result(report, as_json, report_table(report))
+    named = [part for value in memory for part in ("--memory", value)]
+    told = next_line("memlm", "generate", "PROMPT", "--base", base, *named)
+    print_result(report, as_json, f"{report_table(report)}\n{told}")
 
 
 def run(

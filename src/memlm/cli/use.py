@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memlm.cli.checks import check_models
 from memlm.cli.options import UNNAMED, Base, Json, Memories, MixWeights, alone, by_name, weights_by_name, with_settings
 from memlm.cli.printing import print_result, quiet, say
 from memlm.errors import ConfigError
@@ -20,7 +21,7 @@ ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the pr
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
 
-@with_settings(RetrievalConfig, into="retrieval")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
@@ -42,6 +43,7 @@ def generate(
     Example: memlm generate "The court" --base smollm2 --memory law=m1/ --memory bio=m2/ --mix-weight law=0.3
     --mix-weight bio=0.4
     """
+    check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
     text = generate_text(
@@ -50,7 +52,7 @@ def generate(
     print_result({"prompt": prompt, "text": text, "mix_weight": alone(model.mix_weights)}, as_json)
 
 
-@with_settings(RetrievalConfig, into="retrieval")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def explain(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
@@ -74,6 +76,7 @@ def explain(
 
     Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --datastore d/
     """
+    check_models(base, *by_name(memory, mix_weight)[0].values(), datastore)
     quiet()
     from memlm.mix.explain import check_datastore, explain, explanation_text
     from memlm.models.loading import resolve
@@ -150,7 +153,7 @@ def generate_text(
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@with_settings(RetrievalConfig, into="retrieval")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def chat(
     base: Base,
     memory: Memories,
@@ -167,6 +170,7 @@ def chat(
 
     Example: memlm chat --base smollm2 --memory m/
     """
+    check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
     if tokenizer.chat_template is None:

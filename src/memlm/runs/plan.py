@@ -12,6 +12,7 @@ from memlm.files import read_json
 from memlm.manifest import MANIFEST, PLAN, RUN, read_manifest
 from memlm.runs.recipe import Recipe
 from memlm.stage import Plan, StageSpec, check_output, run_stage
+from memlm.text import duration, size
 
 
 @dataclass(frozen=True)
@@ -259,14 +260,7 @@ def plan_table(steps: list[Planned]) -> str:
     return "\n".join(f"{r[0]:<{first}}  {r[1]:<{state}}{r[2]:>15}{r[3]:>15}{r[4]:>15}  {r[5]}".rstrip() for r in rows)
 
 
-def _figures(tokens: int | None, seconds: float | None, size: int | None, known: bool) -> tuple[str, str, str]:
+def _figures(tokens: int | None, seconds: float | None, disk: int | None, known: bool) -> tuple[str, str, str]:
     about = "" if known else "about "
-    took = "?"
-    if seconds is not None:
-        unit, name = next(((u, n) for u, n in ((86_400, "d"), (3600, "h"), (60, "min")) if seconds >= 2 * u), (1, "s"))
-        took = f"{about}{seconds / unit:.0f} {name}"
-    disk = "?"
-    if size is not None:
-        unit, name = next(((u, n) for u, n in ((1e9, "GB"), (1e6, "MB")) if size >= u), (1e3, "kB"))
-        disk = f"{about}{size / unit:.1f} {name}"
-    return "?" if tokens is None else f"{tokens:,}", took, disk
+    took = "?" if seconds is None else about + duration(seconds)
+    return "?" if tokens is None else f"{tokens:,}", took, "?" if disk is None else about + size(disk)

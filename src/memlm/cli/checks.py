@@ -1,0 +1,57 @@
+"""Mistakes that can be told before anything heavy is imported. The stages look again, and closer."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from memlm.errors import InputError, ModelError
+
+
+def check_folder(place: str | Path, *kinds: str) -> None:
+    """Raise unless `place` is a finished folder of one of these kinds.
+
+    Raises:
+        ArtifactError: It is not.
+    """
+    from memlm.manifest import read_manifest
+
+    read_manifest(place, *kinds)  # type: ignore[arg-type]
+
+
+def check_documents(places: Iterable[str]) -> None:
+    """Raise where a document can only be a file or folder, and is none.
+
+    Raises:
+        InputError: So it is.
+    """
+    from memlm.corpus.readers import text_format
+
+    for place in places:
+        if not Path(place).exists() and (text_format(Path(place)) is not None or _is_path(place)):
+            raise InputError(f"{place} does not exist{_nearest(place, [])}")
+
+
+def check_models(*names: str | None) -> None:
+    """Raise where a model, tokenizer or memory can only be a folder, and is none; what may be a hub id passes.
+
+    Raises:
+        ModelError: So it is.
+    """
+    from memlm.models.fetching import PACKAGED
+
+    for name in names:
+        if name is not None and not Path(name).exists() and _is_path(name):
+            raise ModelError(f"{name} does not exist{_nearest(name, PACKAGED)}")
+
+
+def _is_path(name: str) -> bool:
+    """Whether no hub id looks like this."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+
+
+def _nearest(name: str, others: Iterable[str]) -> str:
+    """A hint that names what is there and nearly called so."""
+    path = Path(name)
+    beside = [str(path.with_name(p.name)) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), [*others, *beside], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
