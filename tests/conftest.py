@@ -49,6 +49,15 @@ def _own_cache(
 
 
 @pytest.fixture(autouse=True)
+def _nothing_validated(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What an evaluation of another test left in the datastore that tests share."""
+    from memlm.manifest import VALIDATED
+
+    for path in tmp_path_factory.getbasetemp().glob(f"stages*/*/{VALIDATED}"):
+        path.unlink()
+
+
+@pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
 

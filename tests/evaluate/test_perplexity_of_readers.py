@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import Corpus
 from memlm.datastore.store import Datastore
-from memlm.errors import MemlmError, ModelError, TokenizerMismatchError
+from memlm.errors import ArtifactError, MemlmError, ModelError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import evaluate_perplexity, report_table
+from memlm.manifest import read_manifest
+from memlm.memory import retrieval as retrieval_module
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import MLPMemory
+from memlm.memory.retrieval import RetrievalMemory
+from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import load_causal_lm
 from memlm.models.taps import TapReader
+from memlm.repair import repair_folder
 from memlm.scores.table import score_corpus
 from memlm.targets.config import RetrievalConfig
 
@@ -247,3 +253,54 @@ def test_a_memory_of_another_tokenizer_is_refused_with_advice(
 def test_a_stage_that_is_no_memory_is_refused(corpus_folder: Path, targets_folder: Path, model_folder: str) -> None:
     with pytest.raises(MemlmError, match="is a targets folder, expected memory or datastore"):
         evaluate_perplexity(corpus_folder, base=model_folder, memory=str(targets_folder))
+
+
+def test_a_mixture_searches_and_weighs_a_datastore_as_the_evaluation_found(
+    corpus_folder: Path, model_folder: str, datastore_folder: Path, tmp_path: Path
+) -> None:
+    store = shutil.copytree(datastore_folder, tmp_path / "d")
+
+    def evaluate(**given: Any) -> dict[str, Any]:
+        return evaluate_perplexity(
+            corpus_folder, base=model_folder, memory=str(store), bootstrap=0, dtype="float32", **given
+        )
+
+    plain = evaluate(mix_weight=0.5)
+    assert not (store / "validated.json").exists(), "a weight that was given is no choice"
+    hash_before = read_manifest(store).hash
+    report = evaluate(retrieval=FEW)
+    mixed = MixedLM.from_pretrained(model_folder, memory=store)
+    assert mixed.mix_weights == {"memory": report["mixture"]["mix_weight"]}
+    memory = mixed.named_memories()["memory"]
+    assert isinstance(memory, RetrievalMemory)
+    assert (memory.settings.retrieval.k, memory.settings.retrieval.target_temperature) == (16, 4.0)
+    assert memory.settings.validated_with == model_folder
+    other = MixedLM.from_pretrained(
+        model_folder, memory=store, mix_weight=0.5, memory_kwargs={"retrieval": RetrievalConfig(k=9)}
+    ).named_memories()["memory"]
+    assert isinstance(other, RetrievalMemory)
+    assert (other.settings.retrieval.k, other.settings.retrieval.target_temperature) == (9, 4.0)
+    assert other.settings.mix_weight is None, "another search has another best weight"
+    assert evaluate(mix_weight=0.5) == plain, "an evaluation does not depend on those before it"
+    assert read_manifest(store).hash == hash_before
+    assert repair_folder(store)[0].startswith(f"{store} is whole: ")
+
+
+@pytest.mark.parametrize("text", ["{", '{"mix_weight": 2, "base": "b", "retrieval": {}}', "[]"])
+def test_a_damaged_note_of_an_evaluation_is_named(
+    model_folder: str, datastore_folder: Path, tmp_path: Path, text: str
+) -> None:
+    store = shutil.copytree(datastore_folder, tmp_path / "d")
+    (store / "validated.json").write_text(text)
+    with pytest.raises(ArtifactError, match=r"validated\.json"):
+        MixedLM.from_pretrained(model_folder, memory=store)
+
+
+def test_a_datastore_that_may_not_be_written_to_is_evaluated_all_the_same(
+    corpus_folder: Path, model_folder: str, datastore_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*args: Any) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(retrieval_module, "write_json", refused)
+    assert evaluate_perplexity(corpus_folder, base=model_folder, memory=str(datastore_folder), config=EXACT)["tokens"]

@@ -19,6 +19,7 @@ from memlm.files import write_json
 from memlm.manifest import read_manifest
 from memlm.memory.config import UNNAMED
 from memlm.memory.loading import read_settings
+from memlm.memory.retrieval import RetrievalSettings, Validated
 from memlm.mix.weights import settle_weights
 from memlm.models.identity import model_identity
 from memlm.models.tokenizers import ADVICE
@@ -53,7 +54,8 @@ def evaluate_perplexity(
             to any of these.
         out: Folder for `report.json` and a plot; none is written if None.
         config: Default settings if None; or give them as keywords.
-        retrieval: How datastores are searched; as they say if None.
+        retrieval: How datastores are searched; by default if None. A single datastore keeps it, with the weight that
+            was chosen, for mixtures to come (`validated.json` in its folder).
 
     Returns:
         `base`, each memory by its name (`memory` where it has none) and `mixture`, each with `perplexity` and
@@ -122,7 +124,16 @@ def evaluate_perplexity(
         report["run"]["retrieval"] = retrieval.found
     if out is not None:
         run_stage(out, spec, lambda stage: _write(stage, report, parts))
+    if given is None and len(memories) == 1:
+        _keep_choice(next(iter(memories.values())), base, weights[0], retrieval)
     return report
+
+
+def _keep_choice(memory: str, base: str, weight: float, retrieval: RetrievalConfig | None) -> None:
+    """Leave the weight and the search that was evaluated in a datastore's folder; a trained memory has its own."""
+    settings = read_settings(memory)
+    if isinstance(settings, RetrievalSettings) and Path(settings.datastore) == Path(memory).resolve():
+        Validated(mix_weight=weight, base=base, retrieval=settings.searched_by(retrieval).retrieval).keep(memory)
 
 
 _TAKEN = {BASE, MIXTURE, "tokens", "documents", "ratio", "by_label_frequency", "validation", "run", "from", "below"}

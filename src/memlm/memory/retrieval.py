@@ -1,5 +1,6 @@
 """Live retrieval: a datastore as a memory, which is what kNN-LM is."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -7,14 +8,17 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memlm.config import first_problem
 from memlm.corpus.blocks import IGNORE
 from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ModelError
+from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.files import read_json, write_json
+from memlm.manifest import VALIDATED
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.reading import GivenActivations, WindowedReader, longest_context
 from memlm.models.heads import joined
@@ -39,7 +43,46 @@ class RetrievalSettings(MemorySettings):
     def searched_by(self, config: RetrievalConfig | None) -> Self:
         """The same, but for what `config` sets."""
         given = {} if config is None else config.model_dump(include=config.model_fields_set)
-        return self.model_copy(update={"retrieval": self.retrieval.model_copy(update=given)})
+        return self.model_copy(update={"retrieval": RetrievalConfig(**{**self.retrieval.model_dump(), **given})})
+
+
+class Validated(BaseModel):
+    """What validation text chose for a datastore, kept beside its manifest for mixtures to come."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mix_weight: float = Field(ge=0, le=1)
+    base: str
+    """With which base."""
+    retrieval: RetrievalConfig
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Validated | None":
+        """What is kept in a datastore's folder; None where nothing is.
+
+        Raises:
+            ArtifactError: The file is damaged.
+        """
+        path = Path(folder) / VALIDATED
+        if not path.is_file():
+            return None
+        try:
+            return cls.model_validate(read_json(path))
+        except (ValidationError, ConfigError) as error:
+            problem = first_problem(error) if isinstance(error, ValidationError) else error
+            raise ArtifactError(f"{path}: {problem}; delete it, the next evaluation writes it anew") from None
+
+    def settings(self, found: RetrievalSettings, asked: RetrievalConfig | None) -> RetrievalSettings:
+        """A datastore's settings where nothing else is asked for; another search has no weight of its own."""
+        found = found.model_copy(update={"retrieval": self.retrieval}).searched_by(asked)
+        if found.retrieval.found != self.retrieval.found:
+            return found
+        return found.model_copy(update={"mix_weight": self.mix_weight, "validated_with": self.base})
+
+    def keep(self, folder: str | Path) -> None:
+        """Write it to a datastore's folder, if that may be written to."""
+        with contextlib.suppress(OSError):
+            write_json(Path(folder) / VALIDATED, self.model_dump(mode="json"))
 
 
 def datastore_settings(folder: str | Path, config: RetrievalConfig | None = None) -> RetrievalSettings:

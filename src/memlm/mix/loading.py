@@ -17,6 +17,7 @@ from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismat
 from memlm.files import read_json
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
+from memlm.memory.retrieval import RetrievalSettings, Validated
 from memlm.mix.config import MixedLMConfig
 from memlm.mix.weights import settle_weights
 from memlm.models.adapters import active_adapters, save_adapter, save_without_adapter
@@ -113,10 +114,19 @@ def _load_memories(
     """Folders and hub ids are loaded in the base's precision; all stand where the base is, unless told otherwise."""
     options = {"dtype": base.dtype, **kwargs}
     found = {
-        label: source if isinstance(source, Memory) else load_memory(source, base=name, **options)
+        label: source if isinstance(source, Memory) else _load(source, name, options)
         for label, source in sources.items()
     }
     return found if "device_map" in kwargs else {label: part.to(base.device) for label, part in found.items()}
+
+
+def _load(source: str | Path, base: str | None, options: Mapping[str, Any]) -> Memory:
+    settings = settings_of(source, options)
+    if not isinstance(settings, RetrievalSettings):
+        return load_memory(source, base=base, **options)
+    memory = load_memory(source, base=base, **{**options, "retrieval": settings.retrieval})
+    memory.settings = memory.settings.model_copy(update=settings.model_dump(include={"mix_weight", "validated_with"}))
+    return memory
 
 
 def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:
@@ -154,7 +164,13 @@ def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: boo
 
 def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
     """What a memory's folder says beside its weights; no weights are loaded."""
-    return source.settings if isinstance(source, Memory) else read_settings(source, **where_from(memory_kwargs))
+    if isinstance(source, Memory):
+        return source.settings
+    settings = read_settings(source, **where_from(memory_kwargs))
+    if not isinstance(settings, RetrievalSettings):
+        return settings
+    validated, asked = Validated.read(source), memory_kwargs.get("retrieval")
+    return settings.searched_by(asked) if validated is None else validated.settings(settings, asked)
 
 
 def _check_spelling(base_kwargs: Mapping[str, Any]) -> None:
