@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,24 +16,26 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
-    pytest.param(block, id=f"{page.name}-{number}")
+    pytest.param(language, block, id=f"{page.name}-{number}")
     for page in PAGES
-    for number, block in enumerate(
-        re.findall(r"<!-- tested -->\n+```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for number, (language, block) in enumerate(
+        re.findall(r"<!-- tested -->\n+```(bash|python)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
     )
 ]
 
 
 def test_the_readme_has_commands_to_test() -> None:
-    road = " ".join(str(block.values[0]) for block in BLOCKS)
+    road = " ".join(str(block.values[1]) for block in BLOCKS)
     names = "corpus datastore targets train generate info explain adapt".split()
     for command in (*names, "evaluate perplexity"):
         assert f"memlm {command} " in road
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", BLOCKS)
-def test_commands_of_the_pages_run(block: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("language", "block"), BLOCKS)
+def test_commands_of_the_pages_run(
+    language: str, block: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     """`smollm2` is already fetched, so to say: a model of 10 thin layers lies where the command would put it."""
     model = tmp_path / "home" / "models" / "smollm2"
     save_model(model, tokenizer, layers=10, width=16, positions=512)
@@ -45,9 +48,10 @@ def test_commands_of_the_pages_run(block: str, tokenizer: PreTrainedTokenizerFas
     programs = tmp_path / "bin"
     programs.mkdir()
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    shell = [shutil.which("bash") or "bash", "-euo", "pipefail", "-c"]
     with preloaded_program(programs):
         found = subprocess.run(
-            [shutil.which("bash") or "bash", "-euo", "pipefail", "-c", block],
+            [*(shell if language == "bash" else [sys.executable, "-c"]), block],
             cwd=work,
             env={**os.environ, "PATH": path, "MEMLM_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
             capture_output=True,
@@ -57,4 +61,6 @@ def test_commands_of_the_pages_run(block: str, tokenizer: PreTrainedTokenizerFas
     assert found.returncode == 0, found.stdout + found.stderr
     assert "Traceback" not in found.stderr
     made = {p.name for p in work.iterdir()} - {"DOCS", "OTHER"}
-    assert made == {match.rstrip("/") for match in re.findall(r"--out (\S+)", block)}
+    assert made == {
+        (option or keyword).rstrip("/") for option, keyword in re.findall(r"--out (\S+)|out=\"(\S+)\"", block)
+    }

@@ -11,19 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from memlm.corpus.blocks import Corpus
-from memlm.evaluate.perplexity import report_table
+from memlm.evaluate.config import EvaluateConfig
+from memlm.evaluate.passages import passages
+from memlm.evaluate.report import report_table
 from memlm.files import replacing, write_json
 from memlm.manifest import library_versions, read_manifest
 from memlm.models.fetching import fetch
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.progress import told_to
 from memlm.runs.plan import run_recipe
-from memlm.scores.mixtures import mixture_label_log_probs
-from memlm.scores.table import score_corpus
 
 PACKAGES = ("transformers", "torch")
 MODEL = "smollm2"
@@ -36,7 +34,6 @@ _PART_SECONDS = 10  # of each part: loading a model, saving, searching
 _LONGEST = 2000  # characters of one module, so that no module fills the corpus
 _SHORTEST = 300
 _SHARE = 0.3  # of all modules, chosen by the hash of their names: parsing all takes a minute and is not needed
-_PASSAGE_TOKENS = 48
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ def run_demo(
     with _one_bar(TimeLeft(parts), say) as told:
         report = run_recipe(demo_recipe(str(documents), tokens), out, say=told)["memory"]
     say(f"took {(time.monotonic() - began) / 60:.1f} minutes")
-    return report, "\n".join([_headline(report), "", report_table(report), "", *_passages(out, report), "", _next(out)])
+    return report, "\n".join([_headline(report), "", report_table(report), "", _passages(out, report), "", _next(out)])
 
 
 def measured_speed() -> Speed:
@@ -294,42 +291,11 @@ def _headline(report: dict[str, Any]) -> str:
     )
 
 
-def _passages(out: Path, report: dict[str, Any]) -> list[str]:
+def _passages(out: Path, report: dict[str, Any]) -> str:
     """Three held-out passages: where the memory helped most, typically, and least."""
-    corpus, places = Corpus(out / "corpus"), read_manifest(out / "evaluation-memory").sources
-    tokenizer = corpus.tokenizer
-    asked = {name: report["run"]["config"][name] for name in ("dtype", "batch_tokens")}
-    table = score_corpus(corpus, places["base"], {"memory": places["memory"]}, **asked)["test"]
-    base, memory = table.voters["base"], table.voters["memory"]
-    mixed = mixture_label_log_probs(base.label, [memory.label], [report["mixture"]["mix_weight"]])
-    gain = mixed - base.label
-    counts = np.bincount(table.document)
-    means = np.bincount(table.document, weights=gain) / np.maximum(counts, 1)
-    long_enough = np.flatnonzero(counts >= _PASSAGE_TOKENS)
-    ranked = long_enough[np.argsort(-means[long_enough])]
-    if not len(ranked):
-        return []
-    lines = []
-    labels = corpus.split("test").labels()
-    for title, document, start_of in (
-        ("helped most", ranked[0], np.argmax),
-        ("typical", ranked[len(ranked) // 2], lambda sums: len(sums) // 2),
-        ("helped least", ranked[-1], np.argmin),
-    ):
-        places = np.flatnonzero(table.document == document)
-        start = start_of(np.convolve(gain[places], np.ones(_PASSAGE_TOKENS), "valid"))
-        window = places[start : start + _PASSAGE_TOKENS]
-        lines.append(f"[{title}] {means[document]:+.2f} nats a token in this document")
-        lines += [f"    | {line}" for line in str(tokenizer.decode(labels[window])).splitlines() if line.strip()]
-        change = np.exp(mixed[window]) - np.exp(base.label[window])  # of the probability of the token that came
-        order = window[np.argsort(-change)]
-        for word, chosen in (("lifted", order[:4]), ("sank", order[::-1][:3])):
-            moved = [
-                f"{tokenizer.decode(labels[p])!r} {np.exp(base.label[p]):.1%} -> {np.exp(mixed[p]):.1%}" for p in chosen
-            ]
-            lines.append(f"    {word}: " + ", ".join(moved))
-        lines.append("")
-    return lines[:-1]
+    places = read_manifest(out / "evaluation-memory").sources
+    config = EvaluateConfig.parse(report["run"]["config"])
+    return passages(out / "corpus", report, base=places["base"], memory=places["memory"], config=config)
 
 
 def _next(out: Path) -> str:

@@ -29,7 +29,8 @@ from memlm.errors import (
 from memlm.evaluate import perplexity as perplexity_module
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled
-from memlm.evaluate.perplexity import by_label_frequency, evaluate_perplexity, report_table
+from memlm.evaluate.perplexity import by_label_frequency, evaluate_perplexity
+from memlm.evaluate.report import Report, report_table
 from memlm.manifest import read_manifest
 from memlm.memory.protocol import MemorySettings
 from memlm.scores.score import Scores
@@ -677,3 +678,17 @@ def test_nan_that_an_earlier_version_kept_is_refused(
     (kept.parent / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ArtifactError, match="holds NaN"):
         evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
+
+
+def test_a_notebook_shows_a_report_as_a_table() -> None:
+    figure = {"perplexity": 12.5, "interval": [12.0, 13.0]}
+    named = {"a<b>": figure, "c": {"perplexity": None, "interval": None}}
+    mixture = {**figure, "mix_weight": {"a<b>": 0.2, "c": 0.1}, "mix_weight_from": "validation"}
+    ratio = {"perplexity": 0.9, "interval": [0.8, 0.95]}
+    report = Report({"base": figure, **named, "mixture": mixture, "ratio": ratio, "tokens": 100, "documents": 2})
+    page = report._repr_html_()
+    assert "<td>a&lt;b&gt; alone</td><td>12.50</td><td>12.00 to 13.00</td>" in page
+    assert "<td>c alone</td><td>infinite</td><td></td>" in page
+    assert "<td>mixture, weight a&lt;b&gt; 0.2, c 0.1</td>" in page
+    assert "0.9000 (0.8000 to 0.9500); 100 test tokens of 2 documents; mix_weight chosen on validation" in page
+    assert json.loads(json.dumps(report)) == report

@@ -18,7 +18,8 @@ from memlm.corpus.blocks import Corpus
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, MemlmError, ModelError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
-from memlm.evaluate.perplexity import evaluate_perplexity, report_table
+from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.evaluate.report import report_table
 from memlm.manifest import read_manifest
 from memlm.memory import retrieval as retrieval_module
 from memlm.memory.loading import load_memory

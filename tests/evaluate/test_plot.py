@@ -12,8 +12,8 @@ import pytest
 
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled
-from memlm.evaluate.perplexity import report_table
 from memlm.evaluate.plot import plot_report, report_figure
+from memlm.evaluate.report import report_table
 from memlm.scores.mixtures import GRID
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ArtifactError, ConfigError, InputError, TokenizerMismatchError
 from memlm.memory.retrieval import RetrievalMemory
-from memlm.mix.explain import ExplainedToken, Explanation, Neighbor, explanation_text
+from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor, explanation_text
 from memlm.models.taps import TapReader
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
@@ -279,6 +280,9 @@ def test_the_text_fits_a_terminal_and_says_everything(explanation: Explanation) 
         shown = [token.base_prob, *token.memory_probs.values(), token.mixture_prob]
         assert [f"{prob:.4f}" for prob in shown] == line[20:].split()[:5]
         assert line.endswith(f"   {token.base_choice!r} {token.base_choice_prob:.4f}")
+        others = [f"{name} {choice!r}" for name, choice in token.memory_choices.items() if choice != token.text]
+        if others:
+            assert next(below).strip() == f"likeliest for {', '.join(others)}"
         for near in token.neighbors:
             line = next(below)
             assert f"{near.distance:.1f}  {near.document} " in line
@@ -341,6 +345,18 @@ def test_a_datastore_of_another_tokenizer_is_refused(
     datastore = load_memory(datastore_folder) if opened else datastore_folder
     with pytest.raises(TokenizerMismatchError, match=r"ids differ.*build a corpus and a datastore with this model's"):
         explain(model, permuted(tokenizer, seed=1)[0], PROMPT, datastore=datastore)  # type: ignore[arg-type]
+
+
+def test_colours_show_what_the_memories_lifted_and_lowered_and_nothing_else() -> None:
+    probs = {"up": (0.1, 0.4), "down": (0.4, 0.1), "even": (0.4, 0.41)}
+    tokens = [ExplainedToken(name, 5, base, {"m": 0.2}, mixed, "b", 0.3, []) for name, (base, mixed) in probs.items()]
+    explanation = Explanation("prompt", "a", {"m": 0.5}, tokens, "note")
+    plain, coloured = explanation_text(explanation), explanation_text(explanation, colour=True)
+    assert "\x1b" not in plain
+    assert "\x1b[32m'up'\x1b[0m   " in coloured
+    assert "\x1b[31m'down'\x1b[0m   " in coloured
+    assert re.sub(r"\x1b\[\d+m", "", coloured) == plain, "columns stay where they are"
+    assert coloured.count("\x1b") == 4
 
 
 def test_what_documents_hold_moves_no_cursor() -> None:

@@ -17,10 +17,11 @@ def say(line: str) -> None:
         print(printable(line), file=sys.stderr)
 
 
-def print_result(value: dict[str, Any], as_json: bool, text: str = "") -> None:
-    """Print `value` as one JSON object, or `text` where there is some."""
+def print_result(value: dict[str, Any], as_json: bool, text: str = "", *, styled: bool = False) -> None:
+    """Print `value` as one JSON object, or `text` where there is some; `styled` text may hold colours, and what came
+    from elsewhere is harmless in it already."""
     if speaks() and (as_json or text):
-        print(json.dumps(value) if as_json else printable(text))
+        print(json.dumps(value) if as_json else text if styled else printable(text))
 
 
 def print_made(folder: Path, manifest: Any, as_json: bool, text: str) -> None:

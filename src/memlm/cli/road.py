@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -289,6 +289,10 @@ def perplexity(
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
     ] = None,
+    passages: Annotated[
+        bool,
+        typer.Option("--passages", help="Show test passages where the memories helped most, typically and least."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Test perplexity of base, memories and mixture, with intervals; weights are chosen on the validation split.
@@ -305,16 +309,22 @@ def perplexity(
     check_folder(corpus, "corpus")
     check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
-    from memlm.evaluate.perplexity import evaluate_perplexity, report_table
+    from memlm.evaluate.passages import passages as shown
+    from memlm.evaluate.perplexity import evaluate_perplexity
+    from memlm.evaluate.report import report_table
 
     memories, weights = by_name(memory, mix_weight)
     if weights is not None:
         given = config.model_dump() if config is not None else {}
         config = EvaluateConfig.parse({**given, "mix_weight": alone(weights)})
     report = evaluate_perplexity(corpus, base=base, memory=alone(memories), out=out, config=config, retrieval=retrieval)
+    told = [report_table(report)]
+    if passages and not as_json:
+        asked: dict[str, Any] = {"base": base, "memory": alone(memories), "config": config, "retrieval": retrieval}
+        told += ["", shown(corpus, report, **asked), ""]
     named = [part for value in memory for part in ("--memory", value)]
-    told = next_line("memlm", "generate", "PROMPT", "--base", base, *named)
-    print_result(report, as_json, f"{report_table(report)}\n{told}")
+    told.append(next_line("memlm", "generate", "PROMPT", "--base", base, *named))
+    print_result(report, as_json, "\n".join(told))
 
 
 def run(
@@ -348,7 +358,7 @@ def run(
         steps = plan_recipe(sections, folder)
         print_result({"steps": [asdict(step) for step in steps]}, as_json, plan_table(steps))
         return
-    from memlm.evaluate.perplexity import report_table
+    from memlm.evaluate.report import report_table
 
     reports = run_recipe(sections, folder, say=say)
     text = "\n\n".join(f"{name} ({folder / name})\n{report_table(report)}" for name, report in reports.items())

@@ -1,9 +1,11 @@
 """Commands that use memories: generate, explain, chat."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -65,6 +67,7 @@ def explain(
     mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
     neighbors: Annotated[int, typer.Option(min=0, help="Snippets per token.")] = 3,
+    html: Annotated[Path | None, typer.Option(help="File to write the answer to as a page, token by token.")] = None,
     chat_template: ChatTemplate = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -75,10 +78,13 @@ def explain(
     evidence of what the corpus says in such places, not proof that it caused the token.
 
     Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --datastore d/
+
+    Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --html answer.html
     """
     check_models(base, *by_name(memory, mix_weight)[0].values(), datastore)
     quiet()
-    from memlm.mix.explain import check_datastore, explain, explanation_text
+    from memlm.mix.explain import check_datastore, explain
+    from memlm.mix.explanation import explanation_html, explanation_text
     from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
 
@@ -94,7 +100,14 @@ def explain(
         max_new_tokens=max_new_tokens,
         neighbors=neighbors,
     )
-    print_result(asdict(found), as_json, explanation_text(found))
+    if html is not None:
+        from memlm.files import replacing
+
+        page = f'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>memlm explain</title>\n{explanation_html(found)}\n'
+        with replacing(html) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print_result(asdict(found), as_json, explanation_text(found, colour=colour), styled=True)
 
 
 def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:

@@ -14,7 +14,8 @@ from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled, finite
-from memlm.evaluate.plot import number, plot_report, ratio_line
+from memlm.evaluate.plot import plot_report
+from memlm.evaluate.report import MIXTURE, Report
 from memlm.files import write_json
 from memlm.manifest import read_manifest
 from memlm.memory.config import UNNAMED
@@ -28,7 +29,6 @@ from memlm.scores.table import BASE, ScoreTable, score_corpus
 from memlm.stage import Stage, StageSpec, check_output, run_stage
 from memlm.targets.config import RetrievalConfig
 
-MIXTURE = "mixture"
 _FREQUENCY_EDGES = (0, 1, 10, 100, 1000)
 
 
@@ -41,7 +41,7 @@ def evaluate_perplexity(
     config: EvaluateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Report:
     """Test perplexity of base, each memory alone and their mixture.
 
     Each model scores the text once; every mixture is computed from the scores. All give their probability to the
@@ -99,7 +99,7 @@ def evaluate_perplexity(
     parts = {name: test.voters[name].label.astype(np.float64) for name in (BASE, *memories)}
     parts[MIXTURE] = mixture_label_log_probs(*_labels(test, memories), weights)
     resampled = Resampled(test.document, parts, config)
-    report: dict[str, Any] = {name: resampled.perplexity(name) for name in parts}
+    report = Report({name: resampled.perplexity(name) for name in parts})
     by_name = dict(zip(memories, weights, strict=True))
     report[MIXTURE]["mix_weight"] = by_name if isinstance(memory, Mapping) else weights[0]
     report[MIXTURE]["mix_weight_from"] = "validation" if given is None else "given"
@@ -216,34 +216,3 @@ def _write(stage: Stage, report: dict[str, Any], parts: Mapping[str, Any]) -> di
         with stage.writing("perplexity.png") as temporary:
             plot_report(report, temporary)
     return {name: report[name] for name in (*parts, "tokens")}
-
-
-def report_table(report: dict[str, Any]) -> str:
-    """The report as lines of text: perplexities with intervals and their ratio, then the split by label frequency."""
-    mixture = report[MIXTURE]
-    weight = mixture["mix_weight"]
-    memories = list(weight) if isinstance(weight, dict) else [UNNAMED]
-    shown = ", ".join(f"{n} {w:g}" for n, w in weight.items()) if isinstance(weight, dict) else f"{weight:g}"
-    labels = {BASE: "base alone", **{name: f"{name} alone" for name in memories}, MIXTURE: f"mixture, weight {shown}"}
-    width = max(24, *(len(label) + 1 for label in labels.values()))
-    lines = [f"{'':<{width}}{'perplexity':>12}   95% interval"]
-    for name, label in labels.items():
-        row = report[name]
-        interval = "" if row["interval"] is None else "   {:.2f} to {:.2f}".format(*row["interval"])
-        lines.append(f"{label:<{width}}{number(row['perplexity']):>12}{interval}")
-    lines.append(f"{ratio_line(report)}{'; no interval: one document' if report['documents'] == 1 else ''}")
-    chosen = "chosen on validation" if mixture["mix_weight_from"] == "validation" else "given"
-    documents = f"{report['documents']:,} document{'s' if report['documents'] > 1 else ''}"
-    lines.append(f"{report['tokens']:,} test tokens of {documents}; mix_weight {chosen}")
-    lines.append("")
-    columns = {name: max(10, len(name) + 2) for name in labels}
-    heads = "".join(f"{name:>{wide}}" for name, wide in columns.items())
-    lines.append(f"{'label seen in training':<24}{'tokens':>9}{heads}")
-    for row in report["by_label_frequency"]:
-        if row["below"] is None:
-            span = f"{row['from']:,} times or more"
-        else:
-            span = "never" if row["from"] == 0 else f"{row['from']:,} to {row['below'] - 1:,} times"
-        numbers = "".join(f"{number(row[name]):>{wide}}" for name, wide in columns.items())
-        lines.append(f"{span:<24}{row['tokens']:>9,}{numbers}")
-    return "\n".join(lines)

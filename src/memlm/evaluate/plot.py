@@ -65,7 +65,7 @@ def _draw_choice(axes: Any, report: dict[str, Any]) -> None:
         if value is not None
     ]
     axes.set_title(f"validation, {curve['tokens']:,} tokens", fontsize=10)
-    axes.set_xlabel(f"weight of {' + '.join(_memories(report))}")
+    axes.set_xlabel(f"weight of {' + '.join(memory_names(report))}")
     axes.set_ylabel("perplexity of the mixture")
     axes.set_xlim(0, 1)
     if points:
@@ -89,7 +89,7 @@ def _draw_choice(axes: Any, report: dict[str, Any]) -> None:
 
 def _draw_result(axes: Any, report: dict[str, Any]) -> None:
     """Test perplexities with their intervals, by name; the base's as a line and a band."""
-    names = ["base", *_memories(report), "mixture"]
+    names = ["base", *memory_names(report), "mixture"]
     base, mixture = report["base"], report["mixture"]
     shown = [value for part in (base, mixture) for value in (part["perplexity"], *(part["interval"] or [])) if value]
     low, high = _zoomed(min(shown), max(shown)) if shown else (0.0, 1.0)
@@ -116,7 +116,8 @@ def _draw_result(axes: Any, report: dict[str, Any]) -> None:
     axes.grid(alpha=0.3, axis="x")
 
 
-def _memories(report: dict[str, Any]) -> list[str]:
+def memory_names(report: dict[str, Any]) -> list[str]:
+    """What a report calls its memories."""
     weight = report["mixture"]["mix_weight"]
     return list(weight) if isinstance(weight, dict) else ["memory"]
 

@@ -1,10 +1,5 @@
 """Provenance: what base, memory and mixture thought of each generated token, and where the corpus has its like."""
 
-import html
-import math
-import re
-import textwrap
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,73 +13,15 @@ from memlm.errors import ConfigError
 from memlm.memory.loading import load_memory
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.memory.voter import Votes
+from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.mixture import mix_log_probs
 from memlm.models.tokenizers import check_same, encode_prompt
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
-from memlm.text import printable
 
 EVIDENCE = "Near neighbours are evidence of what the corpus says in such places, not proof that they caused the token."
 NO_SNIPPETS = "No snippets: give the datastore (--datastore) that holds the corpus."
-
-
-@dataclass(frozen=True)
-class Neighbor:
-    """A place of the training corpus whose context is near the one that a token was generated in."""
-
-    document: str
-    """Name of its document."""
-    distance: float
-    """Squared L2 between the keys of both contexts."""
-    before: str
-    """Text before the token, within the document."""
-    token: str
-    """What came next there."""
-    after: str
-    """Text after the token, within the document."""
-    entry: int
-    """Entry id in the datastore."""
-
-
-@dataclass(frozen=True)
-class ExplainedToken:
-    """What was thought of one generated token, given all text before it; probabilities over the shared vocabulary."""
-
-    text: str
-    """`�` where the token is a part of a character."""
-    token_id: int
-    base_prob: float
-    memory_probs: dict[str, float]
-    """Per memory."""
-    mixture_prob: float
-    base_choice: str
-    """The likeliest token of the base alone."""
-    base_choice_prob: float
-    """Its probability under the base."""
-    neighbors: list[Neighbor]
-    """Nearest first."""
-    memory_choices: dict[str, str] = field(default_factory=dict)
-    """The likeliest token of each memory; none where a retriever found nothing."""
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A greedy answer, token by token."""
-
-    prompt: str
-    """As the model reads it, a chat template included."""
-    text: str
-    mix_weights: dict[str, float]
-    """Per memory; the base gets the rest."""
-    tokens: list[ExplainedToken]
-    """An end token, which `text` leaves out, included."""
-    note: str
-    """How to read the neighbours, or how to get them."""
-
-    def _repr_html_(self) -> str:
-        """For notebooks: each token as dark as the memories lifted it; its probabilities where one points at it."""
-        return explanation_html(self)
 
 
 @torch.inference_mode()
@@ -265,86 +202,3 @@ def _texts(tokenizer: PreTrainedTokenizerBase, *runs: list[int]) -> list[str]:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-
-
-# --- as text ----------------------------------------------------------------------------------------------------------
-
-_WIDTH = 100
-_TOKEN, _DOCUMENT = 20, 24
-
-
-def explanation_text(explanation: Explanation) -> str:
-    """The explanation as lines of text: per token its probabilities, and its neighbours below."""
-    names = list(explanation.mix_weights)
-    columns = ["base", *names, "mixture"]
-    widths = [max(8, len(name) + 2) for name in columns]
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
-    lines = [
-        textwrap.fill(_one_line(explanation.prompt + "".join(token.text for token in explanation.tokens)), _WIDTH),
-        f"mix_weight: {weights}",
-        "",
-        f"{'token':<{_TOKEN}}"
-        + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
-        + "   likeliest for the base alone",
-    ]
-    if any(token.neighbors for token in explanation.tokens):
-        lines.append("    squared distance, document, and the place in it: «what came next there»")
-    for token in explanation.tokens:
-        probs = (token.base_prob, *(token.memory_probs[name] for name in names), token.mixture_prob)
-        lines.append(
-            f"{_clip(repr(token.text), _TOKEN):<{_TOKEN}}"
-            + "".join(f"{prob:>{width}.4f}" for prob, width in zip(probs, widths, strict=True))
-            + f"   {_clip(repr(token.base_choice), _TOKEN)} {token.base_choice_prob:.4f}"
-        )
-        lines += [_neighbor_line(neighbor) for neighbor in token.neighbors]
-    return "\n".join([*lines, "", textwrap.fill(explanation.note, _WIDTH)])
-
-
-def _neighbor_line(neighbor: Neighbor) -> str:
-    name = _one_line(neighbor.document)
-    name = name if len(name) <= _DOCUMENT else "…" + name[1 - _DOCUMENT :]
-    line = f"    {neighbor.distance:>10.1f}  {name:<{_DOCUMENT}}  "
-    token = _one_line(neighbor.token)
-    bare = token.strip() or token
-    gap = " " if token.startswith(" ") and bare != token else ""
-    before, after = _one_line(neighbor.before) + gap, _one_line(neighbor.after)
-    room = max(0, _WIDTH - len(line) - len(bare) - 2)
-    before = before if len(before) <= room // 2 else "…" + before[len(before) - room // 2 + 1 :]
-    return f"{line}{before}«{bare}»{_clip(after, room - len(before))}"
-
-
-def _one_line(text: str) -> str:
-    return printable(re.sub(r"\s+", " ", re.sub(r"\s*\n\s*", "⏎", text)))
-
-
-def _clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: max(0, length - 1)] + "…"
-
-
-# --- as HTML ----------------------------------------------------------------------------------------------------------
-
-
-def explanation_html(explanation: Explanation) -> str:
-    """The answer as HTML: green where the memories made a token likelier than the base had it, red where less."""
-    names = list(explanation.mix_weights)
-    spans = []
-    for token in explanation.tokens:
-        lift = math.log(max(token.mixture_prob, 1e-9) / max(token.base_prob, 1e-9))
-        colour = "0, 150, 80" if lift > 0 else "200, 60, 40"
-        lines = [f"base {token.base_prob:.4f}", *(f"{name} {token.memory_probs[name]:.4f}" for name in names)]
-        lines += [f"mixture {token.mixture_prob:.4f}", f"the base's favourite: {token.base_choice!r}"]
-        lines += [f"the favourite of {name}: {choice!r}" for name, choice in token.memory_choices.items()]
-        for near in token.neighbors:
-            place = f"{_one_line(near.before)}«{_one_line(near.token)}»{_one_line(near.after)}"
-            lines.append(f"{near.document}: {place}")
-        shade = f"background: rgba({colour}, {min(0.6, abs(lift) / 5):.2f})"
-        spans.append(f'<span style="{shade}" title="{_html(chr(10).join(lines))}">{_html(token.text)}</span>')
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
-    return (
-        f'<div style="white-space: pre-wrap">{_html(explanation.prompt)}{"".join(spans)}</div>'
-        f"<small>mix_weight: {_html(weights)}. {_html(explanation.note)}</small>"
-    )
-
-
-def _html(text: str) -> str:
-    return html.escape(printable(text))

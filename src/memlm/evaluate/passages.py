@@ -1,0 +1,74 @@
+"""Test passages where the memories helped most, typically and least, with the tokens that they lifted and sank."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from memlm.corpus.blocks import Corpus
+from memlm.evaluate.config import EvaluateConfig
+from memlm.memory.config import UNNAMED
+from memlm.scores.mixtures import mixture_label_log_probs
+from memlm.scores.table import BASE, score_corpus
+from memlm.targets.config import RetrievalConfig
+
+_LIFTED, _SANK = 4, 3
+
+
+def passages(
+    corpus: str | Path,
+    report: Mapping[str, Any],
+    *,
+    base: str,
+    memory: str | Mapping[str, str],
+    config: EvaluateConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
+    passage_tokens: int = 48,
+) -> str:
+    """Three passages of test documents as lines of text, from scores that the evaluation left in the cache.
+
+    Args:
+        corpus, base, memory, config, retrieval: As `evaluate_perplexity` was given them.
+        report: What it found.
+        passage_tokens: Of a passage; shorter documents are left out.
+
+    Returns:
+        Nothing where every document is shorter.
+    """
+    source, config = Corpus(corpus), config or EvaluateConfig()
+    memories = dict(memory) if isinstance(memory, Mapping) else {UNNAMED: memory}
+    weight = report["mixture"]["mix_weight"]
+    weights = [weight[name] for name in memories] if isinstance(weight, Mapping) else [weight]
+    table = score_corpus(
+        source, base, memories, dtype=config.dtype, batch_tokens=config.batch_tokens, retrieval=retrieval
+    )["test"]
+    alone = table.voters[BASE].label
+    mixed = mixture_label_log_probs(alone, [table.voters[name].label for name in memories], weights)
+    gain = mixed - alone
+    counts = np.bincount(table.document)
+    means = np.bincount(table.document, weights=gain) / np.maximum(counts, 1)
+    long_enough = np.flatnonzero(counts >= passage_tokens)
+    ranked = long_enough[np.argsort(-means[long_enough])]
+    if not len(ranked):
+        return ""
+    lines, labels, tokenizer = [], source.split("test").labels(), source.tokenizer
+    for title, document, start_of in (
+        ("helped most", ranked[0], np.argmax),
+        ("typical", ranked[len(ranked) // 2], lambda sums: len(sums) // 2),
+        ("helped least", ranked[-1], np.argmin),
+    ):
+        places = np.flatnonzero(table.document == document)
+        start = start_of(np.convolve(gain[places], np.ones(passage_tokens), "valid"))
+        window = places[start : start + passage_tokens]
+        lines.append(f"[{title}] {means[document]:+.2f} nats a token in this document")
+        lines += [f"    | {line}" for line in str(tokenizer.decode(labels[window])).splitlines() if line.strip()]
+        change = np.exp(mixed[window]) - np.exp(alone[window])  # of the probability of the token that came
+        order = window[np.argsort(-change)]
+        for word, chosen in (("lifted", order[:_LIFTED]), ("sank", order[::-1][:_SANK])):
+            moved = [
+                f"{tokenizer.decode(labels[p])!r} {np.exp(alone[p]):.1%} -> {np.exp(mixed[p]):.1%}" for p in chosen
+            ]
+            lines.append(f"    {word}: " + ", ".join(moved))
+        lines.append("")
+    return "\n".join(lines[:-1])

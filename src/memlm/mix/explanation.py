@@ -1,0 +1,175 @@
+"""An explanation, and how it looks: as text for a terminal, as HTML for a notebook or a file."""
+
+import html
+import math
+import re
+import textwrap
+from dataclasses import dataclass, field
+
+from memlm.text import printable
+
+_WIDTH = 100
+_TOKEN, _DOCUMENT = 20, 24
+_GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
+_LIFTED = math.log(1.25)  # mixture over base from which on a token has a colour
+
+
+@dataclass(frozen=True)
+class Neighbor:
+    """A place of the training corpus whose context is near the one that a token was generated in."""
+
+    document: str
+    """Name of its document."""
+    distance: float
+    """Squared L2 between the keys of both contexts."""
+    before: str
+    """Text before the token, within the document."""
+    token: str
+    """What came next there."""
+    after: str
+    """Text after the token, within the document."""
+    entry: int
+    """Entry id in the datastore."""
+
+
+@dataclass(frozen=True)
+class ExplainedToken:
+    """What was thought of one generated token, given all text before it; probabilities over the shared vocabulary."""
+
+    text: str
+    """`�` where the token is a part of a character."""
+    token_id: int
+    base_prob: float
+    memory_probs: dict[str, float]
+    """Per memory."""
+    mixture_prob: float
+    base_choice: str
+    """The likeliest token of the base alone."""
+    base_choice_prob: float
+    """Its probability under the base."""
+    neighbors: list[Neighbor]
+    """Nearest first."""
+    memory_choices: dict[str, str] = field(default_factory=dict)
+    """The likeliest token of each memory; none where a retriever found nothing."""
+
+    @property
+    def lift(self) -> float:
+        """By how many nats the memories made the token likelier than the base had it."""
+        return math.log(max(self.mixture_prob, 1e-9) / max(self.base_prob, 1e-9))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A greedy answer, token by token."""
+
+    prompt: str
+    """As the model reads it, a chat template included."""
+    text: str
+    mix_weights: dict[str, float]
+    """Per memory; the base gets the rest."""
+    tokens: list[ExplainedToken]
+    """An end token, which `text` leaves out, included."""
+    note: str
+    """How to read the neighbours, or how to get them."""
+
+    def _repr_html_(self) -> str:
+        """For notebooks: each token as dark as the memories lifted it; its probabilities where one points at it."""
+        return explanation_html(self)
+
+
+# --- as text ------------------------------------------------------------------------------------------------------
+
+
+def explanation_text(explanation: Explanation, *, colour: bool = False) -> str:
+    """The explanation as lines of text: per token its probabilities, then what memories would have liked better, then
+    its neighbours.
+
+    Args:
+        explanation: What `explain` gives.
+        colour: Show tokens that the memories lifted in green, and those that they lowered in red, for a terminal.
+    """
+    names = list(explanation.mix_weights)
+    columns = ["base", *names, "mixture"]
+    widths = [max(8, len(name) + 2) for name in columns]
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
+    lines = [
+        textwrap.fill(_one_line(explanation.prompt + "".join(token.text for token in explanation.tokens)), _WIDTH),
+        f"mix_weight: {weights}",
+        "",
+        f"{'token':<{_TOKEN}}"
+        + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
+        + "   likeliest for the base alone",
+    ]
+    if any(token.neighbors for token in explanation.tokens):
+        lines.append("    squared distance, document, and the place in it: «what came next there»")
+    for token in explanation.tokens:
+        probs = (token.base_prob, *(token.memory_probs[name] for name in names), token.mixture_prob)
+        shown = _clip(repr(token.text), _TOKEN)
+        lines.append(
+            _coloured(shown, token, colour)
+            + " " * (_TOKEN - len(shown))
+            + "".join(f"{prob:>{width}.4f}" for prob, width in zip(probs, widths, strict=True))
+            + f"   {_clip(repr(token.base_choice), _TOKEN)} {token.base_choice_prob:.4f}"
+        )
+        others = [f"{name} {choice!r}" for name, choice in token.memory_choices.items() if choice != token.text]
+        if others:
+            lines.append(_clip(f"    likeliest for {_one_line(', '.join(others))}", _WIDTH))
+        lines += [_neighbor_line(neighbor) for neighbor in token.neighbors]
+    return "\n".join([*lines, "", textwrap.fill(explanation.note, _WIDTH)])
+
+
+def _coloured(text: str, token: ExplainedToken, colour: bool) -> str:
+    lift = token.lift
+    if not colour or abs(lift) < _LIFTED:
+        return text
+    return f"{_GREEN if lift > 0 else _RED}{text}{_PLAIN}"
+
+
+def _neighbor_line(neighbor: Neighbor) -> str:
+    name = _one_line(neighbor.document)
+    name = name if len(name) <= _DOCUMENT else "…" + name[1 - _DOCUMENT :]
+    line = f"    {neighbor.distance:>10.1f}  {name:<{_DOCUMENT}}  "
+    token = _one_line(neighbor.token)
+    bare = token.strip() or token
+    gap = " " if token.startswith(" ") and bare != token else ""
+    before, after = _one_line(neighbor.before) + gap, _one_line(neighbor.after)
+    room = max(0, _WIDTH - len(line) - len(bare) - 2)
+    before = before if len(before) <= room // 2 else "…" + before[len(before) - room // 2 + 1 :]
+    return f"{line}{before}«{bare}»{_clip(after, room - len(before))}"
+
+
+def _one_line(text: str) -> str:
+    return printable(re.sub(r"\s+", " ", re.sub(r"\s*\n\s*", "⏎", text)))
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: max(0, length - 1)] + "…"
+
+
+# --- as HTML ----------------------------------------------------------------------------------------------------------
+
+
+def explanation_html(explanation: Explanation) -> str:
+    """The answer as HTML: green where the memories made a token likelier than the base had it, red where less."""
+    names = list(explanation.mix_weights)
+    spans = []
+    for token in explanation.tokens:
+        lift = token.lift
+        colour = "0, 150, 80" if lift > 0 else "200, 60, 40"
+        lines = [f"base {token.base_prob:.4f}", *(f"{name} {token.memory_probs[name]:.4f}" for name in names)]
+        lines += [f"mixture {token.mixture_prob:.4f}", f"the base's favourite: {token.base_choice!r}"]
+        lines += [f"the favourite of {name}: {choice!r}" for name, choice in token.memory_choices.items()]
+        for near in token.neighbors:
+            place = f"{_one_line(near.before)}«{_one_line(near.token)}»{_one_line(near.after)}"
+            lines.append(f"{near.document}: {place}")
+        shade = f"background: rgba({colour}, {min(0.6, abs(lift) / 5):.2f})"
+        spans.append(f'<span style="{shade}" title="{_html(chr(10).join(lines))}">{_html(token.text)}</span>')
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
+    return (
+        f'<div style="white-space: pre-wrap">{_html(explanation.prompt)}{"".join(spans)}</div>'
+        f"<small>mix_weight: {_html(weights)}. {_html(explanation.note)}</small>"
+    )
+
+
+def _html(text: str) -> str:
+    return html.escape(printable(text))
