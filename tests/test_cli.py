@@ -271,6 +271,30 @@ def test_each_stage_says_in_words_what_it_made(
     assert "1,094 test tokens of 9 documents; mix_weight chosen on validation" in found.out
 
 
+def test_an_evaluation_shows_passages_where_they_are_asked_for(
+    memlm: Callable[..., Result], corpus_folder: Path, model_folder: str, memory_folder: Path
+) -> None:
+    command = ("evaluate", "perplexity", corpus_folder, "--base", model_folder, "--memory", f"law={memory_folder}")
+    out = memlm(*command, "--passages").out
+    gains = re.findall(r"^\[(helped most|typical|helped least)\] ([+-]\d+\.\d\d) nats a token", out, re.MULTILINE)
+    assert [title for title, _ in gains] == ["helped most", "typical", "helped least"]
+    assert len(re.findall(r"^    (lifted|sank): '", out, re.MULTILINE)) == 6
+    assert out.splitlines()[-1] == f"next: memlm generate PROMPT --base {model_folder} --memory law={memory_folder}"
+    assert "helped" not in memlm(*command).out
+
+
+def test_an_explanation_is_written_as_a_page_and_coloured_for_a_terminal_alone(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, tmp_path: Path
+) -> None:
+    mixed = ("--base", model_folder, "--memory", memory_folder, "--max-new-tokens", 2)
+    found = memlm("explain", "the <memory>", *mixed, "--html", tmp_path / "answer.html")
+    assert (found.code, "\x1b" in found.out) == (0, False)
+    page = (tmp_path / "answer.html").read_text(encoding="utf-8")
+    assert page.startswith("<!DOCTYPE html>")
+    assert "the &lt;memory&gt;" in page
+    assert page.count("<span ") == 2
+
+
 def test_adapt_names_the_command_to_go_on_with(
     memlm: Callable[..., Result], memory_folder: Path, tmp_path: Path
 ) -> None:

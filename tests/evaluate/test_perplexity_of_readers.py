@@ -304,4 +304,4 @@ def test_a_datastore_that_may_not_be_written_to_is_evaluated_all_the_same(
         raise PermissionError
 
     monkeypatch.setattr(retrieval_module, "write_json", refused)
-    assert evaluate_perplexity(corpus_folder, base=model_folder, memory=str(datastore_folder), config=EXACT)["tokens"]
+    assert evaluate_perplexity(corpus_folder, base=model_folder, memory=datastore_folder, config=EXACT)["tokens"]

@@ -35,8 +35,8 @@ _FREQUENCY_EDGES = (0, 1, 10, 100, 1000)
 def evaluate_perplexity(
     corpus: str | Path,
     *,
-    base: str,
-    memory: str | Mapping[str, str],
+    base: str | Path,
+    memory: str | Path | Mapping[str, str | Path],
     out: str | Path | None = None,
     config: EvaluateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
@@ -73,7 +73,9 @@ def evaluate_perplexity(
         OutputExistsError: `out` holds something else.
     """
     config = settings_from(EvaluateConfig, config, settings)
-    memories = dict(memory) if isinstance(memory, Mapping) else {UNNAMED: memory}
+    base = str(base)
+    memory = {name: str(place) for name, place in memory.items()} if isinstance(memory, Mapping) else str(memory)
+    memories = memory if isinstance(memory, dict) else {UNNAMED: memory}
     source = Corpus(corpus)
     splits = source.manifest.facts["splits"]
     if not splits["test"]["positions"]:
