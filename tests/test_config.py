@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import Field
@@ -8,7 +9,10 @@ from memlm.config import StageConfig, parse_yaml, read_recipe, settings_from
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError
+from memlm.evaluate.config import EvaluateConfig
+from memlm.memory.mlp import MLPSettings
 from memlm.targets.config import TargetsConfig
+from memlm.train.config import TrainConfig
 
 
 class Sample(StageConfig):
@@ -166,3 +170,57 @@ def test_settings_come_as_config_or_as_keywords() -> None:
         settings_from(Sample, Sample(), {"k": 3})
     with pytest.raises(ConfigError, match="unknown setting 'nam'; did you mean 'name'"):
         settings_from(Sample, None, {"nam": "x"})
+
+
+def settings_classes(cls: type[StageConfig] = StageConfig) -> list[type[StageConfig]]:
+    found = [deeper for sub in cls.__subclasses__() for deeper in (sub, *settings_classes(sub))]
+    return [sub for sub in found if sub.__module__.startswith("memlm.")]
+
+
+def has_numbers(annotation: object) -> bool:
+    return annotation in (int, float) or any(map(has_numbers, get_args(annotation)))
+
+
+FIELDS = [
+    (cls, name)
+    for cls in dict.fromkeys(settings_classes())
+    for name, field in {**cls.model_fields, **cls.options()}.items()
+    if has_numbers(field.annotation)
+]
+
+
+def test_the_settings_with_numbers_are_all_found() -> None:
+    assert len(FIELDS) > 60
+    assert (TrainConfig, "layers") in FIELDS
+    assert (MLPSettings, "base_blocks") in FIELDS
+
+
+@pytest.mark.parametrize("value", [10**20, -(10**20), 1e20, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda part: getattr(part, "__name__", part))
+def test_every_number_has_bounds(cls: type[StageConfig], name: str, value: float) -> None:
+    for given in (value, [value], {"a": value}) if name in ("mix_weight", "layers") else (value,):
+        with pytest.raises(ConfigError, match=rf"\b{name}\b") as caught:
+            cls.parse({"kind": "mlp"} | {name: given} if cls is TrainConfig and name == "width" else {name: given})
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [10**20, math.inf, math.nan, [math.nan], {"deep": [1e300]}])
+def test_a_number_for_the_trainer_is_finite_and_fits_its_types(value: object) -> None:
+    with pytest.raises(ConfigError, match="logging_steps must be a number below"):
+        TrainConfig.parse({"trainer": {"logging_steps": value}})
+    assert TrainConfig.parse({"trainer": {"logging_steps": 5, "optim": "sgd"}}).trainer["logging_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (TrainConfig, {"seed": 2**32}),
+        (TargetsConfig, {"target_temperature": 1e-50}),
+        (DatastoreConfig, {"nlist": 64, "train_vectors": 63}),
+        (EvaluateConfig, {"bootstrap": 10**12}),
+        (EvaluateConfig, {"batch_tokens": 10**12}),
+    ],
+)
+def test_numbers_that_a_library_would_stumble_over_are_refused(config: type[StageConfig], values: dict) -> None:
+    with pytest.raises(ConfigError, match="|".join(values)):
+        config.parse(values)

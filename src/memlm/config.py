@@ -11,6 +11,13 @@ from pydantic.fields import FieldInfo
 
 from memlm.errors import ConfigError
 
+MAX_SEED = 2**32 - 1
+"""The largest seed that numpy, torch and transformers all take."""
+MAX_BATCH_TOKENS = 1 << 24
+"""Tokens in one forward pass at most."""
+MAX_COUNT = 1 << 50
+"""What no data reaches, and 64 bits hold."""
+
 _TOLD = 100  # problems looked at one by one at most
 _SHOWN = 5
 
@@ -22,9 +29,12 @@ class StageConfig(BaseModel):
     """Settings of one stage.
 
     The docstring under a field is its help text, on the command line too. A wrong key or value raises `ConfigError`.
+    Every number has a lower and an upper bound.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, Model, Out, alone, by_name, with_settings
+from memlm.cli.options import (
+    Base,
+    CorpusFolder,
+    Json,
+    Memories,
+    MixWeights,
+    Model,
+    Out,
+    alone,
+    by_name,
+    number,
+    with_settings,
+)
 from memlm.cli.printing import memory_line, print_made, print_result, quiet, say
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
@@ -332,9 +344,9 @@ def run(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("memlm-demo"),
     train_tokens: Annotated[
-        int | None, typer.Option(min=2000, help="Training tokens; default as many as fit into --minutes here.")
+        int | None, number(2000, 1_000_000_000, "Training tokens; default as many as fit into --minutes here.")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=1.0, help="What it may take, once the model is fetched.")] = 10,
+    minutes: Annotated[float, number(1, 1_000_000, "What it may take, once the model is fetched.")] = 10,
     as_json: Json = False,
 ) -> None:
     """Walk the whole road in ten minutes on two CPU cores: from documentation strings to a table of what was gained.

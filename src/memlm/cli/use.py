@@ -8,14 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
-from memlm.cli.options import UNNAMED, Base, Json, Memories, MixWeights, alone, by_name, weights_by_name, with_settings
+from memlm.cli.options import (
+    UNNAMED,
+    Base,
+    Json,
+    Memories,
+    MixWeights,
+    alone,
+    by_name,
+    number,
+    weights_by_name,
+    with_settings,
+)
 from memlm.cli.printing import print_result, quiet, say
+from memlm.config import MAX_SEED
 from memlm.errors import ConfigError
 from memlm.targets.config import RetrievalConfig
 
-Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
+_MOST_NEW = 1_000_000  # tokens
+_LOWEST_TEMPERATURE = 1e-6  # of sampling; at a lower one logits overflow, and it would be greedy anyway
+Temperature = Annotated[float, number(0, 1e6, "Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, number(0, 1, "Nucleus of sampling.")]
+Seed = Annotated[int, number(0, MAX_SEED, "Of sampling.")]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
@@ -27,7 +41,7 @@ def generate(
     memory: Memories,
     retrieval: RetrievalConfig | None,
     mix_weight: MixWeights = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 40,
+    max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens to generate at most.")] = 40,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -61,8 +75,8 @@ def explain(
         typer.Option(help="Datastore folder that snippets come from; default a live retrieval memory's own."),
     ] = None,
     mix_weight: MixWeights = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
-    neighbors: Annotated[int, typer.Option(min=0, help="Snippets per token.")] = 3,
+    max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens to generate at most.")] = 20,
+    neighbors: Annotated[int, number(0, 1000, "Snippets per token.")] = 3,
     chat_template: ChatTemplate = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -136,13 +150,14 @@ def generate_text(
     from memlm.models.tokenizers import encode_prompt
 
     torch.manual_seed(seed)
-    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    samples = temperature > _LOWEST_TEMPERATURE
+    sampling = {"temperature": temperature, "top_p": top_p} if samples else {}
     inputs = encode_prompt(tokenizer, prompt).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        do_sample=samples,
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
@@ -156,7 +171,7 @@ def chat(
     memory: Memories,
     retrieval: RetrievalConfig | None,
     mix_weight: MixWeights = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 200,
+    max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens of one answer at most.")] = 200,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     seed: Seed = 0,

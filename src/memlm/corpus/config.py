@@ -4,7 +4,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from memlm.config import StageConfig
+from memlm.config import MAX_COUNT, MAX_SEED, StageConfig
 
 
 class CorpusConfig(StageConfig):
@@ -12,7 +12,7 @@ class CorpusConfig(StageConfig):
 
     block_size: int = Field(default=512, ge=2, le=1 << 24)
     """Tokens a model sees at a time: longest context plus the predicted token."""
-    stride: int | None = Field(default=None, ge=1)
+    stride: int | None = Field(default=None, ge=1, le=1 << 24)
     """Tokens newly predicted per block once a document is longer than one; default half a block, as in the paper."""
     cross_documents: bool = False
     """Cut blocks across document ends, so that attention crosses them; otherwise each block holds one document."""
@@ -32,13 +32,13 @@ class CorpusConfig(StageConfig):
     """Share of documents held out for choosing mix_weight and the best checkpoint."""
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of documents held out for reported figures."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Salts the document hash that decides the split."""
-    max_tokens: int | None = Field(default=None, ge=2)
+    max_tokens: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Training tokens kept at most: whole documents in the order of their hashes, the last one cut; default all."""
-    max_validation_tokens: int | None = Field(default=None, ge=2)
+    max_validation_tokens: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Validation tokens kept at most; default a tenth of max_tokens where that is given."""
-    max_test_tokens: int | None = Field(default=None, ge=2)
+    max_test_tokens: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Test tokens kept at most; default a tenth of max_tokens where that is given."""
     near_duplicate_ngram: int = Field(default=0, ge=0, le=256)
     """Length in tokens of the n-grams that betray near-duplicates across splits; 0 leaves them in."""
