@@ -1,5 +1,6 @@
 """The command line: help, the road, what is printed, and one clear line for every bad input."""
 
+import io
 import itertools
 import json
 import os
@@ -421,6 +422,17 @@ def test_chat_changes_weights_by_name(
     ]
 
 
+def test_lines_that_are_no_utf_8_end_a_chat_in_one_line(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    found = memlm("chat", "--base", model_folder, "--memory", memory_folder)
+    assert found.code == 2
+    assert found.err.splitlines()[-1] == (
+        "memlm: error: what was typed or piped is not utf-8; see to the encoding of the terminal"
+    )
+
+
 KINDS = ("corpus", "datastore", "targets", "memory")
 
 
@@ -762,6 +774,15 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
     ),
     "mix_weight above 1": (lambda w: w.evaluate("--mix-weight", 1.5), r"mix_weight = 1\.5: "),
     "mix_weight below 0": (lambda w: w.generate("--mix-weight", -0.1), r"mix_weight = -0\.1: must be in \[0, 1\]"),
+    "prompt that is no UTF-8": (
+        lambda w: ("generate", "caf\udce9", "--base", w.model, "--memory", w.memory),
+        "the prompt is not UTF-8",
+    ),
+    "prompt to explain that is no UTF-8": (
+        lambda w: ("explain", "caf\udce9", "--base", w.model, "--memory", w.memory),
+        "the prompt is not UTF-8",
+    ),
+    "recipe nested too deeply": (recipe("[" * 5000), r"recipe\.yaml is not valid YAML: nested too deeply"),
     "mix_weight not a number": (lambda w: w.generate("--mix-weight", "nan"), r"mix_weight = nan: must be in \[0, 1\]"),
     "weights of two memories above 1": (
         two_memories("--mix-weight", "law=0.3", "--mix-weight", "bio=0.9"),

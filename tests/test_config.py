@@ -11,6 +11,7 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.memory.mlp import MLPSettings
+from memlm.runs.recipe import Recipe
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
 
@@ -224,3 +225,57 @@ def test_a_number_for_the_trainer_is_finite_and_fits_its_types(value: object) ->
 def test_numbers_that_a_library_would_stumble_over_are_refused(config: type[StageConfig], values: dict) -> None:
     with pytest.raises(ConfigError, match="|".join(values)):
         config.parse(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "a: 2024-13-45",
+        "1" * 5000,
+        "{? [1] : 2}",
+        "a: !!python/object:os.system {}",
+        "a: \x00",
+        "a: 2024-01-01T99:00:00Z",
+    ],
+    ids=range(7),
+)
+def test_no_yaml_ends_in_a_traceback(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not valid YAML: ") as caught:
+        read_recipe(recipe(tmp_path, text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["1: {}", "corpus: {1: 2}", "null: {}", "corpus: {[a]: 2}", "{a: 1}: {}", "2024-01-01: {}"]
+)
+def test_a_recipe_with_keys_that_are_no_names_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown s|is not valid YAML") as caught:
+        Recipe(read_recipe(recipe(tmp_path, text)))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_an_anchor_makes_large_is_shown_in_short(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+    text = "corpus:\n  seed: *a11\n"
+    bomb = "\n".join(f"  {line}" for line in lines)
+    with pytest.raises(ConfigError, match=r"corpus\.seed = .*valid integer") as caught:
+        CorpusConfig.parse({"seed": read_recipe(recipe(tmp_path, f"x:\n{bomb}\n{text}"))["corpus"]["seed"]}, "corpus.")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (CorpusConfig, {"text_column": "a\udcff"}),
+        (CorpusConfig, {"document_separator": "\udcff"}),
+        (CorpusConfig, {"start_token": "\ud800"}),
+        (DatastoreConfig, {"tap": "\udcff"}),
+        (TrainConfig, {"trainer": {"run_name": ["\udcff"]}}),
+        (TrainConfig, {"kind": "mlp", "tap": "\udcff"}),
+    ],
+)
+def test_a_text_that_is_no_utf_8_is_refused(config: type[StageConfig], values: dict) -> None:
+    with pytest.raises(ConfigError, match=rf"{list(values)[-1]} = .*(is not UTF-8|unicode string)") as caught:
+        config.parse(values)
+    assert str(caught.value).encode()

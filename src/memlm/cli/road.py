@@ -51,8 +51,8 @@ def corpus(
         list[str],
         typer.Argument(
             metavar="DOCS",
-            help="Files (.txt .md .jsonl .parquet, also .gz .zst), folders, saved datasets, or dataset names"
-            " NAME[:CONFIG[:SPLIT]].",
+            help="Files (.txt .md .rst .html .json .jsonl .parquet, also .gz .zst), folders, saved datasets, or"
+            " dataset names NAME[:CONFIG[:SPLIT]].",
         ),
     ],
     out: Out,
@@ -73,7 +73,8 @@ def corpus(
     manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
     facts = manifest.facts
     lines = [
-        f"{facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
+        f"{facts['documents_read']:,} documents read, {facts['documents_empty']:,} empty and"
+        f" {facts['documents_too_short']:,} under two tokens skipped, {facts['files_skipped']:,} files not read,"
         f" {facts['documents_repeated']:,} repetitions and {facts['documents_near_duplicate']:,} near-duplicates out"
     ]
     lines += [

@@ -22,7 +22,7 @@ from memlm.cli.options import (
 )
 from memlm.cli.printing import print_result, quiet, say
 from memlm.config import MAX_SEED
-from memlm.errors import ConfigError
+from memlm.errors import ConfigError, InputError
 from memlm.targets.config import RetrievalConfig
 
 _MOST_NEW = 1_000_000  # tokens
@@ -57,10 +57,9 @@ def generate(
     --mix-weight bio=0.4
     """
     quiet()
+    turn = _turn(prompt, chat_template)
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
-    text = generate_text(
-        model, tokenizer, _turn(prompt, chat_template), max_new_tokens, temperature, top_p, seed, stream=not as_json
-    )
+    text = generate_text(model, tokenizer, turn, max_new_tokens, temperature, top_p, seed, stream=not as_json)
     print_result({"prompt": prompt, "text": text, "mix_weight": alone(model.mix_weights)}, as_json)
 
 
@@ -93,13 +92,14 @@ def explain(
     from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
 
+    turn = _turn(prompt, chat_template)
     if datastore is not None:
         check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
     found = explain(
         model,
         tokenizer,
-        _turn(prompt, chat_template),
+        turn,
         datastore=datastore,
         retrieval=retrieval,
         max_new_tokens=max_new_tokens,
@@ -109,6 +109,9 @@ def explain(
 
 
 def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:
+    from memlm.models.tokenizers import check_prompt
+
+    check_prompt(prompt)  # before weights are loaded
     return [{"role": "user", "content": prompt}] if chat_template else prompt
 
 
@@ -210,5 +213,14 @@ def _lines() -> Iterator[str]:
     """What is typed, up to an empty line."""
     mark = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
-        while line := input(mark).strip():
+        while line := _line(mark).strip():
             yield line
+
+
+def _line(mark: str) -> str:
+    try:
+        return input(mark)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"what was typed or piped is not {error.encoding}; see to the encoding of the terminal"
+        ) from None

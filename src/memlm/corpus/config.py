@@ -1,8 +1,8 @@
 """Settings of the corpus stage."""
 
-from typing import Self
+from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from memlm.config import MAX_COUNT, MAX_SEED, StageConfig
 
@@ -23,11 +23,13 @@ class CorpusConfig(StageConfig):
     special_tokens: bool = False
     """A special token that a document spells, such as </s>, is that token; otherwise it is text like any."""
     text_column: str = "text"
-    """Column that holds the text in .jsonl, .parquet and datasets."""
+    """Column, or key, that holds the text in .jsonl, .json, .parquet and datasets."""
     document_separator: str | None = Field(default=None, min_length=1)
     r"""What separates documents in one text file, such as '\n\n'; default: a file is one document."""
     encoding: str = "utf-8"
     """Encoding of text files."""
+    max_document_characters: int = Field(default=1 << 28, ge=1, le=MAX_COUNT)
+    """Characters of one document, or of a line or file of JSON, at most: more is refused before it fills the memory."""
     validation_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of documents held out for choosing mix_weight and the best checkpoint."""
     test_fraction: float = Field(default=0.1, ge=0, lt=1)
@@ -44,6 +46,17 @@ class CorpusConfig(StageConfig):
     """Length in tokens of the n-grams that betray near-duplicates across splits; 0 leaves them in."""
     near_duplicate_overlap: float = Field(default=0.0, ge=0, lt=1)
     """A held-out document is dropped when more than this share of its n-grams occurs in training documents."""
+
+    @field_validator("document_separator")
+    @classmethod
+    def _as_lines_end(cls, value: str | None) -> str | None:
+        """As texts are read: every end of a line is one character."""
+        return value.replace("\r\n", "\n").replace("\r", "\n") if value else value
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what a corpus holds."""
+        return self.model_dump(exclude={"max_document_characters"})
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_serializer, model_validator
 from pydantic.fields import FieldInfo
 
-from memlm.config import MAX_BATCH_TOKENS, MAX_SEED, StageConfig
+from memlm.config import MAX_BATCH_TOKENS, MAX_SEED, StageConfig, leaves
 from memlm.errors import ConfigError
 from memlm.memory.config import DecoderStart, MLPStart, StartConfig, settings_of_kinds, start_settings
 
@@ -57,12 +57,8 @@ class TrainConfig(StageConfig):
     @field_validator("trainer")
     @classmethod
     def _numbers_are_in_range(cls, value: dict[str, Any]) -> dict[str, Any]:
-        inside: list[Any] = list(value.items())
-        while inside:
-            name, part = inside.pop()
-            if isinstance(part, dict | list):
-                inside += ((name, deeper) for deeper in (part.values() if isinstance(part, dict) else part))
-            elif isinstance(part, int | float) and not abs(part) < 2**31:  # also false for NaN
+        for name, part in value.items():
+            if any(isinstance(n, int | float) and not abs(n) < 2**31 for n in leaves(part)):  # also where it is NaN
                 raise ValueError(f"{name} must be a number below 2^31")
         return value
 
