@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,18 @@ def test_of_a_page_its_text_is_read(tmp_path: Path, name: str, packing: str) -> 
 )
 def test_no_page_breaks_its_reader(parts: list[str]) -> None:
     assert "<p>" not in page_text("".join(parts))
+
+
+@pytest.mark.parametrize("unit", ["<", "<a ", "<!--", "</", '<a b="', "<![", "<?", "<!", "&", "<script>", "<pre>x"])
+def test_no_page_takes_long(unit: str) -> None:
+    before = time.process_time()
+    assert page_text("<p>seen</p>" + unit * (200_000 // len(unit))).startswith("seen")
+    assert time.process_time() - before < 5  # hours, where each tag is looked for to the end of the page
+
+
+def test_an_unfinished_tag_takes_no_text_with_it() -> None:
+    assert page_text("<p>one <a href='x>two</p><p>three") == "one <a href='x>two\n\nthree"
+    assert page_text("one &amp; two &am") == "one & two &am"
 
 
 # --- folders ------------------------------------------------------------------------------------------------------

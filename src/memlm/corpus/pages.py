@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 _SILENT = frozenset({"script", "style", "template", "noscript"})  # what no reader sees
 _LINES = frozenset("br li tr dt dd div option figcaption caption address".split())
@@ -13,13 +14,19 @@ _PARAGRAPHS = frozenset(
     """.split()
 )
 """Elements with an empty line around them."""
+_REST = 1 << 13
+"""Characters of a tag that never ends that are looked at for others: the parser takes the square of their number."""
 
 
 def page_text(html: str) -> str:
-    """What a reader sees of a page: its title and text, a line per block, without markup, scripts and styles."""
+    """What a reader sees of a page: its title and text, a line per block, without markup, scripts and styles.
+
+    Of a long end that is one unfinished tag nothing is seen.
+    """
     page = _Page()
     page.feed(html)
-    page.close()
+    if len(page.rawdata) <= _REST:
+        page.close()
     return "".join(page.parts)
 
 
@@ -64,7 +71,7 @@ class _Page(HTMLParser):
     def unknown_decl(self, data: str) -> None:
         """What a page declares is no text."""
 
-    def parse_marked_section(self, i: int, report: int = 1) -> int:
+    def parse_marked_section(self, i: int, report: Any = 1) -> int:
         try:
             return super().parse_marked_section(i, report)
         except AssertionError:  # on one that it does not know
