@@ -1,5 +1,7 @@
 """The command line: help, the road, what is printed, and one clear line for every bad input."""
 
+import io
+import itertools
 import json
 import os
 import re
@@ -20,8 +22,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from memlm.cli import app, main
+from memlm.cli import road as cli_road
+from memlm.cli import use as cli_use
+from memlm.cli.options import by_name
 from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
+from memlm.errors import ConfigError
 from memlm.manifest import MANIFEST, read_manifest
 
 COMMANDS = [
@@ -384,6 +390,7 @@ def test_generate_streams_text_and_obeys_its_options(
     assert (plain.code, plain.err) == (0, "")
     assert plain.out.strip() == as_json["text"].strip()
     assert ok(memlm("generate", "the memory", *both, *few, "--mix-weight", 0.25, "--json"))["mix_weight"] == 0.25
+    assert ok(memlm("generate", "the memory", *both, *few, "--temperature", 1e-50, "--json"))["text"] == as_json["text"]
     sampled = [
         ok(memlm("generate", "the memory", *both, *few, "--temperature", 1, "--seed", seed, "--json"))["text"]
         for seed in (0, 0, 1)
@@ -493,6 +500,17 @@ def test_chat_changes_weights_by_name(
         "error: mix_weight names bio; the memories are law, facts",
         "error: mix_weight: the weights 0.9, 0.5 sum to 1.4, above 1",
     ]
+
+
+def test_lines_that_are_no_utf_8_end_a_chat_in_one_line(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    found = memlm("chat", "--base", model_folder, "--memory", memory_folder)
+    assert found.code == 2
+    assert found.err.splitlines()[-1] == (
+        "memlm: error: what was typed or piped is not utf-8; see to the encoding of the terminal"
+    )
 
 
 KINDS = ("corpus", "datastore", "targets", "memory")
@@ -876,6 +894,15 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
     ),
     "mix_weight above 1": (lambda w: w.evaluate("--mix-weight", 1.5), r"mix_weight = 1\.5: "),
     "mix_weight below 0": (lambda w: w.generate("--mix-weight", -0.1), r"mix_weight = -0\.1: must be in \[0, 1\]"),
+    "prompt that is no UTF-8": (
+        lambda w: ("generate", "caf\udce9", "--base", w.model, "--memory", w.memory),
+        "the prompt is not UTF-8",
+    ),
+    "prompt to explain that is no UTF-8": (
+        lambda w: ("explain", "caf\udce9", "--base", w.model, "--memory", w.memory),
+        "the prompt is not UTF-8",
+    ),
+    "recipe nested too deeply": (recipe("[" * 5000), r"recipe\.yaml is not valid YAML: nested too deeply"),
     "mix_weight not a number": (lambda w: w.generate("--mix-weight", "nan"), r"mix_weight = nan: must be in \[0, 1\]"),
     "weights of two memories above 1": (
         two_memories("--mix-weight", "law=0.3", "--mix-weight", "bio=0.9"),
@@ -997,6 +1024,49 @@ def test_wrong_usage_exits_with_2_and_says_why(memlm: Callable[..., Result], arg
     assert (found.code, found.out) == (2, "")
     assert "Error: " in found.err
     assert re.match(r"Usage: memlm .*\nTry 'memlm .*-h' for help", found.err)
+
+
+NEEDED = {
+    ("corpus",): ("x", "--out", "o", "--tokenizer", "t"),
+    ("datastore",): ("x", "--out", "o"),
+    ("targets",): ("x", "--out", "o"),
+    ("train",): ("x", "--out", "o"),
+    ("adapt",): ("x", "--tokenizer", "t", "--out", "o"),
+    ("evaluate", "perplexity"): ("x", "--base", "b", "--memory", "m"),
+    ("generate",): ("x", "--base", "b", "--memory", "m"),
+    ("explain",): ("x", "--base", "b", "--memory", "m"),
+    ("chat",): ("--base", "b", "--memory", "m"),
+    ("demo",): (),
+}
+"""Commands with options that are numbers, and what else they are to be given."""
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_number_of_a_command_has_bounds(
+    memlm: Callable[..., Result], command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shell in (cli_road, cli_use):
+        monkeypatch.setattr(shell, "quiet", lambda: pytest.fail("the command began"))
+    options = re.findall(r"--([\w-]+)[ \n]+<?(?:int|float)", memlm(*command, "--help").out, re.IGNORECASE)
+    assert bool(options) == (command in NEEDED)
+    values = ("1" + 20 * "0", "-1" + 20 * "0", "inf", "nan", "1" + 5000 * "0")
+    for option, value in itertools.product(options, values):
+        found = memlm(*command, *NEEDED[command], f"--{option}", value)
+        assert (found.code, found.out) == (2, ""), option
+        assert re.fullmatch(r"memlm: error: [^\n]*|(?s:Usage: .*)\nError: [^\n]*", found.err.strip()), found.err
+        assert option in found.err.replace("_", "-")
+
+
+def test_a_folder_whose_name_looks_like_a_named_memory_is_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=5e-4").mkdir()
+    assert by_name(["lr=5e-4"], ["0.5"]) == ({"memory": "lr=5e-4"}, {"memory": 0.5})
+    assert by_name(["law=lr=5e-4"], None)[0] == {"law": "lr=5e-4"}
+    assert by_name(["lr=elsewhere"], None)[0] == {"lr": "elsewhere"}
+    with pytest.raises(ConfigError, match="with several memories write --memory NAME=VALUE"):
+        by_name(["lr=5e-4", "law=m"], None)
 
 
 @pytest.mark.slow

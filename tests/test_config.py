@@ -1,5 +1,6 @@
 import math
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from pydantic import Field
@@ -8,7 +9,11 @@ from memlm.config import StageConfig, parse_yaml, read_recipe, settings_from
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError
+from memlm.evaluate.config import EvaluateConfig
+from memlm.memory.mlp import MLPSettings
+from memlm.runs.recipe import Recipe
 from memlm.targets.config import TargetsConfig
+from memlm.train.config import TrainConfig
 
 
 class Sample(StageConfig):
@@ -166,3 +171,111 @@ def test_settings_come_as_config_or_as_keywords() -> None:
         settings_from(Sample, Sample(), {"k": 3})
     with pytest.raises(ConfigError, match="unknown setting 'nam'; did you mean 'name'"):
         settings_from(Sample, None, {"nam": "x"})
+
+
+def settings_classes(cls: type[StageConfig] = StageConfig) -> list[type[StageConfig]]:
+    found = [deeper for sub in cls.__subclasses__() for deeper in (sub, *settings_classes(sub))]
+    return [sub for sub in found if sub.__module__.startswith("memlm.")]
+
+
+def has_numbers(annotation: object) -> bool:
+    return annotation in (int, float) or any(map(has_numbers, get_args(annotation)))
+
+
+FIELDS = [
+    (cls, name)
+    for cls in dict.fromkeys(settings_classes())
+    for name, field in {**cls.model_fields, **cls.options()}.items()
+    if has_numbers(field.annotation)
+]
+
+
+def test_the_settings_with_numbers_are_all_found() -> None:
+    assert len(FIELDS) > 60
+    assert (TrainConfig, "layers") in FIELDS
+    assert (MLPSettings, "base_blocks") in FIELDS
+
+
+@pytest.mark.parametrize("value", [10**20, -(10**20), 1e20, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize(("cls", "name"), FIELDS, ids=lambda part: getattr(part, "__name__", part))
+def test_every_number_has_bounds(cls: type[StageConfig], name: str, value: float) -> None:
+    for given in (value, [value], {"a": value}) if name in ("mix_weight", "layers") else (value,):
+        with pytest.raises(ConfigError, match=rf"\b{name}\b") as caught:
+            cls.parse({"kind": "mlp"} | {name: given} if cls is TrainConfig and name == "width" else {name: given})
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [10**20, math.inf, math.nan, [math.nan], {"deep": [1e300]}])
+def test_a_number_for_the_trainer_is_finite_and_fits_its_types(value: object) -> None:
+    with pytest.raises(ConfigError, match="logging_steps must be a number below"):
+        TrainConfig.parse({"trainer": {"logging_steps": value}})
+    assert TrainConfig.parse({"trainer": {"logging_steps": 5, "optim": "sgd"}}).trainer["logging_steps"] == 5
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (TrainConfig, {"seed": 2**32}),
+        (TargetsConfig, {"target_temperature": 1e-50}),
+        (DatastoreConfig, {"nlist": 64, "train_vectors": 63}),
+        (EvaluateConfig, {"bootstrap": 10**12}),
+        (EvaluateConfig, {"batch_tokens": 10**12}),
+    ],
+)
+def test_numbers_that_a_library_would_stumble_over_are_refused(config: type[StageConfig], values: dict) -> None:
+    with pytest.raises(ConfigError, match="|".join(values)):
+        config.parse(values)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        "a: 2024-13-45",
+        "1" * 5000,
+        "{? [1] : 2}",
+        "a: !!python/object:os.system {}",
+        "a: \x00",
+        "a: 2024-01-01T99:00:00Z",
+    ],
+    ids=range(7),
+)
+def test_no_yaml_ends_in_a_traceback(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"recipe\.yaml is not valid YAML: ") as caught:
+        read_recipe(recipe(tmp_path, text))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "text", ["1: {}", "corpus: {1: 2}", "null: {}", "corpus: {[a]: 2}", "{a: 1}: {}", "2024-01-01: {}"]
+)
+def test_a_recipe_with_keys_that_are_no_names_is_one_line(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown s|is not valid YAML") as caught:
+        Recipe(read_recipe(recipe(tmp_path, text)))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_what_an_anchor_makes_large_is_shown_in_short(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+    text = "corpus:\n  seed: *a11\n"
+    bomb = "\n".join(f"  {line}" for line in lines)
+    with pytest.raises(ConfigError, match=r"corpus\.seed = .*valid integer") as caught:
+        CorpusConfig.parse({"seed": read_recipe(recipe(tmp_path, f"x:\n{bomb}\n{text}"))["corpus"]["seed"]}, "corpus.")
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (CorpusConfig, {"text_column": "a\udcff"}),
+        (CorpusConfig, {"document_separator": "\udcff"}),
+        (CorpusConfig, {"start_token": "\ud800"}),
+        (DatastoreConfig, {"tap": "\udcff"}),
+        (TrainConfig, {"trainer": {"run_name": ["\udcff"]}}),
+        (TrainConfig, {"kind": "mlp", "tap": "\udcff"}),
+    ],
+)
+def test_a_text_that_is_no_utf_8_is_refused(config: type[StageConfig], values: dict) -> None:
+    with pytest.raises(ConfigError, match=rf"{list(values)[-1]} = .*(is not UTF-8|unicode string)") as caught:
+        config.parse(values)
+    assert str(caught.value).encode()

@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -281,3 +284,156 @@ def test_files_that_are_elsewhere_too_keep_their_mode_and_bytes_there(tmp_path: 
     os.link(outside, tmp_path / "out" / "begun.txt")
     build(tmp_path / "out")
     assert (outside.read_text(), outside.stat().st_mode & 0o777) == ("mine", 0o600)
+
+
+# --- where an output may be -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", ["folder", "link to a folder", "volume", "."])
+def test_an_output_may_be_any_empty_folder(tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    if there == "link to a folder":
+        (tmp_path / "elsewhere").mkdir()
+        out.symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    else:
+        out.mkdir()
+    if there == "volume":
+        (out / "lost+found").mkdir()
+        monkeypatch.setattr(os, "rename", lambda *_: pytest.fail("a volume cannot be renamed"))
+        monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("a volume cannot be renamed"))
+    if there == ".":
+        monkeypatch.chdir(out)
+        out = Path()
+    made = build(out)
+    assert read_manifest(out) == made
+    assert (out / "lost+found").is_dir() == (there == "volume")
+    assert run_stage(out, ASKED, lambda stage: pytest.fail("it is finished")) == made
+    assert set(made.payload) == {"part/0.txt", "part/1.txt", "numbers.npy"}
+
+
+def test_a_refused_run_leaves_a_volume_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "lost+found").mkdir()
+    with pytest.raises(ArtifactError, match="refused"), open_stage(tmp_path, ASKED):
+        raise ArtifactError("refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["lost+found"]
+
+
+@pytest.mark.parametrize("case", ["dangling", "loop", "link to a file", "below a file", "read-only", "root", "parent"])
+def test_where_no_output_can_be_is_said_before_all_work(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("work")
+    (tmp_path / "link").symlink_to({"loop": "link", "link to a file": "file"}.get(case, "nowhere"))
+    (tmp_path / "inner").mkdir()
+    if case == "read-only":
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    monkeypatch.chdir(tmp_path / "inner")
+    out, message = {
+        "dangling": (tmp_path / "link", "link is a link that leads nowhere"),
+        "loop": (tmp_path / "link", "link is a link that leads nowhere"),
+        "link to a file": (tmp_path / "link", "exists and is no memlm folder"),
+        "below a file": (tmp_path / "file" / "deep" / "out", "Not a directory; choose another place"),
+        "read-only": (tmp_path / "deep" / "out", "Permission denied; give permission"),
+        "root": (Path("/"), "/ exists and is no memlm folder"),
+        "parent": (Path(".."), "exists and is no memlm folder"),
+    }[case]
+    before = sorted(tmp_path.rglob("*"))
+    for look in (lambda: check_output(out, ASKED), lambda: run_stage(out, ASKED, lambda _: pytest.fail("it works"))):
+        with pytest.raises(ArtifactError, match=message) as caught:
+            look()
+        assert len(str(caught.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_whose_name_is_no_utf_8_is_refused(tmp_path: Path) -> None:
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/o\xff"))
+    with pytest.raises(ArtifactError, match="the name of an output must be UTF-8"), open_stage(out, ASKED):
+        pytest.fail("the body must not run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_whose_name_is_no_utf_8_is_told_with_escapes(tmp_path: Path) -> None:
+    made = build(tmp_path / "out", sources={"documents": os.fsdecode(b"na\xefve.txt")})
+    assert read_manifest(tmp_path / "out") == made
+    assert made.sources == {"documents": r"na\udcefve.txt"}
+
+
+# --- file systems without locks -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK], ids=errno.errorcode.get)
+def no_locks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(request.param, os.strerror(request.param))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_there_are_no_locks_a_stage_works_and_keeps_others_out(tmp_path: Path) -> None:
+    with open_stage(tmp_path / "out", ASKED) as stage:
+        stage.save_text("part/0.txt", "one")
+        lock = tmp_path / "out" / "lock"
+        with pytest.raises(OutputExistsError, match=rf"another process is writing .*wait for it \(or delete {lock} if"):
+            with open_stage(tmp_path / "out", ASKED):
+                pytest.fail("the body must not run")
+    build(tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "numbers.npy",
+        "part",
+        "run.json",
+    ]
+
+
+@pytest.mark.usefixtures("no_locks")
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_where_there_are_no_locks_a_killed_process_keeps_nobody_out(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_json(tmp_path / "out" / "plan.json", ASKED.identity)
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    (tmp_path / "out" / "lock").write_text(f"{int(dead.stdout)}\n{socket.gethostname()}\n")
+    build(tmp_path / "out")
+    assert read_manifest(tmp_path / "out").facts == {"parts": 2}
+
+
+def test_another_failure_of_a_lock_is_told_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ArtifactError, match="Input/output error; see whether the disk is full"):
+        build(tmp_path / "out")
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        np._core._exceptions._ArrayMemoryError((1 << 40,), np.dtype("f4")),  # type: ignore[attr-defined]
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nMore"),
+    ],
+    ids=["python", "numpy", "torch", "cuda"],
+)
+def test_memory_that_runs_out_is_one_line_with_the_cure(tmp_path: Path, error: Exception) -> None:
+    def work(stage: Stage) -> dict:
+        stage.save_text("part/0.txt", "one")
+        raise error
+
+    with pytest.raises(ArtifactError, match=r"out: memory ran out.*; lower .*--batch-tokens") as caught:
+        run_stage(tmp_path / "out", ASKED, work)
+    assert len(str(caught.value).splitlines()) == 1
+    build(tmp_path / "out")  # the same run goes on
+
+
+def test_another_error_of_a_library_stays_as_it_is(tmp_path: Path) -> None:
+    def work(stage: Stage) -> dict:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run_stage(tmp_path / "out", ASKED, work)

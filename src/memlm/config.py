@@ -2,17 +2,30 @@
 
 import difflib
 import re
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
 from memlm.errors import ConfigError
 
+MAX_SEED = 2**32 - 1
+"""The largest seed that numpy, torch and transformers all take."""
+MAX_BATCH_TOKENS = 1 << 24
+"""Tokens in one forward pass at most."""
+MAX_COUNT = 1 << 50
+"""What no data reaches, and 64 bits hold."""
+
 _TOLD = 100  # problems looked at one by one at most
 _SHOWN = 5
+_SHORT = reprlib.Repr()  # of a text all, as far as it is shown
+_SHORT.maxstring = _SHORT.maxother = 1000
+_SHORT.maxlist = _SHORT.maxdict = 10
+_SHORT.maxlevel = 3
 
 
 _Config = TypeVar("_Config", bound="StageConfig")
@@ -22,9 +35,20 @@ class StageConfig(BaseModel):
     """Settings of one stage.
 
     The docstring under a field is its help text, on the command line too. A wrong key or value raises `ConfigError`.
+    Every number has a lower and an upper bound.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _is_utf8(cls, value: Any) -> Any:
+        for part in leaves(value):
+            if isinstance(part, str) and not part.isascii() and part != part.encode("utf-8", "replace").decode():
+                raise ValueError("is not UTF-8")
+        return value
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
@@ -46,6 +70,15 @@ class StageConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(_explain(error, cls, where)) from None
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What dictionaries and lists hold in the end, or `value` itself where it is neither."""
+    if isinstance(value, dict | list):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from leaves(part)
+    else:
+        yield value
 
 
 def settings_from(cls: type[_Config], config: _Config | None, settings: dict[str, Any]) -> _Config:
@@ -90,13 +123,13 @@ def _explain(error: ValidationError, cls: type[StageConfig], where: str) -> str:
 
 def _brief(value: object) -> str:
     """`value` as Python writes it, cut in the middle where it is long."""
-    text = repr(value)
+    text = _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:150]}…{text[-40:]}"
 
 
-def nearest(key: str, known: Any) -> str:
+def nearest(key: object, known: Any) -> str:
     """A hint that names the known key closest to `key`, or all of them where none is close."""
-    known = sorted(known)
+    known, key = sorted(known), str(key)
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"; did you mean '{match[0]}'?" if match else f"; known: {', '.join(known)}"
 
@@ -120,7 +153,9 @@ def parse_yaml(text: str, name: str) -> Any:
     """
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ConfigError(f"{name} is not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date or number that there is not
         raise ConfigError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from None
 
 

@@ -54,6 +54,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("MEMLM_HOME") or Path.home() / ".cache" / "memlm").expanduser()
 
 
+def utf8(name: str) -> str:
+    """A file's name as text: bytes of it that are no UTF-8 are escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def lasting_name(name: str) -> str:
     """The absolute path of a folder, so that it is found from everywhere; any other name as it is."""
     return os.path.abspath(name) if os.path.isdir(name) else name
@@ -118,6 +123,24 @@ def file_error(error: Exception, place: str | Path = "") -> ArtifactError:
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
     remedy = _REMEDIES.get(getattr(error, "errno", None) or 0, "see to the cause")
     return ArtifactError(f"{where}: {reason}; {remedy}, then the same command goes on where this one stopped")
+
+
+def out_of_memory(error: BaseException, place: str | Path = "") -> ArtifactError | None:
+    """One line for an error that says that memory ran out; None for any other.
+
+    Args:
+        error: What numpy, pyarrow or torch raised.
+        place: The folder that was being made, if one was.
+    """
+    reason = str(error).partition("\n")[0][:200]
+    told = ("allocate memory", "out of memory", "bad_alloc")
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError) and any(t in reason for t in told)):
+        return None
+    where, because = f"{place}: " if place else "", f" ({reason})" if reason else ""
+    return ArtifactError(
+        f"{where}memory ran out{because}; lower what is done at a time (such as --batch-tokens, --batch-size or --k) or"
+        " free some, then run the same command again"
+    )
 
 
 def read_json(path: Path, *, limit: int = 1 << 20) -> Any:

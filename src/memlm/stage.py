@@ -6,6 +6,7 @@ inputs goes on at the first missing file.
 """
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -18,11 +19,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
 from memlm.errors import ArtifactError, OutputExistsError
-from memlm.files import erase, file_digest, file_error, flush_to_disk, is_half_written, read_json, replacing, write_json
+from memlm.files import (
+    erase,
+    file_digest,
+    file_error,
+    flush_to_disk,
+    is_half_written,
+    out_of_memory,
+    read_json,
+    replacing,
+    utf8,
+    write_json,
+)
 from memlm.manifest import (
     FORMAT_VERSION,
     IDENTITY,
@@ -44,6 +56,9 @@ from memlm.manifest import (
 from memlm.parts import PARTS
 from memlm.progress import note
 from memlm.ranks import ALONE, Ranks
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_OF_VOLUMES = "lost+found"  # what a file system keeps at its top
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ class Stage:
 
     def has_begun(self) -> bool:
         """Whether there is anything but the plan."""
-        return any(path.name not in (PLAN, LOCK) for path in self.path.iterdir())
+        return any(path.name not in (PLAN, LOCK, _OF_VOLUMES) for path in self.path.iterdir())
 
     def begin(self) -> None:
         """Write the plan, or go on with the one that is there.
@@ -141,7 +156,7 @@ class Stage:
         """
         payload = {}
         readers = stat.S_IMODE((self.path / PLAN).stat().st_mode)
-        for path in sorted(self.path.rglob("*")):
+        for path in _inside(self.path):
             # what is unhashed of a folder copied into this one too is left out
             if path.is_file() and path.name not in UNHASHED and not self._is_left_over(path):
                 flush_to_disk(path)  # what libraries wrote, they did not flush
@@ -156,7 +171,11 @@ class Stage:
             os.replace(self.path / PREVIOUS, self.path / MANIFEST)
         else:
             manifest = Manifest(
-                **self.spec.identity, facts=facts, payload=payload, sources=self.sources, versions=library_versions()
+                **self.spec.identity,
+                facts=facts,
+                payload=payload,
+                sources={name: utf8(place) for name, place in self.sources.items()},
+                versions=library_versions(),
             )
             write_json(self.path / RUN, {"finished": time.time(), "seconds_last_run": time.time() - self._started})
             write_json(self.path / MANIFEST, manifest.model_dump(mode="json"))
@@ -176,7 +195,7 @@ class Stage:
 
     def settle(self, manifest: Manifest) -> None:
         """All that is left to do after the manifest: remove what the work left, and the plan last."""
-        for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder before the folder
+        for path in reversed(_inside(self.path)):  # what is in a folder before the folder
             if path.is_dir():
                 with contextlib.suppress(OSError):  # it is not empty
                     path.rmdir()
@@ -234,6 +253,8 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
     """
     out = Path(out)
     stage = Stage(out, spec)
+    if utf8(str(out)) != str(out):
+        raise ArtifactError(f"{out}: the name of an output must be UTF-8; choose another output")
     try:
         _take_over(out)
         stage.finished = check_output(out, spec)
@@ -259,6 +280,10 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
         if stage.kept:
             stop.add_note(f"{out} keeps {stage.kept}")
         raise
+    except (MemoryError, RuntimeError) as error:
+        if told := out_of_memory(error, out):
+            raise told from error
+        raise
 
 
 def check_output(out: str | Path, spec: StageSpec) -> Manifest | None:
@@ -278,22 +303,39 @@ def check_output(out: str | Path, spec: StageSpec) -> Manifest | None:
         )
     if out.exists():
         names = {path.name for path in out.iterdir() if not is_half_written(path)} if out.is_dir() else {out.name}
-        if names - {LOCK} and PLAN not in names:
+        if names - {LOCK, _OF_VOLUMES} and PLAN not in names:
             if is_finished(out):  # another process has finished it since the first look
                 return check_output(out, spec)
             raise OutputExistsError(f"{out} exists and is no memlm folder; choose another output or delete it")
+    _check_place(out)
     return None
+
+
+def _check_place(out: Path) -> None:
+    """Raise unless `out` is a folder that may be written, or can be made."""
+    place = next(path for path in (out, *Path(os.path.abspath(out)).parents) if os.path.lexists(path))
+    if not place.exists():
+        raise OutputExistsError(f"{place} is a link that leads nowhere; delete it or choose another output")
+    if not place.is_dir():
+        raise file_error(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out)))
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise file_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place)))
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Everything in a folder, a folder before what is in it."""
+    return sorted(path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != _OF_VOLUMES)
 
 
 def _refuse_links(folder: Path) -> None:
     """Raise an OutputExistsError where there is a link in an unfinished folder, for it could lead out of it."""
-    if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
+    if links := [path for path in _inside(folder) if path.is_symlink()]:
         raise OutputExistsError(f"{links[0]} is a link, which no stage makes; delete it or choose another output")
 
 
 def _part_hard_links(folder: Path) -> None:
     """Give the folder copies of its own of the files that are somewhere else too, for some are written in place."""
-    for path in folder.rglob("*"):
+    for path in _inside(folder):
         if path.is_file() and path.stat().st_nlink > 1:
             with replacing(path) as temporary:
                 shutil.copy2(path, temporary)
@@ -311,6 +353,24 @@ def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
     return "no difference"
 
 
+def lock_file(path: Path, *, blocking: bool = False) -> BaseFileLock:
+    """A lock on a file, held; where the file system has no locks, one that consists in the file's being there.
+
+    Raises:
+        Timeout: Another has it, and `blocking` is not set.
+    """
+    was_there = path.exists()
+    try:
+        (lock := FileLock(path)).acquire(blocking=blocking)
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:  # as of a Timeout
+            raise
+        if not was_there:
+            path.unlink(missing_ok=True)  # what the attempt left would be a lock
+        (lock := SoftFileLock(path)).acquire(blocking=blocking)
+    return lock
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from `folder`.
@@ -323,11 +383,13 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder / LOCK
     if path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_nlink == 1)):
         raise OutputExistsError(f"{path} is a link, or no file; delete it or choose another output")
-    lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        lock = lock_file(path)
     except Timeout:
-        raise OutputExistsError(f"another process is writing {folder}; wait for it or choose another output") from None
+        cure = f" (or delete {path} if there is none)" if path.is_file() and path.stat().st_size else ""
+        raise OutputExistsError(
+            f"another process is writing {folder}; wait for it{cure} or choose another output"
+        ) from None
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 import itertools
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -295,3 +296,79 @@ def test_a_split_that_is_empty_in_spite_of_all_is_said_with_the_cure(build) -> N
     notes = corpus_notes(manifest)
     assert [note.split(":")[0] for note in notes] == ["the validation split is empty", "the test split is empty"]
     assert "--document-separator" in notes[0]
+
+
+# --- what is said of a reading --------------------------------------------------------------------------------------
+
+
+def built(folder: Path, model: str, **config: object) -> Manifest:
+    settings = CorpusConfig.parse({"validation_fraction": 0, "test_fraction": 0, **config})
+    return run_stage(folder.with_name("corpus"), *plan_corpus([str(folder)], tokenizer=model, config=settings))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "a.txt").write_text("\n\n".join(sentences(3, seed=1)))
+    return tmp_path / "documents"
+
+
+def test_files_that_are_not_read_are_counted_and_named(folder: Path, model_folder: str) -> None:
+    assert built(folder, model_folder).facts["files_skipped"] == 0
+    for number in range(12):
+        (folder / f"picture{number:02}.png").write_bytes(b"")
+    (folder / "package.json").write_text('{"name": "x"}')
+    shutil.rmtree(folder.with_name("corpus"))
+    manifest = built(folder, model_folder)
+    assert manifest.facts["files_skipped"] == 13
+    assert manifest.facts["files_skipped_first"] == [f"documents/picture{number:02}.png" for number in range(10)]
+    (note,) = corpus_notes(manifest)
+    assert note.startswith("files that memlm does not read: 13 (documents/picture00.png, ")
+    assert note.endswith("picture09.png, …)")
+
+
+def test_a_corpus_of_nothing_that_is_read_says_what_was_skipped(folder: Path, model_folder: str) -> None:
+    (folder / "a.txt").unlink()
+    (folder / "a.json").write_text('{"body": "some text"}')
+    with pytest.raises(
+        InputError, match=r"is empty: 0 documents were read.*; files that memlm does not read: 1 \(a\.json"
+    ):
+        built(folder, model_folder)
+    assert built(folder, model_folder, text_column="body").facts["documents_read"] == 1
+
+
+def test_a_separator_that_is_nowhere_is_said(folder: Path, model_folder: str) -> None:
+    assert corpus_notes(built(folder, model_folder, document_separator="\n\n")) == []
+    shutil.rmtree(folder.with_name("corpus"))
+    (note,) = corpus_notes(built(folder, model_folder, document_separator="\n---\n"))
+    assert "the separator '\\n---\\n' is in none of the text files" in note
+    shutil.rmtree(folder.with_name("corpus"))
+    (folder / "a.txt").rename(folder / "a.html")  # which no separator cuts
+    assert corpus_notes(built(folder, model_folder, document_separator="\n---\n")) == []
+
+
+@pytest.mark.parametrize(("eaten", "meant"), [("nn", r"\n\n"), ("n", r"\n"), ("rnrn", r"\r\n\r\n"), ("ntn", r"\n\t\n")])
+def test_a_separator_whose_backslashes_a_shell_took_is_said(
+    folder: Path, model_folder: str, eaten: str, meant: str
+) -> None:
+    (note,) = corpus_notes(built(folder, model_folder, document_separator=eaten))
+    assert f"were cut at the letters '{eaten}'" in note
+    assert f"--document-separator '{meant}'" in note
+
+
+def test_the_output_inside_the_folder_of_documents_is_no_document(folder: Path, model_folder: str) -> None:
+    config = CorpusConfig(validation_fraction=0, test_fraction=0)
+    with files_written("raw/*.npy", most=2):
+        build_corpus([str(folder)], tokenizer=model_folder, out=folder / "c", config=config)
+    made = build_corpus([str(folder)], tokenizer=model_folder, out=folder / "c", config=config)
+    assert made.facts["documents_read"] == 1
+    assert build_corpus([str(folder)], tokenizer=model_folder, out=folder / "c", config=config) == made
+    (folder / "web").mkdir()
+    (folder / "web" / "manifest.json").write_text('{"text": "of something else"}')
+    assert plan_corpus([str(folder)], tokenizer=model_folder, config=config).spec.inputs != made.inputs
+
+
+def test_the_limit_of_a_document_decides_nothing_that_a_corpus_holds(folder: Path, model_folder: str) -> None:
+    made = built(folder, model_folder)
+    assert built(folder, model_folder, max_document_characters=10_000) == made
+    assert "max_document_characters" not in made.config

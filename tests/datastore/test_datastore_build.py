@@ -234,6 +234,15 @@ def test_a_teacher_that_is_not_there_is_named(corpus_folder: Path, tmp_path: Pat
         build(corpus_folder, "nobody/nothing", tmp_path / "d")
 
 
+def test_more_lists_than_entries_are_refused_before_the_teacher_reads(
+    corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"nlist = 100000 is more than the datastore's 5560 entries; lower --nlist"):
+        plan_datastore(corpus_folder, teacher=model_folder, config=DatastoreConfig(index="ivf-flat", nlist=100_000))
+    unused = DatastoreConfig(index="exact", nlist=100_000)
+    assert plan_datastore(corpus_folder, teacher=model_folder, config=unused).spec.config["nlist"] == 100_000
+
+
 def test_an_activation_that_float16_cannot_hold_is_refused(
     corpus_folder: Path, model_folder: str, tmp_path: Path
 ) -> None:

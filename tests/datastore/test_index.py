@@ -293,6 +293,13 @@ def test_more_lists_than_entries_are_refused() -> None:
         build("ivf-flat", Keys([clustered(50, 8)]), nlist=60)
 
 
+def test_there_are_no_more_lists_than_keys_that_they_are_trained_on() -> None:
+    keys = Keys([clustered(2000, 8)])
+    assert build("ivf-flat", keys).describe()["nlist"] == 51
+    assert build("ivf-flat", keys, train_vectors=20).describe()["nlist"] == 20
+    assert build("ivf-pq", keys, train_vectors=20, code_bytes=2).describe()["nlist"] == 20
+
+
 @pytest.mark.parametrize("kind", INDEXES)
 @pytest.mark.parametrize("added", [0, 150])
 def test_an_extended_index_is_what_its_training_gives_for_the_new_keys(kind: str, added: int) -> None:

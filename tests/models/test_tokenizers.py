@@ -1,4 +1,5 @@
 import copy
+from pathlib import Path
 
 import pytest
 from conftest import sentences
@@ -6,7 +7,8 @@ from tiny_tokenizers import byte_level, sentencepiece_like
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from memlm.errors import InputError, TokenizerMismatchError
+from memlm.corpus.build import build_corpus
+from memlm.errors import InputError, ModelError, TokenizerMismatchError
 from memlm.models import tokenizers as module
 from memlm.models.tokenizers import (
     TextEncoder,
@@ -165,3 +167,41 @@ def test_a_prompt_does_not_end_in_what_the_tokenizer_puts_behind_a_text() -> Non
         assert found["attention_mask"].shape == found["input_ids"].shape
         ended = encode_prompt(tokenizer, "a </s>")["input_ids"][0]  # as the user asked for
         assert tokenizer.convert_ids_to_tokens(ended) == [*first, "a", "</s>"]
+
+
+def test_a_prompt_that_is_no_utf_8_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    for prompt in ("a \udcff", [{"role": "user", "content": "a \udcff"}]):
+        with pytest.raises(InputError, match="the prompt is not UTF-8; see to the encoding"):
+            encode_prompt(tokenizer, prompt)
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('roles must alternate\nalways') }}", "{% for", "{{ messages[7].content }}", "{{ 1 / 0 }}"],
+)
+def test_a_chat_template_that_fails_is_one_line(template: str) -> None:
+    tokenizer = byte_level(sentences(20, seed=0))
+    tokenizer.chat_template = template
+    with pytest.raises(
+        InputError, match=r"the tokenizer's chat template fails on these turns .*; give plain"
+    ) as caught:
+        encode_prompt(tokenizer, [{"role": "user", "content": "hello"}])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def words_only() -> PreTrainedTokenizerFast:
+    """A tokenizer that fails on all words but one, for it has no token for others."""
+    core = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+
+
+def test_a_tokenizer_that_fails_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"the tokenizer fails on the prompt .*UNK.*; give another one"):
+        encode_prompt(words_only(), "another word")
+    with pytest.raises(ModelError, match=r"tokenizer .*fails on a plain text .*UNK.*; use another one"):
+        fingerprint(words_only())
+    words_only().save_pretrained(tmp_path / "words")
+    (tmp_path / "a.txt").write_text("a a a")
+    with pytest.raises(ModelError, match="words' fails on a plain text"):
+        build_corpus([str(tmp_path / "a.txt")], tokenizer=str(tmp_path / "words"), out=tmp_path / "c")

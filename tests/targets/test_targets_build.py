@@ -332,6 +332,30 @@ def test_a_released_file_is_read_back(targets_folder: Path, corpus_folder: Path,
     assert import_released(corpus_folder, file, out=tmp_path / "t") == manifest
 
 
+def test_other_columns_of_a_released_file_are_not_unpacked(
+    targets_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    plain = write_released(released_columns(targets_folder), tmp_path / "plain.arrow")
+    table = pa.ipc.open_stream(plain.read_bytes()).read_all()
+    junk = pa.array([b"\0" * (64 << 20), *[b""] * (len(table) - 1)], pa.binary())
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    packed = tmp_path / "packed.arrow"
+    with pa.OSFile(str(packed), "wb") as file:
+        table = table.append_column("junk", junk)
+        with pa.ipc.new_stream(file, table.schema, options=options) as writer:
+            writer.write_table(table)
+    del table, junk
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        made = import_released(corpus_folder, packed, out=tmp_path / "t")
+    finally:
+        pa.set_memory_pool(before)
+    assert pool.max_memory() < 32 << 20
+    assert made.payload == import_released(corpus_folder, plain, out=tmp_path / "t2").payload
+
+
 def test_a_released_file_may_list_tokens_in_any_order(
     targets_folder: Path, corpus_folder: Path, tmp_path: Path
 ) -> None:

@@ -110,6 +110,12 @@ def main() -> None:
         from memlm.files import file_error
 
         _end(file_error(error))
+    except (MemoryError, RuntimeError) as error:
+        from memlm.files import out_of_memory
+
+        if (told := out_of_memory(error)) is None:
+            raise
+        _end(told)
 
 
 def _kept(stop: BaseException | None) -> str:

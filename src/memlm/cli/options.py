@@ -1,6 +1,7 @@
 """Options of commands: those that several share, and one for every field of a stage's settings."""
 
 import inspect
+import os
 import re
 from collections.abc import Callable, Mapping
 from functools import wraps
@@ -15,6 +16,19 @@ from memlm.errors import ConfigError
 from memlm.memory.config import UNNAMED
 
 _T = TypeVar("_T")
+
+
+def number(low: float, high: float, told: str) -> Any:
+    """An option of a command for a number from `low` to `high`, which is none of the settings."""
+    return typer.Option(min=low, max=high, callback=_not_nan, help=told)
+
+
+def _not_nan(value: Any) -> Any:
+    if value != value:  # which no bound refuses
+        raise typer.BadParameter("nan is not a number")
+    return value
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 CorpusFolder = Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")]
@@ -109,7 +123,7 @@ def _from_text(name: str, value: Any, field: FieldInfo) -> Any:
 
 def by_name(memories: list[str], weights: list[str] | None) -> tuple[dict[str, str], dict[str, float] | None]:
     """`--memory` and `--mix-weight` options by name; None where there are no weights."""
-    named = _named(memories, "--memory", len(memories))
+    named = _named(memories, "--memory", len(memories), is_whole=os.path.exists)
     return named, weights_by_name(weights, named)
 
 
@@ -118,11 +132,16 @@ def alone(named: Mapping[str, _T]) -> _T | Mapping[str, _T]:
     return named[UNNAMED] if list(named) == [UNNAMED] else named
 
 
-def _named(values: list[str], option: str, memories: int) -> dict[str, str]:
-    """`NAME=VALUE` options as a dictionary; beside a single memory, a value without a name is called `memory`."""
+def _named(
+    values: list[str], option: str, memories: int, *, is_whole: Callable[[str], bool] = lambda value: False
+) -> dict[str, str]:
+    """`NAME=VALUE` options as a dictionary; beside a single memory, a value without a name is called `memory`.
+
+    `is_whole` tells of a text that it is a value, whatever it looks like.
+    """
     named = {}
     for value in values:
-        match = re.fullmatch(r"([\w-]+)=(.*)", value, re.DOTALL)
+        match = None if is_whole(value) else re.fullmatch(r"([\w-]+)=(.*)", value, re.DOTALL)
         if match is None and memories > 1:
             raise ConfigError(f"{option} {value!r}: with several memories write {option} NAME=VALUE for each")
         name, value = match.groups() if match is not None else (UNNAMED, value)

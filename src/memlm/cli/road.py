@@ -7,7 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from memlm.cli.checks import check_documents, check_folder, check_models
-from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, Model, Out, alone, by_name, with_settings
+from memlm.cli.options import (
+    Base,
+    CorpusFolder,
+    Json,
+    Memories,
+    MixWeights,
+    Model,
+    Out,
+    alone,
+    by_name,
+    number,
+    with_settings,
+)
 from memlm.cli.printing import memory_line, next_line, print_made, print_result, quiet, say
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
@@ -40,8 +52,8 @@ def corpus(
         list[str],
         typer.Argument(
             metavar="DOCS",
-            help="Files (.txt .md .jsonl .parquet, also .gz .zst), folders, saved datasets, or dataset names"
-            " NAME[:CONFIG[:SPLIT]].",
+            help="Files (.txt .md .rst .html .json .jsonl .parquet, also .gz .zst), folders, saved datasets, or"
+            " dataset names NAME[:CONFIG[:SPLIT]].",
         ),
     ],
     out: Out,
@@ -64,7 +76,8 @@ def corpus(
     manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
     facts = manifest.facts
     lines = [
-        f"{facts['documents_read']:,} documents read, {facts['documents_too_short']:,} under two tokens skipped,"
+        f"{facts['documents_read']:,} documents read, {facts['documents_empty']:,} empty and"
+        f" {facts['documents_too_short']:,} under two tokens skipped, {facts['files_skipped']:,} files not read,"
         f" {facts['documents_repeated']:,} repetitions and {facts['documents_near_duplicate']:,} near-duplicates out"
     ]
     lines += [
@@ -368,9 +381,9 @@ def run(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for all it makes.")] = Path("memlm-demo"),
     train_tokens: Annotated[
-        int | None, typer.Option(min=2000, help="Training tokens; default as many as fit into --minutes here.")
+        int | None, number(2000, 1_000_000_000, "Training tokens; default as many as fit into --minutes here.")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=1.0, help="What it may take, once the model is fetched.")] = 10,
+    minutes: Annotated[float, number(1, 1_000_000, "What it may take, once the model is fetched.")] = 10,
     as_json: Json = False,
 ) -> None:
     """Walk the whole road in ten minutes on two CPU cores: from documentation strings to a table of what was gained.

@@ -11,14 +11,28 @@ from typing import Annotated, Any
 import typer
 
 from memlm.cli.checks import check_models
-from memlm.cli.options import UNNAMED, Base, Json, Memories, MixWeights, alone, by_name, weights_by_name, with_settings
+from memlm.cli.options import (
+    UNNAMED,
+    Base,
+    Json,
+    Memories,
+    MixWeights,
+    alone,
+    by_name,
+    number,
+    weights_by_name,
+    with_settings,
+)
 from memlm.cli.printing import print_result, quiet, say
-from memlm.errors import ConfigError
+from memlm.config import MAX_SEED
+from memlm.errors import ConfigError, InputError
 from memlm.targets.config import RetrievalConfig
 
-Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of sampling.")]
-Seed = Annotated[int, typer.Option(help="Of sampling.")]
+_MOST_NEW = 1_000_000  # tokens
+_LOWEST_TEMPERATURE = 1e-6  # of sampling; at a lower one logits overflow, and it would be greedy anyway
+Temperature = Annotated[float, number(0, 1e6, "Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, number(0, 1, "Nucleus of sampling.")]
+Seed = Annotated[int, number(0, MAX_SEED, "Of sampling.")]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
@@ -30,7 +44,7 @@ def generate(
     memory: Memories,
     retrieval: RetrievalConfig | None,
     mix_weight: MixWeights = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 40,
+    max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens to generate at most.")] = 40,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
@@ -47,10 +61,9 @@ def generate(
     """
     check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
+    turn = _turn(prompt, chat_template)
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
-    text = generate_text(
-        model, tokenizer, _turn(prompt, chat_template), max_new_tokens, temperature, top_p, seed, stream=not as_json
-    )
+    text = generate_text(model, tokenizer, turn, max_new_tokens, temperature, top_p, seed, stream=not as_json)
     print_result({"prompt": prompt, "text": text, "mix_weight": alone(model.mix_weights)}, as_json)
 
 
@@ -65,8 +78,8 @@ def explain(
         typer.Option(help="Datastore folder that snippets come from; default a live retrieval memory's own."),
     ] = None,
     mix_weight: MixWeights = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 20,
-    neighbors: Annotated[int, typer.Option(min=0, help="Snippets per token.")] = 3,
+    max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens to generate at most.")] = 20,
+    neighbors: Annotated[int, number(0, 1000, "Snippets per token.")] = 3,
     html: Annotated[Path | None, typer.Option(help="File to write the answer to as a page, token by token.")] = None,
     chat_template: ChatTemplate = False,
     dtype: Dtype = "auto",
@@ -88,13 +101,14 @@ def explain(
     from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
 
+    turn = _turn(prompt, chat_template)
     if datastore is not None:
         check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
     model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
     found = explain(
         model,
         tokenizer,
-        _turn(prompt, chat_template),
+        turn,
         datastore=datastore,
         retrieval=retrieval,
         max_new_tokens=max_new_tokens,
@@ -111,6 +125,9 @@ def explain(
 
 
 def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:
+    from memlm.models.tokenizers import check_prompt
+
+    check_prompt(prompt)  # before weights are loaded
     return [{"role": "user", "content": prompt}] if chat_template else prompt
 
 
@@ -152,13 +169,14 @@ def generate_text(
     from memlm.models.tokenizers import encode_prompt
 
     torch.manual_seed(seed)
-    sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    samples = temperature > _LOWEST_TEMPERATURE
+    sampling = {"temperature": temperature, "top_p": top_p} if samples else {}
     inputs = encode_prompt(tokenizer, prompt).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
+        do_sample=samples,
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
@@ -172,7 +190,7 @@ def chat(
     memory: Memories,
     retrieval: RetrievalConfig | None,
     mix_weight: MixWeights = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 200,
+    max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens of one answer at most.")] = 200,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     seed: Seed = 0,
@@ -212,5 +230,14 @@ def _lines() -> Iterator[str]:
     """What is typed, up to an empty line."""
     mark = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError):
-        while line := input(mark).strip():
+        while line := _line(mark).strip():
             yield line
+
+
+def _line(mark: str) -> str:
+    try:
+        return input(mark)
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"what was typed or piped is not {error.encoding}; see to the encoding of the terminal"
+        ) from None

@@ -18,7 +18,7 @@ from memlm.config import nearest, settings_from
 from memlm.corpus.blocks import SPLITS
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
-from memlm.corpus.readers import Document, find_sources, read_documents, source_digest
+from memlm.corpus.readers import Document, Met, find_sources, read_documents, source_digest
 from memlm.errors import ConfigError, InputError
 from memlm.files import read_json
 from memlm.manifest import Manifest
@@ -26,6 +26,9 @@ from memlm.models.loading import resolve
 from memlm.models.tokenizers import TextEncoder, fingerprint, load_tokenizer, special_texts, vocabulary_size
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage
+
+_NAMED = 10  # skipped files that a manifest names
+_BACKSLASHED = r"\\\1"
 
 
 def build_corpus(
@@ -60,20 +63,22 @@ def plan_corpus(
     config = config or CorpusConfig()
     files = find_sources(documents)
     loaded = load_tokenizer(resolve(tokenizer))
+    tokenizer_id = fingerprint(loaded)
     around = [special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token")]
     spec = StageSpec(
         "corpus",
-        config=config.model_dump(),
+        config=config.deciding,
         inputs={"documents": source_digest(files)},
-        tokenizer=fingerprint(loaded),
+        tokenizer=tokenizer_id,
         sources={"documents": "; ".join(documents), "tokenizer": tokenizer},
         intermediate=("raw",),
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        shards = _shards(read_documents(files, config), shard_characters)
+        met = Met(files.found, list(files.skipped))
+        shards = _shards(read_documents(files, config, met), shard_characters)
         _tokenize(stage, shards, loaded, around, config)
-        facts = _compile(stage, config)
+        facts = {**_told(met, config), **_compile(stage, config, met)}
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
 
@@ -197,7 +202,17 @@ class _Part(NamedTuple):
     stop: int
 
 
-def _compile(stage: Stage, config: CorpusConfig) -> dict:
+def _told(met: Met, config: CorpusConfig) -> dict[str, Any]:
+    """What a manifest says of a reading."""
+    return {
+        "files_skipped": len(met.skipped),
+        "files_skipped_first": met.skipped[:_NAMED],
+        "documents_empty": met.empty,
+        "separators_found": met.separators if met.text_files and config.document_separator else None,
+    }
+
+
+def _compile(stage: Stage, config: CorpusConfig, met: Met) -> dict:
     """Choose each split's documents and write them."""
     raw = _Raw(stage.path / "raw")
     usable = raw.lengths >= 2
@@ -227,7 +242,8 @@ def _compile(stage: Stage, config: CorpusConfig) -> dict:
         chosen[split] = _within_budget(candidates, config.budget(split))
         if split == "train" and not chosen[split]:
             read = f"{len(raw.lengths):,} documents were read"
-            raise InputError(f"the corpus is empty: {read}, none of two tokens is left for training")
+            skipped = _skipped_line(_told(met, config), "; ")
+            raise InputError(f"the corpus is empty: {read}, none of two tokens is left for training{skipped}")
         tokens, documents = _write_split(stage, raw, split, chosen[split])
         facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
     return facts
@@ -260,9 +276,29 @@ def _hold_out_inside(parts: dict[str, list[_Part]], config: CorpusConfig) -> lis
     return [split for split in SPLITS if split in empty and parts[split]]
 
 
+def _skipped_line(facts: dict[str, Any], before: str = "") -> str:
+    """Which files of folders were not read; nothing where all were."""
+    count, first = facts.get("files_skipped", 0), facts.get("files_skipped_first", [])
+    more = ", …" if count > len(first) else ""
+    return f"{before}files that memlm does not read: {count:,} ({', '.join(first)}{more})" if count else ""
+
+
 def corpus_notes(manifest: Manifest) -> list[str]:
     """What the user of a new corpus should know, a line each; of a manifest that `build_corpus` gave."""
     config, facts, lines = CorpusConfig.parse(manifest.config, "corpus."), manifest.facts, []
+    if skipped := _skipped_line(facts):
+        lines.append(skipped)
+    if separator := config.document_separator:
+        if re.fullmatch("[nrt]+", separator):
+            lines.append(
+                f"documents were cut at the letters {separator!r}: a shell takes backslashes away that no quotes guard;"
+                f" for line ends write --document-separator '{re.sub('(.)', _BACKSLASHED, separator)}'"
+            )
+        elif facts.get("separators_found") == 0 and not facts["held_out_inside_documents"]:
+            lines.append(
+                f"the separator {separator!r} is in none of the text files, so that each is one document; give the one"
+                " that stands between documents (--document-separator)"
+            )
     if spelled := facts["special_tokens_spelled"]:
         met = ", ".join(f"{text} {count:,} times" for text, count in list(spelled.items())[:5])
         kept = "are those tokens" if config.special_tokens else "are text like any; --special-tokens makes them tokens"
@@ -271,21 +307,22 @@ def corpus_notes(manifest: Manifest) -> list[str]:
         shares = ", ".join(f"{name} {getattr(config, f'{name}_fraction'):.0%}" for name in inside)
         lines.append(
             f"too few documents to hold any out whole: the last part of each training document is held out instead"
-            f" ({shares}); {_more_documents(config)}"
+            f" ({shares}); {_more_documents(config, facts)}"
         )
     for name in ("validation", "test"):
         if getattr(config, f"{name}_fraction") and not facts["splits"][name]["positions"]:
             lines.append(
-                f"the {name} split is empty: later stages need its tokens; {_more_documents(config)}, or a larger"
-                f" --{name}-fraction"
+                f"the {name} split is empty: later stages need its tokens; {_more_documents(config, facts)},"
+                f" or a larger --{name}-fraction"
             )
     return lines
 
 
-def _more_documents(config: CorpusConfig) -> str:
+def _more_documents(config: CorpusConfig, facts: dict[str, Any]) -> str:
     if config.document_separator is None:
         return "give more documents, or name what stands between them in a file: --document-separator '\\n\\n'"
-    return f"give more documents, or another --document-separator than {config.document_separator!r}"
+    nowhere = ", which is in none of the text files" if facts.get("separators_found") == 0 else ""
+    return f"give more documents, or another --document-separator than {config.document_separator!r}{nowhere}"
 
 
 def _drop_near_duplicates(

@@ -17,7 +17,7 @@ from memlm.corpus.blocks import Blocks, Corpus, Split, length_batches
 from memlm.corpus.build import save_tokens
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.extend import Extension
-from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, tune_nprobe
+from memlm.datastore.index import INDEX_FILE, INDEXES, Keys, nlist_in_force, tune_nprobe
 from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
 from memlm.files import lasting_name, write_json
@@ -98,6 +98,9 @@ def plan_datastore(
     if teacher is None:
         raise ConfigError("teacher is missing: give --teacher, the model whose activations become keys, or --extend")
     parse_dtype(config.dtype)
+    entries = source.facts.splits["train"].positions
+    if extension is None and config.index_kind(entries) != "exact":
+        nlist_in_force(entries, config)
     source.check_read_by(teacher)
     identity = model_identity(teacher)
     inputs = {"corpus": source.manifest.hash, "teacher": identity}

@@ -269,9 +269,7 @@ class IVFIndex(Index):
     @classmethod
     def build(cls, keys: Keys, config: DatastoreConfig, sizes: SearchSizes = SIZES) -> Self:
         entries, width = keys.shape
-        nlist = config.nlist or default_nlist(entries)
-        if nlist > entries:
-            raise ConfigError(f"nlist = {nlist} is more than the datastore's {entries} entries")
+        nlist = nlist_in_force(entries, config)
         rng = np.random.default_rng(config.seed)
         sample = np.sort(rng.choice(entries, min(entries, config.train_vectors), replace=False))
         quantizer = faiss.IndexFlatL2(width)
@@ -460,6 +458,19 @@ def exact_distances(keys: Keys, queries: Floats, ids: Ints, sizes: SearchSizes =
 def default_nlist(entries: int) -> int:
     """About four times the root of `entries`, with some forty entries per list at least."""
     return max(1, min(int(4 * entries**0.5), entries // 39))
+
+
+def nlist_in_force(entries: int, config: DatastoreConfig) -> int:
+    """Inverted lists of an ivf index over so many entries; each has a key that it is trained on.
+
+    Raises:
+        ConfigError: More lists are asked for than there are entries.
+    """
+    if config.nlist is None:
+        return min(default_nlist(entries), config.train_vectors)
+    if config.nlist > entries:
+        raise ConfigError(f"nlist = {config.nlist} is more than the datastore's {entries} entries; lower --nlist")
+    return config.nlist
 
 
 class RecallSample:

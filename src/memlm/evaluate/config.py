@@ -2,7 +2,7 @@
 
 from pydantic import Field, field_validator
 
-from memlm.config import StageConfig
+from memlm.config import MAX_BATCH_TOKENS, MAX_SEED, StageConfig
 
 
 class EvaluateConfig(StageConfig):
@@ -13,11 +13,11 @@ class EvaluateConfig(StageConfig):
     Decoder, λ in kNN-LM."""
     dtype: str = "auto"
     """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
-    batch_tokens: int = Field(default=4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1, le=MAX_BATCH_TOKENS)
     """Tokens in one forward pass, padding included."""
-    bootstrap: int = Field(default=1000, ge=0)
+    bootstrap: int = Field(default=1000, ge=0, le=1_000_000)
     """Resamplings of documents behind the 95% intervals; 0 leaves them out."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Draws the resamplings."""
 
     @field_validator("mix_weight")

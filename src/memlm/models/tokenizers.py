@@ -1,5 +1,6 @@
 """Text to token ids, and what makes two tokenizers the same: equal ids for equal text."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
-from memlm.errors import InputError, ModelError, TokenizerMismatchError
-from memlm.files import digest
+from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchError
+from memlm.files import digest, utf8
 from memlm.manifest import check_payload, is_artifact, read_manifest
 from memlm.models.loading import adapted_base, load_config, reason_of, resolve
 
@@ -82,6 +83,17 @@ def check_reads(model: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
         raise InputError(f"{data} has token ids up to {vocab_size - 1}, outside the {size} of {label}")
 
 
+@contextlib.contextmanager
+def _told(kind: type[MemlmError], problem: str, cure: str) -> Iterator[None]:
+    """A line instead of what a tokenizer or its template raises in the block."""
+    try:
+        yield
+    except BaseException as error:  # tokenizers' panics are no Exceptions
+        if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | MemoryError | MemlmError):
+            raise
+        raise kind(f"{problem} ({type(error).__name__}: {reason_of(error)}); {cure}") from None
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash equal for tokenizers that give every text the same ids.
 
@@ -89,7 +101,9 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabularies with different merge rules differ too. Special-token roles (which id is EOS) are not part of it.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    return digest({"vocabulary": vocabulary, "probe": tokenizer(_PROBE, add_special_tokens=False)["input_ids"]})
+    with _told(ModelError, f"tokenizer {tokenizer.name_or_path!r} fails on a plain text", "use another one"):
+        probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    return digest({"vocabulary": vocabulary, "probe": probe})
 
 
 def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -144,13 +158,11 @@ class TextEncoder:
 
     def _ids(self, batch: list[tuple[str, str, int]]) -> list[list[int]]:
         try:
-            return self._encode([f"\n{piece}" if start else piece for _, piece, start in batch])
-        except BaseException as error:  # tokenizers' panics are no Exceptions
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
+            with _told(InputError, f"{batch[0][0]}: the tokenizer fails on this text", "leave it out"):
+                return self._encode([f"\n{piece}" if start else piece for _, piece, start in batch])
+        except InputError:
             if len(batch) == 1:
-                reason = f"{type(error).__name__}: {reason_of(error)}"
-                raise InputError(f"{batch[0][0]}: the tokenizer fails on this text ({reason}); leave it out") from None
+                raise
         return [self._ids([piece])[0] for piece in batch]
 
     def _without_line_end(self, piece: str, ids: list[int]) -> list[int]:
@@ -212,6 +224,16 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | N
     return Tokenizer.from_str(json.dumps(settings))
 
 
+def check_prompt(prompt: str | list[dict[str, str]]) -> None:
+    """Raise unless a text, or the turns of a chat, are UTF-8, which what a terminal gives need not be.
+
+    Raises:
+        InputError: It is not.
+    """
+    if any(utf8(text) != text for text in ([prompt] if isinstance(prompt, str) else (t["content"] for t in prompt))):
+        raise InputError("the prompt is not UTF-8; see to the encoding of the terminal or file that it comes from")
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> BatchEncoding:
     """A text, or the turns of a chat in the tokenizer's template, as a batch of one that an answer can follow.
 
@@ -219,18 +241,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     token, is left out.
 
     Raises:
-        InputError: There are no tokens, or turns and no template.
+        InputError: There are no tokens, or turns and no template; the prompt is not UTF-8; tokenizer or template fail.
     """
+    check_prompt(prompt)
     if isinstance(prompt, str):
-        inputs = tokenizer(prompt, return_tensors="pt")
-        length = inputs["input_ids"].shape[1] - _tokens_behind(tokenizer)  # type: ignore[union-attr]
+        with _told(InputError, "the tokenizer fails on the prompt", "give another one"):
+            inputs = tokenizer(prompt, return_tensors="pt")
+            length = inputs["input_ids"].shape[1] - _tokens_behind(tokenizer)  # type: ignore[union-attr]
         inputs = BatchEncoding({name: values[:, :length] for name, values in inputs.items()})  # type: ignore[index]
     elif tokenizer.chat_template is None:
         raise InputError("the tokenizer has no chat template; give plain text")
     else:
-        inputs = tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        with _told(InputError, "the tokenizer's chat template fails on these turns", "give plain text"):
+            inputs = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
     assert isinstance(inputs, BatchEncoding)
     if not inputs["input_ids"].shape[1]:
         raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")

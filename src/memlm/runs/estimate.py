@@ -11,7 +11,7 @@ from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.readers import find_sources
 from memlm.datastore.config import DatastoreConfig
-from memlm.datastore.index import default_nlist
+from memlm.datastore.index import nlist_in_force
 from memlm.memory.loading import memory_class, read_settings
 from memlm.models.loading import (
     WEIGHTS_FILE,
@@ -116,7 +116,7 @@ def datastore_bytes(config: DatastoreConfig, entries: int, width: int) -> int:
     kind = config.index_kind(entries)
     keys = 2 * width if config.keep_keys else 0
     index = {"exact": 0, "ivf-flat": 2 * width + 8, "ivf-pq": config.code_bytes + 8}[kind]
-    centroids = 0 if kind == "exact" else 4 * width * (config.nlist or default_nlist(entries))
+    centroids = 0 if kind == "exact" else 4 * width * (config.nlist or nlist_in_force(entries, config))
     return entries * (keys + 4 + index) + centroids
 
 

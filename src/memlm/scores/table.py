@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.progress import progress_bar
 from memlm.scores.score import COLUMNS, Scores, score
-from memlm.stage import Stage, StageSpec, run_stage
+from memlm.stage import Stage, StageSpec, lock_file, run_stage
 from memlm.targets.config import RetrievalConfig
 
 BASE = "base"
@@ -186,12 +186,11 @@ def _alone(folders: Iterable[Path]) -> Iterator[None]:
             try:
                 locks = cache_dir() / "locks"
                 locks.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(locks / folder.name)
                 try:
-                    lock.acquire(blocking=False)
+                    lock = lock_file(locks / folder.name)
                 except Timeout:
                     print("another run computes the same scores; waiting for them", file=sys.stderr)
-                    lock.acquire()
+                    lock = lock_file(locks / folder.name, blocking=True)
             except OSError as error:
                 raise file_error(error, folder) from error
             held.callback(lock.release)

@@ -142,13 +142,17 @@ def import_released(
     """
     source = Corpus(corpus)
     split = source.split("train")
+    wanted = ("id_cnt", "label", "prob", "token_id")
     try:
-        table = pa.ipc.open_stream(pa.memory_map(str(arrow))).read_all()
+        names = pa.ipc.open_stream(pa.memory_map(str(arrow))).schema.names
+        if not set(wanted) <= set(names):
+            raise InputError(f"{arrow} has columns {', '.join(names)}; expected {', '.join(wanted)}")
+        used = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in wanted])  # others may be huge
+        table = pa.ipc.open_stream(pa.memory_map(str(arrow)), options=used).read_all()
     except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{arrow} is no Arrow stream: {error}") from None
-    wanted = {"id_cnt", "token_id", "prob", "label"}
-    if not wanted <= set(table.column_names):
-        raise InputError(f"{arrow} has columns {', '.join(table.column_names)}; expected {', '.join(sorted(wanted))}")
     labels = table["label"].to_numpy()
     expected = split.labels()
     if len(labels) != len(expected) or (labels != expected).any():

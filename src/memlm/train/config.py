@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_serializer, model_validator
 from pydantic.fields import FieldInfo
 
-from memlm.config import StageConfig
+from memlm.config import MAX_BATCH_TOKENS, MAX_SEED, StageConfig, leaves
 from memlm.errors import ConfigError
 from memlm.memory.config import DecoderStart, MLPStart, StartConfig, settings_of_kinds, start_settings
 
@@ -24,35 +24,43 @@ class TrainConfig(StageConfig):
     """What the memory is before its training, by its kind."""
     kl_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of the KL to the targets, β in the paper; the LM loss gets the rest. 0 is plain fine-tuning."""
-    epochs: float = Field(default=2.0, gt=0)
+    epochs: float = Field(default=2.0, gt=0, le=1_000_000)
     """Passes over the training blocks."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """Optimizer steps, instead of epochs."""
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(default=5e-4, gt=0, le=1000)
     """Peak learning rate of AdamW."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     """Shape of the learning rate after warm-up."""
-    warmup: float = Field(default=0.03, ge=0)
+    warmup: float = Field(default=0.03, ge=0, le=2**31 - 1)
     """Warm-up: share of all steps if below 1, else steps."""
-    batch_size: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=8, ge=1, le=1 << 20)
     """Blocks per device and forward pass."""
-    accumulation: int = Field(default=1, ge=1)
+    accumulation: int = Field(default=1, ge=1, le=1 << 20)
     """Forward passes per optimizer step; the loss is averaged over all positions of the step, so this is exact."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1000)
     """AdamW's weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e9)
     """Gradients are clipped to this norm."""
     dtype: str = "auto"
     """Autocast precision: float32, bfloat16, or auto (bfloat16 where computed natively). Weights stay in float32."""
-    validations: int = Field(default=1, ge=1)
+    validations: int = Field(default=1, ge=1, le=1 << 20)
     """Validations, and checkpoints, per epoch; the checkpoint with the lowest mixture perplexity is kept."""
-    batch_tokens: int = Field(default=4096, ge=1)
+    batch_tokens: int = Field(default=4096, ge=1, le=MAX_BATCH_TOKENS)
     """Tokens in one forward pass of validation."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Order of blocks, random start, dropout."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments, such as activation_checkpointing, optim or report_to; one that
     would break what memlm promises is refused with the reason."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _numbers_are_in_range(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, part in value.items():
+            if any(isinstance(n, int | float) and not abs(n) < 2**31 for n in leaves(part)):  # also where it is NaN
+                raise ValueError(f"{name} must be a number below 2^31")
+        return value
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
