@@ -1,7 +1,7 @@
 """The base as the first voter."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from memlm.memory.voter import HeadVoter, VoterCache
 from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
-from memlm.models.taps import capture
+from memlm.models.taps import by_row, capture
 
 
 class BaseCache(VoterCache):
@@ -123,14 +123,14 @@ class BaseVoter(HeadVoter):
                 known[name] = value
         with capture(self.model, taps) as found:
             output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)
-        return BaseState(output.logits if self._head is None else output[0], _by_row(found, tokens), output)
+        return BaseState(
+            output.logits if self._head is None else output[0],
+            {tap: by_row(found, tap, tokens) for tap in found},
+            output,
+        )
 
     def read(self, tokens: Int[Tensor, "B T"], taps: Iterable[str]) -> dict[str, Tensor]:
         """Tap to what goes into that module, `(B, T, D)`; nothing behind the last tap is computed."""
         with capture(self.model, taps, stop=True) as found:
             self._reader(input_ids=tokens, use_cache=False)
-        return _by_row(found, tokens)
-
-
-def _by_row(activations: Mapping[str, Tensor], tokens: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-    return {tap: value.reshape(*tokens.shape, -1) for tap, value in activations.items()}  # some models flatten rows
+        return {tap: by_row(found, tap, tokens) for tap in found}

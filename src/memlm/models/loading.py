@@ -226,11 +226,21 @@ def parse_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the list of transformer blocks: the module list that holds most parameters.
 
+    Parts with a config of their own, as towers that see or hear, are left out.
+
     Raises:
         ModelError: The model has no list of blocks.
     """
+    kinds = {type(model.config), type(model.config.get_text_config(decoder=True))}
+    other = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) not in kinds
+    )
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(other)
     ]
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of blocks")
