@@ -13,7 +13,8 @@ from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import WindowedReader, longest_context
 from memlm.models.heads import find_head
-from memlm.models.loading import chosen_layers, fresh_model, keep_layers, load_causal_lm, load_config, model_size
+from memlm.models.layers import check_layers, chosen_layers, depth, fresh_model, keep_layers, layered_config, model_size
+from memlm.models.loading import load_causal_lm, load_config
 
 
 class MemoryDecoder(ParametricMemory):
@@ -55,9 +56,12 @@ class MemoryDecoder(ParametricMemory):
     def check_start(cls, config: DecoderStart, *, init: str | None, goes_on: bool, block_size: int) -> None:
         if init is None:
             raise ConfigError("init is missing: name the start model of the memory (--init)")
-        text_config = load_config(init).get_text_config()
-        if config.layers is not None:
-            chosen_layers(config.layers, text_config.num_hidden_layers)
+        whole = load_config(init)
+        text_config = whole.get_text_config(decoder=True)
+        if config.layers is not None and config.fresh:
+            layered_config(whole, chosen_layers(config.layers, depth(whole)))
+        elif config.layers is not None:
+            check_layers(whole, config.layers)
         longest = longest_context(text_config)
         if longest and block_size > longest:
             raise ConfigError(f"block_size = {block_size} of the training data is above the {longest} of {init}")

@@ -126,7 +126,7 @@ def _mixes_tokens(module: nn.Module, args: tuple, kwargs: dict) -> bool:
         others = others.view_as(given)
         changed = tuple(others if value is given else value for value in args)
         named = {name: others if value is given else value for name, value in kwargs.items()}
-        found = [_rows(_first_tensor(module.forward(*a, **k)), _PROBE) for a, k in ((changed, named), (args, kwargs))]
+        found = [_rows(first_tensor(module.forward(*a, **k)), _PROBE) for a, k in ((changed, named), (args, kwargs))]
     except Exception:  # the model's own code, called in a way of which it knows nothing
         return True
     last, before = (f[:, -1].float() for f in found)
@@ -144,8 +144,9 @@ def _rows(values: Tensor, shape: tuple[int, int]) -> Float[Tensor, "B T D"]:
     return values.reshape(*shape, -1)
 
 
-def _first_tensor(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else next(_first_tensor(part) for part in output if part is not None)
+def first_tensor(output: Any) -> Tensor:
+    """The tensor that a module gives, or the first of several."""
+    return output if isinstance(output, Tensor) else next(first_tensor(part) for part in output if part is not None)
 
 
 def _is_square(module: nn.Module) -> bool:
