@@ -49,8 +49,8 @@ def resolve_tap(model: PreTrainedModel, tap: str) -> str:
         return find_tap(model)
     if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tap):
         with torch.no_grad(), capture(model, [tap]) as found:
-            model.base_model(input_ids=_probe(model), use_cache=False)
-        by_row(found, tap, _probe(model))
+            model.base_model(input_ids=probe(model), use_cache=False)
+        by_row(found, tap, probe(model))
         return tap
     depth = float(tap)
     if not 0 < depth <= 1:
@@ -92,7 +92,7 @@ def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
             mixers.add(name)
 
     with torch.no_grad(), watch(children, see):
-        model.base_model(input_ids=_probe(model), use_cache=False)
+        model.base_model(input_ids=probe(model), use_cache=False)
     weights = {name: _weights(children[name]) for name in called if name not in mixers}
     mlp, behind = None, True
     for name in called:  # the first of the last ones that no mixer parts
@@ -108,7 +108,8 @@ def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
     return f"{list_name}.{number}.{mlp}"
 
 
-def _probe(model: PreTrainedModel) -> Int[Tensor, "B T"]:
+def probe(model: PreTrainedModel) -> Int[Tensor, "B T"]:
+    """A few tokens that any model can read."""
     size = model.config.get_text_config(decoder=True).vocab_size
     return (torch.arange(math.prod(_PROBE), device=model.device) % size).view(_PROBE)
 
