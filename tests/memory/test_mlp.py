@@ -510,7 +510,7 @@ def watch_norms(model: PreTrainedModel) -> Iterator[list[tuple[nn.Module, Tensor
 def test_a_final_norm_of_no_kind_of_ours_is_said_where_it_was_asked_for() -> None:
     base = model_of("olmo")  # a norm without weights
     start(base)
-    with pytest.raises(ConfigError, match="head = 'base': the final norm of OlmoForCausalLM is none that the memory"):
+    with pytest.raises(ConfigError, match="head = 'base': the memory cannot have the final norm of OlmoForCausalLM"):
         start(base, head="base")
 
 

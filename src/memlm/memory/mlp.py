@@ -1,5 +1,6 @@
 """MLP Memory: blocks without attention that turn the base's hidden state into a retriever's distribution."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -199,10 +200,11 @@ class MLPMemory(ParametricMemory):
         fits = width == base.config.get_text_config().hidden_size
         if config.head == "base" and not fits:
             raise ConfigError(f"head = 'base': the memory is {width} wide, the base's head is not")
-        if config.head != "random" and fits and not memory.take_head(base) and config.head == "base":
-            raise ConfigError(
-                f"head = 'base': the final norm of {type(base).__name__} is none that the memory can have"
-            )
+        if config.head == "base" and not memory.take_head(base):
+            raise ConfigError(f"head = 'base': the memory cannot have the final norm of {type(base).__name__}")
+        if config.head is None and fits:
+            with contextlib.suppress(ModelError):  # a head that does not split off
+                memory.take_head(base)
         return memory
 
     @classmethod

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.errors import ModelError
 from memlm.memory.voter import NoCache, VoterCache
+from memlm.models.loading import device_of
 
 
 class TokenCache(VoterCache):
@@ -128,7 +129,7 @@ class WindowedReader:
         self._warned = False
 
     def new_cache(self, batch_size: int) -> TokenCache:
-        return TokenCache(batch_size, self.model.device)
+        return TokenCache(batch_size, device_of(self.model))
 
     def window_starts(self, places: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """First token that is visible to the token at each place, both counted without padding."""
@@ -149,7 +150,7 @@ class WindowedReader:
         """One vector per new token; arguments as `Voter.step` takes them."""
         cache = cache if cache is not None else self.new_cache(len(tokens))
         assert isinstance(cache, TokenCache)
-        tokens = tokens.to(self.model.device)
+        tokens = tokens.to(device_of(self.model))
         mask = (
             torch.ones_like(tokens, dtype=torch.bool)
             if attention_mask is None

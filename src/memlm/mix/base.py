@@ -1,5 +1,7 @@
 """The base as the first voter."""
 
+import copy
+import functools
 import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from memlm.memory.voter import HeadVoter, VoterCache
 from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
+from memlm.models.loading import device_of
 from memlm.models.taps import by_row, capture
 
 
@@ -75,7 +78,7 @@ class BaseVoter(HeadVoter):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return device_of(self.model)
 
     @property
     def keeps_cache(self) -> bool:
@@ -134,3 +137,19 @@ class BaseVoter(HeadVoter):
         with capture(self.model, taps, stop=True) as found:
             self._reader(input_ids=tokens, use_cache=False)
         return {tap: by_row(found, tap, tokens) for tap in found}
+
+
+def narrowed(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
+    """The model, but for output rows from `vocab_size` on, which are padding; weights are shared."""
+    forward, part = model.forward, copy.copy(model)
+    part.config = copy.deepcopy(model.config)
+    part.config.get_text_config().vocab_size = vocab_size
+
+    @functools.wraps(forward)
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits[..., :vocab_size]
+        return output
+
+    part.forward = narrow  # type: ignore[method-assign]
+    return part

@@ -18,7 +18,7 @@ from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
-from memlm.mix.base import BaseState, BaseVoter
+from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
 from memlm.mix.loading import (
@@ -209,6 +209,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """Ids that base and memories share are below it."""
         return self.config.vocab_size
 
+    @property
+    def device(self) -> torch.device:
+        """Where it takes its tokens."""
+        return self._voter.device
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
@@ -238,7 +243,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: The new tokens.
             attention_mask: `(B, past + T)`, 0 at padding.
-            position_ids: For the base; each memory counts for itself.
+            position_ids: For the base; each memory counts for itself, so they may not start anew within a row.
             past_key_values: A `MixedCache` from an earlier call.
             labels: Gives `loss`, the mean cross-entropy of the mixture; -100 is ignored; shifted here.
             use_cache: Whether to return a cache; default false, unless `past_key_values` is given.
@@ -250,13 +255,18 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: `past_key_values` is not a `MixedCache`.
-            ConfigError: There are no token ids, or the mask is not `(B, L)`; a weight is outside [0, 1], they sum to
-                more than 1, or do not fit the batch; or the cache is older than a memory.
+            ConfigError: There are no token ids, the mask is not `(B, L)`, or positions start anew; a weight is outside
+                [0, 1], they sum to more than 1, or do not fit the batch; or the cache is older than a memory.
         """
         if input_ids is None:
             raise ConfigError("input_ids are missing: memories read token ids, so embeddings alone are not enough")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(f"attention_mask has {attention_mask.ndim} axes: a mixture takes (batch, length) only")
+        if position_ids is not None and _restart(position_ids, attention_mask):
+            raise ConfigError(
+                "position_ids start anew within a row: the base would tell documents apart there, memories read rows"
+                " whole; give each document a row of its own"
+            )
         if past_key_values is not None and not isinstance(past_key_values, MixedCache):
             raise TypeError(
                 f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache"
@@ -378,6 +388,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
 
+    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, options: dict[str, Any]) -> None:
+        drafter, rows = options.get("assistant_model"), self.base.config.get_text_config().vocab_size
+        if drafter is not None and rows > self.vocab_size and drafter.config.get_text_config().vocab_size == rows:
+            options["assistant_model"] = narrowed(
+                drafter, self.vocab_size
+            )  # both are padded beyond the tokenizer's ids
+        cast(Any, super())._validate_generation_mode(mode, config, options)
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         strange = {name: value for name, value in model_kwargs.items() if name not in self._voter.arguments}
         cast(Any, super())._validate_model_kwargs(strange)
@@ -467,6 +485,17 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: Always.
         """
         raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
+
+
+def _restart(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether positions go down from a token to the next, as where documents are packed into a row."""
+    if position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return False
+    down = position_ids[:, 1:] <= position_ids[:, :-1]
+    if attention_mask is not None and attention_mask.shape[1] >= position_ids.shape[1]:
+        there = attention_mask[:, -position_ids.shape[1] :].bool().to(down.device)
+        down = down & there[:, 1:] & there[:, :-1]
+    return bool(down.any())
 
 
 def _absolute(name: str) -> str:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from memlm.errors import ModelError
 from memlm.models.adapters import unwrapped
+from memlm.models.loading import device_of
 
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
@@ -62,7 +63,7 @@ def find_head(model: PreTrainedModel, *, exact: bool = False) -> Head:
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
     head = Head(linear, scale, softcap)
-    probe = torch.arange(3, device=model.device)[None] % config.vocab_size
+    probe = torch.arange(3, device=device_of(model))[None] % config.vocab_size
     with torch.no_grad():
         expected = model(input_ids=probe, use_cache=False).logits.float()
         found = head(body(input_ids=probe, use_cache=False)[0]).float()

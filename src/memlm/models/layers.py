@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ConfigError
-from memlm.models.loading import block_list, load_config, reason_of
+from memlm.models.loading import block_list, device_of, load_config, reason_of
 from memlm.models.taps import first_tensor, watch
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
@@ -159,7 +159,7 @@ def _check_same_outputs(model: PreTrainedModel, kept: nn.Module, blocks: nn.Modu
         if not torch.allclose(*found, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise _other_function(chosen, f"block {chosen[int(place)]} computes something else at another place")
 
-    tokens = torch.arange(7, device=model.device)[None] % model.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(7, device=device_of(model))[None] % model.get_input_embeddings().weight.shape[0]
     try:
         with watch({place: block for place, (block, _) in originals.items()}, see):
             model(input_ids=tokens, use_cache=False)

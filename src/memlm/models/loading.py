@@ -202,6 +202,16 @@ def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens, also where accelerate keeps its weights on disk (which is the device `meta`)."""
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    parts = (part for hook in hooks for part in getattr(hook, "hooks", [hook]))
+    return torch.device(next(filter(None, (getattr(part, "execution_device", None) for part in parts)), "meta"))
+
+
 def default_device() -> torch.device:
     """The accelerator where there is one, the CPU otherwise."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)

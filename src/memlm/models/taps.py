@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from memlm.errors import ConfigError, ModelError
 from memlm.models.adapters import unwrapped
-from memlm.models.loading import block_list
+from memlm.models.loading import block_list, device_of
 
 
 class _ForwardStoppedError(Exception):
@@ -111,7 +111,7 @@ def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
 def probe(model: PreTrainedModel) -> Int[Tensor, "B T"]:
     """A few tokens that any model can read."""
     size = model.config.get_text_config(decoder=True).vocab_size
-    return (torch.arange(math.prod(_PROBE), device=model.device) % size).view(_PROBE)
+    return (torch.arange(math.prod(_PROBE), device=device_of(model)) % size).view(_PROBE)
 
 
 def _mixes_tokens(module: nn.Module, args: tuple, kwargs: dict) -> bool:
