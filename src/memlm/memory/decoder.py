@@ -12,6 +12,7 @@ from memlm.errors import ConfigError
 from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import WindowedReader, longest_context
+from memlm.models.abilities import check_causal
 from memlm.models.heads import find_head
 from memlm.models.layers import check_layers, chosen_layers, depth, fresh_model, keep_layers, layered_config, model_size
 from memlm.models.loading import load_causal_lm, load_config
@@ -32,7 +33,11 @@ class MemoryDecoder(ParametricMemory):
         Args:
             decoder: Any causal LM of transformers.
             settings: Read from the decoder's config if None.
+
+        Raises:
+            ModelError: Tokens of the decoder see those to come, or its head does not split off.
         """
+        check_causal(decoder)
         config = decoder.config.get_text_config()
         super().__init__(
             settings

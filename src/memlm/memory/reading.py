@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.errors import ModelError
 from memlm.memory.voter import NoCache, VoterCache
+from memlm.models.abilities import abilities
 from memlm.models.loading import device_of
 
 
@@ -125,8 +126,13 @@ class WindowedReader:
         self._run = run
         parameters = inspect.signature(model.base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
-        self.keeps_keys = "past_key_values" in parameters and _keeps_keys_alone(model)
+        self._takes_cache = "past_key_values" in parameters and _keeps_keys_alone(model)
         self._warned = False
+
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether keys and values stand for the tokens read; where not, windows are read anew."""
+        return self._takes_cache and abilities(self.model).all
 
     def new_cache(self, batch_size: int) -> TokenCache:
         return TokenCache(batch_size, device_of(self.model))

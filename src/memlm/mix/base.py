@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from memlm.memory.voter import HeadVoter, VoterCache
+from memlm.models.abilities import Abilities, abilities, check_causal
 from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
 from memlm.models.loading import device_of
@@ -62,7 +63,11 @@ class BaseVoter(HeadVoter):
             model: Any causal LM.
             vocab_size: Ids of the tokenizer are below it; output rows beyond are padding.
             exact: Split a head off only where this changes no bit; otherwise rounding may differ.
+
+        Raises:
+            ModelError: Tokens of the model see those to come.
         """
+        check_causal(model)
         self.model = model
         self.vocab_size = vocab_size
         self.tap = None
@@ -84,7 +89,13 @@ class BaseVoter(HeadVoter):
     def keeps_cache(self) -> bool:
         """Whether the model keeps its past in a cache of transformers; where not, it reads all text at every step."""
         inner: Any = unwrapped(self.model)
-        return "past_key_values" in self.arguments and inner._supports_default_dynamic_cache()
+        takes = "past_key_values" in self.arguments and inner._supports_default_dynamic_cache()
+        return takes and self.abilities.steps
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the model does right, as it was found on a probe."""
+        return abilities(self.model)
 
     @property
     def head(self) -> Head:  # type: ignore[override]

@@ -107,7 +107,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         self.memories = nn.ModuleDict()
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
         self._voter = BaseVoter(base, size)
-        self._is_stateful = bool(getattr(base, "_is_stateful", False))  # transformers asks before it drafts
         self._rule = FixedWeights({})
         self._vocab_sizes = {"": size}  # the base's; a memory's below its name
         for name, part in given.items():
@@ -210,6 +209,12 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         return self.config.vocab_size
 
     @property
+    def _is_stateful(self) -> bool:  # transformers asks before it drafts
+        voter = self._voter
+        drafts = not voter.keeps_cache or (voter.abilities.chunks and voter.abilities.takes_back)
+        return bool(getattr(self.base, "_is_stateful", False)) or not drafts
+
+    @property
     def device(self) -> torch.device:
         """Where it takes its tokens."""
         return self._voter.device
@@ -255,8 +260,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: `past_key_values` is not a `MixedCache`.
-            ConfigError: There are no token ids, the mask is not `(B, L)`, or positions start anew; a weight is outside
-                [0, 1], they sum to more than 1, or do not fit the batch; or the cache is older than a memory.
+            ConfigError: There are no token ids, the mask is not `(B, L)`, or positions start anew; the base cannot read
+                padded rows or behind a cache; a weight is outside [0, 1], they sum to more than 1, or do not fit the
+                batch; or the cache is older than a memory.
         """
         if input_ids is None:
             raise ConfigError("input_ids are missing: memories read token ids, so embeddings alone are not enough")
@@ -271,6 +277,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             raise TypeError(
                 f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache"
             )
+        self._check_ability(input_ids, attention_mask, past_key_values)
         use_cache = use_cache if use_cache is not None else past_key_values is not None
         use_cache = use_cache and self._voter.keeps_cache
         if use_cache and past_key_values is None:
@@ -300,6 +307,19 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             attentions=getattr(parts.base.output, "attentions", None),
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def _check_ability(self, input_ids: Tensor, mask: Tensor | None, cache: MixedCache | None) -> None:
+        """Raise unless the base reads rows that are padded on the left, or several tokens behind a cache, if it is to.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        name = type(self.base).__name__
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()) and not self._voter.abilities.padding:
+            raise ConfigError(f"{name} reads padding on the left as text: give it rows one by one, or of one length")
+        several = cache is not None and input_ids.shape[1] > 1 and cache.get_seq_length() > 0
+        if several and not self._voter.abilities.chunks:
+            raise ConfigError(f"{name} goes on behind a cache by single tokens only: give one at a time, or no cache")
 
     def components(
         self,
@@ -373,9 +393,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if not self._voter.keeps_cache:
+        beams = (generation_config.num_beams or 1) > 1
+        if not self._voter.keeps_cache or (beams and not self._voter.abilities.rows):
             name = type(self.base).__name__
-            warnings.warn(f"{name} keeps no past in a cache; all text is read anew for every token", stacklevel=2)
+            what = "keeps no past in a cache" if not self._voter.keeps_cache else "mixes up the rows of its cache"
+            warnings.warn(f"{name} {what}; all text is read anew for every token", stacklevel=2)
             generation_config.use_cache = model_kwargs["use_cache"] = False
             return
         given = model_kwargs.get("past_key_values") is not None

@@ -229,6 +229,16 @@ def watch(modules: Mapping[str, nn.Module], see: Callable[[str, tuple, dict], No
 
 
 @contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Have nobody told of what the `with` block calls."""
+    before = _watchers.set(())
+    try:
+        yield
+    finally:
+        _watchers.reset(before)
+
+
+@contextlib.contextmanager
 def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """What goes into each tap during the forward passes of a `with` block; other threads may run the same model.
 
