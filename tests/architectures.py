@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ARCHITECTURES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -129,5 +129,5 @@ def tiny_model(architecture: str, *, seed: int = 0, **changes: Any) -> PreTraine
     config = tiny_config(architecture, **changes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    model.generation_config.eos_token_id = None
+    model.generation_config = GenerationConfig(pad_token_id=0)
     return model

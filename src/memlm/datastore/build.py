@@ -95,6 +95,7 @@ def plan_datastore(
         raise ConfigError("teacher is missing: give --teacher, the model whose activations become keys, or --extend")
     parse_dtype(config.dtype)
     source.check_read_by(teacher)
+    source.check_fits(teacher)
     identity = model_identity(teacher)
     inputs = {"corpus": source.manifest.hash, "teacher": identity}
     sources = {"corpus": str(corpus), "teacher": lasting_name(teacher)}

@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from memlm.errors import ConfigError
 from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
-from memlm.memory.reading import WindowedReader, longest_context
+from memlm.memory.reading import WindowedReader
 from memlm.models.abilities import check_causal
 from memlm.models.heads import find_head
 from memlm.models.layers import check_layers, chosen_layers, depth, fresh_model, keep_layers, layered_config, model_size
-from memlm.models.loading import load_causal_lm, load_config
+from memlm.models.loading import load_causal_lm, load_config, longest_context
 
 
 class MemoryDecoder(ParametricMemory):
@@ -36,13 +36,18 @@ class MemoryDecoder(ParametricMemory):
 
         Raises:
             ModelError: Tokens of the decoder see those to come, or its head does not split off.
+            ConfigError: It has fewer positions than the settings say.
         """
         check_causal(decoder)
-        config = decoder.config.get_text_config()
-        super().__init__(
-            settings
-            or MemorySettings(kind=self.kind, vocab_size=config.vocab_size, context_length=longest_context(config))
-        )
+        rows, longest = decoder.config.get_text_config(decoder=True).vocab_size, longest_context(decoder.config)
+        settings = settings or MemorySettings(kind=self.kind, vocab_size=rows, context_length=longest)
+        if longest is not None and (settings.context_length or 0) > longest:
+            raise ConfigError(
+                f"context_length = {settings.context_length}: the decoder has positions for {longest} tokens;"
+                " write that into memory.json"
+            )
+        ours = {"vocab_size": min(rows, settings.vocab_size), "context_length": settings.context_length or longest}
+        super().__init__(settings.model_copy(update=ours))
         self.decoder = decoder
         self.head = find_head(decoder)
         self.reader = WindowedReader(decoder, self.context_length)

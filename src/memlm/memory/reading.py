@@ -354,8 +354,3 @@ def _joined(
             setattr(made, name, tensor)
         whole.layers.append(made)
     return whole, whole_mask
-
-
-def longest_context(config: Any) -> int | None:
-    """Tokens that a model of this config has positions for; None where it needs none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -78,6 +78,8 @@ class BaseVoter(HeadVoter):
         self._reader = model if self._head is None else model.base_model
         forward = unwrapped(model).forward if self._head is None else self._reader.forward
         parameters = inspect.signature(forward).parameters
+        if "input_ids" not in parameters:  # a body that only hands on what it is given
+            parameters = inspect.signature(unwrapped(model).forward).parameters
         self.arguments = set(parameters)
         self._takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 

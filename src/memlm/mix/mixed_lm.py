@@ -1,5 +1,6 @@
 """`MixedLM`: a frozen base and its memories as one model of transformers."""
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -33,6 +34,7 @@ from memlm.mix.loading import (
 from memlm.mix.mixture import mix_log_probs
 from memlm.mix.weights import FixedWeights, MixWeight, Weight, settle_weights
 from memlm.models.adapters import has_adapter
+from memlm.models.loading import longest_context
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             memory_window=memory_window,
         )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", *SIZES):
-            setattr(config, name, getattr(base.config.get_text_config(), name, None))
+            with contextlib.suppress(Exception):  # some configs tell of every layer alone, and refuse to tell of all
+                setattr(config, name, getattr(base.config.get_text_config(), name, None))
         config._attn_implementation = "eager"  # has no attention of its own; the base keeps what it was loaded with
         super().__init__(config)
         self.base: PreTrainedModel = base
@@ -211,7 +214,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
     @property
     def _is_stateful(self) -> bool:  # transformers asks before it drafts
         voter = self._voter
-        drafts = not voter.keeps_cache or (voter.abilities.chunks and voter.abilities.takes_back)
+        drafts = voter.keeps_cache and voter.abilities.chunks and voter.abilities.takes_back
         return bool(getattr(self.base, "_is_stateful", False)) or not drafts
 
     @property
@@ -309,16 +312,21 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         return result if return_dict is not False else result.to_tuple()
 
     def _check_ability(self, input_ids: Tensor, mask: Tensor | None, cache: MixedCache | None) -> None:
-        """Raise unless the base reads rows that are padded on the left, or several tokens behind a cache, if it is to.
+        """Raise unless the base can read this: these ids, so many, padded, behind a cache.
 
         Raises:
-            ConfigError: It does not.
+            ConfigError: It cannot.
         """
-        name = type(self.base).__name__
+        name, known = type(self.base).__name__, cache.get_seq_length() if cache is not None else 0
+        rows, longest = self.base.get_input_embeddings().num_embeddings, longest_context(self.base.config)
+        if longest is not None and known + input_ids.shape[1] > longest:
+            length = known + input_ids.shape[1]
+            raise ConfigError(f"{length} tokens are more than the {longest} that base {name} has positions for")
+        if not known and input_ids.numel() and (largest := int(input_ids.max())) >= rows:  # a token made later has one
+            raise ConfigError(f"token id {largest} is outside the {rows} of base {name}; leave that token out")
         if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()) and not self._voter.abilities.padding:
             raise ConfigError(f"{name} reads padding on the left as text: give it rows one by one, or of one length")
-        several = cache is not None and input_ids.shape[1] > 1 and cache.get_seq_length() > 0
-        if several and not self._voter.abilities.chunks:
+        if known and input_ids.shape[1] > 1 and not self._voter.abilities.chunks:
             raise ConfigError(f"{name} goes on behind a cache by single tokens only: give one at a time, or no cache")
 
     def components(
@@ -417,6 +425,18 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                 drafter, self.vocab_size
             )  # both are padded beyond the tokenizer's ids
         cast(Any, super())._validate_generation_mode(mode, config, options)
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, *args: Any
+    ) -> None:
+        cast(Any, super())._validate_generated_length(generation_config, input_ids_length, *args)
+        longest = longest_context(self.base.config)
+        if longest is not None and (generation_config.max_length or 0) > longest:
+            raise ConfigError(
+                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones"
+                f" are more than the {longest} that base {type(self.base).__name__} has positions for: lower"
+                " max_new_tokens or shorten the prompt"
+            )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         strange = {name: value for name, value in model_kwargs.items() if name not in self._voter.arguments}

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
 from memlm.files import read_json
 from memlm.manifest import check_payload, is_artifact, payload_file, read_manifest
 from memlm.models.adapters import ADAPTER_CONFIG
@@ -190,6 +190,29 @@ def _unreachable(name: str, source: str, error: Exception) -> ModelError:
     if not Path(source).exists():
         tried = f"no folder {name!r} here; not one of the packaged models ({', '.join(PACKAGED)}); as a hub id:"
     return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {reason_of(error)}")
+
+
+def longest_context(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model of this config has positions for; None where it needs none."""
+    text = config.get_text_config(decoder=True)
+    found = None if getattr(text, "alibi", False) else getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def check_reaches(model: str, tokens: int, *, data: str, label: str) -> None:
+    """Raise unless `model` has positions for texts so long; reads its config only.
+
+    Args:
+        tokens: The most that it is to read at a time.
+        data: What an error calls what it is to read.
+        label: What an error calls the model.
+
+    Raises:
+        InputError: It has fewer.
+    """
+    longest = longest_context(load_config(model))
+    if longest is not None and tokens > longest:
+        raise InputError(f"{data} has blocks of {tokens} tokens, {label} has positions for {longest}: lower block_size")
 
 
 def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -59,19 +59,28 @@ def find_tokenizer(model: str, **options: Any) -> PreTrainedTokenizerBase | None
         return None
 
 
-def check_reads(model: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, data: str, label: str) -> None:
+def check_reads(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    there: Callable[[], Iterable[NDArray[np.int32]]],
+    *,
+    data: str,
+    label: str,
+) -> None:
     """Raise unless `model` can read token ids of `tokenizer`; reads configs only, no weights.
 
     Args:
         model: Path, hub id or packaged name. One without a tokenizer will do if its vocabulary is large enough.
         tokenizer: What made the token ids.
         vocab_size: The ids are below it.
+        there: Gives the token ids themselves; asked where the model has fewer rows than the tokenizer has ids.
         data: What an error calls the folder of the token ids.
         label: What an error calls the model.
 
     Raises:
         TokenizerMismatchError: The model comes with another tokenizer.
-        InputError: Its vocabulary is too small.
+        InputError: It has no row for a token that is there.
         ModelError: It cannot be reached.
     """
     size = load_config(model).get_text_config().vocab_size
@@ -79,7 +88,21 @@ def check_reads(model: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
     if own is not None:
         check_same(tokenizer, own, data, label)
     if size < vocab_size:
-        raise InputError(f"{data} has token ids up to {vocab_size - 1}, outside the {size} of {label}")
+        for ids in there():
+            check_rows_for(ids, size, tokenizer, data=data, label=label)
+
+
+def check_rows_for(
+    ids: NDArray[np.int32], rows: int, tokenizer: PreTrainedTokenizerBase, *, data: str, label: str
+) -> None:
+    """Raise unless a model of so many rows has one for each of `ids`; the first token without is named.
+
+    Raises:
+        InputError: It has not.
+    """
+    if len(beyond := ids[ids >= rows]):
+        token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
+        raise InputError(f"{data} has token {token!r} (id {beyond[0]}), outside the {rows} of {label}; leave it out")
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
