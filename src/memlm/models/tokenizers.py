@@ -235,14 +235,19 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | N
     return Tokenizer.from_str(json.dumps(settings))
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> BatchEncoding:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], *, rows: int | None = None
+) -> BatchEncoding:
     """A text, or the turns of a chat in the tokenizer's template, as a batch of one that an answer can follow.
 
     A template writes special tokens itself, so none are added to it. What a tokenizer puts behind a text, as an end
     token, is left out.
 
+    Args:
+        rows: Of the embeddings of the model that is to read it; None: enough.
+
     Raises:
-        InputError: There are no tokens, or turns and no template.
+        InputError: There are no tokens, or turns and no template, or a token that the model has no row for.
     """
     if isinstance(prompt, str):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -257,6 +262,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     assert isinstance(inputs, BatchEncoding)
     if not inputs["input_ids"].shape[1]:
         raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
+    if rows is not None:
+        ids = inputs["input_ids"][0].numpy()  # type: ignore[union-attr]
+        check_rows_for(ids, rows, tokenizer, data="the prompt", label="the base")
     return inputs
 
 
