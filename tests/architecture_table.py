@@ -204,7 +204,7 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
 
 _LARGEST = 20_000_000
 _NUMBER = r"\.\d+\."
-_CLASS = r"\b[A-Z]\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder|ForConditionalGeneration)\b"
+_CLASS = r"\b[A-Za-z]\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder|ForConditionalGeneration)\b"
 _PAGE = """# Architectures
 
 What memlm does with each architecture for which transformers {version} has a causal language model, tried on a tiny
