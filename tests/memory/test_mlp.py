@@ -1,14 +1,17 @@
 """MLPMemory beyond the shared protocol: its blocks, its start from a base, its place beside it, what it refuses."""
 
+import contextlib
 import gc
 import json
 import shutil
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from architectures import tiny_model as model_of
 from conftest import tiny_model
 from families import TAPS, VOCABULARY, WIDTH, family_model, token_ids
 from reference_lm import dense_distillation_loss, dense_targets, mixed_probs
@@ -457,3 +460,78 @@ def test_a_style_that_is_unknown_is_refused(folder: Path, key: str, value: Any, 
     with pytest.raises(MemlmError) as caught:
         load_memory(folder)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("nemotron", {}),  # a LayerNorm that multiplies by 1 + weight
+        ("cohere", {"logit_scale": 0.25}),  # one without a bias, of its own kind
+        ("gemma", {}),  # an RMSNorm that multiplies by 1 + weight
+        ("gpt2", {}),
+        ("llama", {}),
+        ("phi4_multimodal", {}),  # an eye with a norm of its own
+        ("xlstm", {}),
+    ],
+)
+def test_it_starts_as_the_bases_final_norm_and_head(architecture: str, changes: dict[str, Any]) -> None:
+    base = model_of(architecture, **changes)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():  # as if trained
+            if parameter.ndim == 1 and "norm" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+        memory = start(base)
+        seen: list[Tensor] = []
+        handle = base.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        with watch_norms(base) as given:
+            logits = base(input_ids=token_ids()).logits
+        handle.remove()
+        before = next(value for norm, value in given if torch.equal(norm.forward(value), seen[0]))
+        found = memory.output(memory.norm(before))
+    cap = 30.0 if architecture == "xlstm" else None
+    found = found if cap is None else cap * torch.tanh(found / cap)
+    torch.testing.assert_close(found, logits, rtol=1e-3, atol=1e-3)
+
+
+@contextlib.contextmanager
+def watch_norms(model: PreTrainedModel) -> Iterator[list[tuple[nn.Module, Tensor]]]:
+    """What goes into each module whose name says that it is a norm."""
+    given: list[tuple[nn.Module, Tensor]] = []
+    handles = [
+        module.register_forward_pre_hook(lambda m, args: given.append((m, args[0])))
+        for name, module in model.named_modules()
+        if "norm" in name.lower() or "ln_f" in name
+    ]
+    yield given
+    for handle in handles:
+        handle.remove()
+
+
+def test_a_final_norm_of_no_kind_of_ours_is_said_where_it_was_asked_for() -> None:
+    base = model_of("olmo")  # a norm without weights
+    start(base)
+    with pytest.raises(ConfigError, match="head = 'base': the memory cannot have the final norm of OlmoForCausalLM"):
+        start(base, head="base")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "inner"),
+    [
+        ("qwen3_moe", 128),  # a router before the experts
+        ("qwen2_moe", 128),  # and a gate of the shared expert
+        ("granitemoe", 128),
+        ("gpt_oss", 128),
+        ("dbrx", 128),
+        ("deepseek_v3", 128),  # shared experts that look like an MLP
+        ("llama", 64),
+        ("phi3", 64),  # gate and up in one
+        ("bert", 64),
+        ("opt", 64),
+    ],
+)
+def test_experts_are_no_projection(architecture: str, inner: int) -> None:
+    base = model_of(architecture)
+    style, found = ffn_style(base)
+    assert found == inner
+    assert style.gated == (style.norm == "rms")
+    assert start(base).settings.ffn_width == inner

@@ -1,6 +1,7 @@
 """What a mixture does where a part of it, or transformers, can do less than usual: the same tokens, or a refusal."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,3 +185,60 @@ def test_a_memory_reads_no_more_of_a_prompt_than_the_base() -> None:
     memory.decoder.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
     model.generate(token_ids(1, 120), max_new_tokens=1, do_sample=False)
     assert 0 < sum(read) <= 1.1 * 120
+
+
+# --- packed rows, padded vocabularies, weights on disk ----------------------------------------------------------------
+
+
+def test_positions_that_part_documents_in_a_row_are_refused_and_others_are_not() -> None:
+    model, tokens = mixture(family_model("llama")), token_ids(1, 8)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    with torch.no_grad():
+        for mask in (None, torch.ones_like(tokens)):
+            with pytest.raises(ConfigError, match=r"^position_ids start anew within a row.*a row of its own$"):
+                model(tokens, attention_mask=mask, position_ids=packed)
+        expected = model(tokens).logits
+        torch.testing.assert_close(model(tokens, position_ids=torch.arange(8)[None]).logits, expected)
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])
+        for before in (0, 1, 5):  # what libraries write where padding stands
+            model(tokens, attention_mask=mask, position_ids=torch.tensor([[before, before, 0, 1, 2, 3, 4, 5]]))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_a_base_with_padded_rows_takes_its_own_draft_model(sample: bool) -> None:
+    """Both have 64 rows, the memory's tokenizer 50 ids; the draft model likes padding best."""
+    base, drafter, prompt = family_model("llama"), family_model("llama", seed=0), token_ids(1, 6, vocab_size=50)
+    drafter.lm_head.weight.data[50:] *= 5
+    before = drafter.config.vocab_size
+    model = MixedLM(base, decoder_memory(50, seed=3), 0.4)
+    for helper in (base, drafter):
+        torch.manual_seed(0)
+        found = model.generate(prompt, max_new_tokens=8, do_sample=sample, assistant_model=helper)
+        assert found.shape[1] == prompt.shape[1] + 8
+        assert int(found.max()) < 50
+        if not sample:
+            assert torch.equal(found, greedily(model, prompt, 8))
+    assert drafter.config.vocab_size == before
+    assert drafter(prompt).logits.shape[-1] == 64
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_a_memory_beside_an_offloaded_base_is_where_the_base_computes(where: str, tmp_path: Path) -> None:
+    from accelerate import cpu_offload, disk_offload
+
+    prompt = token_ids(1, 6)
+    with torch.no_grad():
+        expected = mixture(family_model("llama"))(prompt).logits
+    tokens = mixture(family_model("llama")).generate(prompt, max_new_tokens=5, do_sample=False)
+    base = family_model("llama")
+    base = cpu_offload(base, "cpu") if where == "cpu" else disk_offload(base, str(tmp_path), "cpu")
+    assert base.device.type == "meta"
+    memory = decoder_memory(VOCAB, seed=3)
+    memory.save_pretrained(tmp_path / "memory")
+    for source in (memory, tmp_path / "memory"):
+        model = MixedLM.from_pretrained(base, memory=source, mix_weight=0.4)
+        assert {p.device.type for p in model.memories.parameters()} == {"cpu"}
+        assert model.device.type == "cpu"
+        with torch.no_grad():
+            torch.testing.assert_close(model(prompt).logits, expected, rtol=0, atol=1e-5)
+        assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), tokens)

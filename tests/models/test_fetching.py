@@ -103,7 +103,8 @@ def test_the_real_model_is_fetched_and_mixes_with_itself() -> None:
     import torch
 
     from memlm import MemoryDecoder, MixedLM
-    from memlm.models.loading import keep_layers, load_causal_lm
+    from memlm.models.layers import keep_layers
+    from memlm.models.loading import load_causal_lm
     from memlm.models.taps import find_tap
 
     base = load_causal_lm("smollm2", dtype=torch.float32)

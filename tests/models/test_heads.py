@@ -1,5 +1,6 @@
 import pytest
 import torch
+from architectures import tiny_model
 from families import TAPS, VOCABULARY, WIDTH, family_config, family_model, token_ids
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
@@ -80,3 +81,43 @@ def test_label_log_probs_of_nothing_are_empty() -> None:
     assert {name: len(values) for name, values in found.items()} == dict.fromkeys(
         ("label", "entropy", "top1", "top1_id"), 0
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cap", [5.0, 30.0, 300.0])
+def test_an_unknown_soft_cap_is_refused_whatever_the_precision(dtype: torch.dtype, cap: float) -> None:
+    model = family_model("gemma2", final_logit_softcapping=cap, deviation=0.02).to(dtype)  # type: ignore[call-overload]
+    assert find_head(model).softcap == cap
+    forward = type(model).forward
+    model.config.final_logit_softcapping = None  # as a model that calls it otherwise
+
+    class Other(type(model)):
+        def forward(self, *args: object, **kwargs: object) -> object:
+            output = forward(self, *args, **kwargs)
+            output.logits = cap * torch.tanh(output.logits / cap)
+            return output
+
+    model.__class__ = Other
+    for exact in (False, True):
+        with pytest.raises(ModelError, match="changes its logits after the output layer in a way memlm does not know"):
+            find_head(model, exact=exact)
+
+
+@pytest.mark.parametrize(("architecture", "cap"), [("recurrent_gemma", 30.0), ("xlstm", 30.0), ("mamba", None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_of_states_are_followed(architecture: str, cap: float | None, dtype: torch.dtype) -> None:
+    model = tiny_model(architecture).to(dtype)  # type: ignore[call-overload]
+    head = find_head(model)
+    assert head.softcap == cap
+    with torch.no_grad():
+        expected = model(input_ids=token_ids(), use_cache=False).logits
+        found = head(model.base_model(input_ids=token_ids(), use_cache=False)[0])
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_the_check_leaves_the_model_as_it_is() -> None:
+    model = family_model("llama")
+    parts, linear = dict(model.named_modules()), model.lm_head
+    find_head(model)
+    assert dict(model.named_modules()) == parts
+    assert model.lm_head is linear

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import ALTERNATING, TAPS, VOCABULARY, family_config, family_model, token_ids
+from families import TAPS, VOCABULARY, family_model, token_ids
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -11,11 +11,8 @@ from memlm.errors import ConfigError, ModelError
 from memlm.models.identity import model_identity
 from memlm.models.loading import (
     block_list,
-    fresh_model,
-    keep_layers,
     load_causal_lm,
     load_config,
-    outer_layers,
     parse_dtype,
     resolve,
 )
@@ -25,88 +22,6 @@ from memlm.models.tokenizers import load_tokenizer
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=token_ids()).logits
-
-
-def without_block(model: PreTrainedModel, dropped: int) -> torch.Tensor:
-    """The model's logits with one block turned into the identity."""
-    block = block_list(model)[1][dropped]
-    handle = block.register_forward_hook(
-        lambda _, args, output: (args[0], *output[1:]) if isinstance(output, tuple) else args[0]
-    )
-    try:
-        return logits(model)
-    finally:
-        handle.remove()
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3", "gpt_neox", "opt", "bloom", "mixtral"])
-def test_keeping_layers_equals_skipping_the_others_and_survives_saving(family: str, tmp_path: Path) -> None:
-    model = family_model(family, tied=None)
-    smaller = keep_layers(model, [0, 2])
-    expected = without_block(model, 1)
-    torch.testing.assert_close(logits(smaller), expected, rtol=1e-6, atol=1e-6)  # the same float32 operations
-    assert (expected - logits(model)).abs().max() > 1e-2  # the block mattered
-    smaller.save_pretrained(tmp_path / "smaller")
-    loaded = load_causal_lm(str(tmp_path / "smaller"))
-    assert loaded.config.num_hidden_layers == 2
-    torch.testing.assert_close(logits(loaded), logits(smaller), rtol=0, atol=0)
-
-
-def test_keeping_layers_keeps_what_is_told_of_each_layer() -> None:
-    model = family_model("gemma3", layers=7)
-    smaller = keep_layers(model, [2, 5])
-    assert smaller.config.layer_types == [model.config.layer_types[i] for i in (2, 5)] == ALTERNATING
-    torch.testing.assert_close(
-        smaller.model.layers[1].mlp.up_proj.weight, model.model.layers[5].mlp.up_proj.weight, rtol=0, atol=0
-    )
-
-
-def test_keeping_all_layers_changes_nothing_and_copies() -> None:
-    model = family_model("llama")
-    same = keep_layers(model, 3)
-    torch.testing.assert_close(logits(same), logits(model), rtol=0, atol=0)
-    with torch.no_grad():
-        same.get_input_embeddings().weight.zero_()
-    assert model.get_input_embeddings().weight.abs().sum() > 0
-
-
-def test_a_number_of_layers_takes_them_from_both_ends() -> None:
-    assert outer_layers(1, 5) == [0]
-    assert outer_layers(3, 5) == [0, 1, 4]
-    assert outer_layers(4, 30) == [0, 1, 28, 29]
-    assert outer_layers(5, 5) == [0, 1, 2, 3, 4]
-    model = family_model("llama", layers=5)
-    kept = keep_layers(model, 3).model.layers
-    for new, old in enumerate([0, 1, 4]):
-        assert torch.equal(kept[new].mlp.up_proj.weight, model.model.layers[old].mlp.up_proj.weight)
-
-
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        (0, "layers = 0: the start model has 3"),
-        (4, "layers = 4: the start model has 3"),
-        ([], r"layers = \[\]: give ascending numbers from 0 to 2"),
-        ([0, 3], r"layers = \[0, 3\]: give ascending"),
-        ([-1, 0], "give ascending"),
-        ([2, 0], "give ascending"),
-        ([1, 1], "give ascending"),
-    ],
-)
-def test_layers_that_are_not_there_are_refused(layers: int | list[int], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        keep_layers(family_model("llama"), layers)
-
-
-def test_a_fresh_model_depends_on_the_seed_alone_and_leaves_the_generator() -> None:
-    state = torch.get_rng_state()
-    first, second, other = (fresh_model(family_config("qwen3"), 2, seed) for seed in (1, 1, 2))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len(block_list(first)[1]) == 2
-    torch.testing.assert_close(logits(first), logits(second), rtol=0, atol=0)
-    assert not torch.equal(logits(first), logits(other))
-    with pytest.raises(ConfigError, match=r"layers = 9: .* has 3"):
-        fresh_model(family_config("llama"), 9, 0)
 
 
 @pytest.mark.parametrize("family", TAPS)

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from architectures import tiny_model
 from families import TAPS, WIDTH, family_model, token_ids
 from torch import nn
 from transformers import PreTrainedModel
 
 from memlm.errors import ModelError
-from memlm.models.taps import TapReader, capture, find_tap, get_module, tap_width
+from memlm.models.taps import TapReader, capture, find_tap, get_module, resolve_tap, tap_width
 
 
 def hooks(model: nn.Module) -> int:
@@ -42,6 +43,42 @@ def test_the_tap_is_the_input_of_the_last_mlp_and_the_head_is_never_computed(fam
     torch.testing.assert_close(found, expected.reshape(found.shape), rtol=0, atol=0)
     torch.testing.assert_close(again, found, rtol=0, atol=0)
     assert hooks(model) == before
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tap"),
+    [
+        ("falcon_h1", "model.layers.3.feed_forward"),  # a Mamba beside the attention
+        ("gemma3n_text", "model.layers.3.mlp"),  # a low-rank projection before the attention
+        ("axk2", "model.layers.3.mlp"),  # norms with matrices
+        ("deepseek_v4", "model.layers.3.mlp"),  # connections with matrices
+        ("inkling_text", "model.layers.3.mlp"),  # a convolution behind the MLP
+        ("longcat_flash", "model.layers.3.mlps.1"),  # two attentions and two MLPs in a block
+        ("nemotron_h", "model.layers.3.mixer"),  # a block that is an MLP
+        ("got_ocr2", "model.language_model.layers.3.mlp"),  # an eye larger than the language model
+        ("git", "git.encoder.layer.3.intermediate"),
+    ],
+)
+def test_the_tap_is_found_by_what_modules_do(architecture: str, tap: str) -> None:
+    assert find_tap(tiny_model(architecture)) == tap
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tap", "fault"),
+    [
+        ("hrm_text", "model.L_module.layers.3.mlp", "is called several times"),
+        ("xlnet", "transformer.layer.3.ff", "has not one vector for each token"),  # tokens first, rows second
+        ("prophetnet", "prophetnet.decoder.layers.3.feed_forward", "has not one vector for each token"),
+        ("llama", "lm_head", "is never called"),
+    ],
+)
+def test_a_tap_without_one_vector_for_each_token_is_refused(architecture: str, tap: str, fault: str) -> None:
+    model = tiny_model(architecture)
+    with pytest.raises(ModelError, match=fault):
+        resolve_tap(model, tap)
+    if architecture != "llama":
+        with pytest.raises(ModelError, match="no MLP was found"):
+            find_tap(model)
 
 
 def test_nothing_behind_the_tap_runs() -> None:

@@ -171,7 +171,8 @@ def generate_text(
     torch.manual_seed(seed)
     samples = temperature > _LOWEST_TEMPERATURE
     sampling = {"temperature": temperature, "top_p": top_p} if samples else {}
-    inputs = encode_prompt(tokenizer, prompt).to(model.device)
+    rows = model.get_input_embeddings().weight.shape[0]
+    inputs = encode_prompt(tokenizer, prompt, rows=rows).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs,

@@ -15,9 +15,11 @@ from memlm.corpus.config import CorpusConfig
 from memlm.errors import ArtifactError
 from memlm.files import load_array
 from memlm.manifest import Facts, Manifest, check_payload, payload_file, read_manifest
+from memlm.models.loading import check_reaches
 from memlm.models.tokenizers import check_reads, load_tokenizer, vocabulary_size
 
 SPLITS = ("train", "validation", "test")
+_SOME = 1 << 24  # token ids looked at at a time
 MAX_VOCABULARY = 1 << 24  # ten times what any tokenizer has; a manifest that says more is not believed
 TOKENIZER = "tokenizer"
 _TOKENIZER_FILES = (".json", ".jinja", ".txt", ".model")  # nothing that could be code or a pickle
@@ -205,7 +207,22 @@ class Corpus:
 
     def check_read_by(self, model: str) -> None:
         """Raise, as `check_reads` does, unless `model` can read this corpus's token ids."""
-        check_reads(model, self.tokenizer, self.vocab_size, data=f"corpus {self.folder}", label=f"model {model}")
+        names = {"data": f"corpus {self.folder}", "label": f"model {model}"}
+        check_reads(model, self.tokenizer, self.vocab_size, self.token_ids, **names)
+
+    def token_ids(self) -> Iterator[NDArray[np.int32]]:
+        """All its token ids, some at a time."""
+        for tokens in (self.split(name).tokens for name in SPLITS):
+            yield from (np.asarray(tokens[start : start + _SOME]) for start in range(0, len(tokens), _SOME))
+
+    @property
+    def longest_block(self) -> int:
+        """Tokens of its longest block."""
+        return max((int(self.split(name).lengths.max(initial=0)) for name in SPLITS), default=0)
+
+    def check_fits(self, model: str) -> None:
+        """Raise, as `check_reaches` does, unless `model` has positions for the longest block."""
+        check_reaches(model, self.longest_block, data=f"corpus {self.folder}", label=f"model {model}")
 
     def split(self, name: str) -> Split:
         """One of `SPLITS`.

@@ -22,6 +22,7 @@ from memlm.datastore.store import CORPUS_PAYLOAD, VALUES_FILE, open_keys
 from memlm.errors import ConfigError, ModelError
 from memlm.files import lasting_name, write_json
 from memlm.manifest import MANIFEST, RUN, Manifest, copy_payload
+from memlm.models.abilities import check_causal
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
@@ -102,6 +103,7 @@ def plan_datastore(
     if extension is None and config.index_kind(entries) != "exact":
         nlist_in_force(entries, config)
     source.check_read_by(teacher)
+    source.check_fits(teacher)
     identity = model_identity(teacher)
     inputs = {"corpus": source.manifest.hash, "teacher": identity}
     sources = {"corpus": str(corpus), "teacher": lasting_name(teacher)}
@@ -207,6 +209,7 @@ def load_teacher(teacher: str, config: DatastoreConfig) -> tuple[PreTrainedModel
     """The teacher on the default device, and the tap in force."""
     device = default_device()
     model = load_causal_lm(teacher, dtype=parse_dtype(config.dtype, device)).to(device)  # type: ignore[arg-type]
+    check_causal(model)
     return model, resolve_tap(model, config.tap)
 
 

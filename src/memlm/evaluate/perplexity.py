@@ -23,7 +23,7 @@ from memlm.memory.loading import read_settings
 from memlm.memory.retrieval import RetrievalSettings, Validated
 from memlm.mix.weights import settle_weights
 from memlm.models.identity import model_identity
-from memlm.models.tokenizers import ADVICE
+from memlm.models.tokenizers import ADVICE, check_rows_for
 from memlm.scores.mixtures import GRID, best_mix_weights, mixture_label_log_probs, perplexity_curve
 from memlm.scores.table import BASE, ScoreTable, score_corpus
 from memlm.stage import Stage, StageSpec, check_output, run_stage
@@ -88,6 +88,7 @@ def evaluate_perplexity(
     if config.mix_weight is not None:
         given = list(settle_weights(dict.fromkeys(memories), config.mix_weight).values())
     source.check_read_by(base)
+    source.check_fits(base)
     for model in memories.values():
         check_memory(source, model)
     spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval)
@@ -168,9 +169,9 @@ def check_memory(corpus: Corpus, memory: str) -> None:
     elif settings.tokenizer != corpus.manifest.tokenizer:
         raise TokenizerMismatchError(f"corpus {corpus.folder} and memory {memory} have different tokenizers; {ADVICE}")
     elif settings.vocab_size < corpus.vocab_size:
-        raise ConfigError(
-            f"memory {memory} has fewer output rows than the {corpus.vocab_size} token ids of {corpus.folder}"
-        )
+        for ids in corpus.token_ids():
+            names = {"data": f"corpus {corpus.folder}", "label": f"memory {memory}"}
+            check_rows_for(ids, settings.vocab_size, corpus.tokenizer, **names)
 
 
 def by_label_frequency(label_count: NDArray[np.int64], parts: dict[str, NDArray[np.float64]]) -> list[dict[str, Any]]:

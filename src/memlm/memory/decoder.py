@@ -11,9 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from memlm.errors import ConfigError
 from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
-from memlm.memory.reading import WindowedReader, longest_context
+from memlm.memory.reading import WindowedReader
+from memlm.models.abilities import check_causal
 from memlm.models.heads import find_head
-from memlm.models.loading import chosen_layers, fresh_model, keep_layers, load_causal_lm, load_config, model_size
+from memlm.models.layers import check_layers, chosen_layers, depth, fresh_model, keep_layers, layered_config, model_size
+from memlm.models.loading import load_causal_lm, load_config, longest_context
 
 
 class MemoryDecoder(ParametricMemory):
@@ -31,12 +33,21 @@ class MemoryDecoder(ParametricMemory):
         Args:
             decoder: Any causal LM of transformers.
             settings: Read from the decoder's config if None.
+
+        Raises:
+            ModelError: Tokens of the decoder see those to come, or its head does not split off.
+            ConfigError: It has fewer positions than the settings say.
         """
-        config = decoder.config.get_text_config()
-        super().__init__(
-            settings
-            or MemorySettings(kind=self.kind, vocab_size=config.vocab_size, context_length=longest_context(config))
-        )
+        check_causal(decoder)
+        rows, longest = decoder.config.get_text_config(decoder=True).vocab_size, longest_context(decoder.config)
+        settings = settings or MemorySettings(kind=self.kind, vocab_size=rows, context_length=longest)
+        if longest is not None and (settings.context_length or 0) > longest:
+            raise ConfigError(
+                f"context_length = {settings.context_length}: the decoder has positions for {longest} tokens;"
+                " write that into memory.json"
+            )
+        ours = {"vocab_size": min(rows, settings.vocab_size), "context_length": settings.context_length or longest}
+        super().__init__(settings.model_copy(update=ours))
         self.decoder = decoder
         self.head = find_head(decoder)
         self.reader = WindowedReader(decoder, self.context_length)
@@ -55,9 +66,12 @@ class MemoryDecoder(ParametricMemory):
     def check_start(cls, config: DecoderStart, *, init: str | None, goes_on: bool, block_size: int) -> None:
         if init is None:
             raise ConfigError("init is missing: name the start model of the memory (--init)")
-        text_config = load_config(init).get_text_config()
-        if config.layers is not None:
-            chosen_layers(config.layers, text_config.num_hidden_layers)
+        whole = load_config(init)
+        text_config = whole.get_text_config(decoder=True)
+        if config.layers is not None and config.fresh:
+            layered_config(whole, chosen_layers(config.layers, depth(whole)))
+        elif config.layers is not None:
+            check_layers(whole, config.layers)
         longest = longest_context(text_config)
         if longest and block_size > longest:
             raise ConfigError(f"block_size = {block_size} of the training data is above the {longest} of {init}")

@@ -1,5 +1,6 @@
 """MLP Memory: blocks without attention that turn the base's hidden state into a retriever's distribution."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -21,7 +22,7 @@ from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import GivenActivations
 from memlm.models.heads import Head, find_head
 from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes, where_from
-from memlm.models.taps import find_tap, get_module, resolve_tap, tap_width
+from memlm.models.taps import find_tap, first_tensor, get_module, probe, resolve_tap, tap_width, watch
 
 SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
 """Layers, width and FFN width of the paper's GPT-2 memories."""
@@ -198,8 +199,11 @@ class MLPMemory(ParametricMemory):
         fits = width == base.config.get_text_config().hidden_size
         if config.head == "base" and not fits:
             raise ConfigError(f"head = 'base': the memory is {width} wide, the base's head is not")
-        if config.head != "random" and fits:
-            memory.take_head(base)
+        if config.head == "base" and not memory.take_head(base):
+            raise ConfigError(f"head = 'base': the memory cannot have the final norm of {type(base).__name__}")
+        if config.head is None and fits:
+            with contextlib.suppress(ModelError):  # a head that does not split off
+                memory.take_head(base)
         return memory
 
     @classmethod
@@ -211,16 +215,31 @@ class MLPMemory(ParametricMemory):
         return layers * matrices * width * ffn_width + text.vocab_size * width
 
     @torch.no_grad()
-    def take_head(self, base: PreTrainedModel) -> None:
-        """Copy the base's output layer, and what its final norm multiplies by and adds."""
+    def take_head(self, base: PreTrainedModel) -> bool:
+        """Copy the base's output layer, and what its final norm multiplies by and adds; whether that is all of them.
+
+        Raises:
+            ModelError: The base's head does not split off.
+        """
         head = find_head(base)
+        if head.weight.shape[1] != self.settings.width:
+            return False
         self.output.weight.copy_(head.weight[: self.vocab_size].float() * head.scale)
         norm = _final_norm(base)
-        if norm is not None and self.settings.style.norm == "rms":
-            ones = torch.ones(1, self.settings.width, device=base.device, dtype=base.dtype)
-            self.norm.weight.copy_(norm(ones)[0])  # type: ignore[operator]
-        elif isinstance(norm, nn.LayerNorm):
-            self.norm.load_state_dict(norm.state_dict(), strict=False)  # some have no bias
+        if norm is None:
+            return False
+        weight = next(norm.parameters())
+        plain = make_norm(self.settings.style, self.settings.width)  # multiplies by 1, adds 0
+        x = torch.ones(2, self.settings.width)
+        x[:, ::2] *= -1  # nowhere near 0 once normalised
+        x[0] = 0
+        added, both = norm(x.to(weight)).float().cpu()
+        self.norm.weight.copy_((both - added) / plain(x)[1])
+        if isinstance(self.norm, nn.LayerNorm):
+            self.norm.bias.copy_(added)
+        x = torch.randn(4, self.settings.width, generator=torch.Generator().manual_seed(0))
+        theirs = norm(x.to(weight)).float().cpu()
+        return torch.allclose(self.norm.float()(x), theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
 
     def training_hidden(
         self, input_ids: Int[Tensor, "B T"], activations: Float[Tensor, "P D"] | None, places: Int[Tensor, "P"]
@@ -287,13 +306,13 @@ def ffn_style(base: PreTrainedModel) -> tuple[FFNStyle, int]:
     matrices = [module for module in mlp.modules() if isinstance(module, nn.Linear | Conv1D)]
     shapes = [_in_out(module) for module in matrices]
     bias = len(matrices) > 0 and matrices[0].bias is not None
-    if len(shapes) in (2, 3) and shapes[0][0] == width:
-        fused = len(shapes) == 2 and shapes[0][1] == 2 * shapes[1][0]  # gate and up in one matrix
-        gated, ffn_width = len(shapes) == 3 or fused, shapes[-1][0]
-    elif len(shapes) == 1:  # the first of two projections that stand in the block itself
-        gated, ffn_width = False, shapes[0][1]
-    else:
-        gated, ffn_width = kind == "rms", 4 * width
+    gated, ffn_width = kind == "rms", 4 * width  # what follows holds where there are no matrices beside, as of experts
+    if len(matrices) == sum(p.ndim > 1 for p in mlp.parameters()) and shapes and shapes[0][0] == width:
+        inner, outer = shapes[-1]
+        if len(shapes) == 1 and outer > width:  # the first of two projections that stand in the block itself
+            gated, ffn_width = False, outer
+        elif len(shapes) in (2, 3) and outer == width and shapes[0][1] in (inner, 2 * inner):
+            gated, ffn_width = len(shapes) == 3 or shapes[0][1] == 2 * inner, inner  # gate and up may be one matrix
     activation = _activation_name(base.config.get_text_config())
     return FFNStyle(gated=gated, bias=bias, norm=kind, norm_eps=eps, activation=activation), ffn_width
 
@@ -307,12 +326,19 @@ def _is_norm(module: nn.Module, width: int) -> bool:
     return bool(parameters) and all(p.shape == (width,) for p in parameters) and not list(module.children())
 
 
+@torch.no_grad()
 def _final_norm(base: PreTrainedModel) -> nn.Module | None:
-    """The last norm of the body that lies outside its blocks."""
-    inside = {id(module) for module in block_list(base)[1].modules()}
-    width = base.config.get_text_config().hidden_size
-    norms = [m for m in base.base_model.modules() if id(m) not in inside and _is_norm(m, width)]
-    return norms[-1] if norms else None
+    """The norm that gives what the base's head reads."""
+    width = base.config.get_text_config(decoder=True).hidden_size
+    norms = {name: module for name, module in base.base_model.named_modules() if _is_norm(module, width)}
+    given: dict[str, Tensor] = {}
+    with watch(norms, lambda name, args, kwargs: given.update({name: first_tensor((*args, *kwargs.values()))})):
+        hidden = base.base_model(input_ids=probe(base), use_cache=False)[0]
+    for name in reversed(given):
+        found = norms[name].forward(given[name])
+        if found.shape == hidden.shape and torch.equal(found, hidden):
+            return norms[name]
+    return None
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.errors import ModelError
 from memlm.memory.voter import NoCache, VoterCache
+from memlm.models.abilities import abilities
+from memlm.models.loading import device_of
 
 
 class TokenCache(VoterCache):
@@ -124,11 +126,16 @@ class WindowedReader:
         self._run = run
         parameters = inspect.signature(model.base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
-        self.keeps_keys = "past_key_values" in parameters and _keeps_keys_alone(model)
+        self._takes_cache = "past_key_values" in parameters and _keeps_keys_alone(model)
         self._warned = False
 
+    @property
+    def keeps_keys(self) -> bool:
+        """Whether keys and values stand for the tokens read; where not, windows are read anew."""
+        return self._takes_cache and abilities(self.model).all
+
     def new_cache(self, batch_size: int) -> TokenCache:
-        return TokenCache(batch_size, self.model.device)
+        return TokenCache(batch_size, device_of(self.model))
 
     def window_starts(self, places: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """First token that is visible to the token at each place, both counted without padding."""
@@ -149,7 +156,7 @@ class WindowedReader:
         """One vector per new token; arguments as `Voter.step` takes them."""
         cache = cache if cache is not None else self.new_cache(len(tokens))
         assert isinstance(cache, TokenCache)
-        tokens = tokens.to(self.model.device)
+        tokens = tokens.to(device_of(self.model))
         mask = (
             torch.ones_like(tokens, dtype=torch.bool)
             if attention_mask is None
@@ -347,8 +354,3 @@ def _joined(
             setattr(made, name, tensor)
         whole.layers.append(made)
     return whole, whole_mask
-
-
-def longest_context(config: Any) -> int | None:
-    """Tokens that a model of this config has positions for; None where it needs none."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

@@ -20,9 +20,10 @@ from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.files import read_json, write_json
 from memlm.manifest import VALIDATED
 from memlm.memory.protocol import Memory, MemorySettings
-from memlm.memory.reading import GivenActivations, WindowedReader, longest_context
+from memlm.memory.reading import GivenActivations, WindowedReader
 from memlm.models.heads import joined
 from memlm.models.identity import model_identity
+from memlm.models.loading import longest_context
 from memlm.models.taps import TapReader, tap_width
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs, retrieve, search_neighbors

@@ -1,7 +1,9 @@
 """The base as the first voter."""
 
+import copy
+import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +13,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from memlm.memory.voter import HeadVoter, VoterCache
+from memlm.models.abilities import Abilities, abilities, check_causal
 from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
-from memlm.models.taps import capture
+from memlm.models.loading import device_of
+from memlm.models.taps import by_row, capture
 
 
 class BaseCache(VoterCache):
@@ -59,7 +63,11 @@ class BaseVoter(HeadVoter):
             model: Any causal LM.
             vocab_size: Ids of the tokenizer are below it; output rows beyond are padding.
             exact: Split a head off only where this changes no bit; otherwise rounding may differ.
+
+        Raises:
+            ModelError: Tokens of the model see those to come.
         """
+        check_causal(model)
         self.model = model
         self.vocab_size = vocab_size
         self.tap = None
@@ -70,18 +78,26 @@ class BaseVoter(HeadVoter):
         self._reader = model if self._head is None else model.base_model
         forward = unwrapped(model).forward if self._head is None else self._reader.forward
         parameters = inspect.signature(forward).parameters
+        if "input_ids" not in parameters:  # a body that only hands on what it is given
+            parameters = inspect.signature(unwrapped(model).forward).parameters
         self.arguments = set(parameters)
         self._takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return device_of(self.model)
 
     @property
     def keeps_cache(self) -> bool:
         """Whether the model keeps its past in a cache of transformers; where not, it reads all text at every step."""
         inner: Any = unwrapped(self.model)
-        return "past_key_values" in self.arguments and inner._supports_default_dynamic_cache()
+        takes = "past_key_values" in self.arguments and inner._supports_default_dynamic_cache()
+        return takes and self.abilities.steps
+
+    @property
+    def abilities(self) -> Abilities:
+        """What the model does right, as it was found on a probe."""
+        return abilities(self.model)
 
     @property
     def head(self) -> Head:  # type: ignore[override]
@@ -123,14 +139,30 @@ class BaseVoter(HeadVoter):
                 known[name] = value
         with capture(self.model, taps) as found:
             output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)
-        return BaseState(output.logits if self._head is None else output[0], _by_row(found, tokens), output)
+        return BaseState(
+            output.logits if self._head is None else output[0],
+            {tap: by_row(found, tap, tokens) for tap in found},
+            output,
+        )
 
     def read(self, tokens: Int[Tensor, "B T"], taps: Iterable[str]) -> dict[str, Tensor]:
         """Tap to what goes into that module, `(B, T, D)`; nothing behind the last tap is computed."""
         with capture(self.model, taps, stop=True) as found:
             self._reader(input_ids=tokens, use_cache=False)
-        return _by_row(found, tokens)
+        return {tap: by_row(found, tap, tokens) for tap in found}
 
 
-def _by_row(activations: Mapping[str, Tensor], tokens: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-    return {tap: value.reshape(*tokens.shape, -1) for tap, value in activations.items()}  # some models flatten rows
+def narrowed(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
+    """The model, but for output rows from `vocab_size` on, which are padding; weights are shared."""
+    forward, part = model.forward, copy.copy(model)
+    part.config = copy.deepcopy(model.config)
+    part.config.get_text_config().vocab_size = vocab_size
+
+    @functools.wraps(forward)
+    def narrow(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        output.logits = output.logits[..., :vocab_size]
+        return output
+
+    part.forward = narrow  # type: ignore[method-assign]
+    return part

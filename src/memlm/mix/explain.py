@@ -67,7 +67,8 @@ def explain(
         if value < least:
             raise ConfigError(f"{name} = {value}: must be at least {least}")
     memory = _searched(model, tokenizer, datastore, retrieval)
-    inputs = encode_prompt(tokenizer, prompt).to(model.device)
+    rows = model.get_input_embeddings().weight.shape[0]
+    inputs = encode_prompt(tokenizer, prompt, rows=rows).to(model.device)
     read = inputs["input_ids"].shape[1]
     sequence = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id

@@ -22,7 +22,7 @@ from memlm.mix.config import MixedLMConfig
 from memlm.mix.weights import settle_weights
 from memlm.models.adapters import active_adapters, save_adapter, save_without_adapter
 from memlm.models.identity import commit_of, is_what_is_stored
-from memlm.models.loading import adapted_base, load_causal_lm, load_config, resolve, where_from
+from memlm.models.loading import adapted_base, device_of, load_causal_lm, load_config, resolve, where_from
 from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _load_memories(
         label: source if isinstance(source, Memory) else _load(source, name, options)
         for label, source in sources.items()
     }
-    return found if "device_map" in kwargs else {label: part.to(base.device) for label, part in found.items()}
+    return found if "device_map" in kwargs else {label: part.to(device_of(base)) for label, part in found.items()}
 
 
 def _load(source: str | Path, base: str | None, options: Mapping[str, Any]) -> Memory:

@@ -1,5 +1,6 @@
 """`MixedLM`: a frozen base and its memories as one model of transformers."""
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -18,7 +19,7 @@ from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
-from memlm.mix.base import BaseState, BaseVoter
+from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
 from memlm.mix.loading import (
@@ -33,6 +34,7 @@ from memlm.mix.loading import (
 from memlm.mix.mixture import mix_log_probs
 from memlm.mix.weights import FixedWeights, MixWeight, Weight, settle_weights
 from memlm.models.adapters import has_adapter
+from memlm.models.loading import longest_context
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             memory_window=memory_window,
         )
         for name in ("bos_token_id", "eos_token_id", "pad_token_id", *SIZES):
-            setattr(config, name, getattr(base.config.get_text_config(), name, None))
+            with contextlib.suppress(Exception):  # some configs tell of every layer alone, and refuse to tell of all
+                setattr(config, name, getattr(base.config.get_text_config(), name, None))
         config._attn_implementation = "eager"  # has no attention of its own; the base keeps what it was loaded with
         super().__init__(config)
         self.base: PreTrainedModel = base
         self.memories = nn.ModuleDict()
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
         self._voter = BaseVoter(base, size)
-        self._is_stateful = bool(getattr(base, "_is_stateful", False))  # transformers asks before it drafts
         self._rule = FixedWeights({})
         self._vocab_sizes = {"": size}  # the base's; a memory's below its name
         for name, part in given.items():
@@ -209,6 +211,17 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """Ids that base and memories share are below it."""
         return self.config.vocab_size
 
+    @property
+    def _is_stateful(self) -> bool:  # transformers asks before it drafts
+        voter = self._voter
+        drafts = voter.keeps_cache and voter.abilities.chunks and voter.abilities.takes_back
+        return bool(getattr(self.base, "_is_stateful", False)) or not drafts
+
+    @property
+    def device(self) -> torch.device:
+        """Where it takes its tokens."""
+        return self._voter.device
+
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
 
@@ -238,7 +251,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: The new tokens.
             attention_mask: `(B, past + T)`, 0 at padding.
-            position_ids: For the base; each memory counts for itself.
+            position_ids: For the base; each memory counts for itself, so they may not start anew within a row.
             past_key_values: A `MixedCache` from an earlier call.
             labels: Gives `loss`, the mean cross-entropy of the mixture; -100 is ignored; shifted here.
             use_cache: Whether to return a cache; default false, unless `past_key_values` is given.
@@ -250,17 +263,24 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
         Raises:
             TypeError: `past_key_values` is not a `MixedCache`.
-            ConfigError: There are no token ids, or the mask is not `(B, L)`; a weight is outside [0, 1], they sum to
-                more than 1, or do not fit the batch; or the cache is older than a memory.
+            ConfigError: There are no token ids, the mask is not `(B, L)`, or positions start anew; the base cannot read
+                padded rows or behind a cache; a weight is outside [0, 1], they sum to more than 1, or do not fit the
+                batch; or the cache is older than a memory.
         """
         if input_ids is None:
             raise ConfigError("input_ids are missing: memories read token ids, so embeddings alone are not enough")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(f"attention_mask has {attention_mask.ndim} axes: a mixture takes (batch, length) only")
+        if position_ids is not None and _restart(position_ids, attention_mask):
+            raise ConfigError(
+                "position_ids start anew within a row: the base would tell documents apart there, memories read rows"
+                " whole; give each document a row of its own"
+            )
         if past_key_values is not None and not isinstance(past_key_values, MixedCache):
             raise TypeError(
                 f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache"
             )
+        self._check_ability(input_ids, attention_mask, past_key_values)
         use_cache = use_cache if use_cache is not None else past_key_values is not None
         use_cache = use_cache and self._voter.keeps_cache
         if use_cache and past_key_values is None:
@@ -290,6 +310,24 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             attentions=getattr(parts.base.output, "attentions", None),
         )
         return result if return_dict is not False else result.to_tuple()
+
+    def _check_ability(self, input_ids: Tensor, mask: Tensor | None, cache: MixedCache | None) -> None:
+        """Raise unless the base can read this: these ids, so many, padded, behind a cache.
+
+        Raises:
+            ConfigError: It cannot.
+        """
+        name, known = type(self.base).__name__, cache.get_seq_length() if cache is not None else 0
+        rows, longest = self.base.get_input_embeddings().weight.shape[0], longest_context(self.base.config)
+        if longest is not None and known + input_ids.shape[1] > longest:
+            length = known + input_ids.shape[1]
+            raise ConfigError(f"{length} tokens are more than the {longest} that base {name} has positions for")
+        if not known and input_ids.numel() and (largest := int(input_ids.max())) >= rows:  # a token made later has one
+            raise ConfigError(f"token id {largest} is outside the {rows} of base {name}; leave that token out")
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()) and not self._voter.abilities.padding:
+            raise ConfigError(f"{name} reads padding on the left as text: give it rows one by one, or of one length")
+        if known and input_ids.shape[1] > 1 and not self._voter.abilities.chunks:
+            raise ConfigError(f"{name} goes on behind a cache by single tokens only: give one at a time, or no cache")
 
     def components(
         self,
@@ -363,9 +401,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        if not self._voter.keeps_cache:
+        beams = (generation_config.num_beams or 1) > 1
+        if not self._voter.keeps_cache or (beams and not self._voter.abilities.rows):
             name = type(self.base).__name__
-            warnings.warn(f"{name} keeps no past in a cache; all text is read anew for every token", stacklevel=2)
+            what = "keeps no past in a cache" if not self._voter.keeps_cache else "mixes up the rows of its cache"
+            warnings.warn(f"{name} {what}; all text is read anew for every token", stacklevel=2)
             generation_config.use_cache = model_kwargs["use_cache"] = False
             return
         given = model_kwargs.get("past_key_values") is not None
@@ -377,6 +417,26 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             return
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
+
+    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, options: dict[str, Any]) -> None:
+        drafter, rows = options.get("assistant_model"), self.base.config.get_text_config().vocab_size
+        if drafter is not None and rows > self.vocab_size and drafter.config.get_text_config().vocab_size == rows:
+            options["assistant_model"] = narrowed(
+                drafter, self.vocab_size
+            )  # both are padded beyond the tokenizer's ids
+        cast(Any, super())._validate_generation_mode(mode, config, options)
+
+    def _validate_generated_length(
+        self, generation_config: GenerationConfig, input_ids_length: int, *args: Any
+    ) -> None:
+        cast(Any, super())._validate_generated_length(generation_config, input_ids_length, *args)
+        longest = longest_context(self.base.config)
+        if longest is not None and (generation_config.max_length or 0) > longest:
+            raise ConfigError(
+                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones"
+                f" are more than the {longest} that base {type(self.base).__name__} has positions for: lower"
+                " max_new_tokens or shorten the prompt"
+            )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         strange = {name: value for name, value in model_kwargs.items() if name not in self._voter.arguments}
@@ -467,6 +527,17 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: Always.
         """
         raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
+
+
+def _restart(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
+    """Whether positions go down from a token to the next, as where documents are packed into a row."""
+    if position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return False
+    down = position_ids[:, 1:] <= position_ids[:, :-1]
+    if attention_mask is not None and attention_mask.shape[1] >= position_ids.shape[1]:
+        there = attention_mask[:, -position_ids.shape[1] :].bool().to(down.device)
+        down = down & there[:, 1:] & there[:, :-1]
+    return bool(down.any())
 
 
 def _absolute(name: str) -> str:

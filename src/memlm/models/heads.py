@@ -1,6 +1,8 @@
 """A causal LM as a body that gives hidden states and a head that turns them into logits."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -8,6 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from memlm.errors import ModelError
+from memlm.models.adapters import unwrapped
+from memlm.models.loading import device_of
+
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,9 @@ class Head:
         return getattr(self.linear, "bias", None)
 
     def __call__(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
-        logits = self.linear(hidden)
+        weight = getattr(self.linear, "weight", None)  # some bodies compute in float32 whatever the head is in
+        same = weight is None or not weight.is_floating_point()
+        logits = self.linear(hidden if same else hidden.to(weight.dtype))
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -53,17 +61,60 @@ def find_head(model: PreTrainedModel, *, exact: bool = False) -> Head:
     if linear is None or body is model:
         raise ModelError(f"{type(model).__name__} has no separate body and output layer")
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    head = Head(linear, scale, getattr(config, "final_logit_softcapping", None))
-    probe = torch.arange(3, device=model.device)[None] % config.vocab_size
+    softcap = next((cap for name in _SOFTCAPS if (cap := getattr(config, name, None))), None)
+    head = Head(linear, scale, softcap)
+    probe = torch.arange(3, device=device_of(model))[None] % config.vocab_size
     with torch.no_grad():
         expected = model(input_ids=probe, use_cache=False).logits.float()
         found = head(body(input_ids=probe, use_cache=False)[0]).float()
     tolerance = 0.0 if exact else 1e-3 if model.dtype == torch.float32 else 5e-2
-    if expected.shape != found.shape or (expected - found).abs().max() > tolerance * expected.abs().max().clamp(min=1):
+    if (
+        expected.shape != found.shape
+        or (expected - found).abs().max() > tolerance * expected.abs().max().clamp(min=1)
+        or not _holds_far_out(model, body, head, probe)
+    ):
         raise ModelError(
             f"{type(model).__name__} changes its logits after the output layer in a way memlm does not know"
         )
     return head
+
+
+class _Louder(nn.Module):
+    """An output layer whose logits are up to 1000."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.linear(hidden) * (1000 / self.linear(hidden).abs().max().clamp(min=1e-3))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(super().__getattr__("linear"), name) if name != "linear" else super().__getattr__(name)
+
+
+@torch.no_grad()
+def _holds_far_out(model: PreTrainedModel, body: nn.Module, head: Head, probe: Tensor) -> bool:
+    """Whether the head holds for large logits too; what bounds them would be lost in rounding among small ones."""
+    inner = unwrapped(model)
+    path = next((name for name, module in inner.named_modules() if module is head.linear), None)
+    if path is None:
+        return True
+    copied = copy.copy(inner)  # with another output layer: the model itself may be running in another thread
+    if hasattr(copied, "_hf_hook"):  # accelerate's, bound to the model itself
+        vars(copied).pop("forward", None)
+    owner = copied
+    *parents, last = path.split(".")
+    for name in ("", *parents):
+        part = copy.copy(getattr(owner, name)) if name else owner
+        part._modules = dict(part._modules)
+        if name:
+            owner._modules[name] = part
+        owner = part
+    owner._modules[last] = _Louder(head.linear)
+    expected = copied(input_ids=probe, use_cache=False).logits.float()
+    found = replace(head, linear=_Louder(head.linear))(body(input_ids=probe, use_cache=False)[0]).float()
+    return bool((expected - found).abs().max() <= 0.02 * expected.abs().max())
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Causal language models from a path, a hub id or a packaged name; whole, with some layers, or fresh."""
+"""Causal language models from a path, a hub id or a packaged name."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
 from memlm.files import read_json
 from memlm.manifest import check_payload, is_artifact, payload_file, read_manifest
 from memlm.models.adapters import ADAPTER_CONFIG
@@ -192,6 +192,29 @@ def _unreachable(name: str, source: str, error: Exception) -> ModelError:
     return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {reason_of(error)}")
 
 
+def longest_context(config: PreTrainedConfig) -> int | None:
+    """Tokens that a model of this config has positions for; None where it needs none."""
+    text = config.get_text_config(decoder=True)
+    found = None if getattr(text, "alibi", False) else getattr(text, "max_position_embeddings", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def check_reaches(model: str, tokens: int, *, data: str, label: str) -> None:
+    """Raise unless `model` has positions for texts so long; reads its config only.
+
+    Args:
+        tokens: The most that it is to read at a time.
+        data: What an error calls what it is to read.
+        label: What an error calls the model.
+
+    Raises:
+        InputError: It has fewer.
+    """
+    longest = longest_context(load_config(model))
+    if longest is not None and tokens > longest:
+        raise InputError(f"{data} has blocks of {tokens} tokens, {label} has positions for {longest}: lower block_size")
+
+
 def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     """bfloat16 where the device computes it natively, float32 otherwise."""
     device = torch.device(device)
@@ -200,6 +223,16 @@ def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
     else:
         native = device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     return torch.bfloat16 if native else torch.float32
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens, also where accelerate keeps its weights on disk (which is the device `meta`)."""
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    if device.type != "meta":
+        return device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    parts = (part for hook in hooks for part in getattr(hook, "hooks", [hook]))
+    return torch.device(next(filter(None, (getattr(part, "execution_device", None) for part in parts)), "meta"))
 
 
 def default_device() -> torch.device:
@@ -226,83 +259,22 @@ def parse_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
 def block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and module of the list of transformer blocks: the module list that holds most parameters.
 
+    Parts with a config of their own, as towers that see or hear, are left out.
+
     Raises:
         ModelError: The model has no list of blocks.
     """
+    kinds = {type(model.config), type(model.config.get_text_config(decoder=True))}
+    other = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PreTrainedModel) and type(module.config) not in kinds
+    )
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and not name.startswith(other)
     ]
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of blocks")
     return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-
-
-def outer_layers(count: int, total: int) -> list[int]:
-    """`count` indices of `range(total)`, half from the front and half from the back.
-
-    The middle blocks of a deep model change its stream least, so dropping them hurts least (docs/decisions/0005).
-    """
-    front = (count + 1) // 2
-    return [*range(front), *range(total - (count - front), total)]
-
-
-def chosen_layers(layers: int | Sequence[int], total: int) -> list[int]:
-    """The layers, counted from 0, that a number of layers or a list of them stands for.
-
-    Raises:
-        ConfigError: A layer that a model of `total` layers does not have, or none at all.
-    """
-    if isinstance(layers, int) and not 1 <= layers <= total:
-        raise ConfigError(f"layers = {layers}: the start model has {total}")
-    chosen = outer_layers(layers, total) if isinstance(layers, int) else list(layers)
-    if not chosen or any(not 0 <= i < total for i in chosen) or chosen != sorted(set(chosen)):
-        raise ConfigError(f"layers = {chosen}: give ascending numbers from 0 to {total - 1}")
-    return chosen
-
-
-def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrainedModel:
-    """A new model with only some of `model`'s blocks, weights copied, ready to save and load.
-
-    Args:
-        layers: How many (half from the front, half from the back), or which, counted from 0.
-
-    Raises:
-        ConfigError: A layer that the model does not have, or none at all.
-    """
-    name, blocks = block_list(model)
-    chosen = chosen_layers(layers, len(blocks))
-    smaller = AutoModelForCausalLM.from_config(layered_config(model.config, chosen), dtype=model.dtype)
-    around = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")}
-    left = smaller.load_state_dict(around, strict=False)
-    assert not left.unexpected_keys
-    assert all(key.startswith(f"{name}.") for key in left.missing_keys)
-    for kept, number in zip(smaller.get_submodule(name).children(), chosen, strict=True):
-        kept.load_state_dict(blocks[number].state_dict())
-    smaller.generation_config = model.generation_config
-    return smaller.eval()
-
-
-def layered_config(config: PreTrainedConfig, chosen: Sequence[int]) -> PreTrainedConfig:
-    """A copy of `config` for only the chosen layers, per-layer lists cut to match."""
-    total = config.num_hidden_layers
-    settings = config.to_dict()
-    for key, value in settings.items():
-        if isinstance(value, list) and len(value) == total and key != "architectures":
-            settings[key] = [value[i] for i in chosen]
-    settings[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(chosen)
-    return type(config).from_dict(settings)
-
-
-def fresh_model(config: PreTrainedConfig, layers: int | Sequence[int] | None, seed: int) -> PreTrainedModel:
-    """A randomly initialised model of `config`, with fewer layers where asked."""
-    if layers is not None:
-        config = layered_config(config, chosen_layers(layers, config.num_hidden_layers))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-
-
-def model_size(name: str, layers: int | Sequence[int] | None = None) -> int:
-    """Parameters of the model `name`, by its config; with only some of its layers where asked."""
-    with torch.device("meta"):
-        return fresh_model(load_config(name), layers, 0).num_parameters()

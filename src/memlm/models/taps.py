@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import math
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,21 +13,26 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from memlm.errors import ConfigError, ModelError
 from memlm.models.adapters import unwrapped
-from memlm.models.loading import block_list
+from memlm.models.loading import block_list, device_of
 
 
 class _ForwardStoppedError(Exception):
     """Raised inside a hook to skip what comes after the tap."""
 
 
-def _matrices(module: nn.Module) -> int:
-    return sum(1 for p in module.parameters() if p.ndim > 1)
+_PROBE = 2, 7  # rows and tokens
+
+
+def _weights(module: nn.Module) -> int:
+    """Numbers in its matrices."""
+    return sum(p.numel() for p in module.parameters() if p.ndim > 1)
 
 
 def resolve_tap(model: PreTrainedModel, tap: str) -> str:
@@ -42,7 +48,9 @@ def resolve_tap(model: PreTrainedModel, tap: str) -> str:
     if tap == "auto":
         return find_tap(model)
     if not re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", tap):
-        get_module(model, tap)
+        with torch.no_grad(), capture(model, [tap]) as found:
+            model.base_model(input_ids=probe(model), use_cache=False)
+        by_row(found, tap, probe(model))
         return tap
     depth = float(tap)
     if not 0 < depth <= 1:
@@ -53,9 +61,9 @@ def resolve_tap(model: PreTrainedModel, tap: str) -> str:
 def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
     """Path of a block's MLP, whose input is read; the last block's unless told otherwise.
 
-    A short probe records in which order the block calls its children. The first that holds weight matrices mixes
-    tokens (attention); the next is the MLP, or its first projection where the block has no MLP module of its own. No
-    table of model names is used.
+    A short probe records in which order the block calls its children, and which of them let tokens look at each other
+    (attention, convolutions, states). The MLP is what holds most weights of the others: a module, or the first
+    projection where the block has no MLP module of its own. No table of model names is used.
 
     Args:
         depth: Share of the blocks that lie before the tap, its own block included, in (0, 1].
@@ -67,24 +75,85 @@ def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
     """
     list_name, blocks = block_list(model)
     number = max(1, round(depth * len(blocks))) - 1
-    last = blocks[number]
+    children: dict[str, nn.Module] = {}
+    for name, child in blocks[number].named_children():
+        parts = child.named_children() if isinstance(child, nn.ModuleList) else ()
+        children |= {f"{name}.{part}": module for part, module in parts} or {name: child}
     called: list[str] = []
-    children = dict(last.named_children())
-    with torch.no_grad(), watch(children, lambda name, *_: called.append(name)):
-        model.base_model(torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
-    heavy = [name for name in dict.fromkeys(called) if _matrices(children[name])]
-    refusal = (
-        f"no MLP was found in block {number} of {type(model).__name__} (it calls {', '.join(called) or 'no child'});"
-        " name the module whose input is to be read with --tap"
-    )
-    if len(heavy) < 2 or _matrices(children[heavy[0]]) < 2:
-        raise ModelError(refusal)
-    mlp = children[heavy[1]]
-    if _matrices(mlp) == 1:  # a bare projection: it must widen, or it is no MLP's first half
-        rows, columns = next(p.shape for p in mlp.parameters() if p.ndim > 1)
-        if rows == columns:
-            raise ModelError(refusal)
-    return f"{list_name}.{number}.{heavy[1]}"
+    mixers: set[str] = set()
+
+    def see(name: str, args: tuple, kwargs: dict) -> None:
+        called.append(name)
+        if not _weights(children[name]):
+            return
+        if isinstance(_module_input(args, kwargs), FakeTensor):  # no values to compare: attention comes first
+            mixers.update([name] if not mixers else ())
+        elif _mixes_tokens(children[name], args, kwargs):
+            mixers.add(name)
+
+    with torch.no_grad(), watch(children, see):
+        model.base_model(input_ids=probe(model), use_cache=False)
+    weights = {name: _weights(children[name]) for name in called if name not in mixers}
+    mlp, behind = None, True
+    for name in called:  # the first of the last ones that no mixer parts
+        behind = behind or name in mixers
+        if behind and 0 < max(weights.values(), default=0) <= 2 * weights.get(name, 0):
+            mlp, behind = name, False
+    if mlp is None or called.count(mlp) > 1 or _is_square(children[mlp]):
+        names = ", ".join(dict.fromkeys(called)) or "no child"
+        raise ModelError(
+            f"no MLP was found in block {number} of {type(model).__name__} (it calls {names});"
+            " name the module whose input is to be read with --tap"
+        )
+    return f"{list_name}.{number}.{mlp}"
+
+
+def probe(model: PreTrainedModel) -> Int[Tensor, "B T"]:
+    """A few tokens that any model can read."""
+    size = model.config.get_text_config(decoder=True).vocab_size
+    return (torch.arange(math.prod(_PROBE), device=device_of(model)) % size).view(_PROBE)
+
+
+def _mixes_tokens(module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    """Whether what a module makes of a row's last token depends on others; also where that cannot be told.
+
+    Args:
+        args, kwargs: As it is called with the probe.
+    """
+    given = _module_input(args, kwargs)
+    try:
+        others = _rows(given.clone(), _PROBE)
+        others[:, :-1] *= -2
+        others = others.view_as(given)
+        changed = tuple(others if value is given else value for value in args)
+        named = {name: others if value is given else value for name, value in kwargs.items()}
+        found = [_rows(first_tensor(module.forward(*a, **k)), _PROBE) for a, k in ((changed, named), (args, kwargs))]
+    except Exception:  # the model's own code, called in a way of which it knows nothing
+        return True
+    last, before = (f[:, -1].float() for f in found)
+    return bool((last - before).abs().max() > 1e-3 * before.abs().max())  # experts may be rounded in another order
+
+
+def _rows(values: Tensor, shape: tuple[int, int]) -> Float[Tensor, "B T D"]:
+    """Values with a vector for each token, of a model that may flatten rows.
+
+    Raises:
+        ValueError: They are laid out in another way.
+    """
+    if values.shape[:2] != shape and values.shape[0] != math.prod(shape):
+        raise ValueError(f"shape {tuple(values.shape)}")
+    return values.reshape(*shape, -1)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor that a module gives, or the first of several."""
+    return output if isinstance(output, Tensor) else next(first_tensor(part) for part in output if part is not None)
+
+
+def _is_square(module: nn.Module) -> bool:
+    """Whether it is a bare projection that does not widen, and so is no first half of an MLP."""
+    shapes = [p.shape for p in module.parameters() if p.ndim > 1]
+    return len(shapes) == 1 and shapes[0][-2:].count(shapes[0][-1]) == 2
 
 
 def get_module(model: PreTrainedModel, tap: str) -> nn.Module:
@@ -119,7 +188,7 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
 
 
 def _module_input(args: tuple, kwargs: dict) -> Tensor:
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)).detach()
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 # Hooks belong to a module, and so to all threads that run it. One hook per watched module serves them all: it tells
@@ -160,6 +229,16 @@ def watch(modules: Mapping[str, nn.Module], see: Callable[[str, tuple, dict], No
 
 
 @contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Have nobody told of what the `with` block calls."""
+    before = _watchers.set(())
+    try:
+        yield
+    finally:
+        _watchers.reset(before)
+
+
+@contextlib.contextmanager
 def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
     """What goes into each tap during the forward passes of a `with` block; other threads may run the same model.
 
@@ -178,7 +257,11 @@ def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) 
     modules = {tap: get_module(model, tap) for tap in taps}
 
     def keep(tap: str, args: tuple, kwargs: dict) -> None:
-        found[tap] = _module_input(args, kwargs)
+        if tap in found:
+            raise ModelError(
+                f"tap {tap} of {type(model).__name__} is called several times in a forward pass; name another"
+            )
+        found[tap] = _module_input(args, kwargs).detach()
         if stop and len(found) == len(modules):
             raise _ForwardStoppedError
 
@@ -210,6 +293,20 @@ class TapReader:
         """
         with capture(self.model, [self.tap], stop=True) as found:
             self.model.base_model(input_ids=input_ids, **{"use_cache": False, **inputs})
-        if self.tap not in found:
-            raise ModelError(f"the tapped module of {type(self.model).__name__} is never called in a forward pass")
-        return found[self.tap].reshape(*input_ids.shape, -1)
+        return by_row(found, self.tap, input_ids)
+
+
+def by_row(found: Mapping[str, Tensor], tap: str, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """What `capture` found at a tap, a row of vectors for each of `tokens`.
+
+    Raises:
+        ModelError: The forward pass never called the tap, or with anything but a vector for each token.
+    """
+    if tap not in found:
+        raise ModelError(f"tap {tap} is never called in a forward pass; name another module")
+    try:
+        return _rows(found[tap], (tokens.shape[0], tokens.shape[1]))
+    except ValueError as error:
+        raise ModelError(
+            f"what goes into tap {tap} has not one vector for each token ({error}); name another"
+        ) from None

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -60,19 +60,28 @@ def find_tokenizer(model: str, **options: Any) -> PreTrainedTokenizerBase | None
         return None
 
 
-def check_reads(model: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int, *, data: str, label: str) -> None:
+def check_reads(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    there: Callable[[], Iterable[NDArray[np.int32]]],
+    *,
+    data: str,
+    label: str,
+) -> None:
     """Raise unless `model` can read token ids of `tokenizer`; reads configs only, no weights.
 
     Args:
         model: Path, hub id or packaged name. One without a tokenizer will do if its vocabulary is large enough.
         tokenizer: What made the token ids.
         vocab_size: The ids are below it.
+        there: Gives the token ids themselves; asked where the model has fewer rows than the tokenizer has ids.
         data: What an error calls the folder of the token ids.
         label: What an error calls the model.
 
     Raises:
         TokenizerMismatchError: The model comes with another tokenizer.
-        InputError: Its vocabulary is too small.
+        InputError: It has no row for a token that is there.
         ModelError: It cannot be reached.
     """
     size = load_config(model).get_text_config().vocab_size
@@ -80,7 +89,21 @@ def check_reads(model: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int,
     if own is not None:
         check_same(tokenizer, own, data, label)
     if size < vocab_size:
-        raise InputError(f"{data} has token ids up to {vocab_size - 1}, outside the {size} of {label}")
+        for ids in there():
+            check_rows_for(ids, size, tokenizer, data=data, label=label)
+
+
+def check_rows_for(
+    ids: NDArray[np.int32], rows: int, tokenizer: PreTrainedTokenizerBase, *, data: str, label: str
+) -> None:
+    """Raise unless a model of so many rows has one for each of `ids`; the first token without is named.
+
+    Raises:
+        InputError: It has not.
+    """
+    if len(beyond := ids[ids >= rows]):
+        token = tokenizer.convert_ids_to_tokens(int(beyond[0]))
+        raise InputError(f"{data} has token {token!r} (id {beyond[0]}), outside the {rows} of {label}; leave it out")
 
 
 @contextlib.contextmanager
@@ -234,14 +257,20 @@ def check_prompt(prompt: str | list[dict[str, str]]) -> None:
         raise InputError("the prompt is not UTF-8; see to the encoding of the terminal or file that it comes from")
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]]) -> BatchEncoding:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], *, rows: int | None = None
+) -> BatchEncoding:
     """A text, or the turns of a chat in the tokenizer's template, as a batch of one that an answer can follow.
 
     A template writes special tokens itself, so none are added to it. What a tokenizer puts behind a text, as an end
     token, is left out.
 
+    Args:
+        rows: Of the embeddings of the model that is to read it; None: enough.
+
     Raises:
-        InputError: There are no tokens, or turns and no template; the prompt is not UTF-8; tokenizer or template fail.
+        InputError: There are no tokens, or turns and no template, or a token that the model has no row for; the
+            prompt is not UTF-8; tokenizer or template fail.
     """
     check_prompt(prompt)
     if isinstance(prompt, str):
@@ -259,6 +288,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[st
     assert isinstance(inputs, BatchEncoding)
     if not inputs["input_ids"].shape[1]:
         raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
+    if rows is not None:
+        ids = inputs["input_ids"][0].numpy()  # type: ignore[union-attr]
+        check_rows_for(ids, rows, tokenizer, data="the prompt", label="the base")
     return inputs
 
 

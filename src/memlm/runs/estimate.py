@@ -13,12 +13,12 @@ from memlm.corpus.readers import find_sources
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import nlist_in_force
 from memlm.memory.loading import memory_class, read_settings
+from memlm.models.layers import model_size
 from memlm.models.loading import (
     WEIGHTS_FILE,
     default_device,
     find_file,
     load_config,
-    model_size,
     parse_dtype,
     resolve,
     tensor_shapes,

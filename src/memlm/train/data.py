@@ -78,7 +78,22 @@ class TrainingData:
 
     def check_read_by(self, model: str, role: str) -> None:
         """Raise as `check_reads` does unless `model`, called `role` in an error, can read these token ids."""
-        check_reads(model, self.tokenizer, self.vocab_size, data=str(self.folder), label=f"{role} {model}")
+        names = {"data": str(self.folder), "label": f"{role} {model}"}
+        check_reads(model, self.tokenizer, self.vocab_size, self.token_ids, **names)
+
+    def token_ids(self) -> Iterator[NDArray[np.int32]]:
+        """All its token ids, some at a time."""
+        if self._corpus is not None:
+            yield from self._corpus.token_ids()
+        else:
+            for part in (self.train, self.validation):
+                assert isinstance(part, _ArrowTable)
+                yield from part.token_ids()
+
+    @property
+    def longest_block(self) -> int:
+        """Tokens of its longest row."""
+        return int(max(part.lengths.max(initial=0) for part in (self.train, self.validation)))
 
     @cached_property
     def train(self) -> "Rows":
@@ -152,6 +167,10 @@ class _ArrowTable:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def token_ids(self) -> Iterator[NDArray[np.int32]]:
+        """Its token ids, some at a time."""
+        yield from (chunk.flatten().to_numpy() for chunk in self._table.data.column("input_ids").chunks)
 
 
 class TargetRows(_ArrowTable, Rows):

@@ -19,7 +19,7 @@ from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import load_memory, memory_class, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.models.identity import model_identity
-from memlm.models.loading import WEIGHTS_FILE, default_device, load_causal_lm, parse_dtype
+from memlm.models.loading import WEIGHTS_FILE, check_reaches, default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
 from memlm.parts import KEEP_SECONDS, Due
@@ -93,6 +93,7 @@ def plan_memory(
     if init is not None:
         _check_init(rows, init)
     rows.check_read_by(base, "base")
+    check_reaches(base, rows.longest_block, data=str(data), label=f"base {base}")
     store = _stored_activations(rows, base, activations, config) if activations is not None else None
     device = default_device()
     dtype = parse_dtype(config.dtype, device)
@@ -233,7 +234,7 @@ def _stored_activations(rows: TrainingData, base: str, activations: str | Path, 
 def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrainedModel, config: TrainConfig) -> Memory:
     """The memory before its training, in float32."""
     shared: dict[str, Any] = {
-        "vocab_size": rows.vocab_size,
+        "vocab_size": min(rows.vocab_size, base.config.get_text_config(decoder=True).vocab_size),
         "context_length": rows.corpus_config.block_size,
         "tokenizer": rows.manifest.tokenizer,
     }
@@ -241,7 +242,7 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
         assert init is not None
         memory = load_memory(init, dtype=torch.float32)
         memory.check_base(base)
-        shared["vocab_size"] = min(rows.vocab_size, memory.vocab_size)
+        shared["vocab_size"] = min(shared["vocab_size"], memory.vocab_size)
         memory.settings = memory.settings.model_copy(update=shared)
         return memory
     kind = memory_class(config.start.kind)

@@ -1,0 +1,241 @@
+"""What memlm does with each architecture; `python tests/architecture_table.py` prints docs/architectures.md."""
+
+import re
+import tempfile
+import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import torch
+import transformers
+from architectures import ARCHITECTURES, VOCABULARY, tiny_config, tiny_model
+from families import family_model, token_ids
+from memories import decoder_memory
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from memlm import MixedLM
+from memlm.errors import MemlmError
+from memlm.memory.decoder import MemoryDecoder
+from memlm.models.layers import keep_layers
+from memlm.models.loading import load_causal_lm, reason_of
+from memlm.models.taps import find_tap
+
+STEPS = 3
+CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # float32 sums in another order, logits of order 1
+
+
+@torch.no_grad()
+def by_hand(model: Any, tokens: Tensor) -> Tensor:
+    """Greedily, all text read anew for every token."""
+    for _ in range(STEPS):
+        tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], 1)
+    return tokens
+
+
+def generate(model: Any, tokens: Tensor, **options: Any) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.generate(tokens, max_new_tokens=STEPS, do_sample=False, **options)
+
+
+@cache
+def memory() -> MemoryDecoder:
+    return decoder_memory(VOCABULARY, seed=3)
+
+
+@cache
+def other(seed: int) -> PreTrainedModel:
+    return family_model("llama", VOCABULARY, seed=seed)
+
+
+@lru_cache(1)
+def mixture(base: PreTrainedModel) -> MixedLM:
+    return MixedLM(base, memory(), 0.4)
+
+
+def prompt(rows: int = 1, length: int = 7) -> Tensor:
+    return token_ids(rows, length, vocab_size=VOCABULARY, seed=1)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, **(CLOSE if found.is_floating_point() else {}))
+
+
+def as_base(model: PreTrainedModel) -> str:
+    mixed, tokens = mixture(model), prompt()
+    with torch.no_grad():
+        alone = model(input_ids=tokens).logits
+        same(mixed(tokens, mix_weight=0.0).logits, alone.float())
+        changed = torch.cat([(tokens[:, :1] + 5) % VOCABULARY, tokens[:, 1:]], 1)
+        assert (model(input_ids=changed).logits[:, -1] - alone[:, -1]).abs().max() > 1e-3  # a past to be forgotten
+    same(generate(mixed, tokens), by_hand(mixed, tokens))
+    return "works" if mixed._voter.keeps_cache else "works, reads all text anew"
+
+
+def with_padding(model: PreTrainedModel) -> str:
+    _padded(mixture(model))
+    return "works"
+
+
+def _padded(mixed: MixedLM) -> None:
+    tokens = prompt(2)
+    short = tokens[1:, :-2]
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    rows = torch.cat([tokens[:1], torch.cat([torch.zeros(1, 2, dtype=torch.long), short], 1)])
+    found = generate(mixed, rows, attention_mask=mask)
+    same(found[:1], by_hand(mixed, tokens[:1]))
+    same(found[1:, 2:], by_hand(mixed, short))
+
+
+def with_beams(model: PreTrainedModel) -> str:
+    mixed = mixture(model)
+    options = {"num_beams": 3, "num_return_sequences": 3}
+    same(generate(mixed, prompt(2), **options), generate(mixed, prompt(2), use_cache=False, **options))
+    return "works"
+
+
+def with_drafts(model: PreTrainedModel) -> str:
+    mixed, tokens = mixture(model), prompt(1, 4).repeat(1, 2)
+    expected = by_hand(mixed, tokens)
+    same(generate(mixed, tokens, prompt_lookup_num_tokens=3), expected)
+    same(generate(mixed, tokens, assistant_model=other(9)), expected)
+    return "works"
+
+
+@torch.no_grad()
+def in_chunks(model: PreTrainedModel) -> str:
+    mixed, tokens = mixture(model), prompt(2, 8)
+    past, found = mixed.new_cache(2), []
+    for start, end in ((0, 3), (3, 4), (4, 7), (7, 8)):
+        found.append(mixed(tokens[:, start:end], past_key_values=past).logits)
+    same(torch.cat(found, 1), mixed(tokens).logits)
+    return "works"
+
+
+def as_memory(model: PreTrainedModel) -> str:
+    mixed, tokens = MixedLM(other(5), MemoryDecoder(model), 0.6), prompt()
+    same(generate(mixed, tokens), by_hand(mixed, tokens))
+    _padded(mixed)
+    same(generate(mixed, prompt(2), num_beams=3), generate(mixed, prompt(2), num_beams=3, use_cache=False))
+    return "works" if mixed.named_memories()["memory"].reader.keeps_keys else "works, reads its window anew"
+
+
+def with_two_layers(model: PreTrainedModel) -> str:
+    smaller, tokens = keep_layers(model, 2), prompt(2)
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        smaller.save_pretrained(folder)
+        same(load_causal_lm(folder)(tokens, use_cache=False).logits, smaller(tokens, use_cache=False).logits)
+    return "works"
+
+
+COLUMNS: dict[str, Callable[[PreTrainedModel], str]] = {
+    "base": as_base,
+    "padding": with_padding,
+    "beams": with_beams,
+    "drafts": with_drafts,
+    "steps": in_chunks,
+    "memory": as_memory,
+    "tap": find_tap,
+    "2 layers": with_two_layers,
+}
+
+
+def outcome(check: Callable[[PreTrainedModel], str], model: PreTrainedModel) -> str:
+    """`works`, or the line that a refusal gives, or WRONG and why."""
+    try:
+        return check(model)
+    except MemlmError as error:
+        return f"WRONG: {error}" if "\n" in f"{error}" else f"refused: {error}"
+    except Exception as error:
+        if "not supported with stateful models" in f"{error}":  # transformers' own refusal
+            return "refused: assisted generation is not supported with stateful models"
+        return f"WRONG: {type(error).__name__} {reason_of(error)}"
+
+
+def row(architecture: str) -> dict[str, str]:
+    """Column to outcome; only `base` where no tiny model can be made."""
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(tiny_config(architecture)).parameters())
+        if size > _LARGEST:
+            raise ValueError(f"{size:,} parameters where all known sizes are small")
+        model = tiny_model(architecture)
+        model(input_ids=prompt())
+    except Exception as error:
+        return {"base": f"cannot be made tiny here: {reason_of(error)}"}
+    return {name: outcome(check, model) for name, check in COLUMNS.items()}
+
+
+def code(outcomes: dict[str, str]) -> str:
+    """The outcomes in short: a letter for each column (works, anew, refused, else WRONG) and what the tap is called."""
+    if len(outcomes) == 1:
+        return "cannot be made"
+    letters = {"works": "w", "works, reads all text anew": "a", "works, reads its window anew": "a"}
+    said = [(name, outcomes[name]) for name in COLUMNS if name != "tap"]
+    short = [letters.get(what, "r" if what.startswith("refused") else f"({name} {what})") for name, what in said]
+    tap = outcomes["tap"]
+    return f"{''.join(short)} {'none' if tap.startswith('refused') else re.split(_NUMBER, tap, maxsplit=1)[-1]}"
+
+
+def markdown(rows: dict[str, dict[str, str]]) -> str:
+    """The page docs/architectures.md, from the `row` of each architecture."""
+    lines: dict[str, int] = {}
+    table = [f"| architecture | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    cannot = []
+    short = {"works": "yes", "works, reads all text anew": "anew", "works, reads its window anew": "anew"}
+    for architecture, outcomes in sorted(rows.items()):
+        if len(outcomes) == 1:
+            cannot.append(f"- `{architecture}`: {outcomes['base'].removeprefix('cannot be made tiny here: ')}")
+            continue
+        cells = []
+        for name, said in outcomes.items():
+            if said.startswith("refused: "):
+                line = re.sub(_CLASS, "BASE", said.removeprefix("refused: "))
+                cells.append(f"no [{lines.setdefault(line, len(lines) + 1)}]")
+            else:
+                cells.append(short.get(said, f"`{said}`" if name == "tap" else said))
+        table.append(f"| {architecture} | {' | '.join(cells)} |")
+    parts = {"table": table, "said": [f"{n}. {line}" for line, n in lines.items()], "cannot": cannot}
+    return _PAGE.format(version=transformers.__version__, **{name: "\n".join(part) for name, part in parts.items()})
+
+
+_LARGEST = 20_000_000
+_NUMBER = r"\.\d+\."
+_CLASS = r"\b[A-Za-z]\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder|ForConditionalGeneration)\b"
+_PAGE = """# Architectures
+
+What memlm does with each architecture for which transformers {version} has a causal language model, tried on a tiny
+random model of each (four blocks, 64 tokens; CPU, float32). `PYTHONPATH=src:tests python
+tests/architecture_table.py` writes this page, from the functions that `tests/models/test_architectures.py` holds
+against a literal table. No model is known by its name: what it can do is found by trying, on a few tokens, when it
+is first used.
+
+- base: greedy generation beside a Memory Decoder gives what reading all text for every token gives. *anew*: the
+  base keeps no cache that memlm can trust, so all text is read for every token, and a warning says so.
+- padding: rows that are padded on the left give what each gives alone. beams: as without a cache. drafts: prompt
+  lookup and an assistant give what greedy generation gives. steps: a text read in uneven parts behind a cache gives
+  the logits of the whole.
+- memory: it stands beside a base as a Memory Decoder, greedily, padded and with beams. *anew*: it reads its window
+  for every token.
+- tap: the module whose input is read with `--tap auto`. 2 layers: what `--layers 2` makes, saved and loaded.
+- no [n]: refused in one line, below.
+
+{table}
+
+## What is said where something is refused
+
+`BASE` stands for the model's class.
+
+{said}
+
+## Not tried
+
+{cannot}
+"""
+
+
+if __name__ == "__main__":
+    print(markdown({architecture: row(architecture) for architecture in ARCHITECTURES}), end="")

@@ -1,0 +1,157 @@
+"""Each architecture that transformers has a causal LM for: what works, what is refused; nothing is wrong unseen."""
+
+import warnings
+
+import pytest
+from architecture_table import code, row
+from architectures import ARCHITECTURES
+
+EXPECTED = {
+    "wwwwwww mlp": """
+        afmoe apertus arcee aria_text axk1 bitnet bloom codegen cohere cohere2 cohere2_moe cohere_compass_text
+        cwm deepseek_v2 deepseek_v3 doge dots1 ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon flex_olmo flint
+        fuyu gemma gemma2 gemma3 gemma3_text gemma4_unified gemma4_unified_text glm glm4 glm4_moe
+        glm4_moe_lite got_ocr2 gpt-sw3 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gpt_oss gptj
+        granite granite_swa helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder
+        jais2 jetmoe kolibri1 laguna llama mellum mimo_v2_flash minimax_m2 minimax_m3_vl_text ministral
+        ministral3 mistral mixtral moshi nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phi phi3
+        phi4_multimodal phimoe qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 solar_open stablelm starcoder2
+        vaultgemma youtu
+    """,
+    "rrrrrrw intermediate": """
+        bert bert-generation camembert data2vec-text electra ernie megatron-bert rembert roberta
+        roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod
+    """,
+    "wrwwwaw fc1": """
+        bart bigbird_pegasus blenderbot blenderbot-small marian mbart mvp pegasus plbart trocr whisper
+    """,
+    "wwwrwaw mlp": """
+        bailing_hybrid kimi_linear olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next
+        qwen4_exp qwen4_exp_text zaya
+    """,
+    "cannot be made": """
+        blt dots3_note dots3_note_text gemma3n gemma4_assistant gemma4_unified_assistant musicgen
+        musicgen_melody
+    """,
+    "wwwwwaw mlp": """
+        axk2 deepseek_v32 glm_moe_dsa hy_v4 inkling2_text
+    """,
+    "wwwwwwr mlp": """
+        beam diffllama emu3 gemma4 gemma4_text
+    """,
+    "awwrraw mlp": """
+        minimax moss_transcribe_diarize openai-gpt
+    """,
+    "awwrraw none": """
+        falcon_mamba mamba mamba2
+    """,
+    "rrrrrrw none": """
+        cpmant prophetnet xlnet
+    """,
+    "wwwwwww block_sparse_moe": """
+        granitemoe granitemoe_swa granitemoeshared
+    """,
+    "wwwwwww fc1": """
+        biogpt opt xglm
+    """,
+    "wwwwwww ffn": """
+        ctrl dbrx mpt
+    """,
+    "awwrraw feed_forward": """
+        bamba reformer
+    """,
+    "wwwwwaw feed_forward": """
+        lfm2_moe lfm3
+    """,
+    "wwwwwrw feed_forward": """
+        llama4 llama4_text
+    """,
+    "wwwwwrw mlp": """
+        inkling_text modernbert-decoder
+    """,
+    "arwrraw ffn": """
+        xlstm
+    """,
+    "arwrraw none": """
+        rwkv
+    """,
+    "rrrrrrr intermediate": """
+        big_bird
+    """,
+    "rrrrrrr lin1": """
+        xlm
+    """,
+    "wrwrraw mlp_block": """
+        recurrent_gemma
+    """,
+    "wrwrwaw mlp": """
+        deepseek_v4
+    """,
+    "wrwwwaw intermediate": """
+        git
+    """,
+    "wwwrraw feed_forward": """
+        jamba
+    """,
+    "wwwrraw none": """
+        zamba
+    """,
+    "wwwrwar none": """
+        zamba2
+    """,
+    "wwwrwaw block_sparse_moe": """
+        granitemoehybrid
+    """,
+    "wwwrwaw feed_forward": """
+        falcon_h1
+    """,
+    "wwwrwaw mixer": """
+        nemotron_h
+    """,
+    "wwwwwar mlp": """
+        gemma3n_text
+    """,
+    "wwwwwrr mlp": """
+        minicpm3
+    """,
+    "wwwwwrr none": """
+        mllama
+    """,
+    "wwwwwwr mlps.1": """
+        longcat_flash
+    """,
+    "wwwwwwr none": """
+        hrm_text
+    """,
+    "wwwwwww feed_forward": """
+        lfm2
+    """,
+}
+"""Outcome, as `code` writes it, to architectures: a letter each for base, padding, beams, drafts, steps, memory and
+2 layers (works, reads anew, refused), and the tap."""
+
+FEW = ["llama", "mamba", "bert", "deepseek_v3", "qwen3_next"]  # those that the quick tests try
+
+
+def check(architecture: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own, of kernels and caches
+        found = row(architecture)
+    expected = next((outcome for outcome, names in EXPECTED.items() if architecture in names.split()), None)
+    assert code(found) == expected, found
+
+
+@pytest.mark.parametrize("architecture", FEW)
+def test_some_architectures_do_what_the_table_says(architecture: str) -> None:
+    check(architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in FEW])
+def test_every_architecture_does_what_the_table_says(architecture: str) -> None:
+    check(architecture)
+
+
+def test_the_table_names_every_architecture_once() -> None:
+    names = [name for group in EXPECTED.values() for name in group.split()]
+    assert sorted(names) == sorted(ARCHITECTURES)
