@@ -525,7 +525,7 @@ def test_info_says_what_a_folder_is(
     assert (found.code, found.err) == (0, "")
     named = "decoder memory" if kind == "memory" else kind
     assert re.match(
-        rf"{folder}: {named}, [\d.]+ [kM]B in \d+ files\nmade \d{{4}}-\d\d-\d\d \d\d:\d\d; its last run took \d+ s\n",
+        rf"{folder}: {named}, [\d.]+ [kM]B in \d+ files\nmade \d{{4}}-\d\d-\d\d \d\d:\d\d; its last run took \d+ (s|min)\n",
         found.out,
     )
     assert model_folder in found.out  # from what
