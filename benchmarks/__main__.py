@@ -7,6 +7,7 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return settings
 
 
+def _rounded(load: tuple[float, float, float]) -> list[float]:
+    return [round(value, 2) for value in load]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run what was asked for; the exit status."""
     settings = parse(arguments)
@@ -71,9 +76,11 @@ def main(arguments: list[str] | None = None) -> int:
         lines.append(line)
 
     for name in settings.names or NAMES:
+        load = os.getloadavg()
         try:
             for line in importlib.import_module(f"benchmarks.{name}").run(settings.quick):
-                tell(line)
+                before, load = load, os.getloadavg()
+                tell(line | {"load_average": {"before": _rounded(before), "after": _rounded(load)}})
         except MemlmError as error:  # the others may still say something
             tell({"name": name, "ratio": None, "bar": None, "ok": False, "error": str(error)})
     if settings.out is not None:
