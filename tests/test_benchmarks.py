@@ -18,6 +18,7 @@ from benchmarks import (
     help_time,
     knn_decoding,
     machine,
+    mixture,
     mlp_decoding,
     mlp_quality,
     mlp_scoring,
@@ -96,6 +97,7 @@ def test_a_quick_run_of_all_proves_answers_judges_nothing_and_leaves_a_report(
     assert all({"name", "ratio", "bar", "ok"} <= line.keys() and line["ok"] is None for line in printed)
     report = json.loads(out.read_text())
     assert report["lines"] == printed
+    assert all(len(line["load_average"][when]) == 3 for line in printed for when in ("before", "after"))
     assert report["command"] == "python -m benchmarks --quick"
     assert report["hardware"]["cores"] >= 1
     assert "torch" in report["versions"]
@@ -190,7 +192,9 @@ def test_the_proof_accepts_the_library_and_refuses_a_wrong_memory(
         prove_mixture(MixedLM(base, memory, 0.3), tokens[:, :6], tokens[:, 6:])
     mixed = MixedLM(base, untrained_mlp(base, 2), 0.3)
     right = mixed_lm.mix_log_probs
-    monkeypatch.setattr(mixed_lm, "mix_log_probs", lambda base, votes, weights: right(base, votes, [0.31]))
+    monkeypatch.setattr(
+        mixed_lm, "mix_log_probs", lambda base, votes, weights, normaliser: right(base, votes, [0.31], normaliser)
+    )
     with pytest.raises(WrongAnswerError, match="nothing was timed"):
         prove_mixture(mixed, tokens[:, :6], tokens[:, 6:])
 
@@ -343,6 +347,16 @@ def test_both_recipes_of_quality_run_and_share_what_is_the_same(
     assert not (tmp_path / "medquad" / "twin").exists()
     payload = [(tmp_path / name / "datastore" / "run.json").read_text() for name in ("medquad-mlp", "medquad")]
     assert payload[0] == payload[1]  # times of one run: it was copied
+
+
+def test_a_mixture_that_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in mixture.KINDS:
+        assert mixture.measure(kind, 2, 200, rounds=1)["ratio"] > 0
+    right = mixture.mix_log_probs
+    monkeypatch.setattr(mixture, "mix_log_probs", lambda *arguments: right(*arguments) + 1e-4)
+    for kind in mixture.KINDS:
+        with pytest.raises(WrongAnswerError, match="nothing was timed"):
+            mixture.measure(kind, 2, 200, rounds=1)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
