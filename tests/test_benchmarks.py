@@ -23,6 +23,7 @@ from benchmarks import (
     mlp_quality,
     mlp_scoring,
     training_step,
+    votes_to_targets,
 )
 from benchmarks.decoding import decoder, prove_mixture
 from benchmarks.models import (
@@ -367,15 +368,28 @@ def test_the_loss_that_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> N
     proven = distillation_loss.prove_loss(shape, CPU)
     assert 0 < proven["fused_head_gradient_error"] < 1e-5
     right = distillation_loss.Inputs.fused
-    monkeypatch.setattr(distillation_loss.Inputs, "fused", lambda self: 1.001 * right(self))
-    with pytest.raises(WrongAnswerError, match=r"loss of float32/16x300"):
+    monkeypatch.setattr(distillation_loss.Inputs, "fused", lambda self, tile: 1.001 * right(self, tile))
+    with pytest.raises(WrongAnswerError, match=r"loss of float32/16x300, fused"):
         distillation_loss.prove_loss(shape, CPU)
+    monkeypatch.undo()
+    chunked = distillation_loss.Inputs.chunked
+    monkeypatch.setattr(distillation_loss.Inputs, "chunked", lambda self: 1.001 * chunked(self))
+    with pytest.raises(WrongAnswerError, match=r"loss of float32/16x300, chunked"):
+        distillation_loss.prove_loss(shape, CPU)
+
+
+def test_a_rival_of_votes_that_gives_others_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(votes_to_targets.measure(300, positions=8, k=16, rounds=1)["ratios"]) == {"numpy", "torch", "dense"}
+    right = votes_to_targets.through_sort
+    monkeypatch.setattr(votes_to_targets, "through_sort", lambda *given: [(i, 1.01 * p) for i, p in right(*given)])
+    with pytest.raises(WrongAnswerError, match="our votes against those of torch"):
+        votes_to_targets.measure(300, positions=8, k=16, rounds=1)
 
 
 @pytest.mark.slow
 def test_the_peak_of_a_dense_loss_holds_its_logits() -> None:
     shape = distillation_loss.Shape(2000, 4, 5000, 4, torch.float32)
-    peaks = {side: distillation_loss.peak(side, shape, CPU) for side in distillation_loss.SIDES}
+    peaks = {side: distillation_loss.peak(side, shape, CPU) for side in ("fused", "chunked", "dense")}
     assert peaks["dense"] > 2 * 4 * 2000 * 5000  # logits and their gradient
     assert peaks["fused"] < peaks["dense"] / 2
 
