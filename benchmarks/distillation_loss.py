@@ -56,7 +56,8 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     Cut Cross-Entropy) where torch can, and a dense one. The dense side gets its targets ready, one soft label per
     position with the label already in it, and does one cross-entropy; memory is held against it.
 
-    Extra memory is what a pass adds to parameters, hidden states and targets; the gradients, which both sides leave behind, are counted. On the CPU that is anonymous memory of a process per side.
+    Extra memory is what a pass adds to parameters, hidden states and targets; the gradients, which both sides leave
+    behind, are counted. On the CPU that is anonymous memory of a process per side.
     """
     device = default_device()
     shapes = [
