@@ -217,16 +217,19 @@ def test_a_third_of_qwens_blocks_is_eleven() -> None:
     assert mlp_decoding.third_of(base) == 11  # 11 * 3 * 1536 * 8960 = 454M
 
 
-@pytest.mark.parametrize("counting", ["total", "outside_embeddings"])
-def test_the_decoder_beside_a_pair_has_as_many_parameters(counting: str, base: PreTrainedModel) -> None:
-    memory = untrained_mlp(base, mlp_scoring.memory_blocks(base))
-    layers = mlp_scoring.twin_layers(base, memory)[counting]
-    sizes = [
-        parameter_count(random_model(config(n), dtype=torch.float32, device=CPU), embeddings=counting == "total")
-        for n in (layers, 1, 2)
-    ]
-    pair = sum(parameter_count(model, embeddings=counting == "total") for model in (base, memory))
-    assert abs(sizes[0] - pair) <= (sizes[2] - sizes[1]) / 2 + 32  # half a layer; and one final norm
+@pytest.mark.parametrize("name", mlp_scoring.SHAPES)
+def test_the_decoders_beside_a_pair_have_as_many_parameters(name: str) -> None:
+    shape, meta = mlp_scoring.SHAPES[name], torch.device("meta")
+    with meta:
+        base = random_model(shape.config(), dtype=torch.float32, device=meta)
+        ffn, head = 3 * shape.width * base.config.intermediate_size, shape.width * shape.vocab_size
+        memory = mlp_scoring.memory_blocks(base) * ffn + head
+        twins = mlp_scoring.twin_configs(shape, base, memory)
+        sizes = {name: parameter_count(random_model(c, dtype=torch.float32, device=meta)) for name, c in twins.items()}
+    pair = parameter_count(base) + memory
+    assert all(abs(size / pair - 1) < 0.03 for size in sizes.values()), (sizes, pair)
+    assert twins["deep"].hidden_size == shape.width < twins["wide"].hidden_size
+    assert abs(twins["wide"].num_hidden_layers - shape.layers) <= 3 < twins["deep"].num_hidden_layers - shape.layers
 
 
 def test_scores_that_are_timed_are_checked(base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
