@@ -292,11 +292,16 @@ def test_nothing_is_projected_from_a_search_that_did_not_grow() -> None:
     assert "did not grow" in line["note"]
 
 
-def test_flatness_is_that_of_the_worst_memory() -> None:
-    rows = [row(1000, 1e-3), row(9000, 1e-3)]
-    rows[1]["slowdown"]["decoder"] = 1.875
-    line = knn_decoding.flatness(rows, ["mlp", "decoder"], judged=True)
-    assert (line["ratio"], line["ok"]) == (1.25, False)
+def test_a_line_through_two_sizes_has_no_interval_and_one_through_three_has_that_of_their_pairs() -> None:
+    rows = [row(1000, 2e-4), row(9000, 1e-3), row(19000, 3e-3)]  # 200, 1,000 and 2,000 compared
+    assert knn_decoding.slopes(rows[:2]) is None
+    assert knn_decoding.slopes(rows) == pytest.approx([1e-6, 2e-6])
+    assert knn_decoding.with_lists([{**rows[0], "column": "released"}, *rows[1:]]) == rows[1:]
+
+
+def test_the_slowdown_that_is_told_is_that_of_the_worst_memory() -> None:
+    line = knn_decoding.parametric([row(1000, 1e-3), row(9000, 1e-3)], ["mlp", "decoder"])
+    assert (line["ratio"], line["ok"]) == (1.5, None)
 
 
 def test_sizes_of_stores_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
