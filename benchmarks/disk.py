@@ -10,7 +10,7 @@ from benchmarks.report import bar_line, prove
 from benchmarks.stage_memory import write_documents, write_teacher
 from memlm import build_corpus, build_datastore, build_targets
 from memlm.corpus.config import CorpusConfig
-from memlm.datastore.config import DatastoreConfig
+from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.store import Datastore
 from memlm.runs.recipe import data_path
 from memlm.targets.config import TargetsConfig
@@ -40,7 +40,8 @@ def datastore_lines(work: Path, tokens: int, width: int, *, quick: bool) -> Iter
     write_teacher(work / "teacher", width=width)
     corpus = CorpusConfig(document_separator="\n", validation_fraction=0, test_fraction=0)
     build_corpus([str(work / "documents.txt")], tokenizer=str(work / "teacher"), out=work / "corpus", config=corpus)
-    for kind, kept in (("ivf-pq", False), ("ivf-pq", True), ("ivf-flat", True)):
+    kinds_kept: tuple[tuple[IndexKind, bool], ...] = (("ivf-pq", False), ("ivf-pq", True), ("ivf-flat", True))
+    for kind, kept in kinds_kept:
         out = work / f"{kind}-{kept}"
         config = DatastoreConfig(index=kind, keep_keys=kept, train_vectors=65_536, nprobe=8)
         manifest = build_datastore(work / "corpus", teacher=str(work / "teacher"), out=out, config=config)
@@ -53,7 +54,7 @@ def datastore_lines(work: Path, tokens: int, width: int, *, quick: bool) -> Iter
             prove(-ours, -2.0 * width, "keys that are nowhere")
             prove(ours, 3.9 * width, "keys that are there twice")
         released = released_bytes(store.n_entries, width, 16 if quick else 4096, keys=kept)
-        more = {"ratio_to_released": round(ours * store.n_entries / sum(released.values()), 4)}
+        more: dict[str, Any] = {"ratio_to_released": round(ours * store.n_entries / sum(released.values()), 4)}
         for part, sizes in (("bytes_per_token", files), ("released_bytes_per_token", released)):
             more[part] = _per_token(sizes, store.n_entries)
         index = manifest.facts["index"]

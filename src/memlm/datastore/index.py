@@ -64,7 +64,7 @@ class Keys:
         order = None if (places[1:] >= places[:-1]).all() else np.argsort(places, kind="stable")
         ascending = places if order is None else places[order]
         ends = np.searchsorted(ascending, self._starts)
-        touched = np.flatnonzero(np.diff(ends))
+        touched = np.flatnonzero(np.diff(ends)).tolist()
         if order is None and len(touched) == 1:  # as neighbouring ids have: one copy is enough
             out = self._shards[touched[0]][places - self._starts[touched[0]]]
         else:
