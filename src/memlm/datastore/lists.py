@@ -40,7 +40,7 @@ class SearchSizes:
     filled: int = 131_072  # keys read at a time to fill an index
     device_keys: int = 32_768  # compared at a time on an accelerator: half a gigabyte of distances
     core_keys: int = 1024  # compared at a time by one core: as float32 they fit its cache
-    shared: int = 1  # queries per list from which on a list is better compared with all of them at once
+    shared: int = 32  # queries per list from which on a list is better compared with all of them at once
     candidates: int = 1 << 25  # compared before the nearest are picked
     picked: int = 128  # queries whose nearest are picked at a time: what they found fits a core's cache
     ranked: int = 512  # queries re-ranked at a time: as float32 they fit a core's cache
