@@ -7,6 +7,7 @@ import argparse
 import ast
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 NAMES = (
     "mlp_decoding",
     "mlp_scoring",
+    "mixture",
     "knn_decoding",
     "mlp_quality",
     "teacher_pass",
@@ -54,6 +56,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return settings
 
 
+def _loads(before: tuple[float, float, float]) -> dict[str, Any]:
+    """What a line says of the machine: its load averages before and now."""
+    found = {"before": before, "after": os.getloadavg()}
+    return {"load_average": {name: [round(value, 2) for value in load] for name, load in found.items()}}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run what was asked for; the exit status."""
     settings = parse(arguments)
@@ -71,11 +79,13 @@ def main(arguments: list[str] | None = None) -> int:
         lines.append(line)
 
     for name in settings.names or NAMES:
+        load = os.getloadavg()
         try:
             for line in importlib.import_module(f"benchmarks.{name}").run(settings.quick):
-                tell(line)
+                tell(line | _loads(load))
+                load = os.getloadavg()
         except MemlmError as error:  # the others may still say something
-            tell({"name": name, "ratio": None, "bar": None, "ok": False, "error": str(error)})
+            tell({"name": name, "ratio": None, "bar": None, "ok": False, "error": str(error), **_loads(load)})
     if settings.out is not None:
         command = " ".join(["python -m benchmarks", *settings.names, *(["--quick"] if settings.quick else [])])
         write_report(settings.out, lines, command=command, machine=machine)

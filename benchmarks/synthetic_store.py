@@ -58,6 +58,8 @@ def write_store(
         if kind != "exact":
             with stage.writing(INDEX_FILE) as temporary:
                 index.save(temporary)
+        if index.holds_keys:
+            stage.remove("keys")
         return {
             "entries": entries,
             "key_width": keys.shape[1],

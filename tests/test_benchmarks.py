@@ -18,10 +18,12 @@ from benchmarks import (
     help_time,
     knn_decoding,
     machine,
+    mixture,
     mlp_decoding,
     mlp_quality,
     mlp_scoring,
     training_step,
+    votes_to_targets,
 )
 from benchmarks.decoding import decoder, prove_mixture
 from benchmarks.models import (
@@ -96,6 +98,7 @@ def test_a_quick_run_of_all_proves_answers_judges_nothing_and_leaves_a_report(
     assert all({"name", "ratio", "bar", "ok"} <= line.keys() and line["ok"] is None for line in printed)
     report = json.loads(out.read_text())
     assert report["lines"] == printed
+    assert all(len(line["load_average"][when]) == 3 for line in printed for when in ("before", "after"))
     assert report["command"] == "python -m benchmarks --quick"
     assert report["hardware"]["cores"] >= 1
     assert "torch" in report["versions"]
@@ -190,7 +193,9 @@ def test_the_proof_accepts_the_library_and_refuses_a_wrong_memory(
         prove_mixture(MixedLM(base, memory, 0.3), tokens[:, :6], tokens[:, 6:])
     mixed = MixedLM(base, untrained_mlp(base, 2), 0.3)
     right = mixed_lm.mix_log_probs
-    monkeypatch.setattr(mixed_lm, "mix_log_probs", lambda base, votes, weights: right(base, votes, [0.31]))
+    monkeypatch.setattr(
+        mixed_lm, "mix_log_probs", lambda base, votes, weights, normaliser: right(base, votes, [0.31], normaliser)
+    )
     with pytest.raises(WrongAnswerError, match="nothing was timed"):
         prove_mixture(mixed, tokens[:, :6], tokens[:, 6:])
 
@@ -212,16 +217,19 @@ def test_a_third_of_qwens_blocks_is_eleven() -> None:
     assert mlp_decoding.third_of(base) == 11  # 11 * 3 * 1536 * 8960 = 454M
 
 
-@pytest.mark.parametrize("counting", ["total", "outside_embeddings"])
-def test_the_decoder_beside_a_pair_has_as_many_parameters(counting: str, base: PreTrainedModel) -> None:
-    memory = untrained_mlp(base, mlp_scoring.memory_blocks(base))
-    layers = mlp_scoring.twin_layers(base, memory)[counting]
-    sizes = [
-        parameter_count(random_model(config(n), dtype=torch.float32, device=CPU), embeddings=counting == "total")
-        for n in (layers, 1, 2)
-    ]
-    pair = sum(parameter_count(model, embeddings=counting == "total") for model in (base, memory))
-    assert abs(sizes[0] - pair) <= (sizes[2] - sizes[1]) / 2 + 32  # half a layer; and one final norm
+@pytest.mark.parametrize("name", mlp_scoring.SHAPES)
+def test_the_decoders_beside_a_pair_have_as_many_parameters(name: str) -> None:
+    shape, meta = mlp_scoring.SHAPES[name], torch.device("meta")
+    with meta:
+        base = random_model(shape.config(), dtype=torch.float32, device=meta)
+        ffn, head = 3 * shape.width * base.config.intermediate_size, shape.width * shape.vocab_size
+        memory = mlp_scoring.memory_blocks(base) * ffn + head
+        twins = mlp_scoring.twin_configs(shape, base, memory)
+        sizes = {name: parameter_count(random_model(c, dtype=torch.float32, device=meta)) for name, c in twins.items()}
+    pair = parameter_count(base) + memory
+    assert all(abs(size / pair - 1) < 0.03 for size in sizes.values()), (sizes, pair)
+    assert twins["deep"].hidden_size == shape.width < twins["wide"].hidden_size
+    assert abs(twins["wide"].num_hidden_layers - shape.layers) <= 3 < twins["deep"].num_hidden_layers - shape.layers
 
 
 def test_scores_that_are_timed_are_checked(base: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,11 +292,16 @@ def test_nothing_is_projected_from_a_search_that_did_not_grow() -> None:
     assert "did not grow" in line["note"]
 
 
-def test_flatness_is_that_of_the_worst_memory() -> None:
-    rows = [row(1000, 1e-3), row(9000, 1e-3)]
-    rows[1]["slowdown"]["decoder"] = 1.875
-    line = knn_decoding.flatness(rows, ["mlp", "decoder"], judged=True)
-    assert (line["ratio"], line["ok"]) == (1.25, False)
+def test_a_line_through_two_sizes_has_no_interval_and_one_through_three_has_that_of_their_pairs() -> None:
+    rows = [row(1000, 2e-4), row(9000, 1e-3), row(19000, 3e-3)]  # 200, 1,000 and 2,000 compared
+    assert knn_decoding.slopes(rows[:2]) is None
+    assert knn_decoding.slopes(rows) == pytest.approx([1e-6, 2e-6])
+    assert knn_decoding.with_lists([{**rows[0], "column": "released"}, *rows[1:]]) == rows[1:]
+
+
+def test_the_slowdown_that_is_told_is_that_of_the_worst_memory() -> None:
+    line = knn_decoding.parametric([row(1000, 1e-3), row(9000, 1e-3)], ["mlp", "decoder"])
+    assert (line["ratio"], line["ok"]) == (1.5, None)
 
 
 def test_sizes_of_stores_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,6 +358,16 @@ def test_both_recipes_of_quality_run_and_share_what_is_the_same(
     assert payload[0] == payload[1]  # times of one run: it was copied
 
 
+def test_a_mixture_that_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in mixture.KINDS:
+        assert mixture.measure(kind, 2, 200, rounds=1)["ratio"] > 0
+    right = mixture.mix_log_probs
+    monkeypatch.setattr(mixture, "mix_log_probs", lambda *arguments: right(*arguments) + 1e-4)
+    for kind in mixture.KINDS:
+        with pytest.raises(WrongAnswerError, match="nothing was timed"):
+            mixture.measure(kind, 2, 200, rounds=1)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
@@ -353,15 +376,28 @@ def test_the_loss_that_is_timed_is_checked(monkeypatch: pytest.MonkeyPatch) -> N
     proven = distillation_loss.prove_loss(shape, CPU)
     assert 0 < proven["fused_head_gradient_error"] < 1e-5
     right = distillation_loss.Inputs.fused
-    monkeypatch.setattr(distillation_loss.Inputs, "fused", lambda self: 1.001 * right(self))
-    with pytest.raises(WrongAnswerError, match=r"loss of float32/16x300"):
+    monkeypatch.setattr(distillation_loss.Inputs, "fused", lambda self, tile: 1.001 * right(self, tile))
+    with pytest.raises(WrongAnswerError, match=r"loss of float32/16x300, fused"):
         distillation_loss.prove_loss(shape, CPU)
+    monkeypatch.undo()
+    chunked = distillation_loss.Inputs.chunked
+    monkeypatch.setattr(distillation_loss.Inputs, "chunked", lambda self: 1.001 * chunked(self))
+    with pytest.raises(WrongAnswerError, match=r"loss of float32/16x300, chunked"):
+        distillation_loss.prove_loss(shape, CPU)
+
+
+def test_a_rival_of_votes_that_gives_others_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(votes_to_targets.measure(300, positions=8, k=16, rounds=1)["ratios"]) == {"numpy", "torch", "dense"}
+    right = votes_to_targets.through_sort
+    monkeypatch.setattr(votes_to_targets, "through_sort", lambda *given: [(i, 1.01 * p) for i, p in right(*given)])
+    with pytest.raises(WrongAnswerError, match="our votes against those of torch"):
+        votes_to_targets.measure(300, positions=8, k=16, rounds=1)
 
 
 @pytest.mark.slow
 def test_the_peak_of_a_dense_loss_holds_its_logits() -> None:
     shape = distillation_loss.Shape(2000, 4, 5000, 4, torch.float32)
-    peaks = {side: distillation_loss.peak(side, shape, CPU) for side in distillation_loss.SIDES}
+    peaks = {side: distillation_loss.peak(side, shape, CPU) for side in ("fused", "chunked", "dense")}
     assert peaks["dense"] > 2 * 4 * 2000 * 5000  # logits and their gradient
     assert peaks["fused"] < peaks["dense"] / 2
 

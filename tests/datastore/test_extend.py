@@ -182,7 +182,10 @@ def test_an_interrupted_extension_goes_on_to_the_same_bytes(
     kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "resumed" / "keys").iterdir()}
     assert sorted(kept) == ["00000.npy", "00001.npy"]
     resumed = build(grown, tmp_path / "resumed", extend=tmp_path / "old")
-    assert {name: (tmp_path / "resumed" / "keys" / name).stat().st_mtime_ns for name in kept} == kept
+    if index == "ivf-flat":  # whose index holds the keys
+        assert not (tmp_path / "resumed" / "keys").exists()
+    else:
+        assert {name: (tmp_path / "resumed" / "keys" / name).stat().st_mtime_ns for name in kept} == kept
     assert resumed.payload == whole.payload
     assert resumed.hash == whole.hash
     assert build(grown, tmp_path / "resumed", extend=tmp_path / "old") == resumed

@@ -93,6 +93,57 @@ def test_codes_of_keys_with_a_common_part_are_as_good_as_without(shape: str) -> 
     assert recalls[0] > recalls[1] - 0.03  # k-means of other roundings
 
 
+def apart(offsets: str, entries: int = N) -> np.ndarray:
+    """`(entries, WIDTH)` keys in groups: each of them small beside how far the groups lie from another."""
+    rng = np.random.default_rng(4)
+    group = np.arange(entries) % 5
+    if offsets == "of growing length":
+        shift = np.array([0, 30, -300, 3000, -9000])[group, None] * np.ones(WIDTH)
+    elif offsets == "in different coordinates":
+        shift = np.zeros((entries, WIDTH))
+        shift[np.arange(entries), 3 * group] = 8000
+    else:
+        shift = 2000 * rng.normal(size=(5, WIDTH))[group]
+    return (shift + 8 * rng.normal(size=(entries, WIDTH))).astype(np.float16)
+
+
+APART = ["of growing length", "in different coordinates", "anywhere"]
+
+
+@pytest.mark.parametrize("offsets", APART)
+@pytest.mark.parametrize("extended", [False, True])
+def test_codes_of_groups_far_apart_are_ranked_as_in_float64(offsets: str, extended: bool, tmp_path: Path) -> None:
+    """All lists are searched and all codes re-ranked where the group of a query has so many keys: rank is exact."""
+    raw, k = apart(offsets), 20
+    settings = DatastoreConfig(index="ivf-pq", nlist=10, nprobe=10, code_bytes=12, rerank_factor=10, train_vectors=N)
+    index = INDEXES["ivf-pq"].build(Keys([raw[:300] if extended else raw]), settings, SearchSizes(filled=100))
+    if extended:
+        index.extend(Keys([raw]), np.arange(300), settings)
+    index.save(tmp_path / INDEX_FILE)
+    facts = IndexFacts.model_validate(index.describe())
+    loaded = INDEXES["ivf-pq"].load(tmp_path / INDEX_FILE, Keys([raw]), facts, raw.shape)  # type: ignore[arg-type]
+    queries = raw[::9].astype(np.float32)
+    expected, _ = brute_neighbors(raw, queries, k)
+    for each in (index, loaded):
+        distances, ids = each.search(queries, k)
+        own = ((raw[ids].astype(np.float64) - queries[:, None]) ** 2).sum(-1)
+        np.testing.assert_allclose(distances, own, rtol=2**-20, atol=1e-3)  # differences, summed in float32
+        assert (np.diff(own, axis=1) >= -1e-3 - 2**-20 * own[:, 1:]).all()
+        np.testing.assert_allclose(own, expected, rtol=2**-20, atol=1e-3)
+
+
+@pytest.mark.parametrize("offsets", APART)
+def test_codes_alone_tell_groups_far_apart_and_find_nine_in_ten_within_them(offsets: str) -> None:
+    raw = apart(offsets)
+    settings = DatastoreConfig(index="ivf-pq", nlist=10, nprobe=10, code_bytes=12, train_vectors=N)
+    index = INDEXES["ivf-pq"].build(Keys([raw]), settings)
+    index.keys = None
+    _, ids = index.search(raw[::9].astype(np.float32), 20)
+    _, expected = brute_neighbors(raw, raw[::9].astype(np.float32), 20)
+    assert (ids % 5 == (np.arange(N)[::9] % 5)[:, None]).all()  # none of another group
+    assert np.mean([len(set(a) & set(b)) / 20 for a, b in zip(ids, expected, strict=True)]) > 0.9
+
+
 @pytest.mark.parametrize("kind", INDEXES)
 def test_such_an_index_is_saved_and_extended_as_others_are(kind: str, tmp_path: Path) -> None:
     raw, sizes = massive("one common part"), SearchSizes(shared=1, filled=100)

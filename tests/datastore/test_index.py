@@ -56,7 +56,11 @@ def shares(found: np.ndarray, expected: np.ndarray) -> float:
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
 def test_keys_in_shards_read_like_one_array(sizes: list[int], data: st.DataObject) -> None:
     whole = np.arange(sum(sizes) * 2, dtype=np.float16).reshape(-1, 2)
-    keys = Keys(np.split(whole, np.cumsum(sizes)[:-1]))
+    shards, places = np.split(whole, np.cumsum(sizes)[:-1]), None
+    if data.draw(st.booleans()):  # the key of an entry stands anywhere
+        places = np.array(data.draw(st.permutations(range(len(whole)))))
+        whole = whole[places]
+    keys = Keys(shards, places)
     assert keys.shape == whole.shape
     ids = np.array(data.draw(st.lists(st.integers(0, len(whole) - 1), max_size=6)), np.int64)
     assert keys.gather(ids).tolist() == whole[ids].astype(np.float32).tolist()

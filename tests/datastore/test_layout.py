@@ -82,6 +82,15 @@ def test_an_id_beyond_the_entries_is_refused(tmp_path: Path) -> None:
             IndexLayout(tmp_path / "j").check(facts, (30, 12))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_entry_that_is_in_two_lists_is_refused(tmp_path: Path, kind: str) -> None:
+    facts = written(tmp_path / "i", kind, entries=30, nlist=2)
+    content = (tmp_path / "i").read_bytes()
+    (tmp_path / "i").write_bytes(content[:-8] + content[-16:-8])
+    with pytest.raises(ArtifactError, match="entry ids: one is there twice"):
+        IndexLayout(tmp_path / "i").check(facts, (30, 12))
+
+
 @pytest.mark.parametrize("change", [{"nlist": 6}, {"code_bytes": 3}, {"kind": "ivf-flat"}])
 def test_facts_that_the_file_does_not_fit_are_refused(tmp_path: Path, change: dict) -> None:
     facts = written(tmp_path / "i", "ivf-pq")

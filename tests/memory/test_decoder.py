@@ -1,8 +1,10 @@
 """MemoryDecoder beyond the shared protocol: its loss in training, and its window."""
 
+import sys
 import warnings
 from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from memories import LONG_TEXT, decoder_memory
 from reference_lm import dense_distillation_loss, dense_targets, window_start, windowed_hidden
+from torch.overrides import TorchFunctionMode
 
 from memlm.errors import ConfigError
 from memlm.memory.decoder import MemoryDecoder
@@ -192,3 +195,26 @@ def test_a_window_cannot_be_longer_than_the_positions_it_has() -> None:
     assert memory.window == 20
     with pytest.raises(ConfigError, match="memory_window = 25: the memory has positions for 24 tokens"):
         memory.set_window(25)
+
+
+@pytest.mark.parametrize(("masked", "most"), [(False, 0), (True, 1)])
+def test_a_step_within_the_window_asks_the_device_for_no_length(masked: bool, most: int) -> None:
+    """Each question makes the host wait: whether a window moves is known without one, padding of a mask is not."""
+
+    class Questions(TorchFunctionMode):
+        asked = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names = {"item", "tolist", "equal", "__bool__", "__int__", "__float__", "__index__", "nonzero", "cpu"}
+            found = sys._getframe(1)
+            ours = found.f_code.co_filename.endswith("reading.py")
+            self.asked += ours and getattr(func, "__name__", "") in names
+            return func(*args, **(kwargs or {}))
+
+    memory = windowed(16)
+    kept, tokens = memory.new_cache(2), some_tokens(2, 12)
+    for end in range(1, 13):
+        mask = torch.ones(2, end, dtype=torch.bool) if masked else None
+        with Questions() as questions:
+            memory.step(tokens[:, end - 1 : end], attention_mask=mask, cache=kept)
+        assert questions.asked <= most

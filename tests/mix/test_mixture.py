@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_lm import mixed_probs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from memlm.errors import ConfigError
@@ -200,6 +201,62 @@ def test_a_trace_of_a_sparse_memory_beside_a_whole_dense_one_leaves_the_dense_on
     mixed = mix_log_probs(base, [dense, sparse_distribution(7, 3)], [1.0, 5e-7])  # within what check_weights forgives
     assert torch.equal(dense, before)
     assert not torch.equal(mixed, before)
+
+
+@settings(deadline=None, max_examples=100)
+@given(case=cases(), scale=st.sampled_from([1.0, 30.0]))
+def test_logits_are_mixed_as_the_slow_way_through_log_probs_and_no_less_exactly(case: Case, scale: float) -> None:
+    logits = scale * case.base + 5
+    normaliser = torch.logsumexp(logits, -1, keepdim=True)
+    mixed = mix_log_probs(logits, case.memories, case.weights, normaliser)
+    through_log_probs = mix_log_probs(logits - normaliser, case.memories, case.weights) + normaliser
+    exact = logits.double()
+    exact_normaliser = exact.logsumexp(-1, keepdim=True)
+    total = torch.zeros_like(exact)
+    rest = torch.ones(ROWS, 1, 1, dtype=torch.float64)
+    for part, weight in zip(case.dense_memories(), case.weights, strict=True):
+        share = weight.double()[..., None] if isinstance(weight, Tensor) else torch.tensor(weight).double()
+        total, rest = total + share * part, rest - share
+    expected = (total + rest.clamp(min=0) * (exact - exact_normaliser).exp()).log() + exact_normaliser
+    there = expected.exp() > 1e-6  # a rest of 1e-8, which float32 weights leave, is no error of the mixture
+    ours, slow = ((found.double() - expected)[there].abs().max() for found in (mixed, through_log_probs))
+    assert ours <= slow + 2**-20  # a step of float32 at 8
+
+
+def test_gradients_flow_to_logits_votes_and_weights_as_through_the_probabilities() -> None:
+    logits = (4 * torch.randn(ROWS, TIMES, 7, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    raw = [
+        (2 * torch.randn(ROWS, TIMES, 7, generator=torch.Generator().manual_seed(s))).requires_grad_() for s in (1, 2)
+    ]
+    share = torch.tensor([[0.2], [0.4], [0.1]], requires_grad=True)
+    leaves = [logits, *raw, share]
+    votes, given_weights, cotangent = [r.log_softmax(-1) for r in raw], [share, 0.25], torch.randn(ROWS, TIMES, 7)
+    normaliser = torch.logsumexp(logits, -1, keepdim=True)
+    found = torch.autograd.grad(mix_log_probs(logits, votes, given_weights, normaliser), leaves, cotangent)
+    base, (first, second) = logits.softmax(-1), [r.softmax(-1) for r in raw]
+    plain = (share[..., None] * first + 0.25 * second + (0.75 - share[..., None]) * base).log() + logits.logsumexp(
+        -1, True
+    )
+    for ours, its in zip(found, torch.autograd.grad(plain, leaves, cotangent), strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_of_many_memories_makes_two_tensors_of_the_bases_size() -> None:
+    class Made(TorchDispatchMode):
+        large: ClassVar[set[int]] = set()
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if isinstance(made, Tensor) and made.numel() == 3000:
+                self.large.add(made.data_ptr())
+                kept.append(made)
+            return made
+
+    kept: list[Tensor] = []
+    base, memories = distribution(1500, 0), [distribution(1500, seed) for seed in range(1, 5)]
+    with Made():
+        mix_log_probs(base, memories, [0.1] * 4)
+    assert len(Made.large) == 2
 
 
 def test_no_dense_row_of_a_sparse_memory_exists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def plan_datastore(
         inputs=inputs,
         tokenizer=source.manifest.tokenizer,
         sources={**source.manifest.sources, **sources},
-        intermediate=(_TAP_FILE, *(() if config.keep_keys else ("keys",))),
+        intermediate=(_TAP_FILE, *(() if _keeps_shards(config, source.split("train").n_positions) else ("keys",))),
     )
     return Plan(spec, lambda stage: _build(stage, source, teacher, config, extension, Due(keep_seconds)))
 
@@ -137,7 +137,7 @@ def _build(
     if before is not None:
         stage.save_text(_TAP_FILE, before.facts["tap"] + "\n")
         index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
-    needs_keys = config.keep_keys or not index_is_whole
+    needs_keys = _keeps_shards(config, split.n_positions) or not index_is_whole
     tap = _save_keys(stage, split, teacher, config, extension, due) if needs_keys else None
     total = split.n_positions
     starts = range(0, total, _VALUES_AT_ONCE)
@@ -155,6 +155,11 @@ def _build(
         **_save_index(stage, keys, config, extension),
     }
     return facts if extension is None else {**facts, "extended": extension.facts}
+
+
+def _keeps_shards(config: DatastoreConfig, entries: int) -> bool:
+    """Whether the finished folder has `keys/`: where keys are kept, and not in the index."""
+    return config.keep_keys and not INDEXES[config.index_kind(entries)].holds_keys
 
 
 def _save_keys(

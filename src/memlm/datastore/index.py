@@ -26,10 +26,15 @@ _CENTRED = 4096  # keys whose common part is taken for that of all
 
 
 class Keys:
-    """The `(N, D)` float16 keys of a datastore, memory-mapped from shards."""
+    """The `(N, D)` float16 keys of a datastore, in shards."""
 
-    def __init__(self, shards: Sequence[NDArray[np.float16]]) -> None:
-        self._shards = shards
+    def __init__(self, shards: Sequence[NDArray[np.float16]], places: Ints | None = None) -> None:
+        """
+        Args:
+            shards: One after another, memory-mapped or in memory.
+            places: `(N,)` where in them the key of each entry stands; None: in order.
+        """
+        self._shards, self._places = shards, places
         self._starts = np.cumsum([0, *[len(s) for s in shards]])
         self.shape = (int(self._starts[-1]), int(shards[0].shape[1]))
 
@@ -47,23 +52,36 @@ class Keys:
 
     def slice(self, start: int, stop: int) -> NDArray[np.float16]:
         """Keys `start` to `stop`; a view where they are in one shard."""
+        if self._places is not None:
+            return self.gather(np.arange(start, min(stop, len(self))), np.float16)
         touched = range(np.searchsorted(self._starts, start, side="right") - 1, np.searchsorted(self._starts, stop))
         parts = [self._shards[i][max(0, start - self._starts[i]) : stop - self._starts[i]] for i in touched]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, self.shape[1]), np.float16), *parts])
 
     def gather(self, ids: Ints, dtype: type[np.float16 | np.float32] = np.float32) -> NDArray[Any]:
         """The keys with these ids, `(*ids.shape, D)`."""
-        flat = ids.reshape(-1)
-        shard_of = np.searchsorted(self._starts, flat, side="right") - 1
-        touched = np.unique(shard_of)
-        if len(touched) == 1:  # as neighbouring ids have: one copy is enough
-            out = self._shards[touched[0]][flat - self._starts[touched[0]]]
+        places = ids.reshape(-1) if self._places is None else self._places[ids.reshape(-1)]
+        order = None if (places[1:] >= places[:-1]).all() else np.argsort(places, kind="stable")
+        ascending = places if order is None else places[order]
+        ends = np.searchsorted(ascending, self._starts)
+        touched = np.flatnonzero(np.diff(ends)).tolist()
+        if order is None and len(touched) == 1:  # as neighbouring ids have: one copy is enough
+            out = self._shards[touched[0]][places - self._starts[touched[0]]]
         else:
-            out = np.empty((len(flat), self.shape[1]), np.float16)
+            out = np.empty((len(places), self.shape[1]), np.float16)
             for shard in touched:
-                here = shard_of == shard
-                out[here] = self._shards[shard][flat[here] - self._starts[shard]]
+                here = slice(ends[shard], ends[shard + 1])
+                found = self._shards[shard][ascending[here] - self._starts[shard]]
+                out[here if order is None else order[here]] = found
         return (widen(out) if dtype == np.float32 else out).reshape(*ids.shape, self.shape[1])
+
+
+def keys_in_lists(path: Path, facts: IndexFacts, shape: tuple[int, int]) -> Keys:
+    """The keys that the file of an ivf-flat index holds, memory-mapped; arguments and errors as in `Index.load`."""
+    codes, ids = zip(*IndexLayout(path).check(facts, shape), strict=True)
+    places = np.empty(shape[0], np.int64)
+    places[np.concatenate(ids)] = np.arange(shape[0])
+    return Keys([part.view(np.float16).reshape(-1, shape[1]) for part in codes], places)
 
 
 def widen(keys: NDArray[np.float16]) -> Floats:
@@ -75,6 +93,8 @@ class Index(ABC):
     """Finds the entries nearest to a query, by squared L2 distance."""
 
     kind: IndexKind
+    holds_keys: bool = False
+    """Whether its file holds the keys, so that a finished datastore keeps them nowhere else."""
     keys: Keys | None
     sizes: SearchSizes = SIZES
 
@@ -104,7 +124,7 @@ class Index(ABC):
 
         Args:
             path: What `save` wrote; None if it wrote nothing.
-            keys: The datastore's; None if none were kept.
+            keys: The datastore's; None if none were kept, or the index holds them.
             facts: What `describe` gave.
             shape: Entries and their width.
 
@@ -341,7 +361,10 @@ class IVFIndex(Index):
     @classmethod
     def load(cls, path: Path | None, keys: Keys | None, facts: IndexFacts, shape: tuple[int, int]) -> Self:
         assert path is not None
-        IndexLayout(path).check(facts, shape)
+        if cls.holds_keys:
+            keys = keys_in_lists(path, facts, shape)
+        else:
+            IndexLayout(path).check(facts, shape)
         try:
             index: Any = faiss.read_index(str(path))
         except RuntimeError as error:
@@ -369,6 +392,16 @@ class IVFFlatIndex(IVFIndex):
     """Lists of whole float16 keys: exact distances, approximate choice."""
 
     kind = "ivf-flat"
+    holds_keys = True
+
+    def _list(self, number: int) -> tuple[NDArray[np.float16], Ints]:
+        """Keys and ids of a list, in the index's own memory."""
+        index: Any = self.index
+        if not (size := index.invlists.list_size(number)):
+            return np.empty((0, index.d), np.float16), np.empty(0, np.int64)
+        codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
+        ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
+        return codes.view(np.float16).reshape(size, -1), ids
 
     @classmethod
     def _empty(cls, quantizer: faiss.Index, nlist: int, sample: int, config: DatastoreConfig) -> faiss.IndexIVF:
@@ -382,14 +415,7 @@ class IVFFlatIndex(IVFIndex):
         if len(queries) * index.nprobe < self.sizes.shared * index.nlist or not fits(len(queries), index.ntotal):
             return index.search_preassigned(queries, k, probed, coarse)  # in differences
         entries = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
-
-        def read(number: int) -> tuple[NDArray[np.float16], Ints]:
-            size = int(entries[number])
-            codes = faiss.rev_swig_ptr(index.invlists.get_codes(number), size * index.code_size)
-            ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)
-            return codes.view(np.float16).reshape(size, -1), ids
-
-        return search_lists(queries, probed, entries, read, k, self.sizes, centre=self.centre)
+        return search_lists(queries, probed, entries, self._list, k, self.sizes, centre=self.centre)
 
     def _coded(self, keys: Floats) -> Floats:
         return keys

@@ -4,6 +4,7 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from memlm.datastore.config import IndexKind
@@ -29,8 +30,8 @@ class IndexLayout:
         self._bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
         self._at = 0
 
-    def check(self, facts: IndexFacts, shape: tuple[int, int]) -> None:
-        """Raise unless the whole file is an index of this kind over `shape` (entries, width).
+    def check(self, facts: IndexFacts, shape: tuple[int, int]) -> list[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+        """Codes and entry ids of each list, if the whole file is an index of this kind over `shape` (entries, width).
 
         Every size, setting and entry id is checked. Centroids and codes may be any numbers: they decide what a search
         finds, not what memory it touches.
@@ -52,9 +53,10 @@ class IndexLayout:
         self._skip("centroids", 4 * facts.nlist * width)
         self._expect("direct map", "BQ", 0, 0)
         code_size = self._scalar_quantizer(width) if flat else self._product_quantizer(width, facts.code_bytes)
-        self._lists(facts.nlist, code_size, entries)
+        lists = self._lists(facts.nlist, code_size, entries)
         if self._at != len(self._bytes):
             raise self._error("end", f"{len(self._bytes) - self._at} more bytes")
+        return lists
 
     def _header(self, entries: int, width: int) -> None:
         self._expect("width and entries", "iq", width, entries)
@@ -77,7 +79,7 @@ class IndexLayout:
         self._skip("codebook", 4 * width << bits)
         return code_size
 
-    def _lists(self, nlist: int, code_size: int, entries: int) -> None:
+    def _lists(self, nlist: int, code_size: int, entries: int) -> list[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
         self._expect("inverted lists", "4sQQ", b"ilar", nlist, code_size)
         form, count = self._read("4sQ")
         if (form, count) != (b"full", nlist) and not (form == b"sprs" and count % 2 == 0 and count <= 2 * nlist):
@@ -89,11 +91,17 @@ class IndexLayout:
                 raise self._error("list numbers", "they do not ascend")
         if (sizes > entries).any() or int(sizes.sum()) != entries:
             raise self._error("list sizes", f"they do not add up to {entries}")
+        there, lists = np.zeros(entries, bool), []
         for size in sizes.tolist():
-            self._skip("codes", size * code_size)
+            codes = self._skip("codes", size * code_size)
             ids = np.frombuffer(self._skip("entry ids", 8 * size), "<i8")
             if size and (ids.min() < 0 or ids.max() >= entries):
                 raise self._error("entry ids", f"not all below {entries}")
+            there[ids] = True
+            lists.append((np.frombuffer(codes, np.uint8), ids))
+        if not there.all():
+            raise self._error("entry ids", "one is there twice")
+        return lists
 
     def _skip(self, part: str, count: int) -> memoryview:
         if count > len(self._bytes) - self._at:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from memlm.corpus.blocks import Corpus, check_ids
 from memlm.datastore.config import DatastoreConfig
-from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys
+from memlm.datastore.index import INDEX_FILE, INDEXES, Index, Keys, keys_in_lists
 from memlm.datastore.layout import IndexFacts
 from memlm.errors import ArtifactError, MemlmError, ModelError
 from memlm.files import load_array
@@ -154,6 +154,9 @@ class Datastore:
         """The kept keys; None where only codes were kept."""
         if not self.config.keep_keys:
             return None
+        if INDEXES[self.facts.index.kind].holds_keys:
+            path = payload_file(self.folder, self.manifest, INDEX_FILE)
+            return keys_in_lists(path, self.facts.index, (self.n_entries, self.facts.key_width))
         keys = open_keys(self.folder, self.manifest)
         if keys.shape != (self.n_entries, self.facts.key_width):
             wanted = f"{self.n_entries} of width {self.facts.key_width}"
@@ -172,7 +175,8 @@ class Datastore:
     def index(self) -> Index:
         kind, shape = self.facts.index.kind, (self.facts.entries, self.facts.key_width)
         path = None if kind == "exact" else payload_file(self.folder, self.manifest, INDEX_FILE)
-        index = INDEXES[kind].load(path, self.keys, self.facts.index, shape)
+        keys = None if INDEXES[kind].holds_keys else self.keys
+        index = INDEXES[kind].load(path, keys, self.facts.index, shape)
         if self.nprobe is not None:
             index.set_nprobe(self.nprobe)
         return index

@@ -33,8 +33,10 @@ class TokenCache(VoterCache):
         self.tokens = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
         self.mask = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
         self.starts: Tensor | None = None  # (B,) first token in the window, per row
+        self.fits = True  # whether all windows start at 0, which is known without asking the device
         self.inner: DynamicCache | None = None
         self.inner_mask = self.mask
+        self.is_whole = True  # whether no padding is in `inner`; False where that was not asked
 
     def drop_inner(self) -> None:
         """Forget keys and values; the next step makes them again."""
@@ -165,18 +167,25 @@ class WindowedReader:
         if self.keeps_keys and not cache.tokens.shape[1]:
             cache.inner, cache.inner_mask = self._empty(), mask[:, :0]
             cache.starts = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        known = cache.mask.sum(1)
-        last = (known + mask.sum(1) - 1).clamp(min=0)
-        starts, before = self.window_starts(last), self.window_starts(torch.minimum(known, last))  # (B,)
-        self._warn_beyond_window(starts)
+            cache.fits = cache.is_whole = True
         text, text_mask = torch.cat([cache.tokens, tokens], 1), torch.cat([cache.mask, mask], 1)
-        stay = cache.starts is not None and torch.equal(cache.starts, starts) and torch.equal(starts, before)
+        known = cache.mask.sum(1)
+        fits = self.window is None or text.shape[1] <= self.window
+        if fits and cache.fits and cache.starts is not None:
+            starts, stay = cache.starts, True
+        else:
+            last = (known + mask.sum(1) - 1).clamp(min=0)
+            starts, before = self.window_starts(last), self.window_starts(torch.minimum(known, last))  # (B,)
+            self._warn_beyond_window(starts)
+            stay = cache.starts is not None and torch.equal(cache.starts, starts) and torch.equal(starts, before)
         if cache.inner is not None and stay:
-            states = self._go_on(cache.inner, cache.inner_mask, tokens, mask)
+            cache.is_whole = cache.is_whole and (attention_mask is None or bool(mask.all()))
+            states = self._go_on(cache.inner, cache.inner_mask, tokens, mask, is_whole=cache.is_whole)
             cache.inner_mask = torch.cat([cache.inner_mask, mask], 1)
         else:
             states = self._read_windows(cache, text, text_mask, known, mask, keep)
-        cache.starts, cache.tokens, cache.mask = starts, text, text_mask
+            cache.is_whole = bool(cache.inner_mask.all())
+        cache.starts, cache.tokens, cache.mask, cache.fits = starts, text, text_mask, fits
         return states
 
     def _read_windows(
@@ -280,12 +289,22 @@ class WindowedReader:
         return found if self._run is not None else found[0]
 
     def _go_on(
-        self, inner: DynamicCache, inner_mask: Bool[Tensor, "B L"], tokens: Tensor, mask: Bool[Tensor, "B T"]
+        self,
+        inner: DynamicCache,
+        inner_mask: Bool[Tensor, "B L"],
+        tokens: Tensor,
+        mask: Bool[Tensor, "B T"],
+        *,
+        is_whole: bool = False,
     ) -> Float[Tensor, "B T D"]:
-        """States of tokens behind those in `inner`, which is extended."""
+        """States of tokens behind those in `inner`, which is extended.
+
+        Args:
+            is_whole: That there is no padding is known, and the device need not be asked.
+        """
         inner_mask = torch.cat([inner_mask, mask], 1)
         inputs: dict[str, Tensor] = {}
-        if not bool(inner_mask.all()):
+        if not is_whole and not bool(inner_mask.all()):
             inputs["attention_mask"] = inner_mask.long()
         if self._takes_positions:
             inputs["position_ids"] = (inner_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]

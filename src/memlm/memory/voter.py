@@ -135,7 +135,8 @@ class HeadVoter(Voter):
 
     @final
     def votes(self, state: Any, keep: slice | Tensor) -> Float[Tensor, "B T2 V"]:
-        return (self.logits(state, keep) / self.temperature).log_softmax(-1)
+        logits = self.logits(state, keep)
+        return (logits if self.temperature == 1 else logits / self.temperature).log_softmax(-1)
 
     @final
     def label_log_probs(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:

@@ -376,8 +376,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
     def _mix(self, logits: Tensor, votes: list[Votes], weights: list[Weight]) -> Tensor:
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return logits
-        normaliser = torch.logsumexp(logits, -1, keepdim=True)
-        mixed = mix_log_probs(logits - normaliser, votes, weights) + normaliser
+        mixed = mix_log_probs(logits, votes, weights, torch.logsumexp(logits, -1, keepdim=True))
         total = sum(weights)
         return torch.where(total[..., None] == 0, logits, mixed) if isinstance(total, Tensor) else mixed
 

@@ -12,39 +12,51 @@ from memlm.targets.votes import SparseProbs
 
 
 def mix_log_probs(
-    base: Float[Tensor, "... V"], memories: Sequence[Float[Tensor, "... V"] | SparseProbs], weights: Sequence[Weight]
+    base: Float[Tensor, "... V"],
+    memories: Sequence[Float[Tensor, "... V"] | SparseProbs],
+    weights: Sequence[Weight],
+    normaliser: Float[Tensor, "... 1"] | float = 0.0,
 ) -> Float[Tensor, "... V"]:
     """`log((1 - sum(w)) * p_base + sum(w_m * p_m))` from log-probs.
 
     A component of weight 0 is left out, so weights 0 and 1 give the other component exactly. A sparse component is
-    added where it has probability; no dense row of it exists.
+    added where it has probability; no dense row of it exists. However many there are, two tensors of the base's size
+    are made (where gradients flow, each step keeps its own): one that is added up in, one for a scaled memory.
 
     Args:
-        base: Normalised log-probs of the base.
+        base: Normalised log-probs of the base, or its logits where `normaliser` is given.
         memories: Normalised log-probs of each memory, or its sparse probabilities at the same places in reading order.
         weights: One per memory, a number or a tensor that broadcasts against `base` without its last axis; the base
             gets the rest.
+        normaliser: `logsumexp` of the base's logits. The result is larger by it, as they are; nothing else is computed
+            for that, as it is part of what scales each memory.
 
     Source: Memory Decoder, eq. 7 (arXiv:2508.09874); MLP Memory, eq. 7 (arXiv:2508.01832).
     """
     rest = 1.0 - sum(weights)
     rest = rest.clamp(min=0) if isinstance(rest, Tensor) else max(0.0, rest)
-    parts = [(base, rest), *zip(memories, weights, strict=True)]
-    mixed = None
-    for part, weight in parts:
-        if isinstance(part, SparseProbs) or (not isinstance(weight, Tensor) and weight == 0):
-            continue
-        weighted = part + _log(weight) if isinstance(weight, Tensor) or weight < 1 else part
-        mixed = weighted if mixed is None else torch.logaddexp(mixed, weighted)
+    counted = [(p, w) for p, w in zip(memories, weights, strict=True) if isinstance(w, Tensor) or w > 0]
+    dense = [(part, _log(weight) + normaliser) for part, weight in counted if isinstance(part, Tensor)]
+    if isinstance(rest, Tensor) or rest > 0:
+        dense.insert(0, (base, _log(rest)))
+    tracked = torch.is_grad_enabled() and any(
+        isinstance(tensor, Tensor) and tensor.requires_grad for pair in dense for tensor in pair
+    )
+    mixed = scaled = None
+    for part, shift in dense:
+        if mixed is None:
+            mixed = part + shift
+        elif tracked:
+            mixed = torch.logaddexp(mixed, part + shift)
+        else:
+            scaled = torch.add(part, shift, out=scaled)
+            torch.logaddexp(mixed, scaled, out=mixed)
     if mixed is None:
         mixed = torch.full_like(base, -math.inf)
-    sparse = [(part, weight) for part, weight in parts if isinstance(part, SparseProbs)]
-    if sparse:  # added in place, but not to what was given
-        given = any(mixed is part for part, _ in parts)
-        mixed = mixed.clone(memory_format=torch.contiguous_format) if given else mixed.contiguous()
-    for part, weight in sparse:
-        if isinstance(weight, Tensor) or weight > 0:
-            _add_sparse(mixed, part, weight)
+    for part, weight in counted:
+        if isinstance(part, SparseProbs):
+            mixed = mixed.contiguous()
+            _add_sparse(mixed, part, _log(weight) + normaliser)
     return mixed
 
 
@@ -52,14 +64,13 @@ def _log(weight: Weight) -> float | Tensor:
     return weight.log()[..., None] if isinstance(weight, Tensor) else math.log(weight)
 
 
-def _add_sparse(mixed: Tensor, part: SparseProbs, weight: Weight) -> None:
-    """Add `weight * part` to the probabilities whose logarithms `mixed` holds, in place."""
-    owner = torch.arange(len(part.counts), device=mixed.device).repeat_interleave(part.counts)
-    added = part.probs.log()
-    if isinstance(weight, Tensor):
-        added = added + weight.expand(mixed.shape[:-1]).reshape(-1).log()[owner]
-    else:
-        added = added + math.log(weight)
+def _add_sparse(mixed: Tensor, part: SparseProbs, shift: float | Tensor) -> None:
+    """Add `exp(shift) * part` to the probabilities whose logarithms `mixed` holds, in place."""
+    owner = torch.arange(len(part.counts), device=mixed.device).repeat_interleave(
+        part.counts, output_size=len(part.ids)
+    )
+    if isinstance(shift, Tensor):
+        shift = shift.expand(*mixed.shape[:-1], 1).reshape(-1)[owner]
     at = owner * mixed.shape[-1] + part.ids.long()
     flat = mixed.view(-1)
-    flat[at] = torch.logaddexp(flat[at], added)
+    flat[at] = torch.logaddexp(flat[at], part.probs.log() + shift)

@@ -115,7 +115,7 @@ def datastore_bytes(config: DatastoreConfig, entries: int, width: int) -> int:
     """Keys, values and index of a datastore (docs/performance.md)."""
     kind = config.index_kind(entries)
     keys = 2 * width if config.keep_keys else 0
-    index = {"exact": 0, "ivf-flat": 2 * width + 8, "ivf-pq": config.code_bytes + 8}[kind]
+    index = {"exact": 0, "ivf-flat": 8, "ivf-pq": config.code_bytes + 8}[kind]
     centroids = 0 if kind == "exact" else 4 * width * (config.nlist or nlist_in_force(entries, config))
     return entries * (keys + 4 + index) + centroids
 

@@ -98,8 +98,6 @@ def neighbor_votes(
 
     Source: Memory Decoder, eq. 2 (arXiv:2508.09874), after kNN-LM (arXiv:1911.00172).
     """
-    if not torch.isfinite(distances.amin(1)).all():
-        raise ValueError("a position has no neighbour at all")
     parts = zip(distances.split(at_once), values.split(at_once), strict=True)
     return SparseProbs.concatenate([_block_votes(*part, target_temperature, target_mass) for part in parts])
 
@@ -109,6 +107,8 @@ def _block_votes(
 ) -> SparseProbs:
     """As `neighbor_votes`, for a bounded number of positions."""
     nearest = distances.amin(1, keepdim=True)
+    if not torch.isfinite(nearest).all():
+        raise ValueError("a position has no neighbour at all")
     weights = torch.softmax((nearest - distances) / target_temperature, 1)  # no overflow, no all-zero row
     values = values.masked_fill(weights == 0, 0)
     tokens, bits = _sort_pairs(values, weights.view(torch.int32))
