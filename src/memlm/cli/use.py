@@ -133,12 +133,12 @@ def generate_text(
     import torch
     from transformers import TextStreamer
 
+    from memlm.models.loading import embedding_rows
     from memlm.models.tokenizers import encode_prompt
 
     torch.manual_seed(seed)
     sampling = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
-    rows = model.get_input_embeddings().weight.shape[0]
-    inputs = encode_prompt(tokenizer, prompt, rows=rows).to(model.device)
+    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model)).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs,
