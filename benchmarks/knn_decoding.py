@@ -23,7 +23,8 @@ from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import Memory
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.mix.mixed_lm import MixedLM
-from memlm.models.loading import default_device, default_dtype, keep_layers, load_causal_lm
+from memlm.models.layers import keep_layers
+from memlm.models.loading import default_device, default_dtype, load_causal_lm
 from memlm.models.taps import TapReader
 from memlm.targets.config import RetrievalConfig
 

@@ -177,6 +177,7 @@ def test_a_text_beyond_the_window_is_said_once() -> None:
 
 def test_rows_shorter_than_the_window_still_use_their_cache() -> None:
     memory = windowed(16)
+    assert memory.reader.keeps_keys
     kept = memory.new_cache(1)
     read: list[int] = []
     memory.decoder.model.register_forward_pre_hook(

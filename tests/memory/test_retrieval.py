@@ -145,6 +145,7 @@ def test_a_tap_inside_the_teacher_leaves_a_cache_that_goes_on(
     memory = RetrievalMemory(inner, FEW, teacher=load_causal_lm(model_folder))
     ran: list[str] = []
     assert memory.teacher is not None
+    assert memory.reader.keeps_keys  # the probe reads the teacher whole
     memory.teacher.model.layers[1].register_forward_pre_hook(lambda *_: ran.append("behind the tap"))
     tokens = unseen(corpus_folder)
     cache: VoterCache = memory.new_cache(3)

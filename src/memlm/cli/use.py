@@ -166,13 +166,13 @@ def generate_text(
     import torch
     from transformers import TextStreamer
 
+    from memlm.models.loading import embedding_rows
     from memlm.models.tokenizers import encode_prompt
 
     torch.manual_seed(seed)
     samples = temperature > _LOWEST_TEMPERATURE
     sampling = {"temperature": temperature, "top_p": top_p} if samples else {}
-    rows = model.get_input_embeddings().weight.shape[0]
-    inputs = encode_prompt(tokenizer, prompt, rows=rows).to(model.device)
+    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model)).to(model.device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs,

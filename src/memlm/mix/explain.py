@@ -16,6 +16,7 @@ from memlm.memory.voter import Votes
 from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.mixture import mix_log_probs
+from memlm.models.loading import embedding_rows
 from memlm.models.tokenizers import check_same, encode_prompt
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
@@ -67,8 +68,7 @@ def explain(
         if value < least:
             raise ConfigError(f"{name} = {value}: must be at least {least}")
     memory = _searched(model, tokenizer, datastore, retrieval)
-    rows = model.get_input_embeddings().weight.shape[0]
-    inputs = encode_prompt(tokenizer, prompt, rows=rows).to(model.device)
+    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model)).to(model.device)
     read = inputs["input_ids"].shape[1]
     sequence = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id

@@ -34,7 +34,7 @@ from memlm.mix.loading import (
 from memlm.mix.mixture import mix_log_probs
 from memlm.mix.weights import FixedWeights, MixWeight, Weight, settle_weights
 from memlm.models.adapters import has_adapter
-from memlm.models.loading import longest_context
+from memlm.models.loading import embedding_rows, longest_context
 
 
 @dataclass(frozen=True)
@@ -318,7 +318,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             ConfigError: It cannot.
         """
         name, known = type(self.base).__name__, cache.get_seq_length() if cache is not None else 0
-        rows, longest = self.base.get_input_embeddings().weight.shape[0], longest_context(self.base.config)
+        rows, longest = embedding_rows(self.base), longest_context(self.base.config)
         if longest is not None and known + input_ids.shape[1] > longest:
             length = known + input_ids.shape[1]
             raise ConfigError(f"{length} tokens are more than the {longest} that base {name} has positions for")

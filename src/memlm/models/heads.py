@@ -37,8 +37,9 @@ class Head:
 
     def __call__(self, hidden: Float[Tensor, "... D"]) -> Float[Tensor, "... V"]:
         weight = getattr(self.linear, "weight", None)  # some bodies compute in float32 whatever the head is in
-        same = weight is None or not weight.is_floating_point()
-        logits = self.linear(hidden if same else hidden.to(weight.dtype))
+        if weight is not None and weight.is_floating_point():
+            hidden = hidden.to(weight.dtype)
+        logits = self.linear(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -114,7 +115,7 @@ def _holds_far_out(model: PreTrainedModel, body: nn.Module, head: Head, probe: T
     owner._modules[last] = _Louder(head.linear)
     expected = copied(input_ids=probe, use_cache=False).logits.float()
     found = replace(head, linear=_Louder(head.linear))(body(input_ids=probe, use_cache=False)[0]).float()
-    return bool((expected - found).abs().max() <= 0.02 * expected.abs().max())
+    return not bool((expected - found).abs().max() > 0.02 * expected.abs().max())  # NaN is for others to name
 
 
 @torch.no_grad()

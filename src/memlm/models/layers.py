@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ConfigError
-from memlm.models.loading import block_list, device_of, load_config, reason_of
+from memlm.models.loading import block_list, device_of, embedding_rows, load_config, reason_of
 from memlm.models.taps import first_tensor, watch
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks")
@@ -67,7 +67,7 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     """
     name, blocks = block_list(model)
     chosen = chosen_layers(layers, len(blocks))
-    smaller = _cut_model(type(model), model.config, chosen).to(model.dtype)
+    smaller = _cut_model(type(model), model.config, chosen, model.dtype)
     kept = smaller.get_submodule(name)
     _check_same_blocks(kept, blocks, chosen)
     around = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")}
@@ -75,7 +75,7 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     if strange := [key for key, tensor in around.items() if key not in held or held[key].shape != tensor.shape]:
         raise _other_function(chosen, f"{strange[0]} has a part for every layer")
     smaller.load_state_dict(around, strict=False)
-    for block, number in zip(kept, chosen, strict=True):
+    for block, number in zip(kept.children(), chosen, strict=True):
         block.load_state_dict(blocks[number].state_dict())
     _check_same_outputs(smaller.eval(), kept, blocks, chosen)
     smaller.generation_config = model.generation_config
@@ -103,10 +103,12 @@ def _other_function(chosen: Sequence[int], reason: str) -> ConfigError:
     return ConfigError(f"layers = {list(chosen)}: {reason}; leave layers out to keep all, or choose others")
 
 
-def _cut_model(kind: type[PreTrainedModel], config: PreTrainedConfig, chosen: Sequence[int]) -> PreTrainedModel:
+def _cut_model(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, chosen: Sequence[int], dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A random model of only the chosen layers."""
     try:
-        model = AutoModelForCausalLM.from_config(layered_config(config, chosen))
+        model = AutoModelForCausalLM.from_config(layered_config(config, chosen), dtype=dtype)
         blocks = len(block_list(model)[1])
     except ConfigError:
         raise
@@ -151,7 +153,7 @@ def _described(
 @torch.no_grad()
 def _check_same_outputs(model: PreTrainedModel, kept: nn.Module, blocks: nn.ModuleList, chosen: Sequence[int]) -> None:
     """Raise unless each block computes what it did, whatever its number is."""
-    pairs = zip(kept, chosen, strict=True)
+    pairs = zip(kept.children(), chosen, strict=True)
     originals = {str(place): (block, blocks[number]) for place, (block, number) in enumerate(pairs)}
 
     def see(place: str, args: tuple, kwargs: dict) -> None:
@@ -159,7 +161,7 @@ def _check_same_outputs(model: PreTrainedModel, kept: nn.Module, blocks: nn.Modu
         if not torch.allclose(*found, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise _other_function(chosen, f"block {chosen[int(place)]} computes something else at another place")
 
-    tokens = torch.arange(7, device=device_of(model))[None] % model.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(7, device=device_of(model))[None] % embedding_rows(model)
     try:
         with watch({place: block for place, (block, _) in originals.items()}, see):
             model(input_ids=tokens, use_cache=False)

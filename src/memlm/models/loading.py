@@ -192,6 +192,12 @@ def _unreachable(name: str, source: str, error: Exception) -> ModelError:
     return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {reason_of(error)}")
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Token ids that a model can read are below it."""
+    table: Any = model.get_input_embeddings()
+    return table.weight.shape[0]
+
+
 def longest_context(config: PreTrainedConfig) -> int | None:
     """Tokens that a model of this config has positions for; None where it needs none."""
     text = config.get_text_config(decoder=True)
