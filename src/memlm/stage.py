@@ -40,6 +40,7 @@ from memlm.manifest import (
     IDENTITY,
     LOCK,
     MANIFEST,
+    MANIFEST_BYTES,
     PLAN,
     PREVIOUS,
     RUN,
@@ -129,7 +130,7 @@ class Stage:
             OutputExistsError: The folder is another run's, which has made something already.
         """
         plan, identity = self.path / PLAN, self.spec.identity
-        if self.has_begun() and plan.is_file() and (there := read_json(plan)) != identity:
+        if self.has_begun() and plan.is_file() and (there := read_json(plan, limit=MANIFEST_BYTES)) != identity:
             raise OutputExistsError(
                 f"{self.path} is an unfinished run of something else ({_difference(there, identity)});"
                 " delete it or choose another output"
@@ -332,13 +333,15 @@ def _part_hard_links(folder: Path) -> None:
                 shutil.copy2(path, temporary)
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+def _difference(there: Any, here: dict[str, Any]) -> str:
+    if not isinstance(there, dict):
+        return f"its plan is {short(there)}"
     for part in IDENTITY:
         old, new = there.get(part), here.get(part)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            key = next(k for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+            key = next(k for k in sorted({*old, *new}) if k not in old or k not in new or old[k] != new[k])
             old, new, part = old.get(key), new.get(key), f"{part}.{key}"
         return f"{part}: {short(old)} there, {short(new)} here"
     return "no difference"
