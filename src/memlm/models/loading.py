@@ -190,11 +190,12 @@ def _check_plain(folder: Path, name: str) -> None:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not _count_tensors(folder):
         return
-    config = load_config(str(folder))
+    _check_depth(folder)
     try:
+        config = load_config(str(folder))
         with torch.device("meta"):  # takes no memory for weights
             wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    except Exception:  # a model's own code
+    except Exception:  # a model's own code, which is run only where that is trusted
         return
     if wanted > _PARAMETERS_PER_BYTE * size:
         raise ModelError(
