@@ -306,12 +306,18 @@ def check_output(out: str | Path, spec: StageSpec) -> Manifest | None:
 def _check_place(out: Path) -> None:
     """Raise unless `out` is a folder that may be written, or can be made."""
     place = next(path for path in (out, *Path(os.path.abspath(out)).parents) if os.path.lexists(path))
-    if not place.exists():
+    if place.is_symlink() and not place.exists():
         raise OutputExistsError(f"{place} is a link that leads nowhere; delete it or choose another output")
-    if not place.is_dir():
-        raise file_error(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out)))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise file_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place)))
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it since
+        number = 0
+        if not stat.S_ISDIR(place.stat().st_mode):
+            number = errno.ENOTDIR
+        elif os.statvfs(place).f_flag & os.ST_RDONLY:
+            number = errno.EROFS
+        elif not os.access(place, os.W_OK | os.X_OK) and place.exists():
+            number = errno.EACCES
+        if number:
+            raise file_error(OSError(number, os.strerror(number), str(out)))
 
 
 def _inside(folder: Path) -> list[Path]:
