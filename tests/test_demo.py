@@ -15,6 +15,7 @@ import pytest
 from conftest import sentences
 
 from memlm import demo
+from memlm.errors import ArtifactError
 from memlm.runs.recipe import Recipe
 
 pytestmark = pytest.mark.slow
@@ -205,3 +206,29 @@ def test_the_demos_report_has_the_keys_the_command_line_promises(walked: tuple[P
         assert low <= report[name]["perplexity"] <= high
     assert 0 <= report["mixture"]["mix_weight"] <= 1
     assert report["tokens"] > 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            "[]",
+            "{}",
+            '{"reading": 1, "training": 2}',
+            '{"reading": "1", "training": 2, "train_tokens": 3000}',
+            "{",
+            "",
+        ),
+        *(
+            '{"reading": 0, "training": 2, "train_tokens": 3000}',
+            '{"reading": 1, "training": NaN, "train_tokens": 3000}',
+        ),
+    ],
+)
+def test_a_size_that_no_demo_wrote_is_one_line(tmp_path: Path, content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docstrings.jsonl").write_text('{"text": "x"}')
+    (tmp_path / "size.json").write_text(content)
+    monkeypatch.setattr(demo, "fetch", lambda name: None)
+    with pytest.raises(ArtifactError, match=r"size\.json") as caught:
+        demo.run_demo(tmp_path, say=lambda line: None)
+    assert len(str(caught.value).splitlines()) == 1

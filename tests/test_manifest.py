@@ -7,7 +7,7 @@ from test_stage import ASKED, build
 
 from memlm import manifest as manifest_module
 from memlm.errors import ArtifactError
-from memlm.manifest import check_payload, payload_file, read_manifest
+from memlm.manifest import check_payload, payload_file, read_manifest, seconds_of
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
@@ -163,3 +163,24 @@ def test_a_folder_that_is_not_there_and_one_without_a_manifest_are_told_apart(tm
         read_manifest(tmp_path / "nothing", "corpus")
     with pytest.raises(ArtifactError, match=r"has no manifest\.json; expected a memlm folder"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "seconds"),
+    [
+        ('{"seconds_last_run": 12.5, "finished": 1}', 12.5),
+        ('{"seconds_last_run": 0}', 0.0),
+        *(
+            (content, None)
+            for content in (
+                *("[]", "3", '"text"', "", "{", "null", '{"seconds_last_run": "12"}', '{"seconds_last_run": null}'),
+                *('{"seconds_last_run": NaN}', '{"seconds_last_run": Infinity}', '{"seconds_last_run": -1}'),
+                *('{"seconds_last_run": 1e300}', '{"seconds_last_run": [1]}', "[" * 5000, '{"a": "\\ud800"}'),
+            )
+        ),
+    ],
+)
+def test_times_that_cannot_be_believed_are_none(tmp_path: Path, content: str, seconds: float | None) -> None:
+    (tmp_path / "run.json").write_text(content)
+    assert seconds_of(tmp_path) == seconds
+    assert seconds_of(tmp_path / "nowhere") is None

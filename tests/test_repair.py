@@ -329,3 +329,21 @@ def test_scores_and_evaluation_are_repaired(
     assert evaluate() == report
     assert [len(repair_folder(folder)) for folder in (tmp_path / "e", scores)] == [1, 1]
     assert read_manifest(tmp_path / "e") == before
+
+
+def test_files_that_are_elsewhere_too_keep_their_mode_and_bytes_there(world: World, tmp_path: Path) -> None:
+    folder, run = world.copy("targets")
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere, copy_function=os.link)
+    damaged = folder / "validation.arrow"
+    for path in elsewhere.rglob("*"):
+        if path.is_file():
+            path.chmod(0o600)
+    raw = bytearray(damaged.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    damaged.write_bytes(raw)  # there too
+    before = {path: (path.stat().st_mode, path.read_bytes()) for path in elsewhere.rglob("*") if path.is_file()}
+    assert "is damaged" in repair_folder(folder)[0]
+    run(folder)
+    assert {path: (path.stat().st_mode, path.read_bytes()) for path in before} == before
+    assert not [path for path in folder.rglob("*") if path.is_file() and path.stat().st_nlink > 1]

@@ -437,3 +437,20 @@ def test_another_error_of_a_library_stays_as_it_is(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run_stage(tmp_path / "out", ASKED, work)
+
+
+# --- plans of strangers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "plan", ["[]", "3", "null", '"plan"', "{}", '{"config": 3}', '{"config": {"k": [[]]}}', '{"inputs": null}', "{", ""]
+)
+def test_a_plan_of_no_run_is_refused_in_one_line(tmp_path: Path, plan: str) -> None:
+    (tmp_path / "plan.json").write_text(plan)
+    (tmp_path / "part.txt").write_text("work")
+    with pytest.raises(
+        ArtifactError, match=r"is an unfinished run of something else|plan\.json cannot be read"
+    ) as caught:
+        build(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert (tmp_path / "part.txt").read_text() == "work"

@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from memlm.errors import ArtifactError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.passages import passages
 from memlm.evaluate.report import report_table
-from memlm.files import replacing, write_json
+from memlm.files import read_json, replacing, write_json
 from memlm.manifest import library_versions, read_manifest
 from memlm.models.fetching import fetch
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -76,8 +77,8 @@ def run_demo(
         speed = measured_speed()
         left = 60 * minutes - (time.monotonic() - began)
         write_json(size, {"train_tokens": train_tokens or tokens_within(left, speed), **asdict(speed)})
-    kept = json.loads(size.read_text(encoding="utf-8"))
-    speed, tokens = Speed(kept["reading"], kept["training"]), train_tokens or kept["train_tokens"]
+    speed, kept = _kept(size)
+    tokens = train_tokens or kept
     parts = seconds_by_part(tokens, speed)
     expected = sum(parts.values()) / 60
     say(
@@ -90,6 +91,16 @@ def run_demo(
         report = run_recipe(demo_recipe(str(documents), tokens), out, say=told)["memory"]
     say(f"took {(time.monotonic() - began) / 60:.1f} minutes")
     return report, "\n".join([_headline(report), "", report_table(report), "", _passages(out, report), "", _next(out)])
+
+
+def _kept(path: Path) -> tuple[Speed, int]:
+    """Speed and training tokens that the demo was begun with."""
+    kept = read_json(path)
+    names = ("reading", "training", "train_tokens")
+    values = [kept[name] for name in names if isinstance(kept, dict) and isinstance(kept.get(name), int | float)]
+    if len(values) < len(names) or not all(0 < value < 1e12 for value in values):
+        raise ArtifactError(f"{path} holds no size of a demo; delete it, then it is measured again")
+    return Speed(values[0], values[1]), int(values[2])
 
 
 def measured_speed() -> Speed:

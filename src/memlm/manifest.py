@@ -10,6 +10,7 @@ import platform
 import shutil
 import stat
 import sys
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Self
@@ -28,7 +29,8 @@ RUN = "run.json"  # times
 LOCK = "lock"
 VALIDATED = "validated.json"  # how a datastore is searched and weighed best, as an evaluation found later
 UNHASHED = {MANIFEST, PLAN, PREVIOUS, RUN, LOCK, VALIDATED}  # what describes the rest
-_MANIFEST_BYTES = 16 << 20  # a hundred thousand files; parsed JSON takes up to 25 times its bytes
+MANIFEST_BYTES = 16 << 20  # a hundred thousand files; parsed JSON takes up to 25 times its bytes
+_LONGEST = 1e9  # seconds, thirty years
 _LIBRARIES = ("memlm", "torch", "transformers", "faiss-cpu", "datasets", "pyarrow", "numpy", "tokenizers")
 IDENTITY = ("kind", "format_version", "config", "inputs", "tokenizer")  # fields that are known before the work starts
 Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "evaluation"]
@@ -149,7 +151,7 @@ def parse_manifest(folder: Path, *kinds: Kind) -> Manifest:
 
 def manifest_in(path: Path) -> Manifest:
     """The manifest in a file, its version and the names that it holds checked; errors as `read_manifest`."""
-    raw = read_json(path, limit=_MANIFEST_BYTES)
+    raw = read_json(path, limit=MANIFEST_BYTES)
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise ArtifactError(f"{path} is not a memlm manifest")
     if type(raw["format_version"]) is not int or raw["format_version"] != FORMAT_VERSION:
@@ -212,6 +214,24 @@ def payload_file(folder: str | Path, manifest: Manifest, name: str) -> Path:
     return folder / name
 
 
+_READ = (  # what transformers and tokenizers look for in a model's folder by itself
+    *("*config.json", "*index.json", "*.safetensors", "*.bin", "*.gguf", "*.py", "*.model", "*.jinja", "*token*"),
+    *("vocab*", "merges*", "chat_template*", "additional_chat_templates", "adapter_*"),
+)
+
+
+def check_nothing_beside(folder: str | Path, manifest: Manifest) -> None:
+    """Raise where a model's folder has a file that libraries read by themselves, and its manifest does not name.
+
+    Raises:
+        ArtifactError: It has one, such as a link to a file somewhere else.
+    """
+    named = {PurePosixPath(name).parts[0] for name in manifest.payload}
+    for name in sorted(os.listdir(folder)):
+        if name not in named | UNHASHED and any(fnmatch(name.lower(), pattern) for pattern in _READ):
+            raise ArtifactError(f"{Path(folder) / name} is none of the files that its manifest names; delete it")
+
+
 def check_payload(folder: str | Path, manifest: Manifest, start: str = "") -> None:
     """Raise unless the files whose names start with `start` are what the manifest was made for.
 
@@ -233,6 +253,16 @@ def copy_payload(folder: str | Path, manifest: Manifest, out: Path, start: str =
         if name.startswith(start):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(payload_file(folder, manifest, name), out / name)
+
+
+def seconds_of(folder: str | Path) -> float | None:
+    """What the last run of a finished folder took; None where nothing says so, or nothing that can be believed."""
+    with contextlib.suppress(ArtifactError):
+        times = read_json(Path(folder) / RUN)
+        took = times.get("seconds_last_run") if isinstance(times, dict) else None
+        if isinstance(took, int | float) and 0 <= took < _LONGEST:  # also false for NaN
+            return float(took)
+    return None
 
 
 def library_versions() -> dict[str, str]:

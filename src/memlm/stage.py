@@ -40,6 +40,7 @@ from memlm.manifest import (
     IDENTITY,
     LOCK,
     MANIFEST,
+    MANIFEST_BYTES,
     PLAN,
     PREVIOUS,
     RUN,
@@ -133,7 +134,7 @@ class Stage:
             OutputExistsError: The folder is another run's, which has made something already.
         """
         plan, identity = self.path / PLAN, self.spec.identity
-        if self.has_begun() and plan.is_file() and (there := read_json(plan)) != identity:
+        if self.has_begun() and plan.is_file() and (there := read_json(plan, limit=MANIFEST_BYTES)) != identity:
             raise OutputExistsError(
                 f"{self.path} is an unfinished run of something else ({_difference(there, identity)});"
                 " delete it or choose another output"
@@ -314,12 +315,18 @@ def check_output(out: str | Path, spec: StageSpec) -> Manifest | None:
 def _check_place(out: Path) -> None:
     """Raise unless `out` is a folder that may be written, or can be made."""
     place = next(path for path in (out, *Path(os.path.abspath(out)).parents) if os.path.lexists(path))
-    if not place.exists():
+    if place.is_symlink() and not place.exists():
         raise OutputExistsError(f"{place} is a link that leads nowhere; delete it or choose another output")
-    if not place.is_dir():
-        raise file_error(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(out)))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise file_error(PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place)))
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it since
+        number = 0
+        if not stat.S_ISDIR(place.stat().st_mode):
+            number = errno.ENOTDIR
+        elif os.statvfs(place).f_flag & os.ST_RDONLY:
+            number = errno.EROFS
+        elif not os.access(place, os.W_OK | os.X_OK) and place.exists():
+            number = errno.EACCES
+        if number:
+            raise file_error(OSError(number, os.strerror(number), str(out)))
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -341,13 +348,15 @@ def _part_hard_links(folder: Path) -> None:
                 shutil.copy2(path, temporary)
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any]) -> str:
+def _difference(there: Any, here: dict[str, Any]) -> str:
+    if not isinstance(there, dict):
+        return f"its plan is {short(there)}"
     for part in IDENTITY:
         old, new = there.get(part), here.get(part)
         if old == new:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            key = next(k for k in sorted({*old, *new}) if old.get(k) != new.get(k))
+            key = next(k for k in sorted({*old, *new}) if k not in old or k not in new or old[k] != new[k])
             old, new, part = old.get(key), new.get(key), f"{part}.{key}"
         return f"{part}: {short(old)} there, {short(new)} here"
     return "no difference"

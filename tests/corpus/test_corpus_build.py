@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.corpus.build import build_corpus, corpus_notes, plan_corpus
 from memlm.corpus.config import CorpusConfig
-from memlm.errors import ConfigError, InputError, ModelError
+from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
 from memlm.manifest import Manifest, read_manifest
 from memlm.stage import run_stage
 
@@ -372,3 +372,18 @@ def test_the_limit_of_a_document_decides_nothing_that_a_corpus_holds(folder: Pat
     made = built(folder, model_folder)
     assert built(folder, model_folder, max_document_characters=10_000) == made
     assert "max_document_characters" not in made.config
+
+
+def test_a_corpus_of_an_earlier_version_has_the_same_notes(folder: Path, model_folder: str) -> None:
+    made = built(folder, model_folder, document_separator="\n\n")
+    kept = {name: made.facts[name] for name in ("splits", "vocab_size")}
+    assert corpus_notes(made.model_copy(update={"facts": kept})) == []
+
+
+@pytest.mark.parametrize("name", ["special_tokens_spelled", "files_skipped", "held_out_inside_documents", "splits"])
+@pytest.mark.parametrize("value", [None, "many", [3], {"a": []}])
+def test_facts_that_no_corpus_has_are_one_line(folder: Path, model_folder: str, name: str, value: object) -> None:
+    made = built(folder, model_folder)
+    with pytest.raises(ArtifactError, match=rf"facts\.{name}") as caught:
+        corpus_notes(made.model_copy(update={"facts": made.facts | {name: value}}))
+    assert len(str(caught.value).splitlines()) == 1

@@ -15,7 +15,7 @@ from memlm.errors import ArtifactError, ConfigError, MemlmError, ModelError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import MemorySettings
-from memlm.models.tokenizers import fingerprint
+from memlm.models.tokenizers import fingerprint, load_tokenizer
 
 
 @pytest.fixture
@@ -134,3 +134,31 @@ def test_settings_of_no_kind_or_that_are_changed_are_refused(copied_memory: Path
     reseal(copied_memory, "memory.json")
     with pytest.raises(ArtifactError, match=r"kind \"\['decoder'\]\" is unknown"):
         load_memory(copied_memory)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("added_tokens.json", "special_tokens_map.json", "vocab.json", "tokenizer.model", "chat_template.jinja"),
+        *("adapter_config.json", "model.safetensors.index.json", "pytorch_model.bin", "modeling_own.py"),
+    ],
+)
+@pytest.mark.parametrize("how", ["link", "file"])
+def test_what_libraries_would_read_beside_a_memorys_own_files_is_refused(
+    copied_memory: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    (tmp_path / "outside").write_text("{}")
+    if how == "link":
+        (copied_memory / name).symlink_to(tmp_path / "outside")
+    else:
+        (copied_memory / name).write_text("{}")
+    for look in (load_memory, lambda folder: load_tokenizer(str(folder))):
+        with pytest.raises(ArtifactError, match=rf"{re.escape(name)} is none of the files that its manifest names"):
+            look(copied_memory)
+
+
+def test_what_no_library_reads_may_lie_beside_a_memorys_own_files(copied_memory: Path) -> None:
+    for name in (".gitattributes", "notes.md", "results.csv"):
+        (copied_memory / name).write_text("own")
+    (copied_memory / "evaluation").mkdir()
+    assert load_memory(copied_memory).vocab_size == len(load_tokenizer(str(copied_memory)))

@@ -1,3 +1,5 @@
+import json
+import math
 import shutil
 from pathlib import Path
 
@@ -5,7 +7,7 @@ import pytest
 import torch
 from families import TAPS, VOCABULARY, family_model, token_ids
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from memlm.errors import ConfigError, ModelError
 from memlm.models.identity import model_identity
@@ -114,3 +116,42 @@ def test_dtypes_have_names() -> None:
     assert parse_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
     with pytest.raises(ConfigError, match="dtype = 'int8': known are auto, float32, bfloat16, float16"):
         parse_dtype("int8")
+
+
+def plain(model_folder: str, folder: Path, **change: object) -> Path:
+    """A copy of a plain model, its config changed."""
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 3_000_000}, r"config\.json: num_hidden_layers = 3000000, but there are \d+ tensors"),
+        ({"num_hidden_layers": 10**15}, r"config\.json: num_hidden_layers = 1000000000000000, but there are \d+"),
+        ({"num_hidden_layers": math.inf}, r"config\.json: num_hidden_layers = inf, but"),
+        ({"text_config": {"n_layer": 10**9}}, r"config\.json: n_layer = 1000000000, but"),
+        ({"vocab_size": 10**10}, r"config\.json asks for [\d,]+ parameters, but model .* has [\d,]+ bytes of weights"),
+        ({"intermediate_size": 10**10}, r"config\.json asks for [\d,]+ parameters, but"),
+        ({"num_hidden_layers": 900}, r"config\.json asks for [\d,]+ parameters, but"),
+    ],
+)
+def test_a_plain_config_beyond_the_weights_is_refused_before_the_model_is_made(
+    model_folder: str, tmp_path: Path, change: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = plain(model_folder, tmp_path / "plain", **change)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("it was made"))
+    with pytest.raises(ModelError, match=message) as caught:
+        load_causal_lm(str(folder))
+    assert len(str(caught.value).splitlines()) == 1
+    if "layer" in "".join(map(str, change.items())) and change.get("num_hidden_layers") != 900:
+        monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("it was read"))
+        with pytest.raises(ModelError, match=message):
+            load_config(str(folder))
+
+
+def test_a_plain_model_whose_weights_fit_loads_as_before(model_folder: str, tmp_path: Path) -> None:
+    model = load_causal_lm(str(plain(model_folder, tmp_path / "plain")))
+    assert sum(p.numel() for p in model.parameters()) > 0

@@ -1,12 +1,15 @@
 """Which checkpoint a run goes on from: one that is, to the last bit, what was written, and holds all it takes."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 from interruption import interrupted_after
 
+from memlm.files import file_digest
 from memlm.manifest import Manifest
 from memlm.train import trainer
 from memlm.train.config import TrainConfig
@@ -97,3 +100,46 @@ def test_a_checkpoint_without_an_optimizer_is_not_gone_on_from(interrupted: Path
 def mark_anew(checkpoint: Path) -> None:
     (checkpoint / "whole").unlink()
     trainer._mark_whole(checkpoint)
+
+
+@pytest.mark.parametrize("best", ["4", "../outside", 4.5, True, -1, [4], {"a": 1}])
+def test_a_checkpoint_that_calls_no_step_the_best_is_not_gone_on_from(interrupted: Path, best: object) -> None:
+    newest = interrupted / "checkpoints" / "checkpoint-6"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    (newest / "trainer_state.json").write_text(json.dumps(state | {"best_global_step": best}))
+    mark_anew(newest)
+    with pytest.warns(UserWarning, match="checkpoint-6 does not say which one is the best"):
+        assert last_whole_checkpoint(interrupted / "checkpoints") == str(newest.with_name("checkpoint-4"))
+
+
+@pytest.mark.parametrize("best", [None, 0])
+def test_a_best_checkpoint_elsewhere_is_not_believed(
+    interrupted: Path, corpus_folder: Path, model_folder: str, uninterrupted: Manifest, tmp_path: Path, best: int | None
+) -> None:
+    """Weights of a stranger's choice would become the memory."""
+    outside = Path(shutil.copytree(interrupted / "checkpoints" / "checkpoint-4", tmp_path / "outside"))
+    for checkpoint in (interrupted / "checkpoints").iterdir():
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        planted = {"best_model_checkpoint": str(outside), "best_global_step": best, "best_metric": 1e-9}
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | planted))
+        mark_anew(checkpoint)
+    opened = []
+    load = safetensors.torch.load_file
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            safetensors.torch, "load_file", lambda path, *a, **k: opened.append(Path(path)) or load(path, *a, **k)
+        )
+        made = train_memory(corpus_folder, init=model_folder, out=interrupted, config=CONFIG)
+    assert opened
+    assert not [path for path in opened if path.is_relative_to(outside)]
+    assert made.facts["steps"] == uninterrupted.facts["steps"]
+
+
+def test_a_mark_that_names_files_elsewhere_is_no_mark(interrupted: Path) -> None:
+    mark = interrupted / "checkpoints" / "checkpoint-6" / "whole"
+    outside = mark.parents[2] / "outside.txt"
+    outside.write_text("secret")
+    held = json.loads(mark.read_text())
+    for name in (str(outside), "../../outside.txt"):
+        mark.write_text(json.dumps(held | {name: file_digest(outside)}))
+        assert trainer._fault(mark.parent) == "names files outside of it"

@@ -71,18 +71,17 @@ def corpus(
     check_documents(documents)
     check_models(tokenizer)
     quiet()
-    from memlm.corpus.build import build_corpus, corpus_notes
+    from memlm.corpus.blocks import CorpusFacts
+    from memlm.corpus.build import ReadingFacts, build_corpus, corpus_notes
 
     manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
-    facts = manifest.facts
+    read, splits = ReadingFacts.of(out, manifest), CorpusFacts.of(out, manifest).splits
     lines = [
-        f"{facts['documents_read']:,} documents read, {facts['documents_empty']:,} empty and"
-        f" {facts['documents_too_short']:,} under two tokens skipped, {facts['files_skipped']:,} files not read,"
-        f" {facts['documents_repeated']:,} repetitions and {facts['documents_near_duplicate']:,} near-duplicates out"
+        f"{read.documents_read:,} documents read, {read.documents_empty:,} empty and"
+        f" {read.documents_too_short:,} under two tokens skipped, {read.files_skipped:,} files not read,"
+        f" {read.documents_repeated:,} repetitions and {read.documents_near_duplicate:,} near-duplicates out"
     ]
-    lines += [
-        f"  {name:<11}{s['documents']:>9,} documents{s['tokens']:>13,} tokens" for name, s in facts["splits"].items()
-    ]
+    lines += [f"  {name:<11}{s.documents:>9,} documents{s.tokens:>13,} tokens" for name, s in splits.items()]
     lines.append(next_line("memlm", "datastore", out, "--teacher", tokenizer, "--out", "FOLDER"))
     print_made(out, manifest, as_json, "\n".join(lines))
     for line in corpus_notes(manifest):

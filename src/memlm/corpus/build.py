@@ -8,20 +8,21 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from memlm.config import nearest, settings_from
-from memlm.corpus.blocks import SPLITS
+from memlm.corpus.blocks import SPLITS, CorpusFacts
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
 from memlm.corpus.readers import Document, Met, find_sources, read_documents, source_digest
 from memlm.errors import ConfigError, InputError
 from memlm.files import read_json
-from memlm.manifest import Manifest
+from memlm.manifest import Facts, Manifest
 from memlm.models.loading import resolve
 from memlm.models.tokenizers import TextEncoder, fingerprint, load_tokenizer, special_texts, vocabulary_size
 from memlm.progress import progress_bar
@@ -202,6 +203,21 @@ class _Part(NamedTuple):
     stop: int
 
 
+class ReadingFacts(Facts):
+    """What a corpus's manifest says of the documents; a folder of an earlier version says less."""
+
+    documents_read: int = 0
+    documents_empty: int = 0
+    documents_too_short: int = 0
+    documents_repeated: int = 0
+    documents_near_duplicate: int = 0
+    files_skipped: int = 0
+    files_skipped_first: list[str] = Field(default_factory=list)
+    separators_found: int | None = None
+    special_tokens_spelled: dict[str, int] = Field(default_factory=dict)
+    held_out_inside_documents: list[Literal["train", "validation", "test"]] = Field(default_factory=list)
+
+
 def _told(met: Met, config: CorpusConfig) -> dict[str, Any]:
     """What a manifest says of a reading."""
     return {
@@ -242,7 +258,7 @@ def _compile(stage: Stage, config: CorpusConfig, met: Met) -> dict:
         chosen[split] = _within_budget(candidates, config.budget(split))
         if split == "train" and not chosen[split]:
             read = f"{len(raw.lengths):,} documents were read"
-            skipped = _skipped_line(_told(met, config), "; ")
+            skipped = _skipped_line(len(met.skipped), met.skipped[:_NAMED], "; ")
             raise InputError(f"the corpus is empty: {read}, none of two tokens is left for training{skipped}")
         tokens, documents = _write_split(stage, raw, split, chosen[split])
         facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
@@ -276,17 +292,17 @@ def _hold_out_inside(parts: dict[str, list[_Part]], config: CorpusConfig) -> lis
     return [split for split in SPLITS if split in empty and parts[split]]
 
 
-def _skipped_line(facts: dict[str, Any], before: str = "") -> str:
+def _skipped_line(count: int, first: list[str], before: str = "") -> str:
     """Which files of folders were not read; nothing where all were."""
-    count, first = facts.get("files_skipped", 0), facts.get("files_skipped_first", [])
     more = ", …" if count > len(first) else ""
     return f"{before}files that memlm does not read: {count:,} ({', '.join(first)}{more})" if count else ""
 
 
 def corpus_notes(manifest: Manifest) -> list[str]:
     """What the user of a new corpus should know, a line each; of a manifest that `build_corpus` gave."""
-    config, facts, lines = CorpusConfig.parse(manifest.config, "corpus."), manifest.facts, []
-    if skipped := _skipped_line(facts):
+    config, lines = CorpusConfig.parse(manifest.config, "corpus."), []
+    sizes, facts = CorpusFacts.of("corpus", manifest).splits, ReadingFacts.of("corpus", manifest)
+    if skipped := _skipped_line(facts.files_skipped, facts.files_skipped_first):
         lines.append(skipped)
     if separator := config.document_separator:
         if re.fullmatch("[nrt]+", separator):
@@ -294,23 +310,23 @@ def corpus_notes(manifest: Manifest) -> list[str]:
                 f"documents were cut at the letters {separator!r}: a shell takes backslashes away that no quotes guard;"
                 f" for line ends write --document-separator '{re.sub('(.)', _BACKSLASHED, separator)}'"
             )
-        elif facts.get("separators_found") == 0 and not facts["held_out_inside_documents"]:
+        elif facts.separators_found == 0 and not facts.held_out_inside_documents:
             lines.append(
                 f"the separator {separator!r} is in none of the text files, so that each is one document; give the one"
                 " that stands between documents (--document-separator)"
             )
-    if spelled := facts["special_tokens_spelled"]:
+    if spelled := facts.special_tokens_spelled:
         met = ", ".join(f"{text} {count:,} times" for text, count in list(spelled.items())[:5])
         kept = "are those tokens" if config.special_tokens else "are text like any; --special-tokens makes them tokens"
         lines.append(f"special tokens spelled in the documents ({met}) {kept}")
-    if inside := facts["held_out_inside_documents"]:
+    if inside := facts.held_out_inside_documents:
         shares = ", ".join(f"{name} {getattr(config, f'{name}_fraction'):.0%}" for name in inside)
         lines.append(
             f"too few documents to hold any out whole: the last part of each training document is held out instead"
             f" ({shares}); {_more_documents(config, facts)}"
         )
     for name in ("validation", "test"):
-        if getattr(config, f"{name}_fraction") and not facts["splits"][name]["positions"]:
+        if getattr(config, f"{name}_fraction") and not sizes[name].positions:
             lines.append(
                 f"the {name} split is empty: later stages need its tokens; {_more_documents(config, facts)},"
                 f" or a larger --{name}-fraction"
@@ -318,10 +334,10 @@ def corpus_notes(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _more_documents(config: CorpusConfig, facts: dict[str, Any]) -> str:
+def _more_documents(config: CorpusConfig, facts: ReadingFacts) -> str:
     if config.document_separator is None:
         return "give more documents, or name what stands between them in a file: --document-separator '\\n\\n'"
-    nowhere = ", which is in none of the text files" if facts.get("separators_found") == 0 else ""
+    nowhere = ", which is in none of the text files" if facts.separators_found == 0 else ""
     return f"give more documents, or another --document-separator than {config.document_separator!r}{nowhere}"
 
 

@@ -19,7 +19,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.corpus.pages import page_text
 from memlm.errors import ArtifactError, InputError
 from memlm.files import digest, file_digest, file_error, read_json, utf8
-from memlm.manifest import IDENTITY, MANIFEST, PLAN
+from memlm.manifest import IDENTITY, MANIFEST, MANIFEST_BYTES, PLAN
 
 TEXT = (".txt", ".md", ".rst")
 FORMATS = (*TEXT, ".jsonl", ".json", ".parquet", ".html", ".htm")
@@ -29,7 +29,6 @@ _PACKED = 1 << 10  # bytes of zstd unpacked at a time: at most 32 MB come of the
 _ROWS = 64  # of Parquet at a time, for one may be long
 _SIDE_FILES = ("__macosx", "thumbs.db", "desktop.ini")  # what systems leave beside files, with those that start with .
 _SAVED = ("state.json", "dataset_dict.json")  # by `datasets`
-_MANIFEST_BYTES = 16 << 20
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -132,7 +131,7 @@ def _is_ours(folder: Path) -> bool:
     """Whether a stage has made a folder, or has begun: what is in it are no documents."""
     for name in (MANIFEST, PLAN):
         with contextlib.suppress(ArtifactError):
-            found = read_json(folder / name, limit=_MANIFEST_BYTES) if (folder / name).is_file() else None
+            found = read_json(folder / name, limit=MANIFEST_BYTES) if (folder / name).is_file() else None
             if isinstance(found, dict) and set(IDENTITY) <= set(found):
                 return True
     return False

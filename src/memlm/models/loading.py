@@ -1,7 +1,7 @@
 """Causal language models from a path, a hub id or a packaged name."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
 from memlm.files import read_json
-from memlm.manifest import check_payload, is_artifact, payload_file, read_manifest
+from memlm.manifest import check_nothing_beside, check_payload, is_artifact, payload_file, read_manifest
 from memlm.models.adapters import ADAPTER_CONFIG
 from memlm.models.fetching import PACKAGED, fetch
 
 WEIGHTS_FILE = "model.safetensors"
+_CONFIG_BYTES = 1 << 24
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
+_MANY_LAYERS = 1000
+_PARAMETERS_PER_BYTE = 8  # of weights in a single bit
 _OF_FILES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _INFLATED = ("num_labels", "auto_map", "quantization_config")  # they ask for a table of any size, code, another loader
 
@@ -66,10 +70,13 @@ def load_config(name: str, **where: Any) -> PreTrainedConfig:
     """
     source = resolve(name)
     if is_artifact(source):
-        path = payload_file(source, read_manifest(source, "memory"), "config.json")
+        manifest = read_manifest(source, "memory")
+        check_nothing_beside(source, manifest)
+        path = payload_file(source, manifest, "config.json")
         values = read_json(path)
         if not isinstance(values, dict) or values.keys() & _INFLATED:
             raise ArtifactError(f"{path} is no config that memlm writes; it may have none of {', '.join(_INFLATED)}")
+    _check_depth(Path(source, where.get("subfolder", "")))
     try:
         return AutoConfig.from_pretrained(source, **{"trust_remote_code": False, **where})  # else transformers asks
     except Exception as error:  # a config's own code, given values that it was not written for
@@ -96,6 +103,8 @@ def load_causal_lm(
     source = resolve(name)
     if is_artifact(source):
         _check_decoder(Path(source))
+    elif not kwargs.get("gguf_file"):
+        _check_plain(Path(source, kwargs.get("subfolder", "")), name)
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # else transformers makes up what is missing
     kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
     try:
@@ -136,6 +145,62 @@ def _check_decoder(folder: Path) -> None:
         raise ArtifactError(f"{folder}/config.json describes no model: {reason_of(error)}") from None
     if wanted > (there := sum(map(math.prod, held.values()))):
         raise ArtifactError(f"{folder}/config.json asks for {wanted:,} parameters, {WEIGHTS_FILE} holds {there:,}")
+
+
+def _depths(values: Any) -> Iterator[tuple[str, float]]:
+    """The settings that say how many layers there are, in a config and those inside it."""
+    for name, value in values.items() if isinstance(values, dict) else ():
+        if name in _LAYERS and isinstance(value, int | float):
+            yield name, value
+        yield from _depths(value)
+
+
+def _check_depth(folder: Path) -> None:
+    """Raise where a config asks for many more layers than there are tensors: even reading it would take hours then.
+
+    Raises:
+        ModelError: It does.
+    """
+    config = folder / "config.json"
+    for name, layers in _depths(read_json(config, limit=_CONFIG_BYTES)) if config.is_file() else ():
+        if not layers <= _MANY_LAYERS and not layers <= (tensors := _count_tensors(folder)):  # also where it is NaN
+            raise ModelError(f"{config}: {name} = {layers}, but there are {tensors} tensors")
+
+
+def _count_tensors(folder: Path) -> int:
+    """How many tensors the safetensors files of a folder hold; 0 where one is damaged, or there is none."""
+    count = 0
+    try:
+        for path in folder.glob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                count += len(file.keys())
+    except (SafetensorError, OSError, ValueError):
+        return 0
+    return count
+
+
+def _check_plain(folder: Path, name: str) -> None:
+    """Raise where the config of a plain model's folder asks for far more than its weights hold.
+
+    What is lacking in earnest, or damaged, is told when the model is loaded.
+
+    Raises:
+        ModelError: It does.
+    """
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not (folder / "config.json").is_file() or not _count_tensors(folder):
+        return
+    _check_depth(folder)
+    try:
+        config = load_config(str(folder))
+        with torch.device("meta"):  # takes no memory for weights
+            wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    except Exception:  # a model's own code, which is run only where that is trusted
+        return
+    if wanted > _PARAMETERS_PER_BYTE * size:
+        raise ModelError(
+            f"{folder / 'config.json'} asks for {wanted:,} parameters, but model {name!r} has {size:,} bytes of weights"
+        )
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
 
 from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchError
 from memlm.files import digest, utf8
-from memlm.manifest import check_payload, is_artifact, read_manifest
+from memlm.manifest import check_nothing_beside, check_payload, is_artifact, read_manifest
 from memlm.models.loading import adapted_base, load_config, reason_of, resolve
 
 _PROBE = (
@@ -40,7 +40,9 @@ def load_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
         ModelError: There is none, or it cannot be reached.
     """
     if is_artifact(source):
-        check_payload(source, read_manifest(source), "tokenizer")
+        manifest = read_manifest(source)
+        check_payload(source, manifest, "tokenizer")
+        check_nothing_beside(source, manifest)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **where})
     except Exception as error:  # tokenizers raises it bare

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memlm.errors import ArtifactError
-from memlm.files import read_json
-from memlm.manifest import MANIFEST, PLAN, RUN, read_manifest
+from memlm.manifest import MANIFEST, PLAN, read_manifest, seconds_of
 from memlm.runs.recipe import Recipe
 from memlm.stage import Plan, StageSpec, check_output, run_stage
 from memlm.text import duration, size
@@ -199,9 +198,8 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
     for name in names:
         folder, cost, found = out / name, costs.get(name, Cost()), there.get(name)
         if found is not None:
-            run = read_json(found / RUN) if (found / RUN).is_file() else {}
             size = sum(file.bytes for file in read_manifest(found).payload.values())
-            cost, state = Cost(cost.tokens, run.get("seconds_last_run"), size), "there" if found == folder else "found"
+            cost, state = Cost(cost.tokens, seconds_of(found), size), "there" if found == folder else "found"
         else:
             state = "unfinished" if is_begun(folder) else "to be made"
         planned.append(Planned(name, state, str(found or folder), *cost))

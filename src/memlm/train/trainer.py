@@ -1,7 +1,6 @@
 """`MemoryTrainer`: transformers' Trainer with the sparse loss and validation by the mixture."""
 
 import dataclasses
-import json
 import math
 import shutil
 import warnings
@@ -357,8 +356,9 @@ class _AroundCheckpoints(TrainerCallback):
         self._validates, self._due = validates, due
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.best_global_step:  # the whole folder may have been moved in between
-            state.best_model_checkpoint = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        # the whole folder may have been moved in between, or be a stranger's
+        best = state.best_global_step
+        state.best_model_checkpoint = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{best:d}" if best else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._validates and state.global_step >= state.max_steps:
@@ -422,6 +422,8 @@ def _fault(checkpoint: Path) -> str | None:
         return "was not written whole"
     try:
         held = read_json(checkpoint / _WHOLE, limit=_MARK_BYTES)
+        if any(not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()) for name in held):
+            return "names files outside of it"
         rotten = next((n for n, sha256 in dict(held).items() if file_digest(checkpoint / n) != sha256), None)
     except (ArtifactError, OSError, TypeError, ValueError):
         return "lacks files, or its mark is damaged"
@@ -429,6 +431,20 @@ def _fault(checkpoint: Path) -> str | None:
         return f"is damaged: the checksum of its {rotten} is not what was written"
     lacking = next((name for name in _RESUMABLE if not any(checkpoint.glob(name))), None)
     return f"has no {lacking}" if lacking is not None else None
+
+
+def _fault_of_best(checkpoint: Path) -> str | None:
+    """What is wrong with the checkpoint that this one calls the best, which lies beside it."""
+    try:
+        state = read_json(checkpoint / TRAINER_STATE_NAME, limit=_MARK_BYTES)
+    except ArtifactError:
+        state = None
+    best = state.get("best_global_step") if isinstance(state, dict) else ""
+    if not (best is None or (type(best) is int and best >= 0)):
+        return "does not say which one is the best"
+    other = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{best}") if best else checkpoint
+    fault = _fault(other) if other != checkpoint else None
+    return f"refers to the best one, {other}, which {fault}" if fault is not None else None
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
@@ -440,12 +456,9 @@ def last_whole_checkpoint(folder: Path) -> str | None:
         checkpoint, was_whole = Path(found), (Path(found) / _WHOLE).is_file()
         fault = _fault(checkpoint)
         if fault is None:
-            best = json.loads((checkpoint / TRAINER_STATE_NAME).read_text()).get("best_global_step")
-            best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{best}") if best else checkpoint
-            fault = _fault(best) if best != checkpoint else None
+            fault = _fault_of_best(checkpoint)
             if fault is None:
                 return found
-            fault = f"refers to the best one, {best}, which {fault}"
         if was_whole:
             warnings.warn(f"{checkpoint} {fault}; training goes on from the one before it", stacklevel=2)
         shutil.rmtree(checkpoint)
