@@ -7,7 +7,7 @@ from test_stage import ASKED, build
 
 from memlm import manifest as manifest_module
 from memlm.errors import ArtifactError
-from memlm.manifest import check_payload, payload_file, read_manifest, seconds_of
+from memlm.manifest import check_payload, payload_file, read_manifest, times_of
 
 
 def edit_manifest(folder: Path, **changes: object) -> None:
@@ -169,18 +169,19 @@ def test_a_folder_that_is_not_there_and_one_without_a_manifest_are_told_apart(tm
     ("content", "seconds"),
     [
         ('{"seconds_last_run": 12.5, "finished": 1}', 12.5),
-        ('{"seconds_last_run": 0}', 0.0),
+        ('{"seconds_last_run": 0, "finished": 1}', 0.0),
         *(
             (content, None)
             for content in (
                 *("[]", "3", '"text"', "", "{", "null", '{"seconds_last_run": "12"}', '{"seconds_last_run": null}'),
-                *('{"seconds_last_run": NaN}', '{"seconds_last_run": Infinity}', '{"seconds_last_run": -1}'),
-                *('{"seconds_last_run": 1e300}', '{"seconds_last_run": [1]}', "[" * 5000, '{"a": "\\ud800"}'),
+                *(f'{{"finished": 1, "seconds_last_run": {t}}}' for t in ("NaN", "Infinity", "-1", "1e300", "[1]")),
+                *(f'{{"finished": {made}, "seconds_last_run": 1}}' for made in ("NaN", "-1", "1e300", '"now"')),
+                *("[" * 5000, '{"a": "\\ud800"}', '{"seconds_last_run": 1}'),
             )
         ),
     ],
 )
 def test_times_that_cannot_be_believed_are_none(tmp_path: Path, content: str, seconds: float | None) -> None:
     (tmp_path / "run.json").write_text(content)
-    assert seconds_of(tmp_path) == seconds
-    assert seconds_of(tmp_path / "nowhere") is None
+    assert times_of(tmp_path) == (None if seconds is None else (1.0, seconds))
+    assert times_of(tmp_path / "nowhere") is None

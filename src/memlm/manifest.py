@@ -5,6 +5,7 @@ before the file is read.
 """
 
 import contextlib
+import math
 import os
 import platform
 import shutil
@@ -13,7 +14,7 @@ import sys
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -31,6 +32,7 @@ VALIDATED = "validated.json"  # how a datastore is searched and weighed best, as
 UNHASHED = {MANIFEST, PLAN, PREVIOUS, RUN, LOCK, VALIDATED}  # what describes the rest
 MANIFEST_BYTES = 16 << 20  # a hundred thousand files; parsed JSON takes up to 25 times its bytes
 _LONGEST = 1e9  # seconds, thirty years
+_LATEST = 1e11  # seconds since 1970
 _LIBRARIES = ("memlm", "torch", "transformers", "faiss-cpu", "datasets", "pyarrow", "numpy", "tokenizers")
 IDENTITY = ("kind", "format_version", "config", "inputs", "tokenizer")  # fields that are known before the work starts
 Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "evaluation"]
@@ -255,13 +257,22 @@ def copy_payload(folder: str | Path, manifest: Manifest, out: Path, start: str =
             shutil.copyfile(payload_file(folder, manifest, name), out / name)
 
 
-def seconds_of(folder: str | Path) -> float | None:
-    """What the last run of a finished folder took; None where nothing says so, or nothing that can be believed."""
+class Times(NamedTuple):
+    """Of a finished folder's last run."""
+
+    finished: float
+    """Seconds since 1970."""
+    seconds_last_run: float
+
+
+def times_of(folder: str | Path) -> Times | None:
+    """When a folder was finished and what its last run took; None where nothing says so that can be believed."""
     with contextlib.suppress(ArtifactError):
-        times = read_json(Path(folder) / RUN)
-        took = times.get("seconds_last_run") if isinstance(times, dict) else None
-        if isinstance(took, int | float) and 0 <= took < _LONGEST:  # also false for NaN
-            return float(took)
+        found = read_json(Path(folder) / RUN)
+        values = [found.get(name) for name in Times._fields] if isinstance(found, dict) else []
+        finished, took = [float(v) if isinstance(v, int | float) else math.nan for v in values] or [math.nan] * 2
+        if 0 <= took < _LONGEST and 0 <= finished < _LATEST:  # also false for NaN
+            return Times(finished, took)
     return None
 
 

@@ -19,14 +19,15 @@ def info(folder: Annotated[Path, typer.Argument(help="What any stage wrote.")], 
 
     Example: memlm info m/
     """
-    from memlm.manifest import read_manifest
+    from memlm.manifest import read_manifest, times_of
 
-    manifest = read_manifest(folder)
-    found = {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json"), **_times(folder)}
-    print_result(found, as_json, "\n".join(map(one_line, _info_lines(folder, manifest, _times(folder)))))
+    manifest, times = read_manifest(folder), times_of(folder)
+    found = {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}
+    found |= times._asdict() if times is not None else {}
+    print_result(found, as_json, "\n".join(map(one_line, _info_lines(folder, manifest, times))))
 
 
-def _info_lines(folder: Path, manifest: Any, times: dict[str, Any]) -> Iterator[str]:
+def _info_lines(folder: Path, manifest: Any, times: Any) -> Iterator[str]:
     kind = (
         f"{manifest.config['kind']} memory"
         if manifest.kind == "memory" and "kind" in manifest.config
@@ -34,9 +35,8 @@ def _info_lines(folder: Path, manifest: Any, times: dict[str, Any]) -> Iterator[
     )
     total = sum(file.bytes for file in manifest.payload.values())
     yield f"{folder}: {kind}, {size(total)} in {len(manifest.payload)} files"
-    if times:
-        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(times["finished"]))
-        yield f"made {made}; its last run took {duration(times['seconds_last_run'])}"
+    if times is not None:
+        yield f"made {_date(times.finished)}; its last run took {duration(times.seconds_last_run)}"
     if manifest.kind == "memory":
         try:
             yield memory_line(manifest.facts)
@@ -53,6 +53,10 @@ def _info_lines(folder: Path, manifest: Any, times: dict[str, Any]) -> Iterator[
             yield from ("", title)
             yield from (f"  {line}" for line in _rows(rows))
     yield from ("", f"hash {manifest.hash}")
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _rows(values: dict[str, Any]) -> Iterator[str]:
@@ -81,18 +85,6 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 400 else text[:399] + "…"
 
 
-def _times(folder: Path) -> dict[str, Any]:
-    """When a folder was finished and how long its last run took; nothing where that is not known."""
-    from memlm.files import read_json
-    from memlm.manifest import RUN
-
-    try:
-        run = read_json(folder / RUN)
-        return {"finished": float(run["finished"]), "seconds_last_run": float(run["seconds_last_run"])}
-    except (MemlmError, OSError, KeyError, TypeError, ValueError):
-        return {}
-
-
 def list_folders(
     folder: Annotated[Path, typer.Argument(help="Where to look, at any depth.")] = Path(), as_json: Json = False
 ) -> None:
@@ -110,7 +102,7 @@ def list_folders(
         return
     rows = [["folder", "kind", "from", "how good", "size", "made"]]
     for entry in found:
-        made = "" if entry["finished"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(entry["finished"]))
+        made = "" if entry["finished"] is None else _date(entry["finished"])
         rows.append([entry["folder"], entry["kind"], entry["from"], entry["good"], size(entry["bytes"]), made])
     print_result({"folders": found}, as_json, "\n".join(map(one_line, table(rows))))
 
@@ -127,7 +119,7 @@ def _stage_folders(folder: Path) -> Iterator[Path]:
 
 
 def _listed(place: Path) -> dict[str, Any]:
-    from memlm.manifest import is_finished, read_manifest
+    from memlm.manifest import is_finished, read_manifest, times_of
 
     entry = {"folder": str(place), "kind": "unfinished", "from": "", "good": "", "bytes": 0, "finished": None}
     try:
@@ -140,7 +132,7 @@ def _listed(place: Path) -> dict[str, Any]:
                 "from": sources.get(origin.get(kind, "documents"), sources.get("corpus", "")),
                 "good": _good(kind, facts),
                 "bytes": sum(file.bytes for file in manifest.payload.values()),
-                "finished": _times(place).get("finished"),
+                "finished": times.finished if (times := times_of(place)) else None,
             }
         else:
             entry["bytes"] = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())

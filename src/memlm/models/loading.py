@@ -1,5 +1,6 @@
 """Causal language models from a path, a hub id or a packaged name."""
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -254,6 +255,10 @@ def _unreachable(name: str, source: str, error: Exception) -> ModelError:
     tried = f"folder {source!r};"
     if not Path(source).exists():
         tried = f"no folder {name!r} here; not one of the packaged models ({', '.join(PACKAGED)}); as a hub id:"
+        if close := difflib.get_close_matches(name.lower(), PACKAGED, n=1):
+            return ModelError(
+                f"model {name!r} cannot be loaded; did you mean {close[0]}? Tried: {tried} {reason_of(error)}"
+            )
     return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {reason_of(error)}")
 
 

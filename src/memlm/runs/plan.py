@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memlm.errors import ArtifactError
-from memlm.manifest import MANIFEST, PLAN, read_manifest, seconds_of
+from memlm.manifest import MANIFEST, PLAN, read_manifest, times_of
 from memlm.runs.recipe import Recipe
 from memlm.stage import Plan, StageSpec, check_output, run_stage
 from memlm.text import duration, size
@@ -199,7 +199,8 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
         folder, cost, found = out / name, costs.get(name, Cost()), there.get(name)
         if found is not None:
             size = sum(file.bytes for file in read_manifest(found).payload.values())
-            cost, state = Cost(cost.tokens, seconds_of(found), size), "there" if found == folder else "found"
+            took = times.seconds_last_run if (times := times_of(found)) else None
+            cost, state = Cost(cost.tokens, took, size), "there" if found == folder else "found"
         else:
             state = "unfinished" if is_begun(folder) else "to be made"
         planned.append(Planned(name, state, str(found or folder), *cost))
