@@ -56,22 +56,22 @@ def prove_mixture(mixed: MixedLM, context: Tensor, tokens: Tensor) -> None:
     (memory,), (weight,) = mixed.named_memories().values(), mixed.mix_weights.values()
     cache, memory_cache = DynamicCache(config=mixed.base.config), memory.new_cache(len(context))
     found = decoder(mixed, context, tokens)()
-    with capture(mixed.base, () if memory.tap is None else (memory.tap,)) as captured:
-        for number, piece in enumerate([context, *tokens.split(1, dim=1)]):
+    for number, piece in enumerate([context, *tokens.split(1, dim=1)]):
+        with capture(mixed.base, () if memory.tap is None else (memory.tap,)) as captured:
             logits = mixed.base(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            activations = captured[memory.tap].reshape(*piece.shape, -1) if memory.tap is not None else None
-            state = memory.step(piece, activations, cache=memory_cache)
-            votes = memory.votes(state, slice(-1, None))
-            if number == 0:
-                continue
-            base_log_probs = logits[:, : mixed.vocab_size].double().log_softmax(-1)
-            if isinstance(votes, SparseProbs):
-                memory_log_probs = votes.dense(mixed.vocab_size).double().log()
-            else:
-                memory_log_probs = votes[:, -1].double()
-            expected = (base_log_probs.exp() * (1 - weight) + memory_log_probs.exp() * weight).log()
-            difference = (found[number - 1].double().log_softmax(-1) - expected).abs().max()
-            prove(float(difference), _TOLERANCE, f"decoding step {number}: the mixture against its parts")
+        activations = captured[memory.tap].reshape(*piece.shape, -1) if memory.tap is not None else None
+        state = memory.step(piece, activations, cache=memory_cache)
+        votes = memory.votes(state, slice(-1, None))
+        if number == 0:
+            continue
+        base_log_probs = logits[:, : mixed.vocab_size].double().log_softmax(-1)
+        if isinstance(votes, SparseProbs):
+            memory_log_probs = votes.dense(mixed.vocab_size).double().log()
+        else:
+            memory_log_probs = votes[:, -1].double()
+        expected = (base_log_probs.exp() * (1 - weight) + memory_log_probs.exp() * weight).log()
+        difference = (found[number - 1].double().log_softmax(-1) - expected).abs().max()
+        prove(float(difference), _TOLERANCE, f"decoding step {number}: the mixture against its parts")
     mixed.set_mix_weight(0.0)
     alone = zip(decoder(mixed, context, tokens)(), decoder(mixed.base, context, tokens)(), strict=True)
     difference = max(float((ours - base[:, : mixed.vocab_size].float()).abs().max()) for ours, base in alone)

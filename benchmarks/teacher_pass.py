@@ -113,12 +113,12 @@ def prove_keys(model: PreTrainedModel, tap: str, texts: Sequence[Tensor], keys: 
         WrongAnswerError: They are not, by more than bfloat16 rounds otherwise beside other texts.
     """
     start = 0
-    with capture(model, (tap,)) as captured:
-        for number, text in enumerate(texts):
+    for number, text in enumerate(texts):
+        with capture(model, (tap,)) as captured:
             model.base_model(text[None], use_cache=False)
-            whole = captured[tap][0, :-1].float().cpu().numpy()
-            here = keys[start : start + len(whole)].astype(np.float32)
-            start += len(whole)
-            error = np.linalg.norm(here - whole) / np.linalg.norm(whole)
-            prove(float(error), _TOLERANCE, f"keys of text {number} against a whole forward pass of it")
+        whole = captured[tap][0, :-1].float().cpu().numpy()
+        here = keys[start : start + len(whole)].astype(np.float32)
+        start += len(whole)
+        error = np.linalg.norm(here - whole) / np.linalg.norm(whole)
+        prove(float(error), _TOLERANCE, f"keys of text {number} against a whole forward pass of it")
     prove(abs(start - len(keys)), 0, "positions against keys")

@@ -189,7 +189,7 @@ def test_no_labels_give_no_scores(memory: RetrievalMemory) -> None:
 
 def test_more_neighbours_than_entries_are_all_entries(datastore_folder: Path) -> None:
     """At a temperature so high that all votes weigh the same, its votes are the frequencies of tokens."""
-    memory = RetrievalMemory(datastore_folder, RetrievalConfig(k=10**9, target_temperature=1e7))
+    memory = RetrievalMemory(datastore_folder, RetrievalConfig(k=2**20, target_temperature=1e7))
     entries = memory.store.n_entries
     expected = np.bincount(memory.store.values, minlength=VOCAB) / entries
     np.testing.assert_allclose(dense_rows(memory, torch.zeros(1, 32))[0], expected, atol=1e-5)

@@ -520,7 +520,8 @@ def test_a_loss_that_overflows_stops_the_run_and_names_the_step(
         return loss
 
     monkeypatch.setattr(trainer_module.MemoryTrainer, "compute_loss", recorded)
-    config = TrainConfig(learning_rate=1e30, schedule="constant", warmup=0, max_steps=40, batch_size=2, dtype="float32")
+    config = TrainConfig(schedule="constant", warmup=0, max_steps=40, batch_size=2, dtype="float32")
+    config = config.model_copy(update={"learning_rate": 1e30})  # which no user may give, so that few steps are enough
     with pytest.raises(TrainingError, match="the loss is not finite in step ") as caught:
         train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config)
     first = int((~np.isfinite(losses)).argmax()) + 1

@@ -240,7 +240,7 @@ def unwatched() -> Iterator[None]:
 
 @contextlib.contextmanager
 def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) -> Iterator[dict[str, Tensor]]:
-    """What goes into each tap during the forward passes of a `with` block; other threads may run the same model.
+    """What goes into each tap during the one forward pass of a `with` block; other threads may run the same model.
 
     Costs nothing but a reference per tap: nothing is copied and no other layer's activations are kept.
 
@@ -251,7 +251,7 @@ def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) 
         Tap to `(B, T, D)`, filled in when the model runs.
 
     Raises:
-        ModelError: A tap does not exist.
+        ModelError: A tap does not exist, or is called again.
     """
     found: dict[str, Tensor] = {}
     modules = {tap: get_module(model, tap) for tap in taps}
