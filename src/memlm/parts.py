@@ -56,7 +56,7 @@ class Part:
     def load(self) -> tuple[int, dict[str, NDArray[Any]]]:
         """Steps that an earlier run has kept, and its arrays; 0 and none where there is nothing of use."""
         try:
-            with np.load(self._path, allow_pickle=False) as file:
+            with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = dict(file)
             return int(arrays.pop("steps")), arrays
         except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):

@@ -1,5 +1,6 @@
 """The table of scores, where several ask for it at once."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -9,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ModelError
+from memlm.mix.base import BaseVoter
 from memlm.scores import table as table_module
-from memlm.scores.table import ScoreTable, score_corpus
+from memlm.scores.score import COLUMNS
+from memlm.scores.table import Scorers, ScoreTable, Text, score_corpus
 
 
 @pytest.fixture
@@ -106,3 +110,50 @@ def test_one_that_fails_leaves_the_pass_to_the_other(
             pool.submit(score_corpus, Corpus(corpus_folder), model_folder, memories, dtype="float32") for _ in "12"
         ]
     assert sorted(type(each.exception()).__name__ for each in asked) == ["ModelError", "NoneType"]
+
+
+@pytest.mark.parametrize("rotten", [False, True])
+def test_a_pass_that_is_stopped_keeps_what_was_scored_and_says_so(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, tmp_path: Path, rotten: bool
+) -> None:
+    corpus = Corpus(corpus_folder)
+    text = Text(corpus.manifest.hash, "test", corpus.split("test"), corpus.manifest.tokenizer, str(corpus_folder))
+    steps, step = [], BaseVoter.step
+
+    def scored(home: str, *, stop_at: int = 10**9) -> dict[str, Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            if len(steps) == stop_at:
+                raise KeyboardInterrupt
+            steps.append(1)
+            return step(*args, **kwargs)
+
+        steps.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("MEMLM_HOME", str(tmp_path / home))
+            patch.setattr(BaseVoter, "step", counted)
+            return Scorers(
+                model_folder,
+                {"m": str(memory_folder)},
+                vocab_size=corpus.vocab_size,
+                dtype=torch.float32,
+                batch_tokens=64,
+                keep_seconds=0,
+            ).score(text)
+
+    whole = scored("whole")
+    n_whole = len(steps)
+    with pytest.raises(KeyboardInterrupt) as stop:
+        scored("home", stop_at=4)
+    (note,) = stop.value.__notes__
+    total = corpus.split("test").n_positions
+    kept = int(re.fullmatch(rf"the cache keeps the scores of (\d+) of {total:,} labels", note)[1])  # type: ignore[index]
+    assert 0 < kept < total
+    (part,) = (tmp_path / "home" / "scores" / "parts").iterdir()
+    if rotten:
+        part.write_bytes(part.read_bytes()[:-40])
+    resumed = scored("home")
+    assert len(steps) == n_whole - (0 if rotten else 4)
+    for name, scores in whole.items():
+        for column in COLUMNS:
+            np.testing.assert_array_equal(getattr(resumed[name], column), getattr(scores, column))
+    assert not list((tmp_path / "home" / "scores" / "parts").iterdir())

@@ -14,6 +14,7 @@ from memlm.datastore.build import checked_keys
 from memlm.errors import ModelError
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
+from memlm.parts import Part
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def score(
     taps: frozenset[str] = frozenset(),
     batch_tokens: int = 4096,
     progress: Callable[[int], object] = lambda tokens: None,
+    part: Part | None = None,
+    on_kept: Callable[[int], object] = lambda tokens: None,
 ) -> dict[str, Scores]:
     """What each voter thinks of every label in `blocks`, in the order of blocks and of tokens in them.
 
@@ -97,6 +100,9 @@ def score(
         taps: Those it wants.
         batch_tokens: Tokens in one forward pass, padding included.
         progress: Told how many labels were scored.
+        part: Where an earlier pass of the same voters over the same blocks may have left some scores, and where this
+            one keeps what it has.
+        on_kept: Told how many scored labels are kept there.
 
     Raises:
         ModelError: A voter gives NaN.
@@ -107,7 +113,14 @@ def score(
     scores: dict[str, dict[str, NDArray[Any]]] = {
         name: {column: np.empty(int(starts[-1]), dtype) for column, dtype in COLUMNS.items()} for name in voters
     }
-    for batch in length_batches(blocks.lengths, batch_tokens):
+    columns = {f"{i}.{name}": values for i, found in enumerate(scores.values()) for name, values in found.items()}
+    batches = list(length_batches(blocks.lengths, batch_tokens))
+    done = 0 if part is None else _take_up(part, columns, len(batches))
+    scored = sum(int((starts[batch + 1] - starts[batch]).sum()) for batch in batches[:done])
+    if scored:
+        progress(scored)
+        on_kept(scored)
+    for number, batch in enumerate(batches[done:], done + 1):
         members = [blocks[int(i)] for i in batch]
         longest = max(len(b.input_ids) for b in members)
         tokens = torch.from_numpy(np.stack([np.pad(b.input_ids, (0, longest - len(b.input_ids))) for b in members]))
@@ -139,4 +152,18 @@ def score(
             for column, values in scores[name].items():
                 values[positions] = found[column].numpy()
         progress(len(positions))
-    return {name: Scores(**columns) for name, columns in scores.items()}
+        scored += len(positions)
+        if part is not None and part.offer(number, lambda: columns):
+            on_kept(scored)
+    return {name: Scores(**found) for name, found in scores.items()}
+
+
+def _take_up(part: Part, columns: Mapping[str, NDArray[Any]], batches: int) -> int:
+    """Fill in what an earlier pass has kept; how many batches that are, 0 where it does not fit."""
+    done, kept = part.load()
+    form = {name: (values.shape, values.dtype) for name, values in columns.items()}
+    if {name: (values.shape, values.dtype) for name, values in kept.items()} != form or not 0 < done <= batches:
+        return 0
+    for name, values in columns.items():
+        values[:] = kept[name]
+    return done

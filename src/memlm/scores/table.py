@@ -24,6 +24,7 @@ from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
+from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
 from memlm.scores.score import COLUMNS, Scores, score
 from memlm.stage import Stage, StageSpec, lock_file, run_stage
@@ -72,6 +73,7 @@ class Scorers:
         batch_tokens: int,
         retrieval: RetrievalConfig | None = None,
         load_base: Callable[[], Any] | None = None,
+        keep_seconds: float = KEEP_SECONDS,
     ) -> None:
         """
         Args:
@@ -83,10 +85,11 @@ class Scorers:
             batch_tokens: Tokens in one forward pass.
             retrieval: Neighbours and temperature of datastores; as they say if None.
             load_base: Gives the base, where the caller has it; None: it is loaded.
+            keep_seconds: What a pass has scored is kept so often.
         """
         self._base, self._memories = base, dict(memories)
         self._vocab_size, self._dtype, self._batch_tokens = vocab_size, dtype, batch_tokens
-        self._retrieval, self._load_base = retrieval, load_base
+        self._retrieval, self._load_base, self._keep_seconds = retrieval, load_base, keep_seconds
 
     def score(
         self,
@@ -110,8 +113,11 @@ class Scorers:
         if unknown := {folder for folder in folders.values() if not is_finished(folder)}:
             with _alone(unknown):
                 missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
-                for name, scores in self._compute(text, missing, taps, on_activations).items():
+                names = sorted(folders[name].name for name in missing)
+                part = Part(cache_dir() / "scores", digest(names)[:32], Due(self._keep_seconds))
+                for name, scores in self._compute(text, missing, taps, on_activations, part).items():
                     run_stage(folders[name], specs[name], partial(_save, scores=scores))
+                part.remove()
         for name, folder in folders.items():
             if (folder / PLAN).is_file():  # killed between its last two moves
                 run_stage(folder, specs[name], lambda stage: {})
@@ -123,15 +129,25 @@ class Scorers:
         specs: Mapping[str, StageSpec],
         taps: frozenset[str],
         on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None,
+        part: Part,
     ) -> dict[str, Scores]:
-        """The scores of these voters, from one pass over `text`; none where none are asked for."""
+        """The scores of these voters, from one pass over `text`, or the rest of it; none where none are asked for."""
         if not specs:
             return {}
         voters = {name: self._voter(name) for name in specs}
         titles = {name: f"{name} {spec.sources['model']} ({spec.config['dtype']})" for name, spec in specs.items()}
         reads_base = BASE in voters or any(voter.tap is not None for voter in voters.values())
         positions = int(text.blocks.position_starts[-1])
-        with progress_bar(positions, f"scoring {text.split}: {', '.join(voters)}") as bar:
+        kept = 0
+
+        def keep(scored: int) -> None:
+            nonlocal kept
+            kept = scored
+
+        with (
+            _noting(lambda: kept, positions),
+            progress_bar(positions, f"scoring {text.split}: {', '.join(voters)}") as bar,
+        ):
             found = score(
                 {titles[name]: voter for name, voter in voters.items()},
                 text.blocks,
@@ -140,6 +156,8 @@ class Scorers:
                 on_activations=on_activations,
                 batch_tokens=self._batch_tokens,
                 progress=bar.update,
+                part=part if on_activations is None else None,  # which are to be told of every batch
+                on_kept=keep,
             )
         return {name: found[titles[name]] for name in voters}
 
@@ -173,6 +191,17 @@ class Scorers:
         if voter.tap is not None:
             voter.check_base(self._base_voter.model)
         return voter.to(default_device())
+
+
+@contextmanager
+def _noting(kept: Callable[[], int], positions: int) -> Iterator[None]:
+    """A note on what stops the block, of how many scores are kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if kept():
+            stop.add_note(f"the cache keeps the scores of {kept():,} of {positions:,} labels")
+        raise
 
 
 @contextmanager
