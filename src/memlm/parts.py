@@ -3,6 +3,7 @@
 import contextlib
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -59,7 +60,7 @@ class Part:
             with self._path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = dict(file)
             return int(arrays.pop("steps")), arrays
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
+        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error):
             return 0, {}
 
     def offer(self, steps: int, arrays: Callable[[], dict[str, NDArray[Any]]]) -> bool:
