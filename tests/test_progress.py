@@ -27,6 +27,19 @@ def test_what_an_earlier_run_has_done_is_in_no_rate(
     assert capsys.readouterr().err.splitlines()[0] == "searching: 1,100 of 2,000 tok, 10 tok/s, 01:30 left"
 
 
+def test_the_first_line_comes_soon_and_others_at_their_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress_bar(100, "searching") as bar:
+        for _ in range(100):
+            now[0] += 1
+            bar.update(1)
+    counts = re.findall(r"^searching: (\d+) of 100 tok", capsys.readouterr().err, re.MULTILINE)
+    assert counts == ["5", "35", "65", "95", "100"]
+
+
 def test_work_that_is_done_soon_leaves_no_line(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar(10, "searching") as bar:
         bar.update(10)

@@ -13,6 +13,7 @@ Listener = Callable[[str, float, float], None]
 """Told a bar's description, what is done and the total, whenever either changes."""
 
 LINE_SECONDS = 30.0
+_FIRST_SECONDS = 5.0  # before the first line: so that one soon sees that something goes on
 _listener: Listener | None = None  # of the process, not of a thread: a stage may move its bar from any
 
 
@@ -30,7 +31,7 @@ class _ToldBar(tqdm):
 
 
 class _LineBar(tqdm):
-    """A bar for a log: what is done, the rate, what is left, in a line of its own every `seconds`, and at the end."""
+    """A bar for a log: what is done, the rate, what is left, in a line soon, then every `seconds`, and at the end."""
 
     def __init__(self, description: str, total: int, initial: int, unit: str, seconds: float) -> None:
         super().__init__(total=total, initial=initial, disable=True)
@@ -41,7 +42,7 @@ class _LineBar(tqdm):
 
     def update(self, n: float | None = 1) -> None:
         self.n += n or 0
-        if time.monotonic() - self._last >= self._seconds:
+        if time.monotonic() - self._last >= (self._seconds if self._told else min(_FIRST_SECONDS, self._seconds)):
             self._tell()
 
     def close(self) -> None:
