@@ -49,6 +49,12 @@ def _own_cache(
 
 
 @pytest.fixture(autouse=True)
+def _quick_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine is: no line of progress comes between what tests look at."""
+    monkeypatch.setattr("memlm.progress.LINE_SECONDS", 3600.0)
+
+
+@pytest.fixture(autouse=True)
 def _nothing_validated(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What an evaluation of another test left in the datastore that tests share."""
     from memlm.manifest import VALIDATED

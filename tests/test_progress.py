@@ -32,7 +32,7 @@ def test_the_first_line_comes_soon_and_others_at_their_time(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    with progress_bar(100, "searching") as bar:
+    with progress_bar(100, "searching", line_seconds=30) as bar:
         for _ in range(100):
             now[0] += 1
             bar.update(1)

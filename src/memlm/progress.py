@@ -13,7 +13,7 @@ Listener = Callable[[str, float, float], None]
 """Told a bar's description, what is done and the total, whenever either changes."""
 
 LINE_SECONDS = 30.0
-_FIRST_SECONDS = 5.0  # before the first line: so that one soon sees that something goes on
+"""Between two lines of a log, where no bar can be drawn; the first comes after a sixth, so that one sees it go on."""
 _listener: Listener | None = None  # of the process, not of a thread: a stage may move its bar from any
 
 
@@ -42,7 +42,7 @@ class _LineBar(tqdm):
 
     def update(self, n: float | None = 1) -> None:
         self.n += n or 0
-        if time.monotonic() - self._last >= (self._seconds if self._told else min(_FIRST_SECONDS, self._seconds)):
+        if time.monotonic() - self._last >= self._seconds / (1 if self._told else 6):
             self._tell()
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ def told_to(listener: Listener) -> Iterator[None]:
 
 
 def progress_bar(
-    total: int, description: str, *, unit: str = "tok", initial: int = 0, line_seconds: float = LINE_SECONDS
+    total: int, description: str, *, unit: str = "tok", initial: int = 0, line_seconds: float | None = None
 ) -> tqdm:
     """A bar over `total` units.
 
@@ -88,13 +88,14 @@ def progress_bar(
         description: What is done.
         unit: What is counted; one bar has one rate.
         initial: What an earlier run has done already; it is in no rate.
-        line_seconds: Where neither a terminal nor a notebook is there to draw in: seconds between two lines.
+        line_seconds: Where neither a terminal nor a notebook is there to draw in: seconds between two lines; as
+            `LINE_SECONDS` says if None.
     """
     if _listener is not None:
         return _ToldBar(_listener, description, total, initial)
     drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
     if speaks() and not drawn:
-        return _LineBar(description, total, initial, unit, line_seconds)
+        return _LineBar(description, total, initial, unit, LINE_SECONDS if line_seconds is None else line_seconds)
     return tqdm(
         total=total or None,
         desc=description,
