@@ -14,11 +14,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from memlm.errors import ArtifactError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _NESTING = 32  # of lists and objects in JSON
 _NPY_HEADER = re.compile(
@@ -183,8 +184,8 @@ def _check_nesting(value: Any, levels: int) -> None:
 
 
 def load_array(
-    path: Path, dtype: type[np.generic], shape: tuple[int | None, ...] = (None,), *, mapped: bool = False
-) -> np.ndarray:
+    path: Path, dtype: "type[np.generic]", shape: tuple[int | None, ...] = (None,), *, mapped: bool = False
+) -> "np.ndarray":
     """The array in a `.npy` file, whose header is held against what is expected and the file's size beforehand.
 
     Args:
@@ -196,6 +197,8 @@ def load_array(
     Raises:
         ArtifactError: The file is no such array.
     """
+    import numpy as np  # here, for settings and with them the command line's help import this module
+
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
