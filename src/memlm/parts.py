@@ -42,6 +42,17 @@ class Due:
             self._wait = max(self._seconds, (self._last - start) / _SHARE)
 
 
+@contextlib.contextmanager
+def noting(kept: Callable[[], str | None]) -> Iterator[None]:
+    """What stops the block from outside (Ctrl-C, a signal) takes a note with it of what is kept, where anything is."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if words := kept():
+            stop.add_note(words)
+        raise
+
+
 class Part:
     """Arrays that grow step by step, to become a file."""
 

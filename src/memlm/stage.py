@@ -54,7 +54,7 @@ from memlm.manifest import (
     read_manifest,
     short,
 )
-from memlm.parts import PARTS
+from memlm.parts import PARTS, noting
 from memlm.progress import note
 from memlm.ranks import ALONE, Ranks
 
@@ -238,8 +238,9 @@ def run_stage(out: str | Path, spec: StageSpec, work: Work, ranks: Ranks = ALONE
         if finished := ranks.from_first(stage.finished):
             note(f"{out} is there already: nothing to do")
             return finished
-        facts = work(stage)
-        return ranks.from_first(stage.finish(facts) if ranks.first else None)  # type: ignore[return-value]
+        with noting(lambda: stage.kept and f"{out} keeps {stage.kept}"):
+            facts = work(stage)
+            return ranks.from_first(stage.finish(facts) if ranks.first else None)  # type: ignore[return-value]
 
 
 @contextlib.contextmanager
@@ -277,10 +278,6 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
                     (out / PLAN).unlink()  # what was refused leaves no trace
     except (OSError, SafetensorError) as error:
         raise file_error(error, out) from error
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if stage.kept:
-            stop.add_note(f"{out} keeps {stage.kept}")
-        raise
     except (MemoryError, RuntimeError) as error:
         if told := out_of_memory(error, out):
             raise told from error

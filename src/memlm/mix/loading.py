@@ -121,7 +121,7 @@ def _load_memories(
 
 
 def _load(source: str | Path, base: str | None, options: Mapping[str, Any]) -> Memory:
-    settings = settings_of(source, options)
+    settings = None if Validated.read(source) is None else settings_of(source, options)
     if not isinstance(settings, RetrievalSettings):
         return load_memory(source, base=base, **options)
     memory = load_memory(source, base=base, **{**options, "retrieval": settings.retrieval})

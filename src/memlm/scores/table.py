@@ -24,7 +24,7 @@ from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
-from memlm.parts import KEEP_SECONDS, Due, Part
+from memlm.parts import KEEP_SECONDS, Due, Part, noting
 from memlm.progress import progress_bar
 from memlm.scores.score import COLUMNS, Scores, score
 from memlm.stage import Stage, StageSpec, lock_file, run_stage
@@ -138,14 +138,9 @@ class Scorers:
         titles = {name: f"{name} {spec.sources['model']} ({spec.config['dtype']})" for name, spec in specs.items()}
         reads_base = BASE in voters or any(voter.tap is not None for voter in voters.values())
         positions = int(text.blocks.position_starts[-1])
-        kept = 0
-
-        def keep(scored: int) -> None:
-            nonlocal kept
-            kept = scored
-
+        kept: list[str] = []
         with (
-            _noting(lambda: kept, positions),
+            noting(lambda: kept[-1] if kept else None),
             progress_bar(positions, f"scoring {text.split}: {', '.join(voters)}") as bar,
         ):
             found = score(
@@ -157,7 +152,7 @@ class Scorers:
                 batch_tokens=self._batch_tokens,
                 progress=bar.update,
                 part=part if on_activations is None else None,  # which are to be told of every batch
-                on_kept=keep,
+                on_kept=lambda n: kept.append(f"the cache keeps the scores of {n:,} of {positions:,} labels"),
             )
         return {name: found[titles[name]] for name in voters}
 
@@ -191,17 +186,6 @@ class Scorers:
         if voter.tap is not None:
             voter.check_base(self._base_voter.model)
         return voter.to(default_device())
-
-
-@contextmanager
-def _noting(kept: Callable[[], int], positions: int) -> Iterator[None]:
-    """A note on what stops the block, of how many scores are kept."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as stop:
-        if kept():
-            stop.add_note(f"the cache keeps the scores of {kept():,} of {positions:,} labels")
-        raise
 
 
 @contextmanager
