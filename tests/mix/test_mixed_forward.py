@@ -3,6 +3,7 @@
 import hashlib
 import math
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -220,9 +221,9 @@ def test_another_cache_is_refused() -> None:
         model(some_tokens(1, 4), past_key_values=DynamicCache())
 
 
-def two_memories(weights: dict[str, float]) -> MixedLM:
+def two_memories(weights: dict[str, float], **options: Any) -> MixedLM:
     memories = {"law": tiny_memory(seed=1, padding=0), "medicine": tiny_memory(seed=2, window=6)}
-    return MixedLM(family_model("llama", VOCAB), memories, weights)
+    return MixedLM(family_model("llama", VOCAB), memories, weights, **options)
 
 
 def test_two_memories_have_a_weight_each() -> None:
@@ -252,7 +253,7 @@ def test_weights_by_name_may_come_in_any_order() -> None:
 )
 def test_bad_weights_of_two_memories_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        two_memories(weights)
+        two_memories(weights, gate="none")
 
 
 @pytest.mark.parametrize("weight", [math.nan, -0.1, 1.1])
@@ -269,7 +270,7 @@ def test_a_missing_weight_is_the_recorded_one_or_an_error() -> None:
     base = family_model("llama", VOCAB)
     assert MixedLM(base, tiny_memory(weight=0.35)).mix_weights == {"memory": 0.35}
     with pytest.raises(ConfigError, match="mix_weight of 'memory' is missing: "):
-        MixedLM(base, tiny_memory())
+        MixedLM(base, tiny_memory(), gate="none")
 
 
 def test_a_new_weight_holds_from_the_next_pass_on() -> None:

@@ -17,7 +17,7 @@ from memlm.errors import ConfigError
 from memlm.memory.voter import VoterCache
 from memlm.mix.cache import MixedCache
 from memlm.mix.mixture import mix_log_probs
-from memlm.mix.weights import FixedWeights, Weight, check_weights
+from memlm.mix.weights import FixedWeights, Step, Weight, check_weights
 from memlm.targets.votes import SparseProbs
 
 weights = st.lists(st.floats(0, 1), min_size=1, max_size=3).map(
@@ -323,14 +323,12 @@ def test_a_rules_state_moves_with_the_cache() -> None:
     assert state.read.tolist() == [0, 0]
 
 
-def test_weights_of_one_call_leave_the_rule_as_it_was() -> None:
-    rule = FixedWeights({"law": 0.2, "bio": 0.5})
-    base, votes = torch.zeros(4, 1, 3), {"law": torch.zeros(4, 1, 3), "bio": torch.zeros(4, 1, 3)}
-    tokens = torch.zeros(4, 1, dtype=torch.long)
-    assert rule.weights(tokens, base, votes, None) == [0.2, 0.5]
-    law, bio = rule.changed({"law": [0.1, 0.4]}).weights(tokens, base, votes, None)
+def test_fixed_weights_are_for_rows_or_for_all() -> None:
+    votes = {"law": torch.zeros(4, 1, 3), "bio": torch.zeros(4, 1, 3)}
+    step = Step(torch.zeros(4, 1, dtype=torch.long), 0, slice(None), torch.zeros(4, 1, 3), torch.zeros(4, 1, 1), votes)
+    assert FixedWeights({"law": 0.2, "bio": 0.5}).weights(step, None) == [0.2, 0.5]
+    law, bio = FixedWeights({"law": torch.tensor([0.1, 0.4]), "bio": 0.5}).weights(step, None)
     assert bio == 0.5
     assert isinstance(law, Tensor)
     assert law.shape == (4, 1)
     torch.testing.assert_close(law[:, 0], torch.tensor([0.1, 0.1, 0.4, 0.4]))
-    assert rule.changed(None) is rule

@@ -4,9 +4,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from memlm.errors import ArtifactError, ModelError
+from memlm.errors import ArtifactError, ConfigError, ModelError
 from memlm.files import read_json
 from memlm.manifest import is_artifact, payload_file, read_manifest
+from memlm.memory.confidence import GATE_FILE, ConfidenceHead
 from memlm.memory.config import KINDS
 from memlm.memory.protocol import SETTINGS_FILE, Memory, MemorySettings, check_finite
 from memlm.memory.released import is_released_mlp
@@ -48,7 +49,32 @@ def load_memory(
     kind = memory_class(settings.kind if settings else "decoder")
     memory = kind.load(resolve(str(source)), settings, base=base, **kwargs)
     check_finite(memory, f"memory {source}")
+    memory.confidence_head = read_head(source, settings, **where)
     return memory
+
+
+def read_head(source: str | Path, settings: MemorySettings | None, **where: Any) -> ConfidenceHead | None:
+    """The confidence head that was fitted for a memory; None where there is none.
+
+    Args:
+        source: As `load_memory` takes it.
+        settings: What its folder says beside its weights.
+        where: As `where_from` gives it.
+
+    Raises:
+        ArtifactError: The file is damaged.
+        ConfigError: It was fitted for another memory or tokenizer.
+    """
+    path = find_file(str(source), GATE_FILE, **where)
+    head = None if path is None else ConfidenceHead.read(path.parent)
+    if head is None:
+        return None
+    folder = path.parent if path is not None else Path()
+    other = is_artifact(folder) and head.memory != read_manifest(folder).hash
+    if other or (settings is not None and settings.tokenizer != head.tokenizer):
+        what = "memory" if other else "tokenizer"
+        raise ConfigError(f"{folder / GATE_FILE} was fitted for another {what}; delete it, or fit it with memlm gate")
+    return head
 
 
 def read_settings(source: str | Path, **where: Any) -> MemorySettings | None:

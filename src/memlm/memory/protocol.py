@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from memlm.config import MAX_COUNT, StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.errors import ConfigError, ModelError
+from memlm.memory.confidence import ConfidenceHead
 from memlm.memory.loss import DistillationLoss, distillation_loss
 from memlm.memory.reading import GivenActivations, WindowedReader
 from memlm.memory.voter import HeadVoter, Voter, VoterCache
@@ -76,9 +77,13 @@ class Memory(nn.Module, Voter):
     reader: WindowedReader | GivenActivations
     """Gives the states, one vector per token; a memory that overrides `step` and `new_cache` has none."""
 
+    confidence_head: ConfidenceHead | None
+    """Says whether to believe it; None: none was fitted."""
+
     def __init__(self, settings: MemorySettings) -> None:
         super().__init__()
         self.settings = settings
+        self.confidence_head = None
 
     @property
     def vocab_size(self) -> int:  # type: ignore[override]
@@ -133,6 +138,10 @@ class Memory(nn.Module, Voter):
             ModelError: It has a tap and there are no activations, or of another width.
         """
         return self.reader.step(tokens, activations, attention_mask, cache, keep=keep)
+
+    def confidence(self, state: Any, keep: slice | Tensor) -> Float[Tensor, "B T2"]:
+        """What the head makes of the memory's own state at the places in `keep`; 0 where it has none to look at."""
+        return torch.zeros((), device=self.device)
 
     # --- what transformers' Trainer asks of a model ---------------------------------------------------------------
 
@@ -221,6 +230,8 @@ class Memory(nn.Module, Voter):
         folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder)
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        if self.confidence_head is not None:
+            self.confidence_head.save(folder)
 
 
 class ParametricMemory(Memory, HeadVoter):
@@ -229,6 +240,17 @@ class ParametricMemory(Memory, HeadVoter):
     @property
     def temperature(self) -> float:
         return self.settings.memory_temperature
+
+    def confidence(self, state: Any, keep: slice | Tensor) -> Float[Tensor, "B T2"]:
+        if self.confidence_head is None:
+            return super().confidence(state, keep)
+        return self.confidence_head.of_state(self.hidden(state, (slice(None), keep)))
+
+    def columns(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        found = super().columns(state, labels)
+        if self.confidence_head is None:
+            return found
+        return found | {"confidence": self.confidence_head.of_state(self.hidden(state, labels != IGNORE)).cpu()}
 
     @abstractmethod
     def training_hidden(

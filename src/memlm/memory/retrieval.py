@@ -201,14 +201,9 @@ class RetrievalMemory(Memory):
         parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": [], "top1_id": []}
         for start in range(0, len(queries), _POSITIONS_AT_ONCE):
             found = self.retrieve(queries[start : start + _POSITIONS_AT_ONCE])
-            rows = len(found.counts)
-            owner = torch.arange(rows).repeat_interleave(found.counts)
-            hit = found.ids == wanted[start : start + rows][owner]
-            parts["label"].append(torch.zeros(rows).index_add_(0, owner, found.probs * hit).log())
-            parts["entropy"].append(-torch.zeros(rows).index_add_(0, owner, torch.xlogy(found.probs, found.probs)))
-            likeliest = found.counts.cumsum(0) - found.counts
-            parts["top1"].append(found.probs[likeliest])
-            parts["top1_id"].append(found.ids[likeliest].int())
+            parts["label"].append(found.of(wanted[start : start + _POSITIONS_AT_ONCE]).log())
+            for name, values in found.summary().items():
+                parts[name].append(values)
         return joined(parts)
 
     # --- the search -----------------------------------------------------------------------------------------------

@@ -107,6 +107,12 @@ class Voter(ABC):
             `top1_id` (that token), int32; each `(P,)` on the CPU. Logits exist for a chunk at a time.
         """
 
+    def columns(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        """What `label_log_probs` gives, and `confidence`: what its own state says of how sure it is, 0 where nothing
+        is known of that (see `ConfidenceHead.of_state`)."""
+        found = self.label_log_probs(state, labels)
+        return found | {"confidence": torch.zeros_like(found["label"])}
+
 
 class HeadVoter(Voter):
     """A voter whose last step is an output layer over hidden states; subclasses say which hidden states."""

@@ -19,6 +19,8 @@ class MixedLMConfig(PreTrainedConfig):
     memories: dict | None = None
     """Name to folder (relative to this config's) or hub id."""
     mix_weights: dict | None = None
+    gate: dict | None = None
+    """What weighs the memories, as `GateConfig` has it; None: the weights above."""
     memory_window: int | None = None
     vocab_size: int | None = None
     max_position_embeddings: int | None = None

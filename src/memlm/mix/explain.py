@@ -146,12 +146,9 @@ def _searched(
 
 def _probs_of(tokens: Int[Tensor, "T"], votes: Votes) -> list[float]:
     """The probability of each token, from votes at the places before them."""
-    places = torch.arange(len(tokens), device=tokens.device)
     if isinstance(votes, SparseProbs):
-        owner = places.repeat_interleave(votes.counts)
-        hits = votes.probs * (votes.ids == tokens[owner])
-        return torch.zeros(len(tokens), device=tokens.device).index_add_(0, owner, hits).tolist()
-    return votes[0, places, tokens].exp().tolist()
+        return votes.of(tokens).tolist()
+    return votes[0].gather(-1, tokens[:, None])[:, 0].exp().tolist()
 
 
 def _favourites(tokenizer: PreTrainedTokenizerBase, votes: Votes) -> list[str]:

@@ -19,6 +19,8 @@ from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.retrieval import RetrievalSettings, Validated
 from memlm.mix.config import MixedLMConfig
+from memlm.mix.gate import gate_config
+from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.weights import settle_weights
 from memlm.models.adapters import active_adapters, save_adapter, save_without_adapter
 from memlm.models.identity import commit_of, is_what_is_stored
@@ -38,6 +40,7 @@ def load_mixture(
     base: str | Path | PreTrainedModel,
     memory: MemorySource | Mapping[str, MemorySource] | None,
     mix_weight: float | Mapping[str, float] | None,
+    gate: GateName | GateConfig | None,
     memory_window: int | None,
     memory_kwargs: dict[str, Any] | None,
     base_kwargs: dict[str, Any],
@@ -49,7 +52,8 @@ def load_mixture(
             raise ConfigError(f"{next(iter(base_kwargs))} is for loading the base, and this base is loaded already")
         if memory is None:
             raise ConfigError("memory is missing: name the one to put beside the base")
-        return kind(base, load_beside(base, memory, memory_kwargs), mix_weight, memory_window=memory_window)
+        beside = load_beside(base, memory, memory_kwargs)
+        return kind(base, beside, mix_weight, gate=gate, memory_window=memory_window)
     config = base_kwargs.get("config")
     if isinstance(config, MixedLMConfig):  # AutoModel hands over the config it found, and in it how to attend
         del base_kwargs["config"]
@@ -59,8 +63,10 @@ def load_mixture(
     base, memory, saved = _open_saved(str(base), memory)
     sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
     if saved is not None:
+        if gate is None and mix_weight is None:
+            gate = "none" if saved.gate is None else GateConfig.parse(saved.gate, f"{place}: gate.")
         if mix_weight is None or isinstance(mix_weight, Mapping):
-            kept = {name: weight for name, weight in (saved.mix_weights or {}).items() if name in sources}
+            kept = {n: weight for n, weight in (saved.mix_weights or {}).items() if n in sources and weight is not None}
             mix_weight = kept | dict(mix_weight or {})
         memory_window = saved.memory_window if memory_window is None else memory_window
         base_kwargs |= {n: value for n, value in (saved.base_where or {}).items() if not base_kwargs.get(n)}
@@ -68,11 +74,14 @@ def load_mixture(
     check_names(sources)
     check_window(memory_window)
     settings = {name: settings_of(source, memory_kwargs) for name, source in sources.items()}
-    settle_weights({name: found.mix_weight if found else None for name, found in settings.items()}, mix_weight)
+    fixed = gate_config(gate).gate == "none" or (gate is None and mix_weight is not None)
+    recorded = {name: found.mix_weight if found else None for name, found in settings.items()}
+    settle_weights(recorded, mix_weight, together=fixed)
     size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
     model = load_causal_lm(base, **base_kwargs)
     memories = _load_memories(model, base, sources, memory_kwargs)
-    mixed = kind(model, memories, mix_weight, vocab_size=size, memory_window=memory_window, base_name=resolve(base))
+    options: dict[str, Any] = {"gate": gate, "vocab_size": size, "memory_window": memory_window}
+    mixed = kind(model, memories, mix_weight, base_name=resolve(base), **options)
     where = where_from(base_kwargs)
     mixed.config.base_where = {name: where[name] for name in ("subfolder", "gguf_file") if name in where}
     if not Path(mixed.config.base).is_dir():  # a hub id, whose weights may become others
@@ -175,7 +184,7 @@ def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> Memor
 
 def _check_spelling(base_kwargs: Mapping[str, Any]) -> None:
     """Raise a ConfigError for a keyword that is nearly one of our own; transformers would take it for its own."""
-    own = ("memory", "mix_weight", "memory_window", "memory_kwargs")
+    own = ("memory", "mix_weight", "gate", "memory_window", "memory_kwargs")
     for name in base_kwargs:
         if near := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
             raise ConfigError(f"{name} is no setting here; did you mean {near[0]}?")

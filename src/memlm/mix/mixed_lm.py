@@ -22,6 +22,8 @@ from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
+from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
+from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.loading import (
     MemorySource,
     check_names,
@@ -32,7 +34,7 @@ from memlm.mix.loading import (
     settings_of,
 )
 from memlm.mix.mixture import mix_log_probs
-from memlm.mix.weights import FixedWeights, MixWeight, Weight, settle_weights
+from memlm.mix.weights import FixedWeights, MixWeight, Step, Weight, WeightRule, settle_weights
 from memlm.models.adapters import has_adapter
 from memlm.models.loading import embedding_rows, longest_context
 
@@ -45,6 +47,8 @@ class Components:
     """What the base made of the tokens."""
     logits: Float[Tensor, "B T V"]
     """The base's in float32, over the shared vocabulary."""
+    normaliser: Float[Tensor, "B T 1"]
+    """Their logsumexp."""
     votes: dict[str, Votes]
     """Per memory."""
     weights: list[Weight]
@@ -71,6 +75,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         memory: MemorySource | Mapping[str, MemorySource],
         mix_weight: float | Mapping[str, float] | None = None,
         *,
+        gate: GateName | GateConfig | None = None,
         vocab_size: int | None = None,
         memory_window: int | None = None,
         base_name: str | None = None,
@@ -79,13 +84,17 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Args:
             base: Any causal LM; its weights and config are left as they are.
             memory: One memory or name to memory, loaded, or its folder or hub id.
-            mix_weight: In [0, 1] (α in Memory Decoder, λ in MLP Memory); what the memory was validated with if None.
+            mix_weight: In [0, 1] (α in Memory Decoder, λ in MLP Memory), at every token; what the memory was validated
+                with if None.
+            gate: What weighs the memories token by token: see `GateConfig`. If None: nothing where `mix_weight` is
+                given, else their confidence and the posterior where all have a head, else the posterior.
             vocab_size: Ids of the shared tokenizer are below it; the smallest of all parts if None.
             memory_window: Tokens a memory may look back; what it was trained with if None.
             base_name: Where the base came from, for `save_pretrained`.
 
         Raises:
-            ConfigError: A weight is missing or outside [0, 1], they sum to more than 1, or the window is too small.
+            ConfigError: A weight is missing or outside [0, 1], they sum to more than 1, the window is too small, or the
+                gate asks for confidence and a memory has no head.
             TokenizerMismatchError: A memory that is loaded here has another tokenizer than the base.
             ModelError: It cannot be reached.
         """
@@ -110,11 +119,15 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         self.memories = nn.ModuleDict()
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
         self._voter = BaseVoter(base, size)
-        self._rule = FixedWeights({})
+        self._weights: dict[str, Any] = {}
+        self._gate = gate_config(gate)
+        self._rule: WeightRule = FixedWeights({})
         self._vocab_sizes = {"": size}  # the base's; a memory's below its name
         for name, part in given.items():
             self._adopt(name, cast(Memory, part))
-        self.set_mix_weight(mix_weight)
+        if mix_weight is not None and gate is None:
+            self._gate = GateConfig(gate="none")
+        self._weigh(self._settled(mix_weight))
         if not has_adapter(base):  # whose weights may be in training elsewhere
             base.requires_grad_(False)
         self.eval()
@@ -137,7 +150,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             part.settings = part.settings.model_copy(update={"vocab_size": self.config.vocab_size})
 
     def __repr__(self) -> str:
-        weights = [f"{w:g} {name} ({type(self.memories[name]).__name__})" for name, w in self.mix_weights.items()]
+        gate = self.gate.gate
+        weights = [
+            f"{gate if gate != 'none' else f'{w:g}'} {name} ({type(self.memories[name]).__name__})"
+            for name, w in self._weights.items()
+        ]
         base = f"{type(self.base).__name__} {self.config.base}".rstrip()
         return f"MixedLM({' + '.join([base, *weights])}, {self.vocab_size:,} tokens)"
 
@@ -149,11 +166,32 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
     @property
     def mix_weights(self) -> dict[str, float]:
-        """Name to weight; the base gets the rest."""
-        return dict(self._rule.by_name)
+        """Name to weight: what each counts where no gate weighs them; without those of which that is not known."""
+        return {name: weight for name, weight in self._weights.items() if weight is not None}
+
+    @property
+    def gate(self) -> GateConfig:
+        """What weighs the memories; its `gate` is `none` where the weights are fixed."""
+        return self._rule.config if isinstance(self._rule, Gate) else self._gate.model_copy(update={"gate": "none"})
+
+    def set_gate(self, gate: GateName | GateConfig | None) -> None:
+        """Change what weighs the memories, from the next text on.
+
+        Args:
+            gate: As `MixedLM` takes it; `none` for the fixed weights.
+
+        Raises:
+            ConfigError: Confidence is asked for and a memory has no head, or weights are missing.
+        """
+        before, self._gate = self._gate, gate_config(gate)
+        try:
+            self._weigh(self._settled(None, self._weights))
+        except ConfigError:
+            self._gate = before
+            raise
 
     def set_mix_weight(self, mix_weight: float | Mapping[str, float] | None) -> None:
-        """Change the weight of the memory, or of some by name, from the next forward pass on.
+        """Fix the weight of the memory, or of some by name, from the next forward pass on; no gate weighs them then.
 
         Args:
             mix_weight: In [0, 1] each; what the memories were validated with if None. Memories that are not named
@@ -162,13 +200,26 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Raises:
             ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
         """
-        recorded = {name: memory.settings.mix_weight for name, memory in self.named_memories().items()}
-        present = self.mix_weights if mix_weight is not None else {}
-        self._weigh(settle_weights(recorded | present, mix_weight))
+        before, self._gate = self._gate, GateConfig(gate="none")
+        try:
+            self._weigh(self._settled(mix_weight, self._weights if mix_weight is not None else {}))
+        except ConfigError:
+            self._gate = before
+            raise
 
-    def _weigh(self, weights: dict[str, float]) -> None:
-        self._rule = FixedWeights(weights)
+    def _settled(
+        self, mix_weight: float | Mapping[str, float] | None, present: Mapping[str, float | None] | None = None
+    ) -> dict[str, Any]:
+        """Weights by name, from what is given, `present`, and what the memories were validated with."""
+        recorded = {name: memory.settings.mix_weight for name, memory in self.named_memories().items()}
+        return settle_weights(recorded | dict(present or {}), mix_weight, together=self._gate.gate == "none")
+
+    def _weigh(self, weights: dict[str, Any]) -> None:
+        known = {name: GatedMemory(weights[name], part.confidence_head) for name, part in self.named_memories().items()}
+        self._rule = weight_rule(self._gate, known)
+        self._weights = weights
         self.config.mix_weights = dict(weights)
+        self.config.gate = self.gate.model_dump() if isinstance(self._rule, Gate) else None
 
     def add_memory(self, name: str, memory: MemorySource, mix_weight: float | None = None, **kwargs: Any) -> None:
         """Put one more memory beside the base.
@@ -188,8 +239,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if name in self.memories:
             raise ConfigError(f"memory name {name!r} is taken; remove that memory first")
         settings = settings_of(memory, kwargs)
-        recorded = {**self.mix_weights, name: settings.mix_weight if settings else None}
-        weights = settle_weights(recorded, {} if mix_weight is None else {name: mix_weight})
+        recorded = {**self._weights, name: settings.mix_weight if settings else None}
+        given = {} if mix_weight is None else {name: mix_weight}
+        weights = settle_weights(recorded, given, together=self._gate.gate == "none")
         place, where = self.config.base, self.config.base_where
         self._adopt(name, load_beside(self.base, {name: memory}, kwargs, name=place, where=where)[name])
         self._weigh(weights)
@@ -204,7 +256,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             raise ConfigError(f"no memory is called {name!r}; the memories are {', '.join(self.memories) or 'none'}")
         del self.memories[name], self._vocab_sizes[name]
         self._share_vocabulary()
-        self._weigh({other: weight for other, weight in self.mix_weights.items() if other != name})
+        self._weigh({other: weight for other, weight in self._weights.items() if other != name})
 
     @property
     def vocab_size(self) -> int:
@@ -295,7 +347,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self._mix(parts.logits, list(parts.votes.values()), parts.weights)
+        logits = self._mix(parts)
 
         loss = None
         if labels is not None:
@@ -352,7 +404,11 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
         keep = slice(None) if isinstance(keep, int) else keep
-        memories, rule = self.named_memories(), self._rule.changed(mix_weight)
+        memories, rule = self.named_memories(), self._rule
+        if mix_weight is not None:
+            rule = FixedWeights(settle_weights(self._weights, mix_weight, per_row=True))
+        asked = rule.places(keep, input_ids.shape[1])
+        past = cache.get_seq_length() if cache is not None else 0
         caches = {name: cache.of(name, memory) if cache is not None else None for name, memory in memories.items()}
         base = self._voter.step(
             input_ids,
@@ -364,19 +420,41 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self._voter.logits(base, keep)
-        votes = {}
+        votes, states = {}, {}
         for name, memory in memories.items():
             activations = base.activations[memory.tap] if memory.tap is not None else None
-            hint = {"keep": keep} if "keep" in inspect.signature(memory.step).parameters else {}
+            hint = {"keep": asked} if "keep" in inspect.signature(memory.step).parameters else {}
             state = memory.step(input_ids, activations, attention_mask=attention_mask, cache=caches[name], **hint)
-            votes[name] = memory.votes(state, keep).to(logits.device)
-        weights = rule.weights(input_ids, logits, votes, cache.rule if cache is not None else None)
-        return Components(base, logits, votes, weights)
+            states[name], votes[name] = state, memory.votes(state, keep).to(logits.device)
+        normaliser = torch.logsumexp(logits, -1, keepdim=True)
 
-    def _mix(self, logits: Tensor, votes: list[Votes], weights: list[Weight]) -> Tensor:
+        def columns(began: int, end: int) -> list[dict[str, Tensor]]:
+            labels = torch.full_like(input_ids, IGNORE)
+            labels[:, began:end] = input_ids[:, began + 1 : end + 1]
+            found = [self._voter.columns(base, labels.to(self._voter.device))]
+            found += [memory.columns(states[name], labels.to(memory.device)) for name, memory in memories.items()]
+            shape = len(input_ids), end - began
+            return [{name: values.view(shape).to(logits.device) for name, values in part.items()} for part in found]
+
+        step = Step(
+            input_ids.to(logits.device),
+            past,
+            keep,
+            logits,
+            normaliser,
+            votes,
+            None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool().to(logits.device),
+            lambda name: memories[name].confidence(states[name], keep).to(logits.device),
+            columns,
+        )
+        weights = rule.weights(step, cache.rule if cache is not None else None)
+        return Components(base, logits, normaliser, votes, weights)
+
+    def _mix(self, parts: Components) -> Tensor:
+        logits, weights = parts.logits, parts.weights
         if not any(isinstance(weight, Tensor) or weight for weight in weights):
             return logits
-        mixed = mix_log_probs(logits, votes, weights, torch.logsumexp(logits, -1, keepdim=True))
+        mixed = mix_log_probs(logits, list(parts.votes.values()), weights, parts.normaliser)
         total = sum(weights)
         return torch.where(total[..., None] == 0, logits, mixed) if isinstance(total, Tensor) else mixed
 
@@ -484,6 +562,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         *,
         memory: MemorySource | Mapping[str, MemorySource] | None = None,
         mix_weight: float | Mapping[str, float] | None = None,
+        gate: GateName | GateConfig | None = None,
         memory_window: int | None = None,
         memory_kwargs: dict[str, Any] | None = None,
         **base_kwargs: Any,
@@ -493,7 +572,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         Args:
             base: Path, hub id or packaged name of a causal LM, or a loaded one; or what `save_pretrained` wrote.
             memory: Folder, hub id or loaded memory, or name to any of these; may be left out for a saved folder.
-            mix_weight: In [0, 1]; what the memory was validated with if None.
+            mix_weight: In [0, 1], at every token; what the memory was validated with if None.
+            gate: What weighs the memories token by token, as `MixedLM` takes it; as it was saved if None.
             memory_window: Tokens a memory may look back; what it was trained with if None.
             memory_kwargs: For loading the memory: `dtype` (default the base's), `device_map`, `revision`, `retrieval` …
             base_kwargs: For loading the base: `dtype`, `device_map`, `quantization_config`, `revision`,
@@ -504,7 +584,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             ModelError: One of them cannot be reached.
             ConfigError: A weight is missing or out of range.
         """
-        return load_mixture(cls, base, memory, mix_weight, memory_window, memory_kwargs, base_kwargs)
+        return load_mixture(cls, base, memory, mix_weight, gate, memory_window, memory_kwargs, base_kwargs)
 
     def save_pretrained(self, save_directory: str | Path, *, include_base: bool = False, **kwargs: Any) -> None:  # type: ignore[override]
         """Write a reference to the base (with its revision), its adapter, the weights and the memories themselves.

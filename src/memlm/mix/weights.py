@@ -1,12 +1,12 @@
 """How much each memory counts: a rule that gives weights once all have voted."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memlm.errors import ConfigError
@@ -18,6 +18,31 @@ MixWeight = float | Sequence[float] | Tensor
 """One weight, or one per row of a batch."""
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a rule hears of new tokens: them, and what base and memories think comes next."""
+
+    tokens: Int[Tensor, "B T"]
+    """The new ones."""
+    past: int
+    """How many came before."""
+    keep: slice | Tensor
+    """Places of the new tokens at which all have voted."""
+    base: Float[Tensor, "B T2 V"]
+    """The base's logits there."""
+    normaliser: Float[Tensor, "B T2 1"]
+    """Their logsumexp."""
+    memories: Mapping[str, Votes]
+    """The memories' votes there, in their order."""
+    real: Bool[Tensor, "B T"] | None = None
+    """False where a new token is padding; None: none is."""
+    confidence: Callable[[str], Float[Tensor, "B T2"]] = lambda name: torch.zeros(())
+    """What a memory's own state says there, see `ConfidenceHead.of_state`."""
+    columns: Callable[[int, int], list[dict[str, Tensor]]] = lambda began, end: []
+    """What base and memories thought of the tokens after the places from one to another, whose votes are not kept: the
+    columns of scores, each `(B, end - began)`. Runs their heads."""
+
+
 class WeightRule(ABC):
     """Gives the memories' weights, causally: from the text so far and what all think comes next."""
 
@@ -25,20 +50,16 @@ class WeightRule(ABC):
         """What the rule keeps of the text so far, for a batch; part of the mixture's cache."""
         return NoCache()
 
+    def places(self, keep: slice | Tensor, tokens: int) -> slice | Tensor:
+        """The places of `tokens` new ones that it may ask about where votes at `keep` are wanted; those and others."""
+        return keep
+
     @abstractmethod
-    def weights(
-        self,
-        tokens: Int[Tensor, "B T"],
-        base: Float[Tensor, "B T2 V"],
-        memories: Mapping[str, Votes],
-        state: VoterCache | None,
-    ) -> list[Weight]:
+    def weights(self, step: Step, state: VoterCache | None) -> list[Weight]:
         """One weight per memory, in their order; the base gets the rest.
 
         Args:
-            tokens: The new tokens.
-            base: The base's logits, at the places that are kept.
-            memories: Votes at the same places.
+            step: What is new.
             state: From `new_state`, extended here; None: the new tokens are all there is.
         """
 
@@ -50,21 +71,9 @@ class FixedWeights(WeightRule):
     by_name: Mapping[str, Any]
     """Memory to its weight: a number, or a tensor with one per row."""
 
-    def changed(self, mix_weight: MixWeight | Mapping[str, MixWeight] | None) -> "FixedWeights":
-        """The rule for one call with weights of its own; errors as in `settle_weights`."""
-        if mix_weight is None:
-            return self
-        return FixedWeights(settle_weights(self.by_name, mix_weight, per_row=True))
-
-    def weights(
-        self,
-        tokens: Int[Tensor, "B T"],
-        base: Float[Tensor, "B T2 V"],
-        memories: Mapping[str, Votes],
-        state: VoterCache | None,
-    ) -> list[Weight]:
+    def weights(self, step: Step, state: VoterCache | None) -> list[Weight]:
         return [
-            _for_rows(weight, len(tokens)).to(base.device) if isinstance(weight, Tensor) else weight
+            _for_rows(weight, len(step.tokens)).to(step.base.device) if isinstance(weight, Tensor) else weight
             for weight in self.by_name.values()
         ]
 
@@ -89,7 +98,11 @@ def check_weights(weights: Sequence[Weight]) -> None:
 
 
 def settle_weights(
-    present: Mapping[str, Any], mix_weight: MixWeight | Mapping[str, MixWeight] | None, *, per_row: bool = False
+    present: Mapping[str, Any],
+    mix_weight: MixWeight | Mapping[str, MixWeight] | None,
+    *,
+    per_row: bool = False,
+    together: bool = True,
 ) -> dict[str, Any]:
     """Name to weight, in the order of the memories: a number, or a tensor `(rows,)`.
 
@@ -97,6 +110,8 @@ def settle_weights(
         present: Per memory the weight in force where none is given, or None.
         mix_weight: One weight for a single memory, or some by name.
         per_row: Whether a weight may be one per row of a batch.
+        together: Whether all are in force together, so that none may be missing and they sum to 1 at most. Else each is
+            what its memory would have alone, None where that is not known.
 
     Raises:
         ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
@@ -113,6 +128,9 @@ def settle_weights(
     weights: dict[str, Any] = {}
     for name, there in present.items():
         weight = mix_weight.get(name, there)
+        if weight is None and not together:
+            weights[name] = None
+            continue
         if weight is None:
             raise ConfigError(
                 f"mix_weight of {name!r} is missing: the memory records none from validation data; give one"
@@ -125,7 +143,8 @@ def settle_weights(
     rows = {len(weight) for weight in weights.values() if isinstance(weight, Tensor)}
     if len(rows) > 1:
         raise ConfigError(f"mix_weight: the memories have weights for {' and '.join(map(str, sorted(rows)))} rows")
-    check_weights(list(weights.values()))
+    for part in [list(weights.values())] if together else [[w] for w in weights.values() if w is not None]:
+        check_weights(part)
     return weights
 
 

@@ -144,11 +144,16 @@ def label_log_probs(
         logits = head(hidden[start : start + chunk])[..., :vocab_size].float()
         log_probs = (logits / temperature).log_softmax(-1)
         parts["label"].append(log_probs.gather(-1, labels[start : start + chunk, None])[:, 0].cpu())
-        likeliest, ids = log_probs.max(-1)
-        parts["top1"].append(likeliest.exp().cpu())
-        parts["top1_id"].append(ids.int().cpu())
-        parts["entropy"].append(-(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1).cpu())
+        for name, values in summary(log_probs).items():
+            parts[name].append(values.cpu())
     return joined(parts)
+
+
+def summary(log_probs: Float[Tensor, "... V"]) -> dict[str, Tensor]:
+    """`entropy` (nats) and `top1` (a probability) in float32, `top1_id` in int32, of each distribution."""
+    likeliest, ids = log_probs.max(-1)
+    entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+    return {"entropy": entropy, "top1": likeliest.exp(), "top1_id": ids.int()}
 
 
 def joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:

@@ -64,6 +64,32 @@ class SparseProbs:
             lost_mass=1 - (1 - self.lost_mass) * kept,
         )
 
+    def take(self, positions: Int[Tensor, "P2"]) -> "SparseProbs":
+        """The same at these positions, in this order; one may come several times."""
+        counts = self.counts[positions]
+        first = (self.counts.cumsum(0) - self.counts)[positions]
+        place = torch.arange(int(counts.sum()), device=counts.device)
+        place = place - (counts.cumsum(0) - counts - first).repeat_interleave(counts)
+        return SparseProbs(counts, self.ids[place], self.probs[place], self.lost_mass[positions])
+
+    def of(self, tokens: Int[Tensor, "P"]) -> Float[Tensor, "P"]:
+        """The probability of one token per position."""
+        hits = self.probs * (self.ids == tokens.repeat_interleave(self.counts))
+        return self._summed(hits)
+
+    def summary(self) -> dict[str, Tensor]:
+        """`entropy` (nats) and `top1` (a probability) in float32, `top1_id` in int32, of each position; 0 where a
+        position keeps nothing."""
+        first = (self.counts.cumsum(0) - self.counts).clamp(max=max(0, len(self.ids) - 1))
+        there = self.counts > 0
+        top1, top1_id = torch.zeros_like(self.lost_mass), torch.zeros_like(self.counts, dtype=torch.int32)
+        top1[there], top1_id[there] = self.probs[first[there]], self.ids[first[there]].int()
+        return {"entropy": -self._summed(torch.xlogy(self.probs, self.probs)), "top1": top1, "top1_id": top1_id}
+
+    def _summed(self, values: Float[Tensor, "S"]) -> Float[Tensor, "P"]:
+        owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
+        return values.new_zeros(len(self.counts)).index_add_(0, owner, values)
+
     def dense(self, vocab_size: int) -> Float[Tensor, "P {vocab_size}"]:
         """As rows of probabilities."""
         owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)

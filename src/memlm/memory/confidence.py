@@ -1,0 +1,102 @@
+"""A memory's confidence: a head that says, from what the memory sees and how sure all are, whether to believe it."""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from memlm.config import StageConfig
+from memlm.errors import ArtifactError, ConfigError
+from memlm.files import read_json, write_json
+from memlm.manifest import GATE_FILE
+
+FEATURES = ("entropy of the base", "entropy of the memory", "log top-1 of the base", "log top-1 of the memory", "agree")
+"""What every confidence looks at beside the memory's own state: no part of it depends on which base stands there."""
+_WIDEST = 1 << 20
+_LARGEST = 1e9
+
+Columns = Mapping[str, Tensor]
+"""`entropy` (nats), `top1` (a probability) and `top1_id` of a voter at some places."""
+
+
+class ConfidenceHead(StageConfig):
+    """A logistic regression: `c = sigmoid(state . h + features . f + bias)` is the weight of the memory.
+
+    It is fitted on the likelihood of the mixture, `-log((1 - c) p_base(y) + c p_memory(y))`, on held-out text.
+    """
+
+    memory: str
+    """Identity of the memory that it was fitted for."""
+    tokenizer: str | None
+    """Fingerprint of its tokenizer."""
+    state: list[float] = Field(max_length=_WIDEST)
+    """One number per dimension of the memory's state; empty: the state is not looked at."""
+    features: list[float] = Field(min_length=len(FEATURES), max_length=len(FEATURES))
+    bias: float = Field(ge=-_LARGEST, le=_LARGEST)
+    base: str
+    """The base that stood beside the memory."""
+    facts: dict[str, float] = Field(default_factory=dict)
+    """Tokens it was fitted on, and perplexities there."""
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "ConfidenceHead | None":
+        """The head in a memory's folder; None where there is none.
+
+        Raises:
+            ArtifactError: The file is damaged.
+        """
+        path = Path(folder) / GATE_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls.parse(read_json(path, limit=1 << 26))
+        except ConfigError as error:
+            raise ArtifactError(f"{path}: {error}; delete it, or fit it anew with memlm gate") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Write it to a memory's folder."""
+        write_json(Path(folder) / GATE_FILE, self.model_dump(mode="json"))
+
+    def of_state(self, state: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
+        """The part of the logit that the memory's own state gives, in float32.
+
+        Raises:
+            ConfigError: The state is of another width than the head was fitted on.
+        """
+        if not self.state:
+            return state.new_zeros(state.shape[:-1], dtype=torch.float32)
+        if state.shape[-1] != len(self.state):
+            raise ConfigError(
+                f"the gate was fitted for a memory {len(self.state)} wide, this one is {state.shape[-1]} wide;"
+                " fit it anew with memlm gate"
+            )
+        return state.float() @ self._state.to(state.device)
+
+    @cached_property
+    def _state(self) -> Tensor:
+        return torch.tensor(self.state, dtype=torch.float32)
+
+    def weight(self, of_state: Float[Tensor, "..."], base: Columns, memory: Columns) -> Float[Tensor, "..."]:
+        """The memory's weight."""
+        found = features(base, memory)
+        weights = torch.tensor(self.features, dtype=found.dtype, device=found.device)
+        return torch.sigmoid(of_state + found @ weights + self.bias)
+
+
+def features(base: Columns, memory: Columns) -> Float[Tensor, "... F"]:
+    """What `FEATURES` names."""
+    smallest = torch.finfo(torch.float32).tiny
+    return torch.stack(
+        [
+            base["entropy"],
+            memory["entropy"],
+            base["top1"].clamp(min=smallest).log(),
+            memory["top1"].clamp(min=smallest).log(),
+            (base["top1_id"] == memory["top1_id"]).to(base["entropy"].dtype),
+        ],
+        -1,
+    )

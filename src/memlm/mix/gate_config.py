@@ -1,0 +1,26 @@
+"""Settings of the gate; light, for the command line reads them."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from memlm.config import MAX_COUNT, StageConfig
+
+GateName = Literal["posterior", "confidence", "both", "none"]
+"""What weighs the memories: see `GateConfig.gate`."""
+
+
+class GateConfig(StageConfig):
+    """How much each memory counts at each token."""
+
+    gate: GateName | None = None
+    """Weights per token: posterior (who explained the text so far), confidence (a memory's own head, fitted by memlm
+    gate), both, or none (one weight, chosen on validation); default both where the memory has a head, else posterior;
+    none where a weight is given."""
+    prior: float = Field(default=0.5, ge=0, le=1)
+    """Probability, before a text begins, that memories explain it; no text costs more than -log(1 - prior) nats over
+    the base where switch is 0."""
+    switch: float = Field(default=0.01, ge=0, le=1)
+    """Probability per token that another explanation begins (fixed share)."""
+    prompt_window: int = Field(default=128, ge=0, le=MAX_COUNT)
+    """Latest tokens of a prompt that count as evidence; 0: none."""
