@@ -231,7 +231,8 @@ def test_the_road_by_hand(
     for name in ("base", "memory", "mixture"):
         low, high = report[name]["interval"]
         assert low <= report[name]["perplexity"] <= high
-    assert 0 <= report["mixture"]["mix_weight"] <= 1
+    assert 0 <= report["mixture"]["fixed"]["mix_weight"] <= 1
+    assert report["mixture"]["gate"] == "posterior"
     assert report["tokens"] > 0
     answer = ok(
         memlm(

@@ -204,7 +204,8 @@ def test_the_demos_report_has_the_keys_the_command_line_promises(walked: tuple[P
     for name in ("base", "memory", "mixture"):
         low, high = report[name]["interval"]
         assert low <= report[name]["perplexity"] <= high
-    assert 0 <= report["mixture"]["mix_weight"] <= 1
+    assert 0 <= report["mixture"]["fixed"]["mix_weight"] <= 1
+    assert report["mixture"]["gate"] == "posterior"
     assert report["tokens"] > 0
 
 

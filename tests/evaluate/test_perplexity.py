@@ -98,10 +98,16 @@ def test_the_report_equals_plain_forward_passes(
     curve = [np.exp(-np.log((1 - w) * np.exp(validation[0]) + w * np.exp(validation[1])).mean()) for w in grid]
     np.testing.assert_allclose(report["validation"]["perplexities"], curve, rtol=1e-5)
     weight = grid[int(np.argmin(curve))]
-    assert report["mixture"]["mix_weight"] == pytest.approx(weight)
+    fixed = report["mixture"]["fixed"]
+    assert fixed["mix_weight"] == pytest.approx(weight)
     mixture = np.log((1 - weight) * np.exp(base) + weight * np.exp(memory))
-    assert report["mixture"]["perplexity"] == pytest.approx(np.exp(-mixture.mean()), rel=1e-5)
-    assert report["ratio"]["perplexity"] == pytest.approx(np.exp(base.mean() - mixture.mean()), abs=1e-4)
+    assert fixed["perplexity"] == pytest.approx(np.exp(-mixture.mean()), rel=1e-5)
+    for ratio, below in (("ratio", "base"), ("ratio_to_fixed", "fixed")):
+        above = report["mixture"]["perplexity"]
+        found = report[ratio] if ratio == "ratio" else report["mixture"][ratio]
+        assert found["perplexity"] == pytest.approx(
+            above / (report["base"] if below == "base" else fixed)["perplexity"], abs=1e-4
+        )
     assert report["validation"]["tokens"] == len(validation[0])
 
 
@@ -152,7 +158,7 @@ def scripted(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             voters = {}
             for voter in ("base", *memories):
                 label = np.full(split.n_positions, level[voter, name], np.float32)
-                voters[voter] = Scores(label, label, label, np.zeros(split.n_positions, np.int32))
+                voters[voter] = Scores(label, label, label, np.zeros(split.n_positions, np.int32), 0 * label)
             documents = split.documents_of(np.arange(split.n_positions))
             tables[name] = ScoreTable(voters, documents, np.ones(split.n_positions, np.int64))
         return tables
@@ -164,7 +170,7 @@ def test_mix_weight_is_chosen_on_validation_even_where_test_disagrees(
     corpus_folder: Path, model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scripted(corpus_folder, monkeypatch)
-    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder))
+    report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), gate="none")
     assert report["mixture"]["mix_weight"] == 0.0
     assert report["mixture"]["mix_weight_from"] == "validation"
     assert report["mixture"]["perplexity"] == report["base"]["perplexity"] == pytest.approx(np.exp(4), abs=1e-4)
@@ -486,7 +492,9 @@ def test_the_table_names_every_row(report: dict[str, Any]) -> None:
     for words in (
         "base alone",
         "memory alone",
-        f"mixture, weight {report['mixture']['mix_weight']:g}",
+        f"mixture, weight {report['mixture']['fixed']['mix_weight']:g}",
+        "mixture, gate posterior",
+        f"gate / fixed weight {report['mixture']['ratio_to_fixed']['perplexity']:.4f}",
         "1,094 test tokens",
     ):
         assert words in table
@@ -502,13 +510,14 @@ def test_several_memories_are_mixed_with_weights_of_their_own(
     """The mixture equals the one that plain arithmetic makes of the two single reports' scores."""
     memories = {"law": str(memory_folder), "live": str(datastore_folder)}
     report = evaluate_perplexity(corpus_folder, base=model_folder, memory=memories, out=tmp_path / "e", config=EXACT)
-    weights = report["mixture"]["mix_weight"]
-    assert list(weights) == ["law", "live"]
+    fixed = report["mixture"]["fixed"]
+    weights = fixed["mix_weight"]
+    assert list(weights) == list(report["mixture"]["mean_weight"]) == ["law", "live"]
     assert 0 < sum(weights.values()) <= 1
     table = score_corpus(Corpus(corpus_folder), model_folder, memories, dtype="float32")["test"]
     probs = {name: np.exp(scores.label.astype(np.float64)) for name, scores in table.voters.items()}
     mixed = (1 - sum(weights.values())) * probs["base"] + sum(w * probs[name] for name, w in weights.items())
-    assert report["mixture"]["perplexity"] == pytest.approx(np.exp(-np.log(mixed).mean()), rel=1e-5)
+    assert fixed["perplexity"] == pytest.approx(np.exp(-np.log(mixed).mean()), rel=1e-5)
     alone = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory_folder), config=EXACT)
     assert report["law"] == alone["memory"]
     assert report["live"]["perplexity"] is None, "a retriever finds some labels impossible"

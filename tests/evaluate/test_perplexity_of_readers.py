@@ -104,9 +104,9 @@ def test_figures_of_an_mlp_memory_equal_plain_passes_over_the_bases_activations(
     assert report["tokens"] == len(labels) == len(base)
     assert report["memory"]["perplexity"] == pytest.approx(np.exp(-ours.mean()), rel=1e-5)
     assert report["base"]["perplexity"] == pytest.approx(np.exp(-base.mean()), rel=1e-5)
-    weight = report["mixture"]["mix_weight"]
+    weight = report["mixture"]["fixed"]["mix_weight"]
     mixture = np.log((1 - weight) * np.exp(base) + weight * np.exp(ours))
-    assert report["mixture"]["perplexity"] == pytest.approx(np.exp(-mixture.mean()), rel=1e-5)
+    assert report["mixture"]["fixed"]["perplexity"] == pytest.approx(np.exp(-mixture.mean()), rel=1e-5)
 
 
 def test_an_mlp_memory_is_scored_anew_beside_another_base(
@@ -149,10 +149,10 @@ def test_figures_of_a_datastore_equal_a_brute_force_knn_lm(
     distances = np.take_along_axis(all_distances, ids, 1)
     votes, _ = dense_votes(distances, store.values[ids], vocab_size=320, target_temperature=4.0)
     ours, base = votes[np.arange(len(labels)), labels], np.exp(base_log_probs(model_folder, corpus_folder, "test"))
-    weight = knn_report["mixture"]["mix_weight"]
+    weight = knn_report["mixture"]["fixed"]["mix_weight"]
     assert 0 < weight < 1
     expected = np.exp(-np.log((1 - weight) * base + weight * ours).mean())
-    assert knn_report["mixture"]["perplexity"] == pytest.approx(expected, rel=2e-3)
+    assert knn_report["mixture"]["fixed"]["perplexity"] == pytest.approx(expected, rel=2e-3)
     assert (ours == 0).any(), "some label was never voted for, so alone it is infinite"
     assert knn_report["memory"] == {"perplexity": None, "interval": None}
 
@@ -271,7 +271,7 @@ def test_a_mixture_searches_and_weighs_a_datastore_as_the_evaluation_found(
     hash_before = read_manifest(store).hash
     report = evaluate(retrieval=FEW)
     mixed = MixedLM.from_pretrained(model_folder, memory=store)
-    assert mixed.mix_weights == {"memory": report["mixture"]["mix_weight"]}
+    assert mixed.mix_weights == {"memory": report["mixture"]["fixed"]["mix_weight"]}
     memory = mixed.named_memories()["memory"]
     assert isinstance(memory, RetrievalMemory)
     assert (memory.settings.retrieval.k, memory.settings.retrieval.target_temperature) == (16, 4.0)

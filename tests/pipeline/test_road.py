@@ -116,8 +116,10 @@ def test_figures_are_those_recorded(walked: tuple[Path, dict[str, Any]]) -> None
     assert made["targets"].facts["mean_support"] == pytest.approx(8.255, rel=0.02)
     assert report["base"]["perplexity"] == pytest.approx(7.5099, rel=0.02)
     assert report["memory"]["perplexity"] == pytest.approx(6.6426, rel=0.02)
-    assert report["mixture"]["perplexity"] == pytest.approx(6.6227, rel=0.02)
-    assert report["mixture"]["mix_weight"] == pytest.approx(0.88, abs=0.06)  # the curve is flat around its minimum
+    assert report["mixture"]["fixed"]["perplexity"] == pytest.approx(6.6227, rel=0.02)
+    assert report["mixture"]["fixed"]["mix_weight"] == pytest.approx(
+        0.88, abs=0.06
+    )  # the curve is flat around its minimum
 
 
 def test_the_memory_generates_beside_its_base(

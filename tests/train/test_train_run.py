@@ -131,7 +131,7 @@ def labels_of(voter: Voter, data: TrainingData) -> np.ndarray:
 
 
 def scores(label: np.ndarray) -> Scores:
-    return Scores(label, label, label, np.zeros(len(label), np.int32))
+    return Scores(label, label, label, np.zeros(len(label), np.int32), 0 * label)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Perplexity of base, memories and mixture, with the weights chosen on validation data."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,20 @@ from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled, finite
 from memlm.evaluate.plot import plot_report
-from memlm.evaluate.report import MIXTURE, Report
+from memlm.evaluate.report import MIXTURE, Report, fixed_of, weights_of
 from memlm.files import write_json
 from memlm.manifest import read_manifest
+from memlm.memory.confidence import ConfidenceHead
 from memlm.memory.config import UNNAMED
-from memlm.memory.loading import read_settings
+from memlm.memory.loading import read_head, read_settings
 from memlm.memory.retrieval import RetrievalSettings, Validated
-from memlm.mix.weights import settle_weights
+from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
+from memlm.mix.gate_config import GateConfig, GateName
+from memlm.mix.weights import WeightRule, settle_weights
 from memlm.models.identity import model_identity
 from memlm.models.tokenizers import ADVICE, check_rows_for
-from memlm.scores.mixtures import GRID, best_mix_weights, mixture_label_log_probs, perplexity_curve
+from memlm.scores.gated import gated_label_log_probs
+from memlm.scores.mixtures import GRID, best_mix_weight, best_mix_weights, mixture_label_log_probs, perplexity_curve
 from memlm.scores.table import BASE, ScoreTable, score_corpus
 from memlm.stage import Stage, StageSpec, check_output, run_stage
 from memlm.targets.config import RetrievalConfig
@@ -40,6 +44,7 @@ def evaluate_perplexity(
     out: str | Path | None = None,
     config: EvaluateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
+    gate: GateName | GateConfig | None = None,
     **settings: Any,
 ) -> Report:
     """Test perplexity of base, each memory alone and their mixture.
@@ -91,7 +96,10 @@ def evaluate_perplexity(
     source.check_fits(base)
     for model in memories.values():
         check_memory(source, model)
-    spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval)
+    gate = gate_config(gate if gate is not None or given is None else "none")
+    spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval, gate=gate)
+    heads = _heads(memories)
+    weight_rule(gate, {name: GatedMemory(None, head) for name, head in heads.items()})  # raises before any work
     if out is not None:
         check_output(out, spec)
     tables = score_corpus(
@@ -100,12 +108,24 @@ def evaluate_perplexity(
     weights = given if given is not None else best_mix_weights(*_labels(tables["validation"], memories))
     test = tables["test"]
     parts = {name: test.voters[name].label.astype(np.float64) for name in (BASE, *memories)}
-    parts[MIXTURE] = mixture_label_log_probs(*_labels(test, memories), weights)
-    resampled = Resampled(test.document, parts, config)
+    fixed = mixture_label_log_probs(*_labels(test, memories), weights)
+    rule = weight_rule(gate, _gated(tables, heads, weights, given is not None))
+    gated = gated_label_log_probs(test, rule) if isinstance(rule, Gate) else None
+    parts[MIXTURE] = fixed if gated is None else gated[0]
+    resampled = Resampled(test.document, {**parts, _FIXED: fixed}, config)
     report = Report({name: resampled.perplexity(name) for name in parts})
-    by_name = dict(zip(memories, weights, strict=True))
-    report[MIXTURE]["mix_weight"] = by_name if isinstance(memory, Mapping) else weights[0]
-    report[MIXTURE]["mix_weight_from"] = "validation" if given is None else "given"
+
+    def named(values: Sequence[float]) -> float | dict[str, float]:
+        return dict(zip(memories, values, strict=True)) if isinstance(memory, Mapping) else values[0]
+
+    chosen = {"mix_weight": named(weights), "mix_weight_from": "validation" if given is None else "given"}
+    report[MIXTURE]["gate"] = rule.config.gate if isinstance(rule, Gate) else "none"
+    if gated is None:
+        report[MIXTURE] |= chosen
+    else:
+        report[MIXTURE]["mean_weight"] = named([round(float(mean), 4) for mean in gated[1].mean(0)])
+        report[MIXTURE]["ratio_to_fixed"] = resampled.ratio(MIXTURE, _FIXED)
+        report[MIXTURE]["fixed"] = resampled.perplexity(_FIXED) | chosen
     report["tokens"] = len(test.document)
     report["documents"] = len(np.unique(test.document))
     report["ratio"] = resampled.ratio(MIXTURE, BASE)
@@ -116,12 +136,13 @@ def evaluate_perplexity(
         "mix_weights": GRID.round(4).tolist(),
         "perplexities": None if curve is None else [finite(value) for value in curve],
     }
-    named = {name: spec.inputs[_input(name, memory)] for name in memories}
+    hashes = {name: spec.inputs[_input(name, memory)] for name in memories}
     report["run"] = {
         "corpus": spec.inputs["corpus"],
         "base": spec.inputs["base"],
-        "memory": named if isinstance(memory, Mapping) else named[UNNAMED],
+        "memory": hashes if isinstance(memory, Mapping) else hashes[UNNAMED],
         "config": config.model_dump(),
+        "gate": gate.model_dump(),
     }
     if retrieval is not None:
         report["run"]["retrieval"] = retrieval.found
@@ -132,6 +153,34 @@ def evaluate_perplexity(
     return report
 
 
+def _heads(memories: Mapping[str, str]) -> dict[str, ConfidenceHead | None]:
+    return {name: read_head(model, read_settings(model)) for name, model in memories.items()}
+
+
+def _gated(
+    tables: Mapping[str, ScoreTable], heads: Mapping[str, ConfidenceHead | None], weights: list[float], given: bool
+) -> dict[str, GatedMemory]:
+    """What the gate is told: of each memory its head, and the weight that is best for it alone, or was given."""
+    if not given and len(weights) > 1:
+        base, labels = _labels(tables["validation"], heads)
+        weights = [best_mix_weight(base, label)[0] for label in labels]
+    return {name: GatedMemory(w, head) for (name, head), w in zip(heads.items(), weights, strict=True)}
+
+
+def gate_of(report: Mapping[str, Any], tables: Mapping[str, ScoreTable], memories: Mapping[str, str]) -> WeightRule:
+    """The rule that an evaluation's mixture had.
+
+    Args:
+        report: What the evaluation found.
+        tables: Its scores.
+        memories: Name to folder or hub id, as it was given them.
+    """
+    weights = list(weights_of(report).values())
+    given = fixed_of(report)["mix_weight_from"] == "given"
+    config = GateConfig.parse(report["run"]["gate"])
+    return weight_rule(config, _gated(tables, _heads(memories), weights, given))
+
+
 def _keep_choice(memory: str, base: str, weight: float, retrieval: RetrievalConfig | None) -> None:
     """Leave the weight and the search that was evaluated in a datastore's folder; a trained memory has its own."""
     settings = read_settings(memory)
@@ -139,10 +188,11 @@ def _keep_choice(memory: str, base: str, weight: float, retrieval: RetrievalConf
         Validated(mix_weight=weight, base=base, retrieval=settings.searched_by(retrieval).retrieval).keep(memory)
 
 
+_FIXED = "mixture.fixed"  # no memory's name has a dot
 _TAKEN = {BASE, MIXTURE, "tokens", "documents", "ratio", "by_label_frequency", "validation", "run", "from", "below"}
 
 
-def _labels(table: ScoreTable, memories: Mapping[str, str]) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
+def _labels(table: ScoreTable, memories: Iterable[str]) -> tuple[NDArray[np.float32], list[NDArray[np.float32]]]:
     return table.voters[BASE].label, [table.voters[name].label for name in memories]
 
 
@@ -192,14 +242,19 @@ def report_spec(
     memory: str | Mapping[str, str],
     config: EvaluateConfig | None,
     retrieval: RetrievalConfig | None,
+    gate: GateName | GateConfig | None = None,
 ) -> StageSpec:
     """What `evaluate_perplexity` with these arguments makes in its `out`."""
     made, config = read_manifest(corpus, "corpus"), config or EvaluateConfig()
     named = {_input(n, memory): m for n, m in memory.items()} if isinstance(memory, Mapping) else {UNNAMED: memory}
     sources = {"base": base, **named}
+    weighs = gate_config(gate if gate is not None or config.mix_weight is None else "none")
+    heads = {name: head.digest for name, head in _heads(named).items() if head is not None}
     return StageSpec(
         "evaluation",
-        config=config.model_dump() | ({"retrieval": retrieval.found} if retrieval is not None else {}),
+        config=config.model_dump()
+        | {"gate": weighs.model_dump() | ({"heads": heads} if heads and weighs.gate != "none" else {})}
+        | ({"retrieval": retrieval.found} if retrieval is not None else {}),
         inputs={"corpus": made.hash, **{name: model_identity(model) for name, model in sources.items()}},
         tokenizer=made.tokenizer,
         sources={"corpus": str(Path(corpus)), **sources},

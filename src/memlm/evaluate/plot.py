@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def _matplotlib() -> Any:
 
 def _draw_choice(axes: Any, report: dict[str, Any]) -> None:
     """Validation perplexity against the memories' weight, and the base's as a line."""
-    curve, weight = report["validation"], report["mixture"]["mix_weight"]
-    total = sum(weight.values()) if isinstance(weight, dict) else weight
+    curve, fixed = report["validation"], fixed_of(report)
+    total = sum(weights_of(report).values())
     points = [
         (w, value)
         for w, value in zip(curve["mix_weights"], curve["perplexities"] or [], strict=bool(curve["perplexities"]))
@@ -75,7 +76,7 @@ def _draw_choice(axes: Any, report: dict[str, Any]) -> None:
         axes.axhline(values[0], color=_BASE, linewidth=1)
         axes.annotate(f"base {number(values[0])}", (0.99, values[0]), ha="right", va="bottom", color=_BASE)
     axes.axvline(total, color=_MIXTURE, linestyle="--", linewidth=1)
-    chosen = "chosen" if report["mixture"]["mix_weight_from"] == "validation" else "given"
+    chosen = "chosen" if fixed["mix_weight_from"] == "validation" else "given"
     axes.annotate(
         f"{chosen}: {total:g}",
         (total, 0.03),
@@ -118,8 +119,26 @@ def _draw_result(axes: Any, report: dict[str, Any]) -> None:
 
 def memory_names(report: dict[str, Any]) -> list[str]:
     """What a report calls its memories."""
-    weight = report["mixture"]["mix_weight"]
-    return list(weight) if isinstance(weight, dict) else ["memory"]
+    return list(weights_of(report))
+
+
+def fixed_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of the mixture with fixed weights."""
+    return report["mixture"].get("fixed", report["mixture"])
+
+
+def weights_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """Those fixed weights by name."""
+    return _by_name(fixed_of(report)["mix_weight"])
+
+
+def mean_weights_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """The mean weights under the gate by name; none where there is none."""
+    return _by_name(report["mixture"].get("mean_weight", {}))
+
+
+def _by_name(weight: float | dict[str, float]) -> dict[str, float]:
+    return weight if isinstance(weight, dict) else {"memory": weight}
 
 
 def _zoomed(low: float, high: float) -> tuple[float, float]:
@@ -128,9 +147,9 @@ def _zoomed(low: float, high: float) -> tuple[float, float]:
     return low - room, high + room
 
 
-def number(perplexity: float | None) -> str:
+def number(perplexity: float | None, digits: int = 2) -> str:
     """A perplexity as tables show it."""
-    return "infinite" if perplexity is None else f"{perplexity:.2f}"
+    return "infinite" if perplexity is None else f"{perplexity:.{digits}f}"
 
 
 def ratio_line(report: dict[str, Any]) -> str:

@@ -3,7 +3,8 @@
 import html
 from typing import Any
 
-from memlm.evaluate.plot import memory_names, number, ratio_line
+from memlm.evaluate.plot import fixed_of, mean_weights_of, memory_names, number, ratio_line, weights_of
+from memlm.memory.config import UNNAMED
 from memlm.scores.table import BASE
 
 MIXTURE = "mixture"
@@ -23,10 +24,16 @@ class Report(dict[str, Any]):
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What each row is called, and its figures."""
-    weight = report[MIXTURE]["mix_weight"]
-    shown = ", ".join(f"{n} {w:g}" for n, w in weight.items()) if isinstance(weight, dict) else f"{weight:g}"
     memories = [(f"{name} alone", report[name]) for name in memory_names(report)]
-    return [("base alone", report[BASE]), *memories, (f"mixture, weight {shown}", report[MIXTURE])]
+    fixed = (f"mixture, weight {_shown(weights_of(report))}", fixed_of(report))
+    if report[MIXTURE].get("gate", "none") == "none":
+        return [("base alone", report[BASE]), *memories, fixed]
+    gated = (f"mixture, gate {report[MIXTURE]['gate']}", report[MIXTURE])
+    return [("base alone", report[BASE]), *memories, fixed, gated]
+
+
+def _shown(weights: dict[str, float]) -> str:
+    return ", ".join(f"{w:g}" if [*weights] == [UNNAMED] else f"{n} {w:g}" for n, w in weights.items())
 
 
 def _interval(row: dict[str, Any]) -> str:
@@ -34,12 +41,20 @@ def _interval(row: dict[str, Any]) -> str:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    chosen = "chosen on validation" if report[MIXTURE]["mix_weight_from"] == "validation" else "given"
+    chosen = "chosen on validation" if fixed_of(report)["mix_weight_from"] == "validation" else "given"
     documents = f"{report['documents']:,} document{'s' if report['documents'] > 1 else ''}"
     return [
         f"{ratio_line(report)}{'; no interval: one document' if report['documents'] == 1 else ''}",
         f"{report['tokens']:,} test tokens of {documents}; mix_weight {chosen}",
+        *([] if report[MIXTURE].get("gate", "none") == "none" else [_gate_line(report)]),
     ]
+
+
+def _gate_line(report: dict[str, Any]) -> str:
+    ratio = report[MIXTURE]["ratio_to_fixed"]
+    interval = "" if ratio["interval"] is None else " ({:.4f} to {:.4f})".format(*ratio["interval"])
+    against = f"gate / fixed weight {number(ratio['perplexity'], 4)}{interval}"
+    return f"{against}; mean weight under the gate {_shown(mean_weights_of(report))}"
 
 
 def report_table(report: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memlm.config import StageConfig
 from memlm.errors import ArtifactError, ConfigError
-from memlm.files import read_json, write_json
+from memlm.files import digest, read_json, write_json
 from memlm.manifest import GATE_FILE
 
 FEATURES = ("entropy of the base", "entropy of the memory", "log top-1 of the base", "log top-1 of the memory", "agree")
@@ -75,6 +75,11 @@ class ConfidenceHead(StageConfig):
                 " fit it anew with memlm gate"
             )
         return state.float() @ self._state.to(state.device)
+
+    @property
+    def digest(self) -> str:
+        """Of all that weighs."""
+        return digest(self.model_dump(mode="json", include={"memory", "state", "features", "bias"}))
 
     @cached_property
     def _state(self) -> Tensor:

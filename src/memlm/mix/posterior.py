@@ -1,8 +1,8 @@
 """Who explained the text so far: the posterior over explanations, by which memories are weighed.
 
 A text may be explained by the base alone, by each memory alone, and by each memory mixed with the base at its *own
-weight*: what validation chose, or what its confidence says at that place. Their probabilities follow Bayes' rule, and at
-every token a share of each goes back to the prior, so that a text may change its mind (fixed share).
+weight*: what validation chose, or what its confidence says at that place. Their probabilities follow Bayes' rule, and
+at every token a share of each goes back to the prior, so that a text may change its mind (fixed share).
 
 Source: Herbster and Warmuth, Tracking the best expert (Machine Learning 32, 1998).
 """

@@ -29,6 +29,8 @@ class Scores:
     """Probability of the likeliest token."""
     top1_id: NDArray[np.int32]
     """The likeliest token."""
+    confidence: NDArray[np.float32]
+    """What a memory's own state says of how sure it is (`ConfidenceHead.of_state`); 0 where nothing is known."""
 
 
 COLUMNS: dict[str, type[np.generic]] = {
@@ -144,7 +146,7 @@ def score(
                 if voter.tap is not None:
                     read = stored(members, tokens) if stored is not None else activations[voter.tap]
                 state = voter.step(tokens.to(voter.device), read)
-            found = voter.label_log_probs(state, labels.to(voter.device))
+            found = voter.columns(state, labels.to(voter.device))
             if any(values.isnan().any() for values in found.values()):
                 raise ModelError(
                     f"{name} gives NaN, no distribution; where its weights are whole they overflow: take dtype float32"

@@ -18,7 +18,7 @@ from memlm.corpus.blocks import Block, Blocks, Corpus
 from memlm.errors import ArtifactError
 from memlm.files import cache_dir, digest, file_error, load_array
 from memlm.manifest import PLAN, is_finished, payload_file, read_manifest
-from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.loading import load_memory, read_head, read_settings
 from memlm.memory.retrieval import RetrievalSettings
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
@@ -163,11 +163,15 @@ class Scorers:
             "as_memory": name != BASE,
             "batch_tokens": self._batch_tokens,
             "split": text.split,
+            "columns": list(COLUMNS),
         }
         inputs = {"corpus": text.corpus, "model": model_identity(model)}
         settings = read_settings(model) if name != BASE else None
         if settings is not None and settings.tap is not None:
             inputs["base"] = model_identity(self._base)
+        head = read_head(model, settings) if name != BASE else None
+        if head is not None:
+            config["confidence"] = head.digest
         if isinstance(settings, RetrievalSettings):
             config["retrieval"] = settings.searched_by(self._retrieval).retrieval.found
         sources = {"corpus": text.source, "model": model}

@@ -1,0 +1,80 @@
+"""What a gated mixture gives every label, and the weights it has there, from the table of scores."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memlm.corpus.blocks import length_batches
+from memlm.mix.gate import Gate, together
+from memlm.mix.posterior import FixedShare
+from memlm.scores.score import Scores
+from memlm.scores.table import BASE, ScoreTable
+
+_AT_ONCE = 1 << 18  # positions of documents that are followed side by side
+
+
+def gated_label_log_probs(table: ScoreTable, gate: Gate) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Label log-probs of the mixture `(P,)`, and each memory's weight at the place before the label `(P, M)`.
+
+    A document is followed from its first token to its last, as one that is generated token by token.
+
+    Args:
+        table: Has the gate's memories by their names.
+        gate: Its memories are in the order of the weights.
+    """
+    base = table.voters[BASE]
+    memories = [table.voters[name] for name in gate.memories]
+    told = torch.from_numpy(np.stack([m.label for m in memories], -1).astype(np.float64))
+    of_base = torch.from_numpy(base.label.astype(np.float64))
+    own = _own_weights(gate, base, memories)
+    if gate.config.gate == "confidence":
+        assert own is not None
+        weights = together(own)
+    else:
+        weights = _followed(gate, table.document, of_base, told, own)
+    rest = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
+    parts = torch.cat([of_base[:, None] + rest.log(), told + weights.log()], -1)
+    return parts.logsumexp(-1).numpy(), weights.numpy()
+
+
+def _own_weights(gate: Gate, base: Scores, memories: Sequence[Scores]) -> Tensor | None:
+    """Each memory's own weight at every position, `(P, M)`."""
+    if not gate.has_own:
+        return None
+    found = []
+    for scores, memory in zip(memories, gate.memories.values(), strict=True):
+        if gate.by_confidence:
+            assert memory.head is not None
+            confidence = torch.from_numpy(scores.confidence)
+            found.append(memory.head.weight(confidence, _columns(base), _columns(scores)).double())
+        else:
+            assert memory.mix_weight is not None
+            found.append(torch.full((len(scores.label),), memory.mix_weight, dtype=torch.float64))
+    return torch.stack(found, -1)
+
+
+def _columns(scores: Scores) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(getattr(scores, name)) for name in ("entropy", "top1", "top1_id")}
+
+
+def _followed(gate: Gate, document: NDArray[np.int64], base: Tensor, told: Tensor, own: Tensor | None) -> Tensor:
+    """The posterior's weights at every position; documents of similar length are followed side by side."""
+    starts = np.flatnonzero(np.diff(document, prepend=-1))
+    lengths = np.diff(np.append(starts, len(document)))
+    prior = gate.explanations.log_prior(gate.config.prior, base)
+    log_probs = gate.explanations.log_probs(base, told, own)
+    rule = FixedShare(prior, gate.config.switch)
+    weights = torch.empty_like(told)
+    for batch in length_batches(lengths, _AT_ONCE):
+        longest = int(lengths[batch].max())
+        place = np.arange(longest)
+        there = torch.from_numpy(place < lengths[batch, None])
+        at = torch.from_numpy(np.minimum(starts[batch, None] + place, len(document) - 1))
+        start = prior.expand(len(batch), 1, -1)
+        before = torch.cat([start, rule.along(start[:, 0], log_probs[at], there)[:, :-1]], 1)
+        found = gate.explanations.weights(before, None if own is None else own[at])
+        weights[at[there]] = found[there]
+    return weights
