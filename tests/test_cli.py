@@ -240,7 +240,7 @@ def test_the_road_by_hand(
             *("--max-new-tokens", 4, "--json"),
         )
     )
-    assert set(answer) == {"prompt", "text", "mix_weight"}
+    assert set(answer) == {"prompt", "text", "gate", "mix_weight"}
     assert answer["prompt"] == "What is asthma?"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "d", "documents.txt", "m", "t", "teacher"]
 

@@ -35,12 +35,15 @@ if TYPE_CHECKING:
     from memlm.memory.protocol import Memory as Memory
     from memlm.memory.released import convert_released as convert_released
     from memlm.mix.explain import explain as explain
+    from memlm.mix.gate_config import GateConfig as GateConfig
     from memlm.mix.mixed_lm import MixedLM as MixedLM
     from memlm.repair import repair_folder as repair_folder
     from memlm.targets.build import build_targets as build_targets
     from memlm.targets.config import RetrievalConfig as RetrievalConfig
     from memlm.targets.config import TargetsConfig as TargetsConfig
     from memlm.train.config import TrainConfig as TrainConfig
+    from memlm.train.gate import fit_gate as fit_gate
+    from memlm.train.gate_config import FitGateConfig as FitGateConfig
     from memlm.train.run import train_memory as train_memory
 
 __version__ = "0.1.0"
@@ -64,11 +67,14 @@ _NAMES = {
     "memory.protocol": "Memory",
     "memory.released": "convert_released",
     "mix.explain": "explain",
+    "mix.gate_config": "GateConfig",
     "mix.mixed_lm": "MixedLM",
     "repair": "repair_folder",
     "targets.build": "build_targets",
     "targets.config": "RetrievalConfig TargetsConfig",
     "train.config": "TrainConfig",
+    "train.gate": "fit_gate",
+    "train.gate_config": "FitGateConfig",
     "train.run": "train_memory",
 }
 _HOMES = {name: f"memlm.{module}" for module, names in _NAMES.items() for name in names.split()}

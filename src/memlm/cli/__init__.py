@@ -17,7 +17,20 @@ import typer
 from memlm.cli.folders import info, list_folders, repair
 from memlm.cli.help import Command, Group
 from memlm.cli.printing import say
-from memlm.cli.road import adapt, convert, corpus, datastore, demo, fetch, perplexity, run, targets, train, version
+from memlm.cli.road import (
+    adapt,
+    convert,
+    corpus,
+    datastore,
+    demo,
+    fetch,
+    gate,
+    perplexity,
+    run,
+    targets,
+    train,
+    version,
+)
 from memlm.cli.use import chat, explain, generate
 from memlm.errors import MemlmError
 
@@ -39,6 +52,7 @@ _COMMANDS: dict[str, dict[Any, str]] = {
         datastore: "a teacher's activations to keys and an index",
         targets: "neighbours to soft next-token targets",
         train: "a memory, a teacher, or a plainly fine-tuned twin",
+        gate: "teach a memory when to speak",
         evaluate: "what a memory gains",
     },
     "Use": {

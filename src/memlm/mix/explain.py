@@ -83,6 +83,10 @@ def explain(
     memory_probs = {name: _probs_of(answer, votes) for name, votes in parts.votes.items()}
     favourites = {name: _favourites(tokenizer, votes) for name, votes in parts.votes.items()}
     choices = base[0].max(-1)
+    weights = {
+        name: torch.as_tensor(weight).expand(1, len(answer))[0].tolist()
+        for name, weight in zip(parts.votes, parts.weights, strict=True)
+    }
     near: list[list[Neighbor]] = [[] for _ in answer]
     if memory is not None and neighbors:
         states = memory.step(sequence[:, :-1], parts.base.activations.get(memory.tap or ""))
@@ -100,6 +104,7 @@ def explain(
             base_choice_prob=float(choices.values[i].exp()),
             neighbors=near[i],
             memory_choices={name: choices[i] for name, choices in favourites.items() if choices[i]},
+            weights={name: found[i] for name, found in weights.items()},
         )
         for i, token_id in enumerate(answer.tolist())
     ]
@@ -109,6 +114,7 @@ def explain(
         mix_weights=model.mix_weights,
         tokens=tokens,
         note=EVIDENCE if memory is not None else NO_SNIPPETS,
+        gate=model.gate.gate or "none",
     )
 
 

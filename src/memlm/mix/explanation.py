@@ -51,6 +51,8 @@ class ExplainedToken:
     """Nearest first."""
     memory_choices: dict[str, str] = field(default_factory=dict)
     """The likeliest token of each memory; none where a retriever found nothing."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """What each memory counted here."""
 
     @property
     def lift(self) -> float:
@@ -66,11 +68,25 @@ class Explanation:
     """As the model reads it, a chat template included."""
     text: str
     mix_weights: dict[str, float]
-    """Per memory; the base gets the rest."""
+    """What each memory counts where no gate weighs it, as far as that is known; the base gets the rest."""
     tokens: list[ExplainedToken]
     """An end token, which `text` leaves out, included."""
     note: str
     """How to read the neighbours, or how to get them."""
+    gate: str = "none"
+    """What weighed the memories; `none`: their weights were fixed."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of the memories."""
+        return list(self.tokens[0].memory_probs) if self.tokens else list(self.mix_weights)
+
+    @property
+    def weighed(self) -> str:
+        """How the memories were weighed, as a line."""
+        if self.gate != "none":
+            return f"gate: {self.gate}"
+        return "mix_weight: " + ", ".join(f"{name} {weight:g}" for name, weight in self.mix_weights.items())
 
     def _repr_html_(self) -> str:
         """For notebooks: each token as dark as the memories lifted it; its probabilities where one points at it."""
@@ -88,13 +104,12 @@ def explanation_text(explanation: Explanation, *, colour: bool = False) -> str:
         explanation: What `explain` gives.
         colour: Show tokens that the memories lifted in green, and those that they lowered in red, for a terminal.
     """
-    names = list(explanation.mix_weights)
-    columns = ["base", *names, "mixture"]
+    names, gated = explanation.names, explanation.gate != "none"
+    columns = ["base", *names, "mixture", *([f"w({name})" for name in names] if gated else [])]
     widths = [max(8, len(name) + 2) for name in columns]
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
     lines = [
         textwrap.fill(_one_line(explanation.prompt + "".join(token.text for token in explanation.tokens)), _WIDTH),
-        f"mix_weight: {weights}",
+        explanation.weighed,
         "",
         f"{'token':<{_TOKEN}}"
         + "".join(f"{name:>{width}}" for name, width in zip(columns, widths, strict=True))
@@ -103,7 +118,8 @@ def explanation_text(explanation: Explanation, *, colour: bool = False) -> str:
     if any(token.neighbors for token in explanation.tokens):
         lines.append("    squared distance, document, and the place in it: «what came next there»")
     for token in explanation.tokens:
-        probs = (token.base_prob, *(token.memory_probs[name] for name in names), token.mixture_prob)
+        probs = [token.base_prob, *(token.memory_probs[name] for name in names), token.mixture_prob]
+        probs += [token.weights[name] for name in names] if gated else []
         shown = _clip(repr(token.text), _TOKEN)
         lines.append(
             _coloured(shown, token, colour)
@@ -151,12 +167,13 @@ def _clip(text: str, length: int) -> str:
 
 def explanation_html(explanation: Explanation) -> str:
     """The answer as HTML: green where the memories made a token likelier than the base had it, red where less."""
-    names = list(explanation.mix_weights)
+    names = explanation.names
     spans = []
     for token in explanation.tokens:
         lift = token.lift
         colour = "0, 150, 80" if lift > 0 else "200, 60, 40"
         lines = [f"base {token.base_prob:.4f}", *(f"{name} {token.memory_probs[name]:.4f}" for name in names)]
+        lines += [f"weight of {name} {weight:.2f}" for name, weight in token.weights.items()]
         lines += [f"mixture {token.mixture_prob:.4f}", f"the base's favourite: {token.base_choice!r}"]
         lines += [f"the favourite of {name}: {choice!r}" for name, choice in token.memory_choices.items()]
         for near in token.neighbors:
@@ -164,10 +181,9 @@ def explanation_html(explanation: Explanation) -> str:
             lines.append(f"{near.document}: {place}")
         shade = f"background: rgba({colour}, {min(0.6, abs(lift) / 5):.2f})"
         spans.append(f'<span style="{shade}" title="{_html(chr(10).join(lines))}">{_html(token.text)}</span>')
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in explanation.mix_weights.items())
     return (
         f'<div style="white-space: pre-wrap">{_html(explanation.prompt)}{"".join(spans)}</div>'
-        f"<small>mix_weight: {_html(weights)}. {_html(explanation.note)}</small>"
+        f"<small>{_html(explanation.weighed)}. {_html(explanation.note)}</small>"
     )
 
 

@@ -1,0 +1,304 @@
+"""Fitting a memory's confidence head: a logistic regression on the likelihood of the mixture."""
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memlm.config import settings_from
+from memlm.corpus.blocks import SPLITS, Blocks, Corpus, Split, length_batches
+from memlm.corpus.build import build_corpus
+from memlm.errors import ConfigError, InputError
+from memlm.manifest import is_artifact, read_manifest
+from memlm.memory.confidence import FEATURES, ConfidenceHead, features
+from memlm.memory.loading import load_memory
+from memlm.memory.protocol import Memory, ParametricMemory
+from memlm.memory.voter import Voter, VoterCache
+from memlm.mix.base import BaseVoter
+from memlm.models.loading import default_device, load_causal_lm, parse_dtype
+from memlm.progress import progress_bar
+from memlm.scores.mixtures import best_mix_weight, mixture_label_log_probs, perplexity
+from memlm.scores.score import score
+from memlm.train.gate_config import FitGateConfig
+
+FEWEST_TOKENS, FEWEST_DOCUMENTS = 1000, 4
+"""Held-out text that a head needs; with less it would learn these documents by heart."""
+_PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+"""Of squared weights, on inputs of variance 1; the best of them is chosen by halves that judge each other."""
+_ITERATIONS = 200
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A text as the head sees it: one row per position."""
+
+    inputs: NDArray[np.float32]
+    """`(P, D + F)`: the memory's state, then `FEATURES`."""
+    base: NDArray[np.float32]
+    """Label log-probs."""
+    memory: NDArray[np.float32]
+    document: NDArray[np.int64]
+
+
+def fit_gate(
+    memory: str | Path,
+    *,
+    corpus: str | Path,
+    base: str | Path,
+    general: Sequence[str | Path] = (),
+    config: FitGateConfig | None = None,
+    **settings: Any,
+) -> ConfidenceHead:
+    """Fit a confidence head on held-out text, and leave it in the memory's folder (`gate.json`).
+
+    It learns where the memory is better than the base: on the validation split of `corpus`, which training has not
+    seen, and on general text, which shows what the memory does not know. What it is worth is found by two halves of the
+    documents that judge each other, and told in the head's `facts`.
+
+    Args:
+        memory: Folder of a memory, or a datastore.
+        corpus: Folder of the corpus stage whose validation split is read.
+        base: Path, hub id or packaged name of a base to stand beside it. Nothing in the head depends on which.
+        general: Documents or folders of text that is not of the domain; a corpus folder gives its held-out text.
+        config: Default settings if None; or give them as keywords.
+
+    Raises:
+        InputError: Too little held-out text.
+        ConfigError: General text is the domain's own.
+        TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
+        ModelError: Base or memory cannot be reached, or gives NaN.
+    """
+    config = settings_from(FitGateConfig, config, settings)
+    source, folder = Corpus(corpus), Path(memory)
+    if not is_artifact(folder):
+        raise ConfigError(f"{memory} is no folder that memlm made: a head is kept in the memory's folder")
+    identity = read_manifest(folder, "memory", "datastore").hash
+    source.check_read_by(str(base))
+    held_out = _cut(source.split("validation"), config.max_tokens)
+    if held_out.n_positions < FEWEST_TOKENS or held_out.n_documents < FEWEST_DOCUMENTS:
+        raise InputError(
+            f"corpus {corpus} has {held_out.n_positions:,} validation tokens of {held_out.n_documents} documents; a"
+            f" head needs {FEWEST_TOKENS:,} of {FEWEST_DOCUMENTS} at least: build it with a larger"
+            " --validation-fraction"
+        )
+    texts = [held_out]
+    with tempfile.TemporaryDirectory() as scratch:
+        if general:
+            texts.append(_general_text([str(place) for place in general], source, config, Path(scratch)))
+        dtype = parse_dtype(config.dtype, default_device())
+        voter = BaseVoter(
+            load_causal_lm(str(base), dtype=dtype).to(default_device()),  # type: ignore[arg-type]
+            source.vocab_size,
+            exact=False,
+        )
+        part = load_memory(folder, base=str(base), dtype=dtype)
+        source.check_fits(str(base))
+        part.settings = part.settings.model_copy(update={"vocab_size": source.vocab_size})
+        part.check_base(voter.model)
+        part.to(default_device())
+        heard = [_hear(part, voter, text, config) for text in texts]
+    head = ConfidenceHead(
+        memory=identity, tokenizer=part.settings.tokenizer, base=str(base), **fitted(heard, seed=config.seed)
+    )
+    head.save(folder)
+    return head
+
+
+def _cut(split: Split, tokens: int) -> Split:
+    """Its first documents, as many as have so many tokens, or the first alone."""
+    documents = max(1, int(np.searchsorted(split.offsets, tokens, "right")) - 1)
+    return Split(split.tokens, split.offsets[: documents + 1], split.block_size, split.step, split.cross_documents)
+
+
+def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scratch: Path) -> Split:
+    """General text as one split; what the domain's corpus holds as well is refused."""
+    own = {_key(text) for name in SPLITS for text in _documents(domain.split(name))}
+    known = [place for place in places if is_artifact(place)]
+    found: list[NDArray[np.int32]] = []
+    for place in known:
+        other = Corpus(place)
+        for name in ("validation", "test"):
+            found += list(_documents(other.split(name)))
+    files = [place for place in places if place not in known]
+    if files:
+        folder = scratch / "general"
+        split = {"validation_fraction": 0.0, "test_fraction": 0.0, "max_tokens": config.general_tokens}
+        sizes = {"block_size": domain.config.block_size, "document_separator": config.document_separator}
+        build_corpus(files, tokenizer=str(domain.folder / "tokenizer"), out=folder, **split, **sizes)
+        found += list(_documents(Corpus(folder).split("train")))
+    if both := sum(_key(text) in own for text in found):
+        raise ConfigError(
+            f"{both} of {len(found)} general documents are in corpus {domain.folder} too: general text is what the"
+            " memory was not made for"
+        )
+    offsets = np.cumsum([0, *map(len, found)])
+    if offsets[-1] - len(found) < FEWEST_TOKENS:
+        raise InputError(f"general text has {offsets[-1]:,} tokens; a head needs {FEWEST_TOKENS:,} at least")
+    like = domain.split("validation")
+    whole = Split(np.concatenate(found), offsets, like.block_size, like.step, like.cross_documents)
+    return _cut(whole, config.general_tokens)
+
+
+def _documents(split: Split) -> Iterable[NDArray[np.int32]]:
+    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+        yield np.asarray(split.tokens[start:end])
+
+
+def _key(document: NDArray[np.int32]) -> bytes:
+    return document.tobytes()
+
+
+class _Watched(Voter):
+    """A memory whose states are kept where it is asked what it thinks of labels."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.inner, self.tap, self.vocab_size = memory, memory.tap, memory.vocab_size
+        self.states: list[Tensor] = []
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
+
+    def new_cache(self, batch_size: int) -> VoterCache:
+        return self.inner.new_cache(batch_size)
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.step(*args, **kwargs)
+
+    def votes(self, state: Any, keep: slice | Tensor) -> Any:
+        return self.inner.votes(state, keep)
+
+    def label_log_probs(self, state: Any, labels: Tensor) -> dict[str, Tensor]:
+        if isinstance(self.inner, ParametricMemory):
+            self.states.append(self.inner.hidden(state, labels >= 0).float().cpu())
+        return self.inner.label_log_probs(state, labels)
+
+
+def _hear(memory: Memory, base: BaseVoter, text: Blocks, config: FitGateConfig) -> Heard:
+    """What base and memory say of a text, in one pass."""
+    watched, positions = _Watched(memory), int(text.position_starts[-1])
+    with progress_bar(positions, "reading") as bar:
+        found = score(
+            {"base": base, "memory": watched},
+            text,
+            base=base,
+            batch_tokens=config.batch_tokens,
+            progress=bar.update,
+        )
+    columns = {
+        name: {column: torch.from_numpy(getattr(scores, column)) for column in ("entropy", "top1", "top1_id")}
+        for name, scores in found.items()
+    }
+    inputs = features(columns["base"], columns["memory"]).numpy()
+    if watched.states:
+        read = torch.cat(watched.states).numpy()
+        states, starts = np.empty_like(read), text.position_starts
+        order = [
+            np.arange(*starts[[i, i + 1]]) for batch in length_batches(text.lengths, config.batch_tokens) for i in batch
+        ]
+        states[np.concatenate(order)] = read
+        inputs = np.concatenate([states, inputs], 1)
+    assert isinstance(text, Split)
+    document = text.documents_of(np.arange(positions))
+    return Heard(inputs.astype(np.float32), found["base"].label, found["memory"].label, document)
+
+
+# --- the regression -----------------------------------------------------------------------------------------------
+
+
+def fitted(heard: Sequence[Heard], *, seed: int = 0) -> dict[str, Any]:
+    """The numbers of a head: `state`, `features`, `bias`, and `facts` of how it did on documents it had not seen.
+
+    Every text counts alike, however long. The penalty is the one under which two halves of the documents, each fitted
+    without the other, do best; then all are fitted together.
+
+    Args:
+        heard: The domain's text first, then general text.
+        seed: Deals documents to the halves.
+    """
+    halves = [_halves(text, seed) for text in heard]
+    judged = {penalty: [_judged(heard, halves, penalty, text) for text in range(len(heard))] for penalty in _PENALTIES}
+    best = min(judged, key=lambda penalty: float(np.mean([values.mean() for values in judged[penalty]])))
+    weights, bias = _fit(heard, best)
+    width = len(weights) - len(FEATURES)
+    facts: dict[str, int | float] = {"penalty": best}
+    weight, _ = best_mix_weight(heard[0].base, heard[0].memory)
+    facts["mix_weight"] = weight
+    for name, text, values in zip(("domain", "general"), heard, judged[best], strict=False):
+        parts = {
+            "base": text.base,
+            "fixed": mixture_label_log_probs(text.base, [text.memory], [weight]),
+            "gate": -values,
+        }
+        facts[f"{name}_tokens"] = len(text.base)
+        facts |= {f"{name}_{part}_perplexity": round(perplexity(found), 4) for part, found in parts.items()}
+    return {"state": weights[:width].tolist(), "features": weights[width:].tolist(), "bias": bias, "facts": facts}
+
+
+def _halves(text: Heard, seed: int) -> NDArray[np.bool_]:
+    """Which positions are of the first half of the documents, dealt at random."""
+    documents = int(text.document.max()) + 1
+    first = np.zeros(documents, bool)
+    first[np.random.default_rng(seed).permutation(documents)[: documents // 2]] = True
+    if documents == 1:  # halves of the one there is
+        return np.arange(len(text.document)) < len(text.document) // 2
+    return first[text.document]
+
+
+def _judged(
+    heard: Sequence[Heard], halves: Sequence[NDArray[np.bool_]], penalty: float, text: int
+) -> NDArray[np.float64]:
+    """Nats of every label of one text, by a head fitted on the halves that it is not in."""
+    nats = np.empty(len(heard[text].base))
+    for inside in (True, False):
+        others = [_rows(t, half != inside) for t, half in zip(heard, halves, strict=True)]
+        weights, bias = _fit(others, penalty)
+        here = _rows(heard[text], halves[text] == inside)
+        confidence = here.inputs.astype(np.float64) @ weights + bias
+        nats[halves[text] == inside] = _nats(
+            torch.from_numpy(confidence), torch.from_numpy(here.base), torch.from_numpy(here.memory)
+        ).numpy()
+    return nats
+
+
+def _rows(text: Heard, rows: NDArray[np.bool_]) -> Heard:
+    return Heard(text.inputs[rows], text.base[rows], text.memory[rows], text.document[rows])
+
+
+def _nats(confidence: Tensor, base: Tensor, memory: Tensor) -> Tensor:
+    """`-log((1 - c) p_base + c p_memory)` where the logit of c is given."""
+    log = torch.nn.functional.logsigmoid
+    return -torch.logaddexp(base.double() + log(-confidence), memory.double() + log(confidence))
+
+
+def _fit(heard: Sequence[Heard], penalty: float) -> tuple[NDArray[np.float64], float]:
+    """Weights `(D + F,)` and bias, by L-BFGS in float64 on inputs of mean 0 and variance 1; the problem is smooth."""
+    pooled = np.concatenate([text.inputs for text in heard]).astype(np.float64)
+    mean, spread = pooled.mean(0), pooled.std(0)
+    spread = np.where(spread > 1e-6, spread, np.inf)  # what never changes tells nothing
+    texts = [
+        (torch.from_numpy((t.inputs - mean) / spread), torch.from_numpy(t.base), torch.from_numpy(t.memory))
+        for t in heard
+        if len(t.base)
+    ]
+    weights = torch.zeros(pooled.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        nats = torch.stack([_nats(inputs @ weights + bias, base, memory).mean() for inputs, base, memory in texts])
+        total = nats.mean() + penalty * weights.square().sum()
+        total.backward()
+        return total
+
+    step: Callable[..., Any] = optimizer.step
+    step(loss)
+    found = weights.detach().numpy() / spread
+    return found, float(bias.detach()) - float(found @ mean)

@@ -1,0 +1,22 @@
+"""Settings of fitting a confidence head; light, for the command line reads them."""
+
+from pydantic import Field
+
+from memlm.config import MAX_BATCH_TOKENS, MAX_COUNT, MAX_SEED, StageConfig
+
+
+class FitGateConfig(StageConfig):
+    """How a memory's confidence head is fitted."""
+
+    general_tokens: int = Field(default=20_000, ge=1, le=MAX_COUNT)
+    """Tokens of general text that are read at most."""
+    max_tokens: int = Field(default=50_000, ge=1, le=MAX_COUNT)
+    """Held-out tokens of the domain that are read at most: whole documents."""
+    document_separator: str | None = None
+    """What separates documents in a file of general text, such as '\\n\\n'; default: a file is one document."""
+    dtype: str = "auto"
+    """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
+    batch_tokens: int = Field(default=4096, ge=1, le=MAX_BATCH_TOKENS)
+    """Tokens in one forward pass, padding included."""
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Deals documents to the two halves that judge each other."""
