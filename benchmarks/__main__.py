@@ -16,6 +16,7 @@ NAMES = (
     "mlp_decoding",
     "mlp_scoring",
     "mixture",
+    "gate_decoding",
     "knn_decoding",
     "mlp_quality",
     "teacher_pass",

@@ -18,7 +18,7 @@ model = MixedLM.from_pretrained(base, memory=memory)
 tokenizer = load_tokenizer(resolve(base))
 ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids
 with torch.inference_mode():
-    weights = model.components(ids).weights[0][0]  # after each token, for the one to come
+    weights = torch.as_tensor(model.components(ids).weights[0])[0]  # after each token, for the one to come
 
 figure = Figure(figsize=(10, 0.42 * (1 + len(weights) // 24)), layout="constrained")
 axes = figure.subplots()
@@ -26,7 +26,7 @@ axes.set_axis_off()
 axes.set_xlim(0, 100)
 across, line = 0.0, 0
 for token, weight in zip(ids[0, 1:].tolist(), weights[:-1].tolist(), strict=True):
-    shown = tokenizer.decode([token]).replace("\n", "⏎").replace("$", r"\$")
+    shown = str(tokenizer.decode([token])).replace("\n", "⏎").replace("$", r"\$")
     wide = 0.78 * len(shown) + 0.2
     if across + wide > 100:
         across, line = 0.0, line + 1

@@ -39,6 +39,7 @@ COMMANDS = [
     ("adapt",),
     ("convert",),
     ("evaluate", "perplexity"),
+    ("gate",),
     ("generate",),
     ("explain",),
     ("chat",),
@@ -928,8 +929,18 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
         r"--mix-weight law=much: give a number in \[0, 1\]",
     ),
     "datastore without a weight": (
-        lambda w: w.generate(memory=w.datastore),
+        lambda w: w.generate("--gate", "none", memory=w.datastore),
         "mix_weight of 'memory' is missing: the memory records none from validation data; give one",
+    ),
+    "gate of no name": (lambda w: w.generate("--gate", "posterio"), "gate = 'posterio': "),
+    "confidence without a head": (
+        lambda w: w.generate("--gate", "both"),
+        "memory 'memory' has no confidence head; fit one with memlm gate",
+    ),
+    "prior above 1": (lambda w: w.generate("--prior", 2), r"prior = 2\.0: "),
+    "gate of a model": (
+        lambda w: ("gate", w.model, "--corpus", w.corpus, "--base", w.model),
+        "has no manifest.json; expected a memory or datastore folder",
     ),
     "kl_weight above 1": (lambda w: w.train_on(w.targets, "--kl-weight", 2), r"kl_weight = 2\.0: "),
     "corpus without targets": (lambda w: w.train_on(w.corpus), "is a corpus without targets.* or --kl-weight 0"),
@@ -1026,6 +1037,7 @@ def test_wrong_usage_exits_with_2_and_says_why(memlm: Callable[..., Result], arg
 
 
 NEEDED = {
+    ("gate",): ("m", "--corpus", "c", "--base", "b"),
     ("corpus",): ("x", "--out", "o", "--tokenizer", "t"),
     ("datastore",): ("x", "--out", "o"),
     ("targets",): ("x", "--out", "o"),

@@ -15,11 +15,12 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
 from memlm.files import read_json
-from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.confidence import ConfidenceHead
+from memlm.memory.loading import load_memory, read_head, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.retrieval import RetrievalSettings, Validated
 from memlm.mix.config import MixedLMConfig
-from memlm.mix.gate import gate_config
+from memlm.mix.gate import GatedMemory, gate_config, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.weights import settle_weights
 from memlm.models.adapters import active_adapters, save_adapter, save_without_adapter
@@ -76,7 +77,10 @@ def load_mixture(
     settings = {name: settings_of(source, memory_kwargs) for name, source in sources.items()}
     fixed = gate_config(gate).gate == "none" or (gate is None and mix_weight is not None)
     recorded = {name: found.mix_weight if found else None for name, found in settings.items()}
-    settle_weights(recorded, mix_weight, together=fixed)
+    weights = settle_weights(recorded, mix_weight, together=fixed)
+    if not fixed:
+        heads = {name: _head_of(source, settings[name], memory_kwargs) for name, source in sources.items()}
+        weight_rule(gate_config(gate), {name: GatedMemory(weights[name], head) for name, head in heads.items()})
     size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
     model = load_causal_lm(base, **base_kwargs)
     memories = _load_memories(model, base, sources, memory_kwargs)
@@ -180,6 +184,14 @@ def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> Memor
         return settings
     validated, asked = Validated.read(source), memory_kwargs.get("retrieval")
     return settings.searched_by(asked) if validated is None else validated.settings(settings, asked)
+
+
+def _head_of(
+    source: MemorySource, settings: MemorySettings | None, memory_kwargs: Mapping[str, Any]
+) -> ConfidenceHead | None:
+    if isinstance(source, Memory):
+        return source.confidence_head
+    return read_head(source, settings, **where_from(memory_kwargs))
 
 
 def _check_spelling(base_kwargs: Mapping[str, Any]) -> None:

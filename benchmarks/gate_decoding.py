@@ -1,0 +1,129 @@
+"""Weighing a memory anew at every token costs next to nothing beside a fixed weight."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.decoding import decoder
+from benchmarks.models import random_model, random_tokens, tiny_config
+from benchmarks.report import bar_line, prove
+from benchmarks.timing import interleave
+from memlm.memory.confidence import FEATURES, ConfidenceHead
+from memlm.memory.decoder import MemoryDecoder
+from memlm.mix.gate_config import GateConfig, GateName
+from memlm.mix.mixed_lm import MixedLM
+from memlm.models.layers import keep_layers
+from memlm.models.loading import default_device, default_dtype, load_causal_lm
+
+BATCHES = (1, 8)
+BAR = 1.02
+GATES: tuple[GateName, ...] = ("posterior", "both")
+_TOLERANCE = 2e-3
+"""Of a weight: bfloat16 logits of a chunk and of single steps differ in their last bit."""
+
+
+def run(quick: bool) -> Iterator[dict[str, Any]]:
+    """A line per gate and batch, SmolLM2 with a memory of half its blocks; and one of what a prompt costs.
+
+    That is the time to the first token where 128 of 512 tokens are heard, over a prompt of which none are.
+    """
+    device = default_device()
+    dtype = default_dtype(device)
+    if quick:
+        base = random_model(tiny_config(), dtype=dtype, device=device)
+        part = random_model(tiny_config(), dtype=dtype, device=device)
+        sizes: dict[str, Any] = {"context": 8, "steps": 2, "rounds": 1, "prompt": 12}
+    else:
+        base = load_causal_lm("smollm2", dtype=dtype).to(device)  # type: ignore[arg-type]
+        part = keep_layers(load_causal_lm("smollm2", dtype=dtype), base.config.num_hidden_layers // 2).to(device)  # type: ignore[arg-type]
+        sizes = {}
+    for batch in BATCHES:
+        for name, found in measure(base, part, batch=batch, **sizes).items():
+            bar = None if name == "first_token" else BAR
+            line = f"gate_decoding/{name}/batch-{batch}"
+            yield bar_line(line, found.pop("ratio"), at_most=bar, judged=bar is not None and not quick, **found)
+
+
+def measure(
+    base: PreTrainedModel,
+    part: PreTrainedModel,
+    *,
+    batch: int,
+    context: int = 128,
+    steps: int = 8,
+    rounds: int = 15,
+    prompt: int = 512,
+) -> dict[str, dict[str, Any]]:
+    """A decoding step under each gate over one with a fixed weight, and a prompt heard over one that is not.
+
+    Args:
+        part: What the memory is.
+        batch: Texts decoded together.
+        context: Tokens in the cache.
+        steps: Tokens decoded per round.
+        rounds: How often each side is timed.
+        prompt: Tokens before the first.
+
+    Raises:
+        WrongAnswerError: Weights of single steps are not those of a pass over all text.
+    """
+    mixtures = {"fixed": mixture(base, part, "none")} | {gate: mixture(base, part, gate) for gate in GATES}
+    tokens = random_tokens(batch, context + steps, mixtures["fixed"].vocab_size, base.device)
+    for gate in GATES:
+        prove_weights(mixtures[gate], tokens[:, :12])
+    sides = {name: decoder(model, tokens[:, :context], tokens[:, context:]) for name, model in mixtures.items()}
+    timing = interleave(sides, device=base.device, rounds=rounds)
+    shared = {
+        "fixed_step_ms": round(1e3 * timing.median("fixed") / steps, 3),
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "batch": batch,
+        "rounds": rounds,
+    }
+    found: dict[str, dict[str, Any]] = {
+        gate: {"ratio": timing.ratio(gate, "fixed"), "ratio_spread": timing.spread(gate, "fixed"), **shared}
+        for gate in GATES
+    }
+    text = random_tokens(batch, prompt, mixtures["fixed"].vocab_size, base.device)
+    windows = {name: mixture(base, part, "posterior", window) for name, window in (("heard", 128), ("not heard", 0))}
+
+    def first(model: MixedLM) -> Any:
+        return lambda: model(text, use_cache=True, logits_to_keep=1)
+
+    before = interleave({n: first(m) for n, m in windows.items()}, device=base.device, rounds=max(1, rounds // 3))
+    found["first_token"] = {
+        "ratio": before.ratio("heard", "not heard"),
+        "ratio_spread": before.spread("heard", "not heard"),
+        "prompt": prompt,
+        "heard_ms": round(1e3 * before.median("heard"), 1),
+        **shared,
+    }
+    return found
+
+
+def mixture(base: PreTrainedModel, part: PreTrainedModel, gate: GateName, window: int = 128) -> MixedLM:
+    """Base and memory under a gate, its head of random numbers."""
+    memory = MemoryDecoder(part)
+    width = part.config.get_text_config().hidden_size
+    numbers = (torch.randn(width + len(FEATURES), generator=torch.Generator().manual_seed(0)) / width).tolist()
+    memory.confidence_head = ConfidenceHead(
+        memory="", tokenizer=None, state=numbers[:width], features=numbers[width:], bias=0.0, base=""
+    )
+    return MixedLM(base, memory, 0.3, gate=GateConfig(gate=gate, prompt_window=window))
+
+
+@torch.inference_mode()
+def prove_weights(model: MixedLM, tokens: torch.Tensor) -> None:
+    """Prove that weights of single steps are those of a pass over all text.
+
+    Raises:
+        WrongAnswerError: They are not.
+    """
+    whole = torch.as_tensor(model.components(tokens).weights[0])
+    cache = model.new_cache(len(tokens))
+    steps = [
+        torch.as_tensor(model.components(column, cache=cache, use_cache=True).weights[0])
+        for column in tokens.split(1, 1)
+    ]
+    prove(float((torch.cat(steps, 1) - whole).abs().max()), _TOLERANCE, f"weights under gate {model.gate.gate}")
