@@ -711,3 +711,23 @@ def test_the_bar_counts_predicted_tokens_and_ends_where_it_said(
     assert {total for _, total in training} == {round(expected)}
     assert training[-1][0] == round(expected)
     assert len({done for done, _ in training}) > steps, "it moves with every batch"
+
+
+def test_a_connection_that_broke_because_a_worker_died_is_told_as_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal of the death may come a moment after the connection to the worker broke."""
+    from memlm.train import run as run_module
+
+    def told(seconds: float) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. \nmore")
+
+    assert (
+        run_module._dead_worker(RuntimeError("DataLoader worker (pid 3) exited")) == "DataLoader worker (pid 3) exited"
+    )
+    assert run_module._dead_worker(RuntimeError("out of cheese")) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.time, "sleep", told)
+        assert run_module._dead_worker(ConnectionResetError(104, "reset")) == (
+            "DataLoader worker (pid 7) is killed by signal: Killed. "
+        )
+        patch.setattr(run_module.time, "sleep", lambda seconds: None)
+        assert run_module._dead_worker(ConnectionResetError(104, "reset")) is None

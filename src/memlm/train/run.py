@@ -1,6 +1,7 @@
 """The train stage: rows and a start to a memory folder."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -300,13 +301,24 @@ def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
         trainer.go_on_from(Path(checkpoint))
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        told = _dead_worker(error)
+        if told is None:
             raise
         raise TrainingError(
-            f"{str(error).splitlines()[0]}; where memory ran out lower trainer.dataloader_num_workers, then the same"
+            f"{told}; where memory ran out lower trainer.dataloader_num_workers, then the same"
             " command goes on at the last checkpoint"
         ) from None
+
+
+def _dead_worker(error: Exception) -> str | None:
+    """What torch says of a worker that died, which may come a moment after its connection broke; None: none died."""
+    if not isinstance(error, RuntimeError):
+        try:
+            time.sleep(2)  # ends as soon as torch is told by its signal
+        except RuntimeError as told:
+            error = told
+    return str(error).splitlines()[0] if "DataLoader worker" in str(error) else None
 
 
 def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[str, Any]:
