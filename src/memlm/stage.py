@@ -59,6 +59,7 @@ from memlm.progress import note
 from memlm.ranks import ALONE, Ranks
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+_LOOKS = 100
 _OF_VOLUMES = "lost+found"  # what a file system keeps at its top
 
 
@@ -328,7 +329,10 @@ def _check_place(out: Path) -> None:
 
 def _inside(folder: Path) -> list[Path]:
     """Everything in a folder, a folder before what is in it."""
-    return sorted(path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != _OF_VOLUMES)
+    for _ in range(_LOOKS):
+        with contextlib.suppress(FileNotFoundError):  # another process clears up its own there
+            return sorted(path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != _OF_VOLUMES)
+    return sorted(folder.rglob("*"))
 
 
 def _refuse_links(folder: Path) -> None:
