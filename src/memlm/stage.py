@@ -329,10 +329,13 @@ def _check_place(out: Path) -> None:
 
 def _inside(folder: Path) -> list[Path]:
     """Everything in a folder, a folder before what is in it."""
-    for _ in range(_LOOKS):
-        with contextlib.suppress(FileNotFoundError):  # another process clears up its own there
+    for look in range(1, _LOOKS + 1):
+        try:
             return sorted(path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != _OF_VOLUMES)
-    return sorted(folder.rglob("*"))
+        except FileNotFoundError:  # another process clears up its own there
+            if look == _LOOKS:
+                raise
+    return []
 
 
 def _refuse_links(folder: Path) -> None:

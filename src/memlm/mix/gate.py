@@ -1,6 +1,6 @@
 """The gate: weights per token, from who explained the text so far and how sure each memory is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from memlm.errors import ConfigError
-from memlm.memory.confidence import ConfidenceHead
+from memlm.memory.confidence import Columns, ConfidenceHead
 from memlm.memory.voter import VoterCache, Votes
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.posterior import Explanations, FixedShare
@@ -67,24 +67,35 @@ class Gate(WeightRule):
         posterior = self._posterior(step, own, state)
         return list(self.explanations.weights(posterior, own).unbind(-1))
 
-    def _own(self, step: Step) -> Float[Tensor, "B T2 M"] | None:
-        """Each memory's own weight at the places that are kept."""
+    def own_weights(
+        self, like: Float[Tensor, "..."], columns: Callable[[], Sequence[Columns]]
+    ) -> Float[Tensor, "... M"] | None:
+        """Each memory's own weight at some places; None where there is none.
+
+        Args:
+            like: Gives their shape.
+            columns: What base and memories thought there, as scores have it; asked for where confidence needs it.
+        """
         if not self.has_own:
             return None
-        shape, base = step.base.shape[:2], None
-        if self.by_confidence:
-            base = summary(step.base - step.normaliser)
-        found = []
-        for name, memory in self.memories.items():
-            if self.by_confidence:
-                assert memory.head is not None
-                assert base is not None
-                votes = step.memories[name]
-                found.append(memory.head.weight(step.confidence(name), base, _summary(votes, shape)))
-            else:
-                assert memory.mix_weight is not None
-                found.append(torch.full(shape, memory.mix_weight, device=step.base.device))
+        if not self.by_confidence:
+            return torch.stack([torch.full_like(like, m.mix_weight or 0.0) for m in self.memories.values()], -1)
+        base, *memories = columns()
+        heads = [memory.head for memory in self.memories.values() if memory.head is not None]
+        found = [head.weight(m["confidence"], base, m) for head, m in zip(heads, memories, strict=True)]
         return torch.stack(found, -1)
+
+    def _own(self, step: Step) -> Float[Tensor, "B T2 M"] | None:
+        """Each memory's own weight at the places that are kept."""
+        shape = step.base.shape[:2]
+
+        def columns() -> list[Columns]:
+            memories = [
+                {**_summary(votes, shape), "confidence": step.confidence(name)} for name, votes in step.memories.items()
+            ]
+            return [summary(step.base - step.normaliser), *memories]
+
+        return self.own_weights(step.normaliser[..., 0], columns)
 
     def _posterior(
         self, step: Step, own: Float[Tensor, "B T2 M"] | None, state: "GateCache | None"
@@ -103,12 +114,10 @@ class Gate(WeightRule):
             said[:, 0] = known.pending.of(step.tokens[:, 0])
         if began < first and first > 0:
             self._hear_prompt(step, began, min(first, length - 1), said)
-        if len(kept) > 1 or (len(kept) and first < length - 1):
-            followed = kept[kept < length - 1]
-            if len(followed):
-                here = torch.arange(len(followed))
-                pending = _Pending.at(step, own, here, self.explanations)
-                said[:, followed + 1] = pending.of_each(step.tokens[:, followed + 1])
+        followed = kept[kept < length - 1]
+        if len(followed):
+            votes = _Pending.at(step, own, torch.arange(len(followed)), self.explanations)
+            said[:, followed + 1] = votes.of_each(step.tokens[:, followed + 1])
         heard = ~said.isnan().any(-1)
         if step.real is not None:
             heard &= step.real & torch.nn.functional.pad(step.real[:, :-1], (1, 0), value=True)
@@ -122,15 +131,7 @@ class Gate(WeightRule):
         """Fill in what was said of the tokens after the places from `began` to `end`, whose votes are not kept."""
         columns = step.columns(began, end)
         base, *memories = columns
-        own = None
-        if self.has_own:
-            parts = [
-                found.head.weight(memory["confidence"], base, memory)
-                if self.by_confidence and found.head is not None
-                else torch.full_like(base["label"], found.mix_weight or 0.0)
-                for memory, found in zip(memories, self.memories.values(), strict=True)
-            ]
-            own = torch.stack(parts, -1)
+        own = self.own_weights(base["label"], lambda: columns)
         told = self.explanations.log_probs(base["label"], torch.stack([m["label"] for m in memories], -1), own)
         said[:, began + 1 : end + 1] = told
 
@@ -190,19 +191,8 @@ class _Pending:
     @classmethod
     def at(cls, step: Step, own: Tensor | None, places: Int[Tensor, "P"], explanations: Explanations) -> "_Pending":
         """The votes of a step at some of the places that it kept."""
-        rows, kept = step.base.shape[:2]
-        flat = (torch.arange(rows)[:, None] * kept + places).flatten()
-        every = len(places) == kept
-        return cls(
-            step.base if every else step.base[:, places],
-            step.normaliser if every else step.normaliser[:, places],
-            [
-                votes if every else votes.take(flat) if isinstance(votes, SparseProbs) else votes[:, places]
-                for votes in step.memories.values()
-            ],
-            own if own is None or every else own[:, places],
-            explanations,
-        )
+        whole = cls(step.base, step.normaliser, list(step.memories.values()), own, explanations)
+        return whole if len(places) == step.base.shape[1] else whole.taken(places=places)
 
     def of_each(self, tokens: Int[Tensor, "B P"]) -> Float[Tensor, "B P K"]:
         """What each explanation gave the token after each place."""
@@ -217,15 +207,18 @@ class _Pending:
 
     def of(self, token: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
         """What each explanation gave the token after the last place."""
-        last = torch.tensor([self.base.shape[1] - 1], device=token.device)
-        return self.moved(lambda part: part[:, last], last).of_each(token[:, None])[:, 0]
+        return self.taken(places=torch.tensor([self.base.shape[1] - 1])).of_each(token[:, None])[:, 0]
 
-    def moved(self, dense, places: Tensor | None = None, rows: Tensor | None = None) -> "_Pending":  # type: ignore[no-untyped-def]
-        """The same after `dense` was done to its tensors; sparse votes keep these places, or these rows."""
+    def taken(self, *, rows: Tensor | None = None, places: Tensor | None = None) -> "_Pending":
+        """The votes of some rows, or at some places, in this order."""
         count, length = self.base.shape[:2]
-        row = torch.arange(count, device=self.base.device) if rows is None else rows
-        place = torch.arange(length, device=self.base.device) if places is None else places
-        flat = (row[:, None] * length + place).flatten()
+        row = torch.arange(count) if rows is None else rows
+        place = torch.arange(length) if places is None else places
+        flat = (row[:, None] * length + place.to(row.device)).flatten()
+
+        def dense(part: Tensor) -> Tensor:
+            return part[row] if places is None else part[:, place]
+
         return _Pending(
             dense(self.base),
             dense(self.normaliser),
@@ -269,9 +262,7 @@ class GateCache(VoterCache):
         self.history = self.history[:, : self.tokens] if self.tokens else None
         left = 0 if self.pending is None else self.pending.base.shape[1] - tokens
         if self.pending is not None and left > 0:
-            self.pending = self.pending.moved(
-                lambda part: part[:, :left], torch.arange(left, device=self.pending.base.device)
-            )
+            self.pending = self.pending.taken(places=torch.arange(left))
         else:
             self.pending = None
 
@@ -280,7 +271,7 @@ class GateCache(VoterCache):
             rows = rows.to(self.history.device)
             self.history = self.history[rows]
         if self.pending is not None:
-            self.pending = self.pending.moved(lambda part: part[rows], rows=rows)
+            self.pending = self.pending.taken(rows=rows)
 
     def repeat(self, times: int) -> None:
         if self.history is not None:

@@ -1,7 +1,5 @@
 """What a gated mixture gives every label, and the weights it has there, from the table of scores."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -10,7 +8,7 @@ from torch import Tensor
 from memlm.corpus.blocks import length_batches
 from memlm.mix.gate import Gate, together
 from memlm.mix.posterior import FixedShare
-from memlm.scores.score import Scores
+from memlm.scores.score import COLUMNS, Scores
 from memlm.scores.table import BASE, ScoreTable
 
 _AT_ONCE = 1 << 18  # positions of documents that are followed side by side
@@ -29,7 +27,8 @@ def gated_label_log_probs(table: ScoreTable, gate: Gate) -> tuple[NDArray[np.flo
     memories = [table.voters[name] for name in gate.memories]
     told = torch.from_numpy(np.stack([m.label for m in memories], -1).astype(np.float64))
     of_base = torch.from_numpy(base.label.astype(np.float64))
-    own = _own_weights(gate, base, memories)
+    own = gate.own_weights(of_base, lambda: [_columns(scores) for scores in (base, *memories)])
+    own = None if own is None else own.double()
     if gate.config.gate == "confidence":
         assert own is not None
         weights = together(own)
@@ -40,24 +39,8 @@ def gated_label_log_probs(table: ScoreTable, gate: Gate) -> tuple[NDArray[np.flo
     return parts.logsumexp(-1).numpy(), weights.numpy()
 
 
-def _own_weights(gate: Gate, base: Scores, memories: Sequence[Scores]) -> Tensor | None:
-    """Each memory's own weight at every position, `(P, M)`."""
-    if not gate.has_own:
-        return None
-    found = []
-    for scores, memory in zip(memories, gate.memories.values(), strict=True):
-        if gate.by_confidence:
-            assert memory.head is not None
-            confidence = torch.from_numpy(scores.confidence)
-            found.append(memory.head.weight(confidence, _columns(base), _columns(scores)).double())
-        else:
-            assert memory.mix_weight is not None
-            found.append(torch.full((len(scores.label),), memory.mix_weight, dtype=torch.float64))
-    return torch.stack(found, -1)
-
-
 def _columns(scores: Scores) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(getattr(scores, name)) for name in ("entropy", "top1", "top1_id")}
+    return {name: torch.from_numpy(getattr(scores, name)) for name in COLUMNS}
 
 
 def _followed(gate: Gate, document: NDArray[np.int64], base: Tensor, told: Tensor, own: Tensor | None) -> Tensor:
