@@ -47,6 +47,20 @@ def dense_distillation_loss(
     return kl_weight * kl + (1 - kl_weight) * cross_entropy, kl, cross_entropy
 
 
+def dense_mixture_loss(
+    log_p: Tensor, base: Tensor, confidence: Tensor, labels: Tensor, targets: Tensor, *, kl_weight: float, share: float
+) -> Tensor:
+    """The loss through the mixture by its definition, summed over positions; differentiable, in float64.
+
+    `log_p` and `base` are log-probs `(P, V)` of memory and base, `targets` dense.
+    """
+    c = confidence.double().sigmoid()[:, None]
+    mixed = ((1 - c) * base.double().exp() + c * log_p.exp()).log()
+    soft = kl_weight * targets + (1 - kl_weight) * torch.nn.functional.one_hot(labels, log_p.shape[1])
+    loss = -(soft * ((1 - share) * log_p + share * mixed)).sum()
+    return loss + kl_weight * torch.xlogy(targets, targets).sum()
+
+
 def mixed_probs(base: Tensor, memories: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The mixture of distributions, added up as distributions, in float64."""
     mixed = (1 - sum(weights)) * base.double()

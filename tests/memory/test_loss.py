@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_lm import dense_distillation_loss, dense_targets
+from reference_lm import dense_distillation_loss, dense_mixture_loss, dense_targets
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from memlm.memory.loss import DistillationLoss, _tile, distillation_loss
+from memlm.memory.loss import Beside, DistillationLoss, _tile, distillation_loss
 from memlm.models.heads import Head
 
 
@@ -31,7 +31,7 @@ class Case:
     softcap: float | None = None
     tile: tuple[int, int] | None = None
 
-    def fused(self, kl_weight: float | None = None) -> DistillationLoss:
+    def fused(self, kl_weight: float | None = None, beside: Beside | None = None) -> DistillationLoss:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=self.bias is not None)
         linear._parameters["weight"] = self.weight
         linear._parameters["bias"] = self.bias
@@ -44,6 +44,7 @@ class Case:
             target_counts=self.counts,
             target_ids=self.ids,
             target_probs=self.probs,
+            beside=beside,
             tile=self.tile,
         )
 
@@ -59,6 +60,22 @@ class Case:
             scale=self.scale,
             softcap=self.softcap,
         )
+
+    @property
+    def log_probs(self) -> Tensor:
+        """The memory's, dense and in float64."""
+        logits = self.scale * (self.hidden.double() @ self.weight.double().T + (0 if self.bias is None else self.bias))
+        logits = logits[:, : self.vocab_size]
+        return (logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)).log_softmax(1)
+
+    def beside(self, share: float, seed: int = 0) -> tuple[Tensor, Beside]:
+        """A base's log-probs, dense, and what the loss is told of it."""
+        rng = torch.Generator().manual_seed(seed)
+        base = (3 * torch.randn(len(self.hidden), self.vocab_size, generator=rng)).log_softmax(1)
+        rows = torch.arange(len(base)).repeat_interleave(self.counts)
+        confidence = (2 * torch.randn(len(base), generator=rng)).requires_grad_()
+        of_labels = base.gather(1, self.labels[:, None])[:, 0]
+        return base, Beside(of_labels, base[rows, self.ids.long()], confidence, share)
 
     def parameters(self) -> list[Tensor]:
         return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
@@ -138,6 +155,56 @@ def test_value_and_gradients_equal_the_dense_loss_in_float64(case: Case) -> None
     assert len(found) == len(expected) == len(case.parameters())
     for mine, reference in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=150)
+@given(cases, st.sampled_from([0.0, 0.3, 1.0]))
+def test_through_the_mixture_value_and_gradients_equal_the_dense_loss_in_float64(case: Case, share: float) -> None:
+    base, beside = case.beside(share)
+    fused = case.fused(beside=beside)
+    dense = dense_mixture_loss(
+        case.log_probs,
+        base,
+        beside.confidence,
+        case.labels,
+        dense_targets(case.counts, case.ids, case.probs, case.vocab_size),
+        kl_weight=case.kl_weight,
+        share=share,
+    )
+    torch.testing.assert_close(fused.loss.double(), dense, **CLOSE)
+    parts = [*case.parameters(), beside.confidence]
+    found, expected = torch.autograd.grad(3 * fused.loss, parts), torch.autograd.grad(3 * dense, parts)
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_through_the_mixture_what_the_base_knows_pulls_less() -> None:
+    case = make_case(positions=2, bias=False, kl_weight=0.0)
+    same = replace(case, labels=case.labels[:1].repeat(2), hidden=case.hidden.detach()[:1].repeat(2, 1).requires_grad_())
+    beside = Beside(torch.tensor([0.99, 0.001]).log(), None, torch.zeros(2), share=1.0)
+    (gradient,) = torch.autograd.grad(same.fused(beside=beside).loss, [same.hidden])
+    (alone,) = torch.autograd.grad(same.fused().loss, [same.hidden])
+    p = same.log_probs[0, same.labels[0]].exp().item()
+    for row, of_base in enumerate([0.99, 0.001]):
+        torch.testing.assert_close(gradient[row], alone[row] * p / (p + of_base), rtol=1e-4, atol=1e-6)
+    mixture = -torch.tensor([(p + 0.99) / 2, (p + 0.001) / 2]).log().sum()
+    torch.testing.assert_close(same.fused(beside=beside).mixture, mixture, rtol=1e-4, atol=1e-5)
+
+
+def test_with_no_share_of_the_mixture_it_is_the_loss_of_the_memory_alone() -> None:
+    case = make_case(positions=9, softcap=5.0)
+    _, beside = case.beside(0.0)
+    torch.testing.assert_close(case.fused(beside=beside).loss, case.fused().loss)
+    found, expected = case.gradients(case.fused(beside=beside).loss), case.gradients(case.fused().loss)
+    for mine, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_targets_through_the_mixture_need_the_base_there() -> None:
+    case = make_case(kl_weight=0.5)
+    _, beside = case.beside(1.0)
+    with pytest.raises(ValueError, match="needs the base's log-probs of the targets' tokens"):
+        case.fused(beside=replace(beside, of_targets=None))
 
 
 @settings(deadline=None, max_examples=40)

@@ -4,6 +4,9 @@
 `kl_weight * H(q)`, where the weights are `kl_weight * q + (1 - kl_weight) * onehot(y)`. So neither dense targets nor
 dense logits ever exist: logits live for one tile of positions and tokens. Their gradient, softmax minus the sparse
 label, is turned into gradients of hidden states and head at once.
+
+The mixture's likelihood has the same soft label, and for its gradient each weight is scaled by the memory's part of
+the mixture at that token, `r_s = c p(s) / ((1 - c) p_base(s) + c p(s))`, known once the normaliser is.
 """
 
 import math
@@ -29,11 +32,27 @@ class DistillationLoss:
     """Sums over positions, in nats; divide by the number of positions for a mean."""
 
     loss: Float[Tensor, ""]
-    """`kl_weight * kl + (1 - kl_weight) * cross_entropy`; carries the gradient."""
+    """`kl_weight * kl + (1 - kl_weight) * cross_entropy`, or of the mixture; carries the gradient."""
     kl: Float[Tensor, ""]
     """KL from the targets to the memory; 0 where there are no targets."""
     cross_entropy: Float[Tensor, ""]
     """Of the labels."""
+    mixture: Float[Tensor, ""]
+    """Cross-entropy of the labels under the mixture with the base; 0 where there is none."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """The base that a memory stands beside, where it is trained through the mixture `(1 - c) p_base + c p`."""
+
+    of_labels: Float[Tensor, "P"]
+    """The base's log-probs of the labels."""
+    of_targets: Float[Tensor, "S"] | None
+    """Its log-probs of the targets' tokens; None where there are none."""
+    confidence: Float[Tensor, "P"]
+    """Logits of c; carry a gradient."""
+    share: float
+    """Share of the mixture in the loss, in [0, 1]; the memory alone has the rest."""
 
 
 def distillation_loss(
@@ -46,9 +65,13 @@ def distillation_loss(
     target_counts: Int[Tensor, "P"] | None = None,
     target_ids: Int[Tensor, "S"] | None = None,
     target_probs: Float[Tensor, "S"] | None = None,
+    beside: Beside | None = None,
     tile: tuple[int, int] | None = None,
 ) -> DistillationLoss:
     """KL to sparse targets plus cross-entropy of the labels, summed over positions.
+
+    With `beside` the loss is `-sum_s w_s ((1 - share) log p(s) + share log((1 - c) p_base(s) + c p(s)))` less
+    `kl_weight * H(q)`, with the same weights `w = kl_weight * q + (1 - kl_weight) * onehot(y)`.
 
     Args:
         hidden: What the head reads. Under autocast the head's products run in autocast's dtype, the rest in float32.
@@ -58,10 +81,11 @@ def distillation_loss(
         target_counts: Support of each position's target, at least 1.
         target_ids: Tokens of all targets, one position after another.
         target_probs: Their probabilities; renormalised here, for float16 storage rounds them.
+        beside: The base in the mixture that is trained; None: the memory alone is.
         tile: Positions and tokens whose logits exist at a time; None: by precision and device.
 
     Raises:
-        ValueError: kl_weight is above 0 and there are no targets.
+        ValueError: kl_weight is above 0 and there are no targets, or the base's log-probs of them are missing.
 
     Source: Memory Decoder, eq. 6 (arXiv:2508.09874); the fused form is design note 0004.
     """
@@ -74,17 +98,29 @@ def distillation_loss(
         ids = torch.cat([ids, target_ids.int()])
         q, of_targets = target_probs.float(), owner[len(labels) :]
         q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
+    confidence = of_base = None
+    if beside is not None:
+        if len(q) and beside.of_targets is None:
+            raise ValueError(f"kl_weight = {kl_weight} needs the base's log-probs of the targets' tokens")
+        of_base = torch.cat([beside.of_labels.float(), beside.of_targets.float()] if len(q) else [beside.of_labels])
+        confidence = beside.confidence.float()
     device = hidden.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
-    tile = tile or _tile(len(labels), vocab_size, dtype, device)
-    soft, cross_entropy, target_score = _SparseCrossEntropy.apply(
-        hidden, head.weight, head.bias, owner, ids, q, kl_weight, vocab_size, head.scale, head.softcap, dtype, tile
+    label = torch.cat([torch.full((len(labels),), 1 - kl_weight, device=q.device), kl_weight * q])
+    loss, log_probs, told = _SparseCrossEntropy.apply(
+        hidden,
+        head.weight,
+        head.bias,
+        confidence,
+        _SparseLabel(owner, ids, label, of_base, beside.share if beside is not None else 0.0),
+        _Output(vocab_size, head.scale, head.softcap, dtype, tile or _tile(len(labels), vocab_size, dtype, device)),
     )
     negative_entropy = torch.xlogy(q, q).sum()
     return DistillationLoss(
-        loss=soft + kl_weight * negative_entropy,
-        kl=(negative_entropy + target_score).detach(),
-        cross_entropy=cross_entropy.detach(),
+        loss=loss + kl_weight * negative_entropy,
+        kl=negative_entropy - (q * log_probs[len(labels) :]).sum(),
+        cross_entropy=-log_probs[: len(labels)].sum(),
+        mixture=-told[: len(labels)].sum(),
     )
 
 
@@ -136,26 +172,72 @@ class _LabelTiles:
 
     def entries(
         self, group: int, part: int, size: tuple[int, int]
-    ) -> tuple[Tensor | slice, Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | slice, Tensor, Tensor | None]:
         """What concerns the tile of range `group` of positions and range `part` of tokens, which holds `size` of them.
 
         Returns:
-            Numbers of entries; where each stands in the flattened tile; its weight; and whether it is there at all,
-            None where all are. The weight of one that is not is 0.
+            Numbers of entries; where each stands in the flattened tile; and whether it is there at all, None where
+            all are.
         """
         number = group * len(self.starts) + part
         if self._edges is not None:
             entries = self._order[self._edges[number] : self._edges[number + 1]]
             at = (self._owner[entries].long() - self.firsts[group]) * size[1] + (self._ids[entries] - self.starts[part])
-            return entries, at, self._label[entries], None
+            return entries, at, None
         at = (self._owner.long() - self.firsts[group]) * size[1] + (self._ids - self.starts[part])
         there = self._place == number
         at = torch.where(there, at, at.remainder(size[0] * size[1]))  # the others are spread, for each adds its 0
-        return slice(None), at, self._label * there, there
+        return slice(None), at, there
+
+    def weights(self, entries: Tensor | slice, there: Tensor | None) -> Tensor:
+        """Of these entries; 0 for one that is not there."""
+        return self._label[entries] if there is None else self._label * there
+
+    def of_group(self, group: int) -> Tensor | slice:
+        """Numbers of the entries of a range of positions; of others too where they are not sorted."""
+        if self._edges is None:
+            return slice(None)
+        first = group * len(self.starts)
+        return self._order[self._edges[first] : self._edges[first + len(self.starts)]]
+
+    def weigh(self, entries: Tensor | slice, weights: Tensor) -> None:
+        """Give entries other weights."""
+        self._label[entries] = weights
+
+
+@dataclass(frozen=True)
+class _SparseLabel:
+    """What the loss wants, entry by entry."""
+
+    owner: Tensor
+    """`(P + S,)` positions: each once, for its label, then those of the targets' tokens."""
+    ids: Tensor
+    """`(P + S,)` labels, then the targets' tokens; both int32, for they take what the label takes."""
+    weights: Tensor
+    """`(P + S,)`; they sum to 1 per position."""
+    of_base: Tensor | None
+    """`(P + S,)` the base's log-probs; None: there is no mixture."""
+    share: float
+    """Of the mixture in the loss."""
+
+
+@dataclass(frozen=True)
+class _Output:
+    """How logits are made."""
+
+    vocab_size: int
+    scale: float
+    softcap: float | None
+    dtype: torch.dtype
+    """Of products."""
+    tile: tuple[int, int]
 
 
 class _SparseCrossEntropy(torch.autograd.Function):
-    """Sum of `logsumexp - sum_s weight_s * logit_s`; gradients are formed in the forward pass, tile by tile."""
+    """Sum of `-weight_s * log p(s)`, or of the mixture; gradients are formed in the forward pass, tile by tile.
+
+    Beside the sum it gives the memory's log-probs at all entries, and the mixture's, `(P + S,)`, or none.
+    """
 
     @staticmethod
     def forward(
@@ -163,19 +245,14 @@ class _SparseCrossEntropy(torch.autograd.Function):
         hidden: Tensor,  # (P, D)
         weight: Tensor,  # (V', D), V' >= vocab_size
         bias: Tensor | None,  # (V',)
-        owner: Tensor,  # (P + S,) positions: each once, for its label, then those of the targets' tokens
-        ids: Tensor,  # (P + S,) labels, then the targets' tokens; both int32, for they take what the label takes
-        q: Tensor,  # (S,) sums to 1 per position
-        kl_weight: float,
-        vocab_size: int,
-        scale: float,
-        softcap: float | None,
-        dtype: torch.dtype,  # of products
-        tile: tuple[int, int],
+        confidence: Tensor | None,  # (P,) logits
+        sparse: _SparseLabel,
+        output: _Output,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        positions = len(hidden)
-        label = torch.cat([torch.full((positions,), 1 - kl_weight, device=q.device), kl_weight * q])
-        label_tiles = _LabelTiles(owner, ids, label, (positions, vocab_size), tile)
+        positions, owner, tile, dtype = len(hidden), sparse.owner, output.tile, output.dtype
+        vocab_size, softcap = output.vocab_size, output.softcap
+        label = sparse.weights if confidence is None else sparse.weights.clone()
+        label_tiles = _LabelTiles(owner, sparse.ids, label, (positions, vocab_size), tile)
         starts = label_tiles.starts
 
         # made once: memory that is freed and asked for again costs a page fault per 4 KiB
@@ -192,25 +269,25 @@ class _SparseCrossEntropy(torch.autograd.Function):
                 logits = product if floats is products else _view(floats, size).copy_(product)
                 if bias is not None:
                     logits += bias[rows]
-                if scale != 1.0:
-                    logits *= scale
+                if output.scale != 1.0:
+                    logits *= output.scale
                 if softcap is not None:
                     logits.div_(softcap).tanh_().mul_(softcap)
                 slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
                 yield rows, table, logits, label_tiles.entries(group, part, size), slope
 
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
+        want_hidden, want_weight, want_bias, want_confidence = ctx.needs_input_grad[:4]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and want_bias else None
-        scores = torch.zeros(len(ids), device=hidden.device)  # logits of the label's entries
+        scores = torch.zeros(len(owner), device=hidden.device)  # logits of the label's entries
         normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             for group, first in enumerate(label_tiles.firsts):
                 here = slice(first, first + tile[0])
                 states = hidden[here].to(dtype)  # (G, D)
                 kept = list(tiles(group, states)) if len(starts) == 1 else None
-                for _, _, logits, (entries, at, _, there), _ in kept or tiles(group, states):
+                for _, _, logits, (entries, at, there), _ in kept or tiles(group, states):
                     found = logits.view(-1)[at]
                     scores[entries] = found if there is None else torch.where(there, found, scores)
                     peak = logits.amax(1)
@@ -218,14 +295,25 @@ class _SparseCrossEntropy(torch.autograd.Function):
                     normaliser[here] = torch.logaddexp(normaliser[here], total.log() + peak)
                 if not (want_hidden or want_weight or want_bias):
                     continue
-                for rows, table, logits, (_, at, weights, _), slope in kept or tiles(group, states):
-                    # in place: softmax; what is kept are exponentials by now
-                    grad = logits.div_(total[:, None]) if kept else logits.sub_(normaliser[here, None]).exp_()
-                    grad.view(-1).index_add_(0, at, weights, alpha=-1)
+                mass = None  # of a position's entries; 1 where no mixture weighs them anew
+                if confidence is not None:
+                    entries = label_tiles.of_group(group)
+                    part_of_mixture = _part_of_mixture(sparse, confidence, scores, normaliser, entries)
+                    weights = sparse.weights[entries] * (1 - sparse.share + sparse.share * part_of_mixture)
+                    label_tiles.weigh(entries, weights)
+                    mass = torch.zeros_like(normaliser).index_add_(0, owner[entries], weights)[here, None]
+                for rows, table, logits, (entries, at, there), slope in kept or tiles(group, states):
+                    # in place: softmax times mass; what is kept are exponentials by now
+                    if kept:
+                        grad = logits.div_(total[:, None] if mass is None else total[:, None] / mass)
+                    else:
+                        below = normaliser[here, None]
+                        grad = logits.sub_(below if mass is None else below - mass.log()).exp_()
+                    grad.view(-1).index_add_(0, at, label_tiles.weights(entries, there), alpha=-1)
                     if slope is not None:
                         grad *= slope
-                    if scale != 1.0:
-                        grad *= scale
+                    if output.scale != 1.0:
+                        grad *= output.scale
                     if grad_bias is not None:
                         grad_bias[rows] += grad.sum(0)
                     grad = grad if floats is products else _view(products, grad.shape).copy_(grad)
@@ -233,18 +321,37 @@ class _SparseCrossEntropy(torch.autograd.Function):
                         _add_product(grad_hidden[here], grad, table)
                     if grad_weight is not None:
                         _add_product(grad_weight[rows], grad.T, states)
-        surprise = normaliser[owner] - scores
-        to_labels, to_targets = surprise[:positions].sum(), (q * surprise[positions:]).sum()
+        log_probs, mixed = scores - normaliser[owner], scores.new_zeros(0)
+        loss, grad_confidence = -(sparse.weights * log_probs).sum(), None
+        if confidence is not None:
+            assert sparse.of_base is not None
+            log_c, log_rest = (torch.nn.functional.logsigmoid(sign * confidence)[owner] for sign in (1, -1))
+            mixed = torch.logaddexp(log_rest + sparse.of_base, log_c + log_probs)
+            loss = (1 - sparse.share) * loss - sparse.share * (sparse.weights * mixed).sum()
+            if want_confidence:
+                part_of_mixture = _part_of_mixture(sparse, confidence, scores, normaliser, slice(None))
+                claimed = torch.zeros_like(confidence).index_add_(0, owner, sparse.weights * part_of_mixture)
+                grad_confidence = sparse.share * (confidence.sigmoid() - claimed)
         ctx.gradients = (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
             None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+            grad_confidence,
         )
-        ctx.mark_non_differentiable(to_labels, to_targets)
-        return kl_weight * to_targets + (1 - kl_weight) * to_labels, to_labels, to_targets
+        ctx.mark_non_differentiable(log_probs, mixed)
+        return loss, log_probs, mixed
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if g is None else g.mul_(outputs[0]) for g in ctx.gradients]
         ctx.gradients = None
-        return (*gradients, *[None] * 9)
+        return (*gradients, None, None)
+
+
+def _part_of_mixture(
+    sparse: _SparseLabel, confidence: Tensor, scores: Tensor, normaliser: Tensor, entries: Tensor | slice
+) -> Tensor:
+    """Which part of the mixture's probability of each entry's token is the memory's."""
+    assert sparse.of_base is not None
+    owner = sparse.owner[entries]
+    return torch.sigmoid(confidence[owner] + scores[entries] - normaliser[owner] - sparse.of_base[entries])
