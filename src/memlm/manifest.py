@@ -36,7 +36,7 @@ _LONGEST = 1e9  # seconds, thirty years
 _LATEST = 1e11  # seconds since 1970
 _LIBRARIES = ("memlm", "torch", "transformers", "faiss-cpu", "datasets", "pyarrow", "numpy", "tokenizers")
 IDENTITY = ("kind", "format_version", "config", "inputs", "tokenizer")  # fields that are known before the work starts
-Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "evaluation"]
+Kind = Literal["corpus", "datastore", "targets", "memory", "scores", "base-rows", "evaluation"]
 
 
 class PayloadFile(BaseModel):

@@ -204,7 +204,7 @@ def test_a_datastore_that_holds_its_keys_twice_as_before_is_still_read(flat: Pat
 def test_shards_hold_whole_blocks_and_at_least_the_positions_asked_for(corpus_folder: Path) -> None:
     split = Corpus(corpus_folder).split("train")
     for size in (1, 50, 10**6):
-        shards = shard_blocks(split, size)
+        shards = shard_blocks(split.position_starts, size)
         assert [first for first, _ in shards] == [0, *[end for _, end in shards[:-1]]]
         assert shards[-1][1] == len(split)
         counts = [int(split.position_starts[end] - split.position_starts[first]) for first, end in shards]

@@ -180,7 +180,9 @@ def test_through_the_mixture_value_and_gradients_equal_the_dense_loss_in_float64
 
 def test_through_the_mixture_what_the_base_knows_pulls_less() -> None:
     case = make_case(positions=2, bias=False, kl_weight=0.0)
-    same = replace(case, labels=case.labels[:1].repeat(2), hidden=case.hidden.detach()[:1].repeat(2, 1).requires_grad_())
+    same = replace(
+        case, labels=case.labels[:1].repeat(2), hidden=case.hidden.detach()[:1].repeat(2, 1).requires_grad_()
+    )
     beside = Beside(torch.tensor([0.99, 0.001]).log(), None, torch.zeros(2), share=1.0)
     (gradient,) = torch.autograd.grad(same.fused(beside=beside).loss, [same.hidden])
     (alone,) = torch.autograd.grad(same.fused().loss, [same.hidden])

@@ -166,7 +166,7 @@ def _save_keys(
     stage: Stage, split: Split, teacher: str, config: DatastoreConfig, extension: Extension | None, due: Due
 ) -> str:
     """Write `keys/NNNNN.npy`, one per run of blocks, and return the tap."""
-    shards = shard_blocks(split, config.shard_positions)
+    shards = shard_blocks(split.position_starts, config.shard_positions)
     missing = [i for i in range(len(shards)) if not stage.has(f"keys/{i:05d}.npy")]
     if not missing and stage.has(_TAP_FILE):
         return (stage.path / _TAP_FILE).read_text().strip()
@@ -218,12 +218,11 @@ def load_teacher(teacher: str, config: DatastoreConfig) -> tuple[PreTrainedModel
     return model, resolve_tap(model, config.tap)
 
 
-def shard_blocks(split: Split, shard_positions: int) -> list[tuple[int, int]]:
+def shard_blocks(position_starts: NDArray[np.int64], shard_positions: int) -> list[tuple[int, int]]:
     """(first block, end block) of each shard: whole blocks, at least `shard_positions` positions but for the last."""
-    shards, first = [], 0
-    starts = split.position_starts
-    while first < len(split):
-        end = min(int(np.searchsorted(starts, starts[first] + shard_positions)), len(split))
+    shards, first, blocks = [], 0, len(position_starts) - 1
+    while first < blocks:
+        end = min(int(np.searchsorted(position_starts, position_starts[first] + shard_positions)), blocks)
         shards.append((first, max(end, first + 1)))
         first = shards[-1][1]
     return shards

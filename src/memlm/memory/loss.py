@@ -98,21 +98,23 @@ def distillation_loss(
         ids = torch.cat([ids, target_ids.int()])
         q, of_targets = target_probs.float(), owner[len(labels) :]
         q = q / torch.zeros(len(labels), device=q.device).index_add_(0, of_targets, q)[of_targets]
-    confidence = of_base = None
+    confidence, of_base, share = None, None, 0.0
     if beside is not None:
-        if len(q) and beside.of_targets is None:
-            raise ValueError(f"kl_weight = {kl_weight} needs the base's log-probs of the targets' tokens")
-        of_base = torch.cat([beside.of_labels.float(), beside.of_targets.float()] if len(q) else [beside.of_labels])
-        confidence = beside.confidence.float()
+        told = [beside.of_labels.float()]
+        if len(q):
+            if beside.of_targets is None:
+                raise ValueError(f"kl_weight = {kl_weight} needs the base's log-probs of the targets' tokens")
+            told.append(beside.of_targets.float())
+        confidence, of_base, share = beside.confidence.float(), torch.cat(told), beside.share
     device = hidden.device
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
     label = torch.cat([torch.full((len(labels),), 1 - kl_weight, device=q.device), kl_weight * q])
-    loss, log_probs, told = _SparseCrossEntropy.apply(
+    loss, log_probs, mixed = _SparseCrossEntropy.apply(
         hidden,
         head.weight,
         head.bias,
         confidence,
-        _SparseLabel(owner, ids, label, of_base, beside.share if beside is not None else 0.0),
+        _SparseLabel(owner, ids, label, of_base, share),
         _Output(vocab_size, head.scale, head.softcap, dtype, tile or _tile(len(labels), vocab_size, dtype, device)),
     )
     negative_entropy = torch.xlogy(q, q).sum()
@@ -120,7 +122,7 @@ def distillation_loss(
         loss=loss + kl_weight * negative_entropy,
         kl=negative_entropy - (q * log_probs[len(labels) :]).sum(),
         cross_entropy=-log_probs[: len(labels)].sum(),
-        mixture=-told[: len(labels)].sum(),
+        mixture=-mixed[: len(labels)].sum(),
     )
 
 
@@ -170,9 +172,7 @@ class _LabelTiles:
         else:
             self._place = place
 
-    def entries(
-        self, group: int, part: int, size: tuple[int, int]
-    ) -> tuple[Tensor | slice, Tensor, Tensor | None]:
+    def entries(self, group: int, part: int, size: tuple[int, int]) -> tuple[Tensor | slice, Tensor, Tensor | None]:
         """What concerns the tile of range `group` of positions and range `part` of tokens, which holds `size` of them.
 
         Returns:

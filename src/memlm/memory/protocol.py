@@ -14,7 +14,7 @@ from memlm.config import MAX_COUNT, StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.errors import ConfigError, ModelError
 from memlm.memory.confidence import ConfidenceHead
-from memlm.memory.loss import DistillationLoss, distillation_loss
+from memlm.memory.loss import Beside, DistillationLoss, distillation_loss
 from memlm.memory.reading import GivenActivations, WindowedReader
 from memlm.memory.voter import HeadVoter, Voter, VoterCache
 
@@ -196,6 +196,15 @@ class Memory(nn.Module, Voter):
         """
         raise NotImplementedError
 
+    def train_beside_base(self, wanted: bool) -> None:
+        """Be trained through the mixture with the base, or no longer.
+
+        Raises:
+            ConfigError: The kind cannot.
+        """
+        if wanted:
+            raise ConfigError(f"objective = 'mixture': a memory of kind {self.kind} has imitation only")
+
     @classmethod
     def size(cls, config: Any, *, init: str | None, base: PreTrainedConfig) -> int:
         """About how many parameters `start` would give, by the configs of start model and base."""
@@ -237,6 +246,27 @@ class Memory(nn.Module, Voter):
 class ParametricMemory(Memory, HeadVoter):
     """A memory with weights that are trained; kinds differ in the hidden states that its head reads."""
 
+    training_confidence: nn.Linear | None
+    """Weighs the memory in a mixture that it is trained through; None: it is trained alone."""
+
+    def __init__(self, settings: MemorySettings) -> None:
+        super().__init__(settings)
+        self.training_confidence = None
+
+    def train_beside_base(self, wanted: bool) -> None:
+        """Weigh the memory by a confidence, one half everywhere at first, or leave it behind.
+
+        What is learnt of confidence on the training text believes the memory too much: `memlm gate` fits it on
+        held-out text.
+        """
+        if not wanted:
+            self.training_confidence = None
+            return
+        linear = nn.Linear(self.head.weight.shape[1], 1)
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+        self.training_confidence = linear
+
     @property
     def temperature(self) -> float:
         return self.settings.memory_temperature
@@ -275,6 +305,9 @@ class ParametricMemory(Memory, HeadVoter):
         target_ids: Int[Tensor, "S"] | None = None,
         target_probs: Float[Tensor, "S"] | None = None,
         places: Int[Tensor, "P"] | None = None,
+        base_labels: Float[Tensor, "P"] | None = None,
+        base_targets: Float[Tensor, "S"] | None = None,
+        mixture_share: float = 0.0,
     ) -> DistillationLoss:
         """The distillation loss of a batch, summed over its positions.
 
@@ -285,10 +318,18 @@ class ParametricMemory(Memory, HeadVoter):
             activations: The base's at `tap`, of the places that predict, in reading order; None where `tap` is None.
             target_counts, target_ids, target_probs: Targets of the predicted tokens in reading order.
             places: What `predicting_places` finds in the labels; where it is given, no accelerator is waited for.
+            base_labels, base_targets: The base's log-probs of labels and targets' tokens, where the memory is trained
+                through the mixture with it; `training_confidence` weighs them.
+            mixture_share: Share of the mixture in the loss.
         """
         places = predicting_places(labels) if places is None else places
+        hidden, beside = self.training_hidden(input_ids, activations, places), None
+        if base_labels is not None:
+            assert self.training_confidence is not None
+            confidence = self.training_confidence(hidden)[:, 0]
+            beside = Beside(base_labels, base_targets, confidence, mixture_share)
         return distillation_loss(
-            self.training_hidden(input_ids, activations, places),
+            hidden,
             labels.flatten()[places + 1],
             self.head,
             kl_weight=kl_weight,
@@ -296,4 +337,5 @@ class ParametricMemory(Memory, HeadVoter):
             target_counts=target_counts,
             target_ids=target_ids,
             target_probs=target_probs,
+            beside=beside,
         )

@@ -111,7 +111,7 @@ class Scorers:
         specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
         folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
         if unknown := {folder for folder in folders.values() if not is_finished(folder)}:
-            with _alone(unknown):
+            with computing_alone(unknown):
                 missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
                 names = sorted(folders[name].name for name in missing)
                 part = Part(cache_dir() / "scores", digest(names)[:32], Due(self._keep_seconds))
@@ -193,7 +193,7 @@ class Scorers:
 
 
 @contextmanager
-def _alone(folders: Iterable[Path]) -> Iterator[None]:
+def computing_alone(folders: Iterable[Path]) -> Iterator[None]:
     """Keeps others from computing the same scores, or waits until they are done; what they made is there then.
 
     These locks are none of the folders' own, which are held while those are written only.

@@ -90,7 +90,7 @@ def plan_targets(
 def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_once: int, due: Due) -> dict[str, Any]:
     """Write the targets of all positions, and return the facts."""
     split = store.corpus.split("train")
-    shards = shard_blocks(split, store.config.shard_positions)
+    shards = shard_blocks(split.position_starts, store.config.shard_positions)
     bounds = {i: split.position_starts[list(s)].tolist() for i, s in enumerate(shards) if not stage.has(_shard(i))}
     done = split.n_positions - sum(stop - start for start, stop in bounds.values())
     reader = cache(lambda: TapReader(load_teacher(store.teacher, store.config)[0], store.facts.tap))
@@ -169,7 +169,7 @@ def import_released(
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        shards = shard_blocks(split, shard_positions)
+        shards = shard_blocks(split.position_starts, shard_positions)
         for i, (first, end) in enumerate(shards):
             start, stop = split.position_starts[[first, end]].tolist()
             rows = table.slice(start, stop - start)

@@ -24,6 +24,12 @@ class TrainConfig(StageConfig):
     """What the memory is before its training, by its kind."""
     kl_weight: float = Field(default=0.5, ge=0, le=1)
     """Weight of the KL to the targets, β in the paper; the LM loss gets the rest. 0 is plain fine-tuning."""
+    objective: Literal["imitation", "mixture"] = "imitation"
+    """imitation trains the memory's own voice, as in the papers; mixture what base and memory say together, so that the
+    memory learns what this base does not know, weighed by a confidence that is trained along."""
+    mixture_share: float = Field(default=0.5, gt=0, le=1)
+    """Share of the mixture in the loss of objective mixture; imitation has the rest, or a memory that starts far behind
+    the base would hardly learn."""
     epochs: float = Field(default=2.0, gt=0, le=1_000_000)
     """Passes over the training blocks."""
     max_steps: int | None = Field(default=None, ge=1, le=2**31 - 1)
@@ -104,7 +110,10 @@ class TrainConfig(StageConfig):
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """The settings as they are given, with both first kinds' always, so that older folders are still recognised."""
+        """The settings as they are given, with both first kinds' always and without those of an objective that is not
+        wanted, so that older folders are still recognised."""
         values = handler(self)
+        if self.objective == "imitation":  # which has no share
+            del values["objective"], values["mixture_share"]
         first_kinds = DecoderStart().model_dump() | MLPStart().model_dump()
         return first_kinds | values.pop("start") | values

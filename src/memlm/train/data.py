@@ -124,6 +124,8 @@ class Rows(Dataset):
     """Tokens in each row."""
     position_starts: NDArray[np.int64]
     """`(rows + 1,)` the first position that each row predicts, and the number of positions."""
+    support_starts: NDArray[np.int64]
+    """`(rows + 1,)` the first of the targets' tokens that each row has, and their number; zeros without targets."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -136,6 +138,7 @@ class CorpusRows(Rows):
         self._blocks = blocks
         self.lengths = blocks.lengths
         self.position_starts = blocks.position_starts
+        self.support_starts = np.zeros_like(blocks.position_starts)
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         block = self._blocks[index]
@@ -179,6 +182,9 @@ class TargetRows(_ArrowTable, Rows):
     def __init__(self, shards: list[Path], *, with_targets: bool) -> None:
         super().__init__(shards, "target_counts", lambda counts: counts > 0)
         self._with_targets = with_targets
+        chunks = self._table.data.column("target_ids").chunks if with_targets else []
+        support = [np.diff(chunk.offsets.to_numpy()) for chunk in chunks]
+        self.support_starts = np.append(0, np.concatenate(support or [0 * self.lengths]).cumsum(dtype=np.int64))
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         row = self._table[index]
@@ -189,27 +195,31 @@ class TargetRows(_ArrowTable, Rows):
         return {name: row[name] for name in ("input_ids", "labels")}
 
 
-class WithActivations(Rows):
+class AroundRows(Rows):
+    """Rows that are made of others."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.lengths, self.position_starts = rows.lengths, rows.position_starts
+        self.support_starts = rows.support_starts
+
+
+class WithActivations(AroundRows):
     """Rows with the base's activations at the places that predict, read from a datastore's keys."""
 
     def __init__(self, rows: Rows, keys: Keys) -> None:
-        self._rows = rows
+        super().__init__(rows)
         self._keys = keys
-        self.lengths, self.position_starts = rows.lengths, rows.position_starts
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
-        return self._rows[index] | {"activations": self._keys.rows(*self.position_starts[index : index + 2])}
+        return self.rows[index] | {"activations": self._keys.rows(*self.position_starts[index : index + 2])}
 
 
-class WithBlank(Rows):
+class WithBlank(AroundRows):
     """Rows, and as number -1 one that predicts nothing."""
 
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self.lengths, self.position_starts = rows.lengths, rows.position_starts
-
     def __getitem__(self, index: int) -> dict[str, NDArray]:
-        row = self._rows[max(index, 0)]
+        row = self.rows[max(index, 0)]
         if index >= 0:
             return row
         first = row["input_ids"][:1]
@@ -253,7 +263,8 @@ def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
 
     Returns:
         `input_ids` and `labels` (B, T); `places` (P,), flat numbers of the places that predict; with targets
-        `target_counts` (P,), `target_ids` and `target_probs` (S,); with stored activations `activations` (P, D).
+        `target_counts` (P,), `target_ids` and `target_probs` (S,); with stored activations `activations` (P, D); with
+        a base beside `base_labels` (P,) and `base_targets` (S,).
     """
     longest = max(len(row["input_ids"]) for row in rows)
     input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -262,7 +273,7 @@ def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
         input_ids[i, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"].astype(np.int64))
         labels[i, : len(row["labels"])] = torch.as_tensor(row["labels"].astype(np.int64))
     batch = {"input_ids": input_ids, "labels": labels, "places": predicting_places(labels)}
-    for name in ("target_counts", "target_ids", "target_probs", "activations"):
+    for name in ("target_counts", "target_ids", "target_probs", "activations", "base_labels", "base_targets"):
         if name in rows[0]:
             batch[name] = torch.from_numpy(np.concatenate([row[name] for row in rows]))
     return batch

@@ -28,12 +28,14 @@ from memlm.ranks import ALONE, Ranks, together
 from memlm.scores.score import Collected, stored_activations
 from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
+from memlm.train.beside import WithBase, base_on_rows
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
 from memlm.train.trainer import HeldOut, MemoryTrainer, last_whole_checkpoint, training_arguments
 
 _CHECKPOINTS = "checkpoints"
 _HELD_OUT = "validation-activations.npy"
+_LOGGED = ("step", "loss", "kl_nats", "cross_entropy_nats", "mixture_nats", "grad_norm")
 _ASIDE = "repaired"  # where files are written that are to go beside whole weights
 
 
@@ -100,7 +102,7 @@ def plan_memory(
     dtype = parse_dtype(config.dtype, device)
     if dtype == torch.float16:
         raise ConfigError("dtype = 'float16': train in bfloat16 or float32")
-    validates = len(rows.validation) > 0
+    validates, through_mixture = len(rows.validation) > 0, config.objective == "mixture"
     batches = math.ceil(len(rows.train) / (config.batch_size * ranks.count))
     arguments = training_arguments(
         config,
@@ -133,6 +135,7 @@ def plan_memory(
             raise ArtifactError(
                 f"activations {activations} were read at {store.manifest.facts['tap']}, the memory reads {memory.tap}"
             )
+        memory.train_beside_base(through_mixture)
         previous = ranks.from_first(stage.previous if stage.has(WEIGHTS_FILE) else None)
         if previous is not None:
             if ranks.first:
@@ -147,13 +150,17 @@ def plan_memory(
             if memory.tap is not None:
                 read = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
             held_out = HeldOut(rows.validation, scores, read)
+        learned = rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys)
+        if through_mixture:
+            learned = WithBase(learned, _base_rows(rows, base, base_model, config, ranks))
         checkpoints = stage.path / _CHECKPOINTS
         arguments.output_dir = str(checkpoints)
         trainer = MemoryTrainer(
             memory,
             arguments,
-            rows=rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys),
+            rows=learned,
             kl_weight=config.kl_weight,
+            mixture_share=config.mixture_share if through_mixture else 0.0,
             held_out=held_out,
             batch_tokens=config.batch_tokens,
             online=TapReader(base_model, memory.tap) if memory.tap is not None and store is None else None,
@@ -163,6 +170,7 @@ def plan_memory(
         del base_model  # where nothing reads it online, its memory is free for training
         _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
         trainer.check_weights()
+        memory.train_beside_base(False)
         facts = _facts(trainer, rows, memory)
         if ranks.first:
             _save(stage, memory, rows, facts)
@@ -249,6 +257,16 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
     kind = memory_class(config.start.kind)
     settings = MemorySettings(kind=kind.kind, **shared)
     return kind.start(config.start, settings, init=init, base=base, seed=config.seed).float()
+
+
+def _base_rows(rows: TrainingData, base: str, model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Path:
+    """Where the base's log-probs on the training rows are; the first process computes them."""
+
+    def find() -> Path:
+        batch_tokens = config.batch_tokens
+        return base_on_rows(rows, base, dtype=model.dtype, batch_tokens=batch_tokens, load_base=lambda: model)
+
+    return ranks.from_first(find() if ranks.first else Path())
 
 
 def _base_scores(
@@ -341,9 +359,7 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[s
         "targets": {k: v for k, v in rows.manifest.facts.items() if k.startswith("mean_")},
         "targets_config": rows.manifest.config if rows.manifest.kind == "targets" else None,
         "training": [
-            {k: entry[k] for k in ("step", "loss", "kl_nats", "cross_entropy_nats", "grad_norm")}
-            for entry in trainer.state.log_history
-            if "loss" in entry
+            {k: entry[k] for k in _LOGGED if k in entry} for entry in trainer.state.log_history if "loss" in entry
         ],
     }
     if history:

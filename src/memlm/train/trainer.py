@@ -153,6 +153,7 @@ class MemoryTrainer(Trainer):
         *,
         rows: Rows,
         kl_weight: float,
+        mixture_share: float = 0.0,
         held_out: HeldOut | None,
         batch_tokens: int,
         online: TapReader | None = None,
@@ -163,6 +164,7 @@ class MemoryTrainer(Trainer):
         Args:
             args: From `training_arguments`.
             kl_weight: In [0, 1].
+            mixture_share: Of the mixture in the loss; above 0 rows are `WithBase`.
             held_out: None: no validation.
             batch_tokens: Tokens in one forward pass of validation.
             online: Reads the frozen base inside the step, for a memory with a tap whose rows hold no activations.
@@ -176,7 +178,8 @@ class MemoryTrainer(Trainer):
         self._batch_tokens = batch_tokens
         self._due = due or Due()
         self._on_saved = on_saved
-        self._sums = torch.zeros(3)  # KL, cross-entropy, positions since the last log
+        self._mixture_share = mixture_share
+        self._sums = torch.zeros(5)  # loss, KL, cross-entropy, that of the mixture, positions since the last log
         self._bad_step = torch.full((), math.inf)
         super().__init__(
             model=memory,
@@ -208,14 +211,14 @@ class MemoryTrainer(Trainer):
         if self._online is not None:
             activations = self._online.read(inputs["input_ids"]).flatten(0, 1)[inputs["places"]]
             inputs = inputs | {"activations": activations}
-        found = model(**inputs, kl_weight=self._kl_weight)
+        found = model(**inputs, kl_weight=self._kl_weight, mixture_share=self._mixture_share)
         positions = len(inputs["places"])
         self._bar.advance(positions)
         loss = found.loss / (num_items_in_batch if num_items_in_batch is not None else positions)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # undo the mean that data parallelism takes
         self._sums = self._sums.to(loss.device) + torch.stack(
-            [found.kl, found.cross_entropy, torch.full_like(found.kl, positions)]
+            [found.loss.detach(), found.kl, found.cross_entropy, found.mixture, torch.full_like(found.kl, positions)]
         )
         bad = torch.where(torch.isfinite(loss.detach()), math.inf, float(self.state.global_step + 1))
         self._bad_step = torch.minimum(self._bad_step.to(loss.device), bad)
@@ -223,12 +226,13 @@ class MemoryTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            kl, cross_entropy, positions = self.accelerator.reduce(self._sums, "sum").tolist()  # type: ignore[union-attr]
+            *sums, positions = self.accelerator.reduce(self._sums, "sum").tolist()  # type: ignore[union-attr]
             self._sums = torch.zeros_like(self._sums)
-            kl, cross_entropy = kl / max(positions, 1), cross_entropy / max(positions, 1)
             # the Trainer's own mean starts anew where a run is resumed
-            loss = self._kl_weight * kl + (1 - self._kl_weight) * cross_entropy
+            loss, kl, cross_entropy, mixture = (part / max(positions, 1) for part in sums)
             logs |= {"loss": loss, "kl_nats": kl, "cross_entropy_nats": cross_entropy}
+            if self._mixture_share:
+                logs["mixture_nats"] = mixture
             self._stop_if_not_finite(logs)
         super().log(logs, start_time)
 
