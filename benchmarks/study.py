@@ -1,0 +1,315 @@
+"""What should a memory be trained on? Arms that are treated alike: `python -m benchmarks.study STUDY.yaml`.
+
+Every arm is searched over the same settings, the best point is chosen by the perplexity of its best fixed mixture on
+the validation split, and only that one is judged on the test split: alone, with the weight that validation chose, and
+gated; in its domain, and on general text that nothing was fitted on. Each result is a JSON line appended to one file
+at once; a study that was stopped, or killed, goes on where it was.
+"""
+
+import argparse
+import itertools
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers.utils import logging
+
+from benchmarks.report import hardware
+from memlm.config import parse_yaml
+from memlm.corpus.blocks import Corpus
+from memlm.corpus.build import build_corpus
+from memlm.errors import ConfigError, MemlmError
+from memlm.evaluate.config import EvaluateConfig
+from memlm.evaluate.intervals import Resampled
+from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.files import digest
+from memlm.manifest import read_manifest
+from memlm.memory.confidence import ConfidenceHead
+from memlm.mix.gate import GatedMemory, weight_rule
+from memlm.mix.gate_config import GateConfig
+from memlm.runs.plan import base_of, make_step, recipe_steps
+from memlm.runs.recipe import Recipe, data_path
+from memlm.scores.gated import gated_label_log_probs
+from memlm.scores.table import score_corpus
+from memlm.text import duration
+from memlm.train.gate import fit_gate
+from memlm.train.run import plan_memory
+
+GATES = ("posterior", "both")
+_HEADING = re.compile(r"^ = (?!=).*(?<!=) = $", re.MULTILINE)
+_TRAIN_FACTOR = 1.15  # of a point's time beside its training
+
+
+@dataclass(frozen=True)
+class Point:
+    """One memory to be trained."""
+
+    arm: str
+    settings: dict[str, Any]
+    """`section.key` to value, on top of the study's recipe: the arm's own, then those searched over, then the seed."""
+
+    @property
+    def seed(self) -> int:
+        return self.settings["train.seed"]
+
+    @property
+    def key(self) -> str:
+        """What names it among the results."""
+        return digest([self.arm, self.settings])[:12]
+
+
+class Study:
+    """A study's file, the folder it works in and the results that there are."""
+
+    def __init__(self, path: Path, work: Path, results: Path) -> None:
+        """
+        Args:
+            path: The YAML file: a recipe, and a section `study`.
+            work: Folder for corpora, targets and memories.
+            results: JSON lines; those of this study are gone on with.
+
+        Raises:
+            ConfigError: The file does not fit.
+        """
+        sections = parse_yaml(path.read_text(encoding="utf-8"), f"study {path}")
+        try:
+            self.settings = sections.pop("study")
+            self.arms: dict[str, dict[str, Any]] = self.settings["arms"]
+            self.search: dict[str, list[Any]] = self.settings.get("search", {})
+            self.general: dict[str, Any] = self.settings["general"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ConfigError(f"study {path} lacks {error}: it is a recipe and a section study") from None
+        self.sections: dict[str, dict[str, Any]] = sections
+        self.name, self.work, self.results = path.stem, work / path.stem, results
+        self.hash = digest([self.sections, self.general])[:12]
+
+    # --- what is asked for ------------------------------------------------------------------------------------------
+
+    def points(self, arms: list[str], seeds: list[int]) -> Iterator[Point]:
+        """Every point, seed by seed."""
+        for seed, arm in itertools.product(seeds, arms):
+            for values in itertools.product(*self.search.values()):
+                searched = dict(zip(self.search, values, strict=True))
+                yield Point(arm, {**self.arms[arm], **searched, "train.seed": seed})
+
+    def recipe(self, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe of a point."""
+        sections = {name: dict(values) for name, values in self.sections.items()}
+        for name, value in settings.items():
+            section, key = name.split(".")
+            sections.setdefault(section, {})[key] = value
+        return Recipe(sections)
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def found(self, what: str) -> list[dict[str, Any]]:
+        """The results of a kind that are there."""
+        if not self.results.is_file():
+            return []
+        lines = [json.loads(line) for line in self.results.read_text(encoding="utf-8").splitlines() if line]
+        return [line for line in lines if line["study"] == self.name and line["hash"] == self.hash and what in line]
+
+    def keep(self, what: str, line: dict[str, Any]) -> None:
+        """Append a result."""
+        machine = hardware()
+        line = {"study": self.name, "hash": self.hash, "what": what, what: True, **line, "machine": machine}
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {name: value for name, value in line.items() if name not in ("machine", "hash", "study", what)}
+        print(json.dumps(shown), flush=True)
+
+    def best(self, arm: str, seed: int) -> dict[str, Any] | None:
+        """The point of an arm that validation found best."""
+        there = [p for p in self.found("point") if p["arm"] == arm and p["settings"]["train.seed"] == seed]
+        return min(there, key=lambda point: point["validation"]["mixture_perplexity"], default=None)
+
+    # --- work -------------------------------------------------------------------------------------------------------
+
+    def folders(self, recipe: Recipe, name: str, *, targets: bool) -> dict[str, Path]:
+        """The folders that a memory is trained from, made where they are not there."""
+        wanted = ("corpus", "teacher", "datastore", "targets") if targets else ("corpus",)
+        there: dict[str, Path] = {}
+        for step in recipe_steps(recipe):
+            if step.name in wanted:
+                there[step.name] = make_step(self.work / name / step.name, step.plan(there), _say)
+        return there
+
+    def memory_folder(self, key: str) -> Path:
+        return self.work / f"point-{key}" / "memory"
+
+    def train(self, point: Point) -> None:
+        """Train a point's memory and keep what validation said of it; of an arm's memories the best is kept."""
+        recipe = self.recipe(point.settings)
+        config, places = recipe.configs["train"], recipe.places["train"]
+        there = self.folders(recipe, point.arm, targets=config.kl_weight > 0)
+        began, out = time.monotonic(), self.memory_folder(point.key)
+        data = there["targets" if config.kl_weight > 0 else "corpus"]
+        plan = plan_memory(data, init=places.get("init"), base=base_of(recipe), config=config)
+        make_step(out, plan, _say)
+        facts = read_manifest(out, "memory").facts
+        self.keep(
+            "point",
+            {
+                "arm": point.arm,
+                "key": point.key,
+                "settings": point.settings,
+                "validation": facts["validation"]["best"] | {"base_perplexity": facts["validation"]["base_perplexity"]},
+                "history": facts["validation"]["history"],
+                "steps": facts["steps"],
+                "parameters": facts["parameters"],
+                "targets": read_manifest(there["targets"]).facts.get("judged") if "targets" in there else None,
+                "seconds": round(time.monotonic() - began),
+            },
+        )
+        best = self.best(point.arm, point.seed)
+        for other in self.found("point"):
+            if (other["arm"], other["settings"]["train.seed"]) == (point.arm, point.seed) and other != best:
+                shutil.rmtree(self.memory_folder(other["key"]).parent, ignore_errors=True)
+
+    def general_corpus(self, part: str, tokenizer: str) -> Path:
+        """Corpus of general text whose test split is all of it, made of `study.general.fit` or `.test`."""
+        text = Path(data_path(self.general[part])).read_text(encoding="utf-8")
+        starts = [match.start() for match in _HEADING.finditer(text)]
+        articles = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+        lines = self.work / f"general-{part}.jsonl"
+        lines.parent.mkdir(parents=True, exist_ok=True)
+        lines.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles), encoding="utf-8")
+        sizes = {
+            "max_test_tokens": self.general["tokens"],
+            "block_size": self.sections["corpus"].get("block_size", 1024),
+        }
+        out = self.work / "general" / part
+        build_corpus([str(lines)], tokenizer=tokenizer, out=out, validation_fraction=0.0, test_fraction=0.9, **sizes)
+        return out
+
+    def judge(self, arm: str, seed: int) -> None:
+        """Fit the gate of an arm's best memory, and keep what it does on both test texts."""
+        best = self.best(arm, seed)
+        if best is None or any(line["key"] == best["key"] for line in self.found("arm")):
+            return
+        recipe = self.recipe(best["settings"])
+        base, tokenizer = base_of(recipe), recipe.places["corpus"]["tokenizer"]
+        corpus, memory = self.folders(recipe, arm, targets=False)["corpus"], self.memory_folder(best["key"])
+        fit, test = (self.general_corpus(part, tokenizer) for part in ("fit", "test"))
+        evaluation: EvaluateConfig = recipe.configs.get("evaluate") or EvaluateConfig()
+        if ConfidenceHead.read(memory) is None:
+            fit_gate(memory, corpus=corpus, base=base, general=[fit], dtype=evaluation.dtype)
+        weight = {"mix_weight": best["validation"]["mix_weight"]}
+        texts = {"in_domain": (corpus, evaluation), "general": (test, evaluation.model_copy(update=weight))}
+        found: dict[str, Any] = {}
+        for name, (folder, config) in texts.items():
+            for gate in GATES:
+                report = evaluate_perplexity(folder, base=base, memory=str(memory), config=config, gate=gate)
+                mixture = report["mixture"]
+                found.setdefault(name, {"tokens": report["tokens"], "documents": report["documents"]})
+                found[name] |= {"base": report["base"], "alone": report["memory"], "fixed": mixture["fixed"]}
+                kept = ("perplexity", "interval", "mean_weight", "ratio_to_fixed")
+                found[name][gate] = {key: mixture[key] for key in kept} | {"ratio_to_base": report["ratio"]}
+        self.keep("arm", {"arm": arm, "key": best["key"], "settings": best["settings"], **found})
+
+    def compare(self, against: str, seed: int) -> None:
+        """Keep paired ratios of every arm's mixtures over those of `against`, on the test split of the domain."""
+        lines = {line["arm"]: line for line in self.found("arm") if line["settings"]["train.seed"] == seed}
+        if against not in lines or len(lines) < 2:
+            return
+        keys = sorted(line["key"] for line in lines.values())
+        if any(line["keys"] == keys for line in self.found("pairs")):
+            return
+        recipe = self.recipe(lines[against]["settings"])
+        config: EvaluateConfig = recipe.configs.get("evaluate") or EvaluateConfig()
+        corpus = Corpus(self.folders(recipe, against, targets=False)["corpus"])
+        ways: dict[str, dict[str, np.ndarray]] = {"alone": {}, "fixed": {}, **{gate: {} for gate in GATES}}
+        document = np.empty(0, np.int64)
+        for arm, line in lines.items():
+            folder = self.memory_folder(line["key"])
+            tables = score_corpus(corpus, base_of(recipe), {"memory": str(folder)}, dtype=config.dtype)
+            test, weight = tables["test"], line["in_domain"]["fixed"]["mix_weight"]
+            document = test.document
+            label, own = (test.voters[name].label.astype(np.float64) for name in ("base", "memory"))
+            ways["alone"][arm] = own
+            ways["fixed"][arm] = np.logaddexp(label + np.log1p(-weight), own + np.log(weight)) if weight else label
+            for gate in GATES:
+                rule = weight_rule(GateConfig(gate=gate), {"memory": GatedMemory(weight, ConfidenceHead.read(folder))})
+                ways[gate][arm] = gated_label_log_probs(test, rule)[0]  # type: ignore[arg-type]
+        found = {}
+        for way, parts in ways.items():
+            resampled = Resampled(document, parts, config)
+            found[way] = {arm: resampled.ratio(arm, against) for arm in parts if arm != against}
+        self.keep("pairs", {"against": against, "keys": keys, "ratios": found})
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run(study: Study, arms: list[str], seeds: list[int], *, minutes: float | None) -> bool:
+    """Work through the study as far as the time goes; whether it is finished."""
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    for point in study.points(arms, seeds):
+        there = study.found("point")
+        if any(line["key"] == point.key for line in there):
+            continue
+        needed = _TRAIN_FACTOR * max((line["seconds"] for line in there), default=0)
+        if end is not None and time.monotonic() + needed > end:
+            _say(f"no time left for a point of about {duration(needed)}; run the same command again to go on")
+            return False
+        study.train(point)
+    for seed in seeds:
+        for arm in arms:
+            study.judge(arm, seed)
+        study.compare(study.settings.get("against", arms[0]), seed)
+    return True
+
+
+def table(study: Study) -> str:
+    """The arms that were judged, as lines of Markdown."""
+    rows = ["| arm | settings | alone | fixed | posterior | both | general: fixed | both |", "|---" * 8 + "|"]
+    for line in study.found("arm"):
+        domain, general = line["in_domain"], line["general"]
+        settings = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in line["settings"].items())
+        cells = [domain[way]["perplexity"] for way in ("alone", "fixed", "posterior", "both")]
+        harm = [general[way]["perplexity"] / general["base"]["perplexity"] - 1 for way in ("fixed", "both")]
+        numbers = [*(f"{cell:.3f}" for cell in cells), *(f"{part:+.2%}" for part in harm)]
+        rows.append(f"| {' | '.join([line['arm'], settings, *numbers])} |")
+    return "\n".join(rows)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a study; the exit status is 0 where it is finished."""
+    assert __doc__
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("study", type=Path, help="YAML file: a recipe and a section study; recipes/study has some")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of memories; default runs/study")
+    parser.add_argument("--results", type=Path, required=True, help="file of JSON lines, added to and gone on with")
+    parser.add_argument("--arms", nargs="+", metavar="ARM", help="default all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default 0")
+    parser.add_argument("--minutes", type=float, help="start no point that would end later")
+    parser.add_argument("--table", action="store_true", help="print the arms that were judged, and run nothing")
+    given = parser.parse_args(arguments)
+    logging.disable_progress_bar()
+    try:
+        study = Study(given.study, given.work.resolve(), given.results)
+        arms = given.arms or list(study.arms)
+        if unknown := set(arms) - study.arms.keys():
+            raise ConfigError(f"no arm is called {min(unknown)!r}; there are {', '.join(study.arms)}")
+        if given.table:
+            print(table(study))
+            return 0
+        return 0 if run(study, arms, given.seeds, minutes=given.minutes) else 3
+    except MemlmError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
