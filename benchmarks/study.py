@@ -288,7 +288,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("study", type=Path, help="YAML file: a recipe and a section study; recipes/study has some")
+    parser.add_argument("study", type=Path, help="YAML file: a recipe and a section study; benchmarks/studies has some")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of memories; default runs/study")
     parser.add_argument("--results", type=Path, required=True, help="file of JSON lines, added to and gone on with")
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default all")

@@ -130,7 +130,7 @@ def test_a_base_that_gives_no_finite_score_is_named(targets_folder: Path, model_
     with torch.no_grad():
         model.get_output_embeddings().weight[5] = float("nan")
     data = TrainingData(targets_folder, with_targets=True)
-    with pytest.raises(ModelError, match="no finite score at [0-9,]+ of [0-9,]+ training positions"):
+    with pytest.raises(ModelError, match=r"no finite score at [0-9,]+ of [0-9,]+ training positions"):
         base_on_rows(data, model_folder, dtype=torch.float32, batch_tokens=77, load_base=lambda: model)
 
 

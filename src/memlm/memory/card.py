@@ -69,6 +69,8 @@ def memory_card(
     elif targets and "k" in targets:
         own = " and their document" if targets["exclude_document"] else ""
         made = f"k {targets['k']}, temperature {targets['target_temperature']:g}, without the position itself{own}"
+        if share := targets.get("teacher_share"):
+            made += f"; the teacher's own distribution has a share of {share:g}"
     else:
         made = "imported"
     return _TEMPLATE.format(

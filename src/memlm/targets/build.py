@@ -1,6 +1,7 @@
 """The targets stage: a datastore to rows of blocks with a sparse distribution per position."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from memlm.config import settings_from
 from memlm.corpus.blocks import Block, Corpus
@@ -16,7 +18,7 @@ from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.index import widen
 from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, InputError
-from memlm.files import file_digest
+from memlm.files import file_digest, read_json, write_json
 from memlm.manifest import Manifest, copy_payload
 from memlm.models.taps import TapReader
 from memlm.parts import KEEP_SECONDS, Due, Part
@@ -24,7 +26,10 @@ from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
 from memlm.targets.shards import TRAIN_SCHEMA, VALIDATION_FILE, VALIDATION_SCHEMA, read_statistics, write_rows
+from memlm.targets.teacher import Judged, hear, judge, mixed_targets
 from memlm.targets.votes import SparseProbs, retrieve
+
+_CHOSEN = "chosen.json"
 
 
 def build_targets(
@@ -49,7 +54,8 @@ def build_targets(
 
     Raises:
         ConfigError: k is larger than the datastore allows.
-        ArtifactError: The datastore kept no keys and its teacher is no longer the one that made it.
+        ArtifactError: The datastore kept no keys, or the teacher is to judge or has a share, and it is no longer the
+            one that made the datastore.
         ModelError: Its teacher is needed and cannot be reached.
     """
     config = settings_from(TargetsConfig, config, settings)
@@ -75,7 +81,7 @@ def plan_targets(
         raise ConfigError(
             f"k = {config.k} is larger than the {store.n_entries - 1} other entries of datastore {datastore}; lower --k"
         )
-    if not store.config.keep_keys:
+    if not store.config.keep_keys or config.chooses or config.teacher_share != 0:
         store.check_teacher()
     spec = StageSpec(
         "targets",
@@ -83,6 +89,7 @@ def plan_targets(
         inputs={"datastore": store.manifest.hash},
         tokenizer=store.manifest.tokenizer,
         sources={**store.manifest.sources, "datastore": str(datastore)},
+        intermediate=(_CHOSEN,),
     )
     return Plan(spec, lambda stage: _search(stage, store, config, positions_at_once, Due(keep_seconds)))
 
@@ -93,7 +100,15 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
     shards = shard_blocks(split.position_starts, store.config.shard_positions)
     bounds = {i: split.position_starts[list(s)].tolist() for i, s in enumerate(shards) if not stage.has(_shard(i))}
     done = split.n_positions - sum(stop - start for start, stop in bounds.values())
-    reader = cache(lambda: TapReader(load_teacher(store.teacher, store.config)[0], store.facts.tap))
+    teacher = cache(lambda: load_teacher(store.teacher, store.config)[0])
+    reader = cache(lambda: TapReader(teacher(), store.facts.tap))
+    chosen = _chosen(stage, store, config, teacher)
+    votes_settings = {
+        "k": config.k,
+        "target_temperature": chosen["target_temperature"],
+        "exclude_document": config.exclude_document,
+        "target_mass": config.target_mass,
+    }
 
     def keep(done: int) -> None:
         stage.kept = f"the targets of {done:,} of {split.n_positions:,} positions"
@@ -113,15 +128,76 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
             for at in range(begin, len(keys), positions_at_once):
                 queries = widen(keys[at : at + positions_at_once])
                 own = np.arange(start + at, start + at + len(queries))
-                votes.append(retrieve(store, queries, own, **config.model_dump()))
+                votes.append(retrieve(store, queries, own, **votes_settings))
                 bar.update(len(own))
                 if part.offer(at + len(own), lambda votes=votes: SparseProbs.concatenate(votes).arrays()):
                     keep(done + at + len(own))
-            write(_write_shard, stage, i, [split[b] for b in blocks], SparseProbs.concatenate(votes))
+            found = SparseProbs.concatenate(votes)
+            if chosen["teacher_share"]:
+                found = _with_teacher(found, store, teacher(), np.asarray(blocks), start, config, chosen)
+            write(_write_shard, stage, i, [split[b] for b in blocks], found)
             write(part.remove)
             done += stop - start
             keep(done)
-    return _write_rest(stage, store.corpus, len(shards), store.manifest.facts)
+    return _write_rest(stage, store.corpus, len(shards), store.manifest.facts) | chosen
+
+
+def _chosen(
+    stage: Stage, store: Datastore, config: TargetsConfig, teacher: Callable[[], PreTrainedModel]
+) -> dict[str, Any]:
+    """Temperature and the teacher's share in force, and what they were chosen by; an earlier run's choice stands."""
+    if not config.chooses:
+        return {"target_temperature": config.target_temperature, "teacher_share": config.teacher_share}
+    if stage.has(_CHOSEN):
+        return read_json(stage.path / _CHOSEN)
+    split = "validation" if store.corpus.split("validation").n_positions else "train"
+    asked = {"k": config.k, "exclude_document": config.exclude_document, "positions": config.judged_positions}
+    held_out = judge(store, teacher(), split, temperature=config.target_temperature, **asked)
+    temperature, neighbours = held_out.best()
+    found: dict[str, Any] = {
+        "target_temperature": temperature,
+        "teacher_share": round(1 - neighbours, 4) if config.teacher_share == "auto" else config.teacher_share,
+        "judged": {split: _told(held_out, temperature, neighbours)},
+    }
+    found["judged"]["neighbours_share"] = neighbours
+    found["judged"]["perplexities"] = {
+        f"{t:g}": round(math.exp(held_out.nats(t, held_out.best_share(t))), 4) for t in held_out.neighbours
+    }
+    if split != "train":  # far lower there: the teacher has learnt the text by heart, and its targets leak labels
+        learnt = judge(store, teacher(), "train", temperature=temperature, **asked)
+        found["judged"]["train"] = _told(learnt, temperature, neighbours)
+    with stage.writing(_CHOSEN) as temporary:
+        write_json(temporary, found)
+    return found
+
+
+def _told(judged: Judged, temperature: float, neighbours: float) -> dict[str, Any]:
+    told = {"teacher": 0.0, "mixed": neighbours}
+    perplexities = {name: round(math.exp(judged.nats(temperature, share)), 4) for name, share in told.items()}
+    return {"positions": len(judged.teacher), **perplexities}
+
+
+def _with_teacher(
+    votes: SparseProbs,
+    store: Datastore,
+    teacher: PreTrainedModel,
+    blocks: NDArray[np.int64],
+    first: int,
+    config: TargetsConfig,
+    chosen: dict[str, Any],
+) -> SparseProbs:
+    """Votes of the positions of these blocks with the teacher's share in them."""
+    split = store.corpus.split("train")
+    with progress_bar(len(votes.counts), f"{store.teacher} reads") as bar:
+        return mixed_targets(
+            votes,
+            hear(teacher, store.facts.tap, split, blocks, store.corpus.vocab_size),
+            first,
+            bar.update,
+            teacher_share=chosen["teacher_share"],
+            target_mass=config.target_mass,
+            max_support=config.max_support,
+        )
 
 
 def import_released(

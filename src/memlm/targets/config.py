@@ -1,8 +1,9 @@
 """Settings of the targets stage."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_serializer
 
 from memlm.config import StageConfig
 from memlm.files import lasting_name
@@ -22,8 +23,8 @@ class NeighborConfig(StageConfig):
 
     @field_validator("target_temperature")
     @classmethod
-    def _divides_in_float32(cls, value: float) -> float:
-        if value < _LOWEST_TEMPERATURE:
+    def _divides_in_float32(cls, value: float | None) -> float | None:
+        if value is not None and value < _LOWEST_TEMPERATURE:
             raise ValueError(
                 f"must be at least {_LOWEST_TEMPERATURE:g}; so low a one leaves the nearest neighbour alone"
             )
@@ -52,7 +53,39 @@ class RetrievalConfig(NeighborConfig):
 class TargetsConfig(NeighborConfig):
     """How neighbours become soft targets."""
 
+    target_temperature: float | None = Field(default=None, gt=0, le=1e12)  # type: ignore[assignment]
+    """Divides squared L2 distances before the softmax; higher is flatter. τ in the papers. Default: chosen so that
+    neighbours and teacher together best foresee held-out text."""
     exclude_document: bool = False
     """Leave out neighbours from the position's own document too, not only the position itself."""
     target_mass: float = Field(default=0.999, gt=0, le=1)
     """The smallest set of tokens holding this much probability is kept and renormalised; 1 keeps all."""
+    teacher_share: float | Literal["auto"] = 0.0
+    """Share of the teacher's own distribution in the targets, in [0, 1]; the neighbours have the rest. auto: what best
+    foresees held-out text."""
+    max_support: int = Field(default=256, ge=1, le=1 << 20)
+    """Tokens of a target at most, where the teacher has a share: its distribution is on all of them."""
+    judged_positions: int = Field(default=4096, ge=1, le=1 << 24)
+    """Held-out positions that a choice rests on."""
+
+    @field_validator("teacher_share")
+    @classmethod
+    def _is_a_share(cls, value: float | str) -> float | str:
+        if isinstance(value, float) and not 0 <= value <= 1:  # also where it is NaN
+            raise ValueError("must be in [0, 1], or auto")
+        return value
+
+    @property
+    def chooses(self) -> bool:
+        """Whether anything is left to be chosen from the data."""
+        return self.target_temperature is None or self.teacher_share == "auto"
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """The settings without those that decide nothing, so that older folders are still recognised."""
+        values = handler(self)
+        if self.teacher_share == 0:
+            del values["teacher_share"], values["max_support"]
+        if not self.chooses:
+            del values["judged_positions"]
+        return values

@@ -144,10 +144,20 @@ def _block_votes(
     probs = weights.new_zeros(shape).scatter_add_(1, group, bits.view(torch.float32))
     tokens = tokens.new_zeros(shape).scatter_(1, group, tokens)
     bits, tokens = _sort_pairs(~probs.view(torch.int32), tokens)  # likeliest first
-    probs = (~bits).view(torch.float32)
+    return likeliest((~bits).view(torch.float32), tokens, target_mass)
+
+
+def likeliest(probs: Float[Tensor, "P K"], tokens: Int[Tensor, "P K"], target_mass: float) -> SparseProbs:
+    """The smallest set of tokens that holds `target_mass`, renormalised; what float16 cannot hold is lost as well.
+
+    Args:
+        probs: In descending order, of a sum of at most 1.
+        tokens: Ids, each once per position.
+        target_mass: In (0, 1].
+    """
     before = probs.cumsum(1) - probs
     keep = (before < target_mass) & (probs > 0)
-    keep &= (probs / (probs * keep).sum(1, keepdim=True)).half() > 0  # what float16 cannot hold is lost as well
+    keep &= (probs / (probs * keep).sum(1, keepdim=True)).half() > 0
     kept = (probs * keep).sum(1)
     return SparseProbs(
         counts=keep.sum(1), ids=tokens[keep], probs=(probs / kept[:, None])[keep], lost_mass=(1 - kept).clamp(min=0)

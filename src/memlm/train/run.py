@@ -339,6 +339,12 @@ def _dead_worker(error: Exception) -> str | None:
     return str(error).splitlines()[0] if "DataLoader worker" in str(error) else None
 
 
+def _targets_in_force(targets: Manifest) -> dict[str, Any]:
+    """Settings that targets were made with, those that were chosen from the data included."""
+    chosen = ("target_temperature", "teacher_share")
+    return targets.config | {name: targets.facts[name] for name in chosen if targets.facts.get(name)}
+
+
 def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[str, Any]:
     validated = [entry for entry in trainer.state.log_history if "eval_mixture_perplexity" in entry]
     history = [
@@ -357,7 +363,7 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[s
         "epochs": round(float(trainer.state.epoch or 0), 4),
         "corpus": rows.corpus_facts,
         "targets": {k: v for k, v in rows.manifest.facts.items() if k.startswith("mean_")},
-        "targets_config": rows.manifest.config if rows.manifest.kind == "targets" else None,
+        "targets_config": _targets_in_force(rows.manifest) if rows.manifest.kind == "targets" else None,
         "training": [
             {k: entry[k] for k in _LOGGED if k in entry} for entry in trainer.state.log_history if "loss" in entry
         ],
