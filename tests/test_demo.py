@@ -16,6 +16,7 @@ from conftest import sentences
 
 from memlm import demo
 from memlm.errors import ArtifactError
+from memlm.manifest import read_manifest
 from memlm.runs.recipe import Recipe
 
 pytestmark = pytest.mark.slow
@@ -85,12 +86,13 @@ def test_a_machine_that_is_too_slow_still_gets_a_table() -> None:
 
 
 def test_every_pass_over_the_splits_is_in_the_expected_time() -> None:
-    read = demo.seconds_by_part(24_000, demo.Speed(reading=100, training=1e12))
+    reader, trainer = demo.Speed(reading=100, training=1e12), demo.Speed(reading=1e12, training=100)
+    read = demo.seconds_by_part(24_000, reader)
     passes = 1 + 3 / 8 + 2 / 6  # the training split once; validation by the base, and by the memory twice; test by both
-    fixed = sum(demo.seconds_by_part(0, demo.Speed(1, 1)).values())
-    assert sum(read.values()) - fixed == pytest.approx(passes * 24_000 * demo._BLOCK_TOKENS / 100)
-    trained = demo.seconds_by_part(24_000, demo.Speed(reading=1e12, training=100))
-    assert sum(trained.values()) - fixed == pytest.approx(24_000 * demo._BLOCK_TOKENS / 100)
+    fixed = [sum(demo.seconds_by_part(0, speed).values()) for speed in (reader, trainer)]
+    assert sum(read.values()) - fixed[0] == pytest.approx(passes * 24_000 * demo._BLOCK_TOKENS / 100)
+    trained = demo.seconds_by_part(24_000, trainer)
+    assert sum(trained.values()) - fixed[1] == pytest.approx(24_000 * demo._BLOCK_TOKENS / 100)
 
 
 def test_the_time_left_follows_the_pace_of_what_was_done() -> None:
@@ -128,7 +130,7 @@ def test_more_than_was_asked_for_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(demo, "run_recipe", lambda *args, **kwargs: sys.exit())
     with pytest.raises(SystemExit):
         demo.run_demo(tmp_path, minutes=10, say=said.append)
-    assert "6,000 training tokens, about 27 minutes" in said[-2]
+    assert "6,000 training tokens, about 29 minutes" in said[-2]
     assert "more than 10 minutes" in said[-1]
 
 
@@ -174,6 +176,23 @@ def test_the_demo_ends_with_a_table(walked: tuple[Path, dict[str, Any], str]) ->
     assert f"{report['tokens']:,} test tokens" in text
     assert "mix_weight chosen on validation" in text
     assert f"{report['base']['perplexity']:.2f} with the base alone" in text
+
+
+def test_the_demo_ends_with_the_gates_figures_and_its_harm_elsewhere(walked: tuple[Path, dict[str, Any], str]) -> None:
+    out, report, text = walked
+    fixed = report["mixture"]["fixed"]["perplexity"]
+    assert f"weighed token by token; {fixed:.2f} with one weight for all" in text.splitlines()[0]
+    figure = r"\d[\d,.]* \([+-]\d+\.\d%\)"
+    ways = f"{figure} with the gate, {figure} with the fixed weight"
+    told = rf"^On licence texts, .*: \d[\d,.]* with the base alone, {ways}\.$"
+    assert len(re.findall(told, text, re.MULTILINE)) == 1
+    assert read_manifest(out / "elsewhere", "corpus").facts["splits"]["test"]["positions"] > 500
+
+
+def test_licences_are_told_apart_by_more_than_their_holders() -> None:
+    found = list(demo.licences())
+    assert len(found) >= 5
+    assert len({text[-150:] for text in found}) == len(found)
 
 
 def test_the_demo_shows_three_passages_with_lifted_and_sunk_tokens(walked: tuple[Path, dict[str, Any], str]) -> None:

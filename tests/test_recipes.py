@@ -401,4 +401,4 @@ def test_every_stage_setting_can_be_given_in_its_section(documents: str, model_f
         sections[name] = {**config().model_dump(), **sections.get(name, {})}
     sections["teacher"]["kl_weight"] = sections["twin"]["kl_weight"] = 0
     recipe = Recipe(sections)
-    assert recipe.configs["targets"].model_dump() == {**SECTIONS["targets"][0]().model_dump(), **sections["targets"]}
+    assert recipe.configs["targets"] == SECTIONS["targets"][0](**sections["targets"])

@@ -4,18 +4,23 @@ import ast
 import contextlib
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from memlm.corpus.build import build_corpus
 from memlm.errors import ArtifactError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.passages import passages
+from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.evaluate.plot import weights_of
 from memlm.evaluate.report import report_table
 from memlm.files import read_json, replacing, write_json
 from memlm.manifest import library_versions, read_manifest
@@ -34,6 +39,9 @@ _BLOCK_TOKENS = 1.45  # tokens in blocks per token of the corpus, as measured at
 _PART_SECONDS = 10  # of each part: loading a model, saving, searching
 _LONGEST = 2000  # characters of one module, so that no module fills the corpus
 _SHORTEST = 300
+_ELSEWHERE = "trained"  # what the memory is called there, so that its bar has a name of its own
+_LICENCE_TOKENS = 2000
+_LONGEST_LICENCE = 1500  # characters
 _SHARE = 0.3  # of all modules, chosen by the hash of their names: parsing all takes a minute and is not needed
 
 
@@ -89,8 +97,10 @@ def run_demo(
         say(f"that is more than {minutes:g} minutes, but fewer tokens would give a table that says nothing")
     with _one_bar(TimeLeft(parts), say) as told:
         report = run_recipe(demo_recipe(str(documents), tokens), out, say=told)["memory"]
+        elsewhere = _elsewhere(out, report, told)
     say(f"took {(time.monotonic() - began) / 60:.1f} minutes")
-    return report, "\n".join([_headline(report), "", report_table(report), "", _passages(out, report), "", _next(out)])
+    ending = [_headline(report), *elsewhere, "", report_table(report), "", _passages(out, report), "", _next(out)]
+    return report, "\n".join(ending)
 
 
 def _kept(path: Path) -> tuple[Speed, int]:
@@ -164,6 +174,7 @@ def seconds_by_part(train_tokens: int, speed: Speed) -> dict[str, float]:
         "training": _BLOCK_TOKENS * train_tokens / speed.training + reading(_VALIDATION),
         "scoring validation: memory": reading(_VALIDATION),
         "scoring test: base, memory": 2 * reading(_TEST),
+        f"scoring test: base, {_ELSEWHERE}": 2 * _LICENCE_TOKENS / speed.reading,
     }
     return {part: seconds + _PART_SECONDS for part, seconds in work.items()}
 
@@ -292,13 +303,59 @@ def _module_text(name: str, path: Path) -> str:
     return f"{name}\n\n{body}" if len(body) >= _SHORTEST else ""
 
 
+def licences() -> Iterator[str]:
+    """The beginnings of licences of installed packages, none twice: English that the demo's memory never saw."""
+    seen: set[str] = set()
+    for package in sorted(distributions(), key=lambda d: d.name or ""):
+        for file in package.files or ():
+            if not re.search(r"\.dist-info/.*\b(LICEN[CS]E|COPYING)[^/]*$", str(file)):
+                continue
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                text = Path(str(file.locate())).read_text(encoding="utf-8")[:_LONGEST_LICENCE]
+                opening = "".join(re.findall(r"[a-z]+", text.lower()))[-200:]  # holders and years come first
+                if len(text) == _LONGEST_LICENCE and opening not in seen:
+                    seen.add(opening)
+                    yield text
+
+
+def _elsewhere(out: Path, report: dict[str, Any], say: Callable[[str], None]) -> list[str]:
+    """What the mixtures do to text of another kind; nothing where no licences are installed."""
+    documents, corpus = out / "licences.jsonl", out / "elsewhere"
+    rows = [json.dumps({"text": text}) + "\n" for text in licences()]
+    if not rows:
+        return []
+    say(f"licences of installed packages, which the memory never saw -> {corpus}")
+    if not documents.is_file():
+        with replacing(documents) as temporary:
+            temporary.write_text("".join(rows), encoding="utf-8")
+    sizes = {"block_size": _BLOCK, "max_test_tokens": _LICENCE_TOKENS, "test_fraction": 0.9}
+    build_corpus([str(documents)], tokenizer=MODEL, out=corpus, validation_fraction=0.0, **sizes)
+    places, (weight,) = read_manifest(out / "evaluation-memory").sources, weights_of(report).values()
+    there = evaluate_perplexity(
+        corpus,
+        base=places["base"],
+        memory={_ELSEWHERE: places["memory"]},
+        config=EvaluateConfig.parse({**report["run"]["config"], "mix_weight": {_ELSEWHERE: weight}}),
+        gate=report["mixture"]["gate"],
+    )
+    return [_harm(there)]
+
+
+def _harm(report: dict[str, Any]) -> str:
+    base = report["base"]["perplexity"]
+    told = {"the gate": report["mixture"], "the fixed weight": report["mixture"]["fixed"]}
+    parts = [f"{row['perplexity']:.2f} ({row['perplexity'] / base - 1:+.1%}) with {name}" for name, row in told.items()]
+    return f"On licence texts, of which the memory knows nothing: {base:.2f} with the base alone, {', '.join(parts)}."
+
+
 def _headline(report: dict[str, Any]) -> str:
     base, mixture = report["base"]["perplexity"], report["mixture"]["perplexity"]
+    fixed = report["mixture"]["fixed"]["perplexity"]
     interval = report["ratio"]["interval"]
     drawn = f"; 95% of resamplings of the documents: {1 - interval[1]:.0%} to {1 - interval[0]:.0%}" if interval else ""
     return (
         f"Perplexity on held-out modules: {base:.2f} with the base alone, {mixture:.2f} with the memory beside it"
-        f" ({1 - mixture / base:.0%} lower{drawn})."
+        f" ({1 - mixture / base:.0%} lower{drawn}), weighed token by token; {fixed:.2f} with one weight for all."
     )
 
 
