@@ -130,7 +130,7 @@ def test_more_than_was_asked_for_is_said(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(demo, "run_recipe", lambda *args, **kwargs: sys.exit())
     with pytest.raises(SystemExit):
         demo.run_demo(tmp_path, minutes=10, say=said.append)
-    assert "6,000 training tokens, about 29 minutes" in said[-2]
+    assert "6,000 training tokens, about 30 minutes" in said[-2]
     assert "more than 10 minutes" in said[-1]
 
 
