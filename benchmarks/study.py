@@ -21,10 +21,13 @@ from typing import Any
 import numpy as np
 from transformers.utils import logging
 
+from benchmarks.recipe import quick_overrides
 from benchmarks.report import hardware
-from memlm.config import parse_yaml
+from memlm.config import read_recipe
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus
+from memlm.datastore.build import load_teacher
+from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, MemlmError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled
@@ -34,17 +37,19 @@ from memlm.manifest import read_manifest
 from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import GatedMemory, weight_rule
 from memlm.mix.gate_config import GateConfig
+from memlm.runs.estimate import step_costs
 from memlm.runs.plan import base_of, make_step, recipe_steps
 from memlm.runs.recipe import Recipe, data_path
 from memlm.scores.gated import gated_label_log_probs
 from memlm.scores.table import score_corpus
+from memlm.targets.config import RetrievalConfig
+from memlm.targets.teacher import judge
 from memlm.text import duration
 from memlm.train.gate import fit_gate
 from memlm.train.run import plan_memory
 
 GATES = ("posterior", "both")
 _HEADING = re.compile(r"^ = (?!=).*(?<!=) = $", re.MULTILINE)
-_TRAIN_FACTOR = 1.15  # of a point's time beside its training
 
 
 @dataclass(frozen=True)
@@ -68,17 +73,18 @@ class Point:
 class Study:
     """A study's file, the folder it works in and the results that there are."""
 
-    def __init__(self, path: Path, work: Path, results: Path) -> None:
+    def __init__(self, path: Path, work: Path, results: Path, overrides: list[str] | tuple[str, ...] = ()) -> None:
         """
         Args:
             path: The YAML file: a recipe, and a section `study`.
+            overrides: `section.key=value`, as `memlm run --set` takes them.
             work: Folder for corpora, targets and memories.
             results: JSON lines; those of this study are gone on with.
 
         Raises:
             ConfigError: The file does not fit.
         """
-        sections = parse_yaml(path.read_text(encoding="utf-8"), f"study {path}")
+        sections = read_recipe(path, overrides)
         try:
             self.settings = sections.pop("study")
             self.arms: dict[str, dict[str, Any]] = self.settings["arms"]
@@ -114,16 +120,17 @@ class Study:
         if not self.results.is_file():
             return []
         lines = [json.loads(line) for line in self.results.read_text(encoding="utf-8").splitlines() if line]
-        return [line for line in lines if line["study"] == self.name and line["hash"] == self.hash and what in line]
+        own = {"study": self.name, "hash": self.hash, "what": what}
+        return [line for line in lines if own.items() <= line.items()]
 
     def keep(self, what: str, line: dict[str, Any]) -> None:
         """Append a result."""
         machine = hardware()
-        line = {"study": self.name, "hash": self.hash, "what": what, what: True, **line, "machine": machine}
+        line = {"study": self.name, "hash": self.hash, "what": what, **line, "machine": machine}
         self.results.parent.mkdir(parents=True, exist_ok=True)
         with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        shown = {name: value for name, value in line.items() if name not in ("machine", "hash", "study", what)}
+        shown = {name: value for name, value in line.items() if name not in ("machine", "hash", "study")}
         print(json.dumps(shown), flush=True)
 
     def best(self, arm: str, seed: int) -> dict[str, Any] | None:
@@ -215,6 +222,34 @@ class Study:
                 found[name][gate] = {key: mixture[key] for key in kept} | {"ratio_to_base": report["ratio"]}
         self.keep("arm", {"arm": arm, "key": best["key"], "settings": best["settings"], **found})
 
+    def live(self) -> None:
+        """Keep what live kNN-LM does with the teacher's datastore: k and temperature are those best on validation."""
+        if self.found("live"):
+            return
+        recipe = self.recipe({})
+        there = self.folders(recipe, "live", targets=True)
+        store = Datastore(there["datastore"])
+        teacher, _ = load_teacher(store.teacher, store.config)
+        searched: dict[tuple[int, float], float] = {}
+        for k in self.settings.get("live_k", [256]):
+            judged = judge(store, teacher, "validation", k=k, positions=recipe.configs["targets"].judged_positions)
+            for temperature in judged.neighbours:
+                searched[k, temperature] = judged.nats(temperature, judged.best_share(temperature))
+        k, temperature = min(searched, key=lambda pair: searched[pair])
+        evaluation: EvaluateConfig = recipe.configs.get("evaluate") or EvaluateConfig()
+        report = evaluate_perplexity(
+            there["corpus"],
+            base=base_of(recipe),
+            memory=str(there["datastore"]),
+            config=evaluation,
+            retrieval=RetrievalConfig(k=k, target_temperature=temperature),
+            gate="posterior",
+        )
+        tried = {f"k {k}, temperature {t:g}": round(nats, 4) for (k, t), nats in searched.items()}
+        found = {"k": k, "target_temperature": temperature, "nats": tried}
+        found |= {name: report[name] for name in ("tokens", "documents", "base", "mixture")}
+        self.keep("live", found)
+
     def compare(self, against: str, seed: int) -> None:
         """Keep paired ratios of every arm's mixtures over those of `against`, on the test split of the domain."""
         lines = {line["arm"]: line for line in self.found("arm") if line["settings"]["train.seed"] == seed}
@@ -246,27 +281,63 @@ class Study:
         self.keep("pairs", {"against": against, "keys": keys, "ratios": found})
 
 
+def quick_settings(study: Path, out: Path) -> list[str]:
+    """Settings that put a toy model, its text and toy sizes in a study's place."""
+    found, words = quick_overrides(str(study), out), (out / "documents.txt").read_text(encoding="utf-8").splitlines()
+    for part, lines in (("fit", words[::2]), ("test", words[1::2])):
+        articles = (f" = {number} = \n{line}\n" for number, line in enumerate(lines))
+        (out / f"{part}.txt").write_text("".join(articles), encoding="utf-8")
+    general = {"fit": str(out / "fit.txt"), "test": str(out / "test.txt"), "tokens": 3000}
+    settings = read_recipe(study)["study"]
+    search = {name: values[:1] for name, values in settings.get("search", {}).items()}
+    return [
+        *found,
+        "corpus.validation_fraction=0.4",  # a head is fitted on four documents at least
+        f"study.general={json.dumps(general)}",
+        f"study.search={json.dumps(search)}",
+        f"study.live_k={[8] if settings.get('live_k') else []}",
+    ]
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def run(study: Study, arms: list[str], seeds: list[int], *, minutes: float | None) -> bool:
-    """Work through the study as far as the time goes; whether it is finished."""
+    """Work through the study as far as the time goes, seed by seed; whether it is finished."""
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    for point in study.points(arms, seeds):
-        there = study.found("point")
-        if any(line["key"] == point.key for line in there):
-            continue
-        needed = _TRAIN_FACTOR * max((line["seconds"] for line in there), default=0)
-        if end is not None and time.monotonic() + needed > end:
-            _say(f"no time left for a point of about {duration(needed)}; run the same command again to go on")
-            return False
-        study.train(point)
     for seed in seeds:
         for arm in arms:
+            for point in study.points([arm], [seed]):
+                there = study.found("point")
+                if any(line["key"] == point.key for line in there):
+                    continue
+                needed = max((line["seconds"] for line in there), default=0)
+                if end is not None and there and time.monotonic() + needed > end:
+                    _say(f"no time is left for a point of {duration(needed)}; the same command goes on here")
+                    return False
+                study.train(point)
             study.judge(arm, seed)
         study.compare(study.settings.get("against", arms[0]), seed)
+    if study.settings.get("live_k"):
+        study.live()
     return True
+
+
+def left_to_do(study: Study, arms: list[str], seeds: list[int]) -> tuple[int, float, float]:
+    """Points that are missing, about the hours that they take, and about the GiB that the study keeps on disk."""
+    done = {line["key"] for line in study.found("point")}
+    points = [point for point in study.points(arms, seeds) if point.key not in done]
+    if not points:
+        return 0, 0.0, 0.0
+    recipe = study.recipe(points[0].settings)
+    costs = step_costs(recipe, base_of(recipe), None)
+    each, shared = costs["memory"], [cost for name, cost in costs.items() if name != "memory"]
+    timed = [line["seconds"] for line in study.found("point")]
+    seconds = sum(timed) / len(timed) if timed else each.seconds or 0.0
+    others = sum(cost.seconds or 0.0 for cost in shared) if not timed else 0.0
+    kept = (each.bytes or 0) * (len(arms) * len(seeds) + 1) + sum(cost.bytes or 0 for cost in shared)
+    return len(points), (len(points) * seconds + others) / 3600, kept / 2**30
 
 
 def table(study: Study) -> str:
@@ -283,7 +354,7 @@ def table(study: Study) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a study; the exit status is 0 where it is finished."""
+    """Run a study, as far as the time goes; the exit status is 1 where something is wrong."""
     assert __doc__
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -294,18 +365,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="default all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default 0")
     parser.add_argument("--minutes", type=float, help="start no point that would end later")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="another setting")
+    parser.add_argument("--max-hours", type=float, help="refuse a study that is expected to take longer")
+    parser.add_argument("--max-gib", type=float, help="refuse a study that is expected to keep more on disk")
+    parser.add_argument("--quick", action="store_true", help="toy size, on random words with a random model")
     parser.add_argument("--table", action="store_true", help="print the arms that were judged, and run nothing")
     given = parser.parse_args(arguments)
     logging.disable_progress_bar()
     try:
-        study = Study(given.study, given.work.resolve(), given.results)
+        work = given.work.resolve()
+        overrides = [*(quick_settings(given.study, work / "toy") if given.quick else []), *given.set]
+        study = Study(given.study, work, given.results, overrides)
         arms = given.arms or list(study.arms)
         if unknown := set(arms) - study.arms.keys():
             raise ConfigError(f"no arm is called {min(unknown)!r}; there are {', '.join(study.arms)}")
         if given.table:
             print(table(study))
             return 0
-        return 0 if run(study, arms, given.seeds, minutes=given.minutes) else 3
+        points, hours, gib = left_to_do(study, arms, given.seeds)
+        _say(f"{points} memories to train, about {duration(3600 * hours)} and {gib:.1f} GiB")
+        for name, there, most in (("hours", hours, given.max_hours), ("GiB", gib, given.max_gib)):
+            if most is not None and there > most:
+                raise ConfigError(f"about {there:.1f} {name}, above the {most:g} allowed, for {points} memories")
+        run(study, arms, given.seeds, minutes=given.minutes)
+        return 0
     except MemlmError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,0 +1,90 @@
+"""The study of what a memory is trained on, at toy size."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import study
+
+STUDY = Path(__file__).parents[1] / "benchmarks" / "studies" / "medquad-small.yaml"
+
+pytestmark = pytest.mark.slow
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("path", sorted(STUDY.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_study_parses_and_treats_its_arms_alike(path: Path, tmp_path: Path) -> None:
+    held = study.Study(path, tmp_path, tmp_path / "results.jsonl")
+    points = list(held.points(list(held.arms), [0, 1]))
+    assert len({point.key for point in points}) == len(points)
+    searched = {
+        arm: sorted(str([point.settings[name] for name in held.search]) for point in points if point.arm == arm)
+        for arm in held.arms
+    }
+    assert len({tuple(values) for values in searched.values()}) == 1
+    for point in points:
+        config = held.recipe(point.settings).configs["train"]
+        assert config.seed == point.seed
+    assert held.settings["against"] in held.arms
+
+
+def test_a_study_judges_every_arm_is_gone_on_with_and_is_done_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, work = tmp_path / "results.jsonl", tmp_path / "work"
+    command = [str(STUDY), "--quick", "--work", str(work), "--results", str(results), "--arms", "twin", "mixture"]
+    command += ["--set", "study.live_k=[]"]
+    assert study.main([*command, "--minutes", "1e-9"]) == 0
+    assert [line["what"] for line in lines_of(results)] == ["point", "arm"], "what the first takes is not known before"
+    assert "no time is left" in capsys.readouterr().err
+    assert study.main(command) == 0
+    lines = lines_of(results)
+    assert [line["what"] for line in lines] == ["point", "arm", "point", "arm", "pairs"]
+    assert [line["arm"] for line in lines[:4]] == ["twin", "twin", "mixture", "mixture"]
+    for line in lines[1:4:2]:
+        for text in ("in_domain", "general"):
+            assert line[text]["base"]["perplexity"] > 1
+            assert {"alone", "fixed", "posterior", "both"} <= line[text].keys()
+            weight = next(p for p in lines if p["what"] == "point" and p["key"] == line["key"])["validation"][
+                "mix_weight"
+            ]
+            assert line[text]["fixed"]["mix_weight"] == weight
+    assert lines[-1]["ratios"].keys() == {"alone", "fixed", "posterior", "both"}
+    before = results.read_bytes()
+    assert study.main(command) == 0
+    assert results.read_bytes() == before
+    capsys.readouterr()
+    assert study.main([*command, "--table"]) == 0
+    assert [row.split(" | ")[0] for row in capsys.readouterr().out.splitlines()[2:]] == ["| twin", "| mixture"]
+
+
+def test_of_an_arm_the_best_memory_is_kept_and_judged(tmp_path: Path) -> None:
+    results, work = tmp_path / "results.jsonl", tmp_path / "work"
+    command = [str(STUDY), "--quick", "--work", str(work), "--results", str(results), "--arms", "twin"]
+    search = "study.search={train.learning_rate: [1.0e-4, 1.0e-2]}"
+    assert study.main([*command, "--set", search, "--set", "study.live_k=[]"]) == 0
+    points = [line for line in lines_of(results) if line["what"] == "point"]
+    (judged,) = (line for line in lines_of(results) if line["what"] == "arm")
+    best = min(points, key=lambda point: point["validation"]["mixture_perplexity"])
+    assert len(points) == 2
+    assert judged["key"] == best["key"]
+    assert [p.name for p in (work / STUDY.stem).glob("point-*")] == [f"point-{best['key']}"]
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [str(STUDY), "--quick", "--work", str(tmp_path), "--results", str(tmp_path / "results.jsonl")]
+    assert study.main([*command, "--arms", "twins"]) == 1
+    assert capsys.readouterr().err.endswith(
+        "error: no arm is called 'twins'; there are "
+        + ", ".join(study.Study(STUDY, tmp_path, tmp_path / "r").arms)
+        + "\n"
+    )
+    assert study.main([*command, "--max-gib", "0"]) == 1
+    assert "GiB, above the 0 allowed, for 6 memories" in capsys.readouterr().err
+    (tmp_path / "bare.yaml").write_text("corpus: {documents: a.txt, tokenizer: smollm2}\n")
+    assert study.main([str(tmp_path / "bare.yaml"), "--work", str(tmp_path), "--results", str(tmp_path / "r")]) == 1
+    assert "lacks 'study'" in capsys.readouterr().err
