@@ -142,7 +142,9 @@ class Study:
 
     def folders(self, recipe: Recipe, name: str, *, targets: bool) -> dict[str, Path]:
         """The folders that a memory is trained from, made where they are not there."""
-        wanted = ("corpus", "teacher", "datastore", "targets") if targets else ("corpus",)
+        wanted = {"corpus", *(("teacher", "datastore", "targets") if targets else ())}
+        stored = recipe.places["train"].get("activations") == "datastore"
+        wanted |= {"teacher", "datastore"} if stored else set()
         there: dict[str, Path] = {}
         for step in recipe_steps(recipe):
             if step.name in wanted:
@@ -159,7 +161,14 @@ class Study:
         there = self.folders(recipe, point.arm, targets=config.kl_weight > 0)
         began, out = time.monotonic(), self.memory_folder(point.key)
         data = there["targets" if config.kl_weight > 0 else "corpus"]
-        plan = plan_memory(data, init=places.get("init"), base=base_of(recipe), config=config)
+        own = places.get("activations") == "datastore"
+        plan = plan_memory(
+            data,
+            init=places.get("init"),
+            base=base_of(recipe),
+            activations=there["datastore"] if own else places.get("activations"),
+            config=config,
+        )
         make_step(out, plan, _say)
         facts = read_manifest(out, "memory").facts
         self.keep(
