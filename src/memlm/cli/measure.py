@@ -1,0 +1,143 @@
+"""Commands that measure what a memory gains: evaluate perplexity, tasks, lm-eval."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from memlm.cli.checks import check_folder, check_models
+from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, alone, by_name, number, with_settings
+from memlm.cli.printing import next_line, print_result, quiet
+from memlm.config import MAX_COUNT, MAX_SEED
+from memlm.evaluate.config import EvaluateConfig
+from memlm.files import write_json
+from memlm.mix.gate_config import GateConfig
+from memlm.targets.config import RetrievalConfig
+
+Dtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16, float16, or auto.")]
+
+
+@with_settings(EvaluateConfig, leave_out=("mix_weight",))
+@with_settings(GateConfig, leave_out=("prompt_window",), into="gate", group="Gate")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+def perplexity(
+    corpus: CorpusFolder,
+    base: Base,
+    memory: Memories,
+    config: EvaluateConfig | None,
+    retrieval: RetrievalConfig | None,
+    gate: GateConfig | None,
+    mix_weight: MixWeights = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and a plot; default none is written.")
+    ] = None,
+    passages: Annotated[
+        bool,
+        typer.Option("--passages", help="Show test passages where the memories helped most, typically and least."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Test perplexity of base, memories and mixture, with intervals; weights are chosen on the validation split.
+
+    A memory may be any causal LM of the same tokenizer; a datastore is live kNN-LM. Each model scores the text once;
+    the scores are kept in the cache ($MEMLM_HOME/scores), every mixture is computed from them.
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory m/ --json
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory d/ --k 256 --target-temperature 4
+
+    Example: memlm evaluate perplexity c/ --base smollm2 --memory law=m1/ --memory bio=m2/
+
+    Example: memlm evaluate perplexity other-domain/ --base smollm2 --memory m/ --mix-weight 0.4 --gate posterior
+    """
+    check_folder(corpus, "corpus")
+    check_models(base, *by_name(memory, mix_weight)[0].values())
+    quiet()
+    from memlm.evaluate.passages import passages as shown
+    from memlm.evaluate.perplexity import evaluate_perplexity
+    from memlm.evaluate.report import report_table
+
+    memories, weights = by_name(memory, mix_weight)
+    if weights is not None:
+        given = config.model_dump() if config is not None else {}
+        config = EvaluateConfig.parse({**given, "mix_weight": alone(weights)})
+    asked: dict[str, Any] = {"base": base, "memory": alone(memories), "config": config, "retrieval": retrieval}
+    report = evaluate_perplexity(corpus, out=out, gate=gate, **asked)
+    told = [report_table(report)]
+    if passages and not as_json:
+        told += ["", shown(corpus, report, **asked), ""]
+    named = [part for value in memory for part in ("--memory", value)]
+    told.append(next_line("memlm", "generate", "PROMPT", "--base", base, *named))
+    print_result(report, as_json, "\n".join(told))
+
+
+@with_settings(GateConfig, into="gate", group="Gate")
+def tasks(
+    names: Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks or groups of lm-eval.")],
+    base: Base,
+    memory: Memories,
+    gate: GateConfig | None,
+    mix_weight: MixWeights = None,
+    include: Annotated[list[str] | None, typer.Option(help="Folder of further task files; may be repeated.")] = None,
+    limit: Annotated[int | None, number(1, MAX_COUNT, "Items of each task at most; default all.")] = None,
+    num_fewshot: Annotated[int | None, number(0, 1000, "Examples in front of each item; default the task's.")] = None,
+    batch_size: Annotated[int, number(1, 1 << 16, "Requests in one forward pass.")] = 8,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap every item as a chat turn.")] = False,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, number(0, MAX_SEED, "Draws examples and resamplings.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="File to write the report to, as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tasks of lm-eval for the base alone, with the fixed weight and with the gate, on the same items.
+
+    Values are those of each task's first metric; changes are paired with the base, with 95% intervals. Tasks come from
+    the hub, or from files in a folder (--include).
+
+    Example: memlm evaluate tasks arc_easy sciq --base smollm2 --memory m/ --limit 200
+    """
+    check_models(base, *by_name(memory, mix_weight)[0].values())
+    quiet()
+    from memlm.evaluate.tasks import evaluate_tasks, tasks_table
+
+    memories, weights = by_name(memory, mix_weight)
+    report = evaluate_tasks(
+        names,
+        base=base,
+        memory=alone(memories),
+        mix_weight=None if weights is None else alone(weights),
+        gate=gate,
+        include=include or [],
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        dtype=dtype,
+        seed=seed,
+    )
+    if out is not None:
+        write_json(out, report)
+    print_result(report, as_json, tasks_table(report))
+
+
+def lm_eval(
+    context: typer.Context,
+    base: Base,
+    memory: Memories,
+    mix_weight: MixWeights = None,
+    gate: Annotated[str | None, typer.Option(help="posterior, confidence, both, or none.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """lm-eval's own command line with a mixture as its model; every other option is lm-eval's.
+
+    Example: memlm evaluate lm-eval --base smollm2 --memory m/ --tasks arc_easy --limit 50 --output_path results/
+    """
+    memories, weights = by_name(memory, mix_weight)
+    check_models(base, *memories.values())
+    quiet()
+    from memlm.evaluate.tasks import check_lm_eval
+
+    check_lm_eval()
+    from memlm.evaluate.lm_eval import run_lm_eval
+
+    weight = None if weights is None else alone(weights)
+    run_lm_eval(context.args, base=base, memory=alone(memories), mix_weight=weight, gate=gate, dtype=dtype)

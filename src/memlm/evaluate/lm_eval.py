@@ -1,0 +1,72 @@
+"""A mixture as a model of lm-eval, under the name `memlm`."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from memlm.mix.gate_config import GateConfig
+from memlm.mix.mixed_lm import MixedLM
+from memlm.models.loading import default_device, parse_dtype, resolve
+from memlm.models.tokenizers import load_tokenizer
+
+
+@register_model("memlm")
+class MixtureLM(HFLM):  # type: ignore[misc]
+    """lm-eval's own model of transformers around a `MixedLM`."""
+
+    def __init__(
+        self,
+        base: str,
+        memory: str | Mapping[str, str],
+        mix_weight: float | Mapping[str, float] | None = None,
+        gate: str | Mapping[str, Any] | None = None,
+        memory_window: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Args:
+            base, memory, mix_weight, gate, memory_window: As `MixedLM.from_pretrained` takes them; a gate may be given
+                by its settings.
+            dtype: Precision of base and memories.
+            device: Where they compute; the default device if None.
+            kwargs: Of lm-eval's `HFLM`: `batch_size`, `max_length` …
+        """
+        place = device if device == "cpu" or torch.accelerator.is_available() else None  # lm-eval asks for cuda unasked
+        model = MixedLM.from_pretrained(
+            base,
+            memory=memory,
+            mix_weight=mix_weight,
+            gate=GateConfig.parse(dict(gate)) if isinstance(gate, Mapping) else gate,  # type: ignore[arg-type]
+            memory_window=memory_window,
+            dtype=parse_dtype(dtype, default_device()),
+        )
+        model.to(place or default_device())  # type: ignore[arg-type]
+        start: Any = super().__init__  # lm-eval keeps its signature from type checkers
+        start(pretrained=model, tokenizer=load_tokenizer(resolve(base)), **kwargs)
+
+
+def run_lm_eval(arguments: Sequence[str], **model_args: Any) -> None:
+    """lm-eval's command line with this model; `arguments` are its own, but for the model.
+
+    Args:
+        arguments: As `lm-eval run` takes them.
+        model_args: Of `MixtureLM`; those that are None are left out.
+    """
+    from lm_eval.__main__ import cli_evaluate
+
+    given = {name: value for name, value in model_args.items() if value is not None}
+    before, sys.argv = (
+        sys.argv,
+        ["lm-eval", "run", "--model", "memlm", "--model_args", json.dumps(given), *arguments],
+    )
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before

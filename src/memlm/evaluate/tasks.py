@@ -1,0 +1,226 @@
+"""Tasks of lm-eval for a base and for its mixture with memories: the same items, so that differences are paired."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memlm.errors import ConfigError, InputError, MemlmError
+from memlm.mix.gate_config import GateConfig, GateName
+
+FIXED, BASE = "fixed", "base"
+_CURE = "pip install 'memlm[tasks]' brings lm-eval"
+
+
+def evaluate_tasks(
+    tasks: Sequence[str],
+    *,
+    base: str | Path,
+    memory: Any,
+    mix_weight: float | Mapping[str, float] | None = None,
+    gate: GateName | GateConfig | None = None,
+    include: Sequence[str | Path] = (),
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 8,
+    chat_template: bool = False,
+    dtype: str = "auto",
+    seed: int = 0,
+    bootstrap: int = 1000,
+    above: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """What base and mixture reach on tasks of lm-eval, with intervals, and the paired change.
+
+    Args:
+        tasks: Names of tasks or groups of lm-eval, or of those in `include`.
+        base: Path, hub id or packaged name.
+        memory: Folder, hub id or loaded memory, or name to any of these.
+        mix_weight: As `MixedLM.from_pretrained` takes it.
+        gate: As there. Where a gate weighs the memories and fixed weights are known, those are evaluated beside it.
+        include: Folders of further task files.
+        limit: Items of each task at most; its first ones.
+        num_fewshot: Examples in front of each item; as the task says if None.
+        batch_size: Requests in one forward pass.
+        chat_template: Wrap every item as a chat turn.
+        dtype: Precision of base and memories.
+        seed: Draws examples and resamplings.
+        bootstrap: Resamplings of items behind the 95% intervals.
+        above: Task to what chance gives; tasks in which the base's interval is not above it are not pooled, for where
+            the base knows nothing a memory has nothing to harm.
+
+    Returns:
+        `tasks`: name to `metric`, `items`, `values` (way to `value` and `interval`; a way is `base`, `fixed`, or the
+        gate's name) and `change` (way to difference from the base, paired); `pooled`: the mean over tasks in the same
+        form, items resampled within each, or None where no task is pooled; `run`: what was asked for.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or a setting is out of range.
+        InputError: A task is unknown, or lm-eval cannot load it.
+        ModelError: Base or memory cannot be reached.
+    """
+    check_lm_eval()
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} = {value}: must be 1 or more")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for talker in ("lm_eval", "lm-eval"):
+        logging.getLogger(talker).setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager
+
+    from memlm.mix.mixed_lm import MixedLM
+    from memlm.models.loading import default_device, parse_dtype, resolve
+    from memlm.models.tokenizers import load_tokenizer
+
+    if missing := next((place for place in include if not Path(place).is_dir()), None):
+        raise InputError(f"{missing} is no folder of task files")
+    manager = TaskManager(include_path=[str(place) for place in include] or None)
+    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+        raise InputError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --include adds folders")
+    device = default_device()
+    model = MixedLM.from_pretrained(
+        base, memory=memory, mix_weight=mix_weight, gate=gate, dtype=parse_dtype(dtype, device)
+    )
+    model.to(device)  # type: ignore[arg-type]
+    tokenizer = load_tokenizer(resolve(str(base)))
+    asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": chat_template}
+    name = model.gate.gate
+    ways: dict[str, Any] = {BASE: model.base}
+    if name == "none" or len(model.mix_weights) == len(model.memories):
+        ways[FIXED] = model
+    if name not in (None, "none"):
+        ways[str(name)] = model
+    found: dict[str, dict[str, tuple[str, NDArray[np.float64]]]] = {}
+    for way, spoken in ways.items():
+        if way != BASE:
+            model.set_gate("none" if way == FIXED else gate)
+        print(f"tasks with {_told(way)}", file=sys.stderr)
+        found[way] = _items(spoken, tokenizer, tasks, manager, batch_size, seed, asked)
+    report = _report(found, seed=seed, bootstrap=bootstrap, above=above or {})
+    report["run"] = {
+        "base": str(base),
+        "memory": {n: str(m) for n, m in memory.items()} if isinstance(memory, Mapping) else str(memory),
+        "gate": name,
+        "mix_weight": model.mix_weights,
+        **asked,
+        "seed": seed,
+    }
+    return report
+
+
+def check_lm_eval() -> None:
+    """Raise unless lm-eval is installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if find_spec("lm_eval") is None:
+        raise ConfigError(f"lm-eval is missing: {_CURE}")
+
+
+def _told(way: str) -> str:
+    return {BASE: "the base alone", FIXED: "the fixed weight"}.get(way, f"the gate {way}")
+
+
+def _items(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    manager: Any,
+    batch_size: int,
+    seed: int,
+    asked: Mapping[str, Any],
+) -> dict[str, tuple[str, NDArray[np.float64]]]:
+    """Task to its first metric, and what that is for each item, in the order of items."""
+    import lm_eval
+    from lm_eval.models import huggingface
+
+    library, models = cast(Any, lm_eval), cast(Any, huggingface)  # it keeps its signatures from type checkers
+    spoken = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
+    try:
+        results = library.simple_evaluate(
+            model=spoken, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **asked, **seeds
+        )
+    except (MemlmError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # task files hold templates and code of strangers
+        raise InputError(f"lm-eval cannot run {', '.join(tasks)}: {' '.join(str(error).split())[:300]}") from error
+    found = {}
+    for task, samples in results["samples"].items():
+        metric = results["configs"][task]["metric_list"][0]["metric"]
+        kept = sorted((sample for sample in samples if metric in sample), key=lambda sample: sample["doc_id"])
+        with contextlib.suppress(TypeError, ValueError):
+            found[task] = metric, np.array([float(sample[metric]) for sample in kept])
+    if not found:
+        raise InputError(f"{', '.join(tasks)}: no metric that has a value for each item")
+    return found
+
+
+def _report(
+    found: Mapping[str, Mapping[str, tuple[str, NDArray[np.float64]]]],
+    *,
+    seed: int,
+    bootstrap: int,
+    above: Mapping[str, float],
+) -> dict[str, Any]:
+    """Values and paired changes, per task and pooled; all ways share the draws."""
+    rng = np.random.default_rng(seed)
+    tasks, pooled, drawn_pooled, pooled_items = {}, {}, {}, 0
+    for task, (metric, of_base) in found[BASE].items():
+        items = len(of_base)
+        draws = rng.integers(items, size=(bootstrap, items))
+        values = {way: results[task][1] for way, results in found.items()}
+        drawn = {way: value[draws].mean(1) for way, value in values.items()}
+        means = {way: float(value.mean()) for way, value in values.items()}
+        tasks[task] = {"metric": metric, "items": items, **_figures(means, drawn)}
+        if task in above and not (bootstrap and np.quantile(drawn[BASE], 0.025) > above[task]):
+            continue
+        pooled_items += items
+        for way in values:
+            pooled.setdefault(way, []).append(means[way])
+            drawn_pooled.setdefault(way, []).append(drawn[way])
+    if not pooled:
+        return {"tasks": tasks, "pooled": None}
+    means = {way: float(np.mean(values)) for way, values in pooled.items()}
+    drawn = {way: np.mean(values, 0) for way, values in drawn_pooled.items()}
+    return {"tasks": tasks, "pooled": {"items": pooled_items, **_figures(means, drawn)}}
+
+
+def _figures(means: Mapping[str, float], drawn: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    def figure(mean: float, draws: NDArray[np.float64]) -> dict[str, Any]:
+        interval = np.quantile(draws, [0.025, 0.975]).round(4).tolist() if len(draws) else None
+        return {"value": round(mean, 4), "interval": interval}
+
+    return {
+        "values": {way: figure(mean, drawn[way]) for way, mean in means.items()},
+        "change": {way: figure(means[way] - means[BASE], drawn[way] - drawn[BASE]) for way in means if way != BASE},
+    }
+
+
+def tasks_table(report: Mapping[str, Any]) -> str:
+    """The report as lines of text; changes are in points, with their paired intervals."""
+    rows = report["tasks"] | ({"pooled": report["pooled"]} if report["pooled"] is not None else {})
+    ways = list(next(iter(rows.values()))["values"])
+    width = max(len(name) for name in rows) + 2
+    lines = [f"{'':<{width}}{'items':>7}" + "".join(f"{way:>11}" for way in ways) + "   change in points"]
+    for name, row in rows.items():
+        values = "".join(f"{row['values'][way]['value']:>11.3f}" for way in ways)
+        lines.append(f"{name:<{width}}{row['items']:>7,}{values}   {_changes(row)}".rstrip())
+    return "\n".join(lines)
+
+
+def _changes(row: Mapping[str, Any]) -> str:
+    told = []
+    for way, change in row["change"].items():
+        low_high = (
+            "" if change["interval"] is None else " ({:+.1f} to {:+.1f})".format(*(100 * np.array(change["interval"])))
+        )
+        told.append(f"{way} {100 * change['value']:+.1f}{low_high}")
+    return ", ".join(told)

@@ -1,0 +1,196 @@
+"""Tasks of lm-eval: the same items for base, fixed weight and gate, and what a mixture is to lm-eval."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from benchmarks import general_ability
+from memlm.errors import ConfigError, InputError
+from memlm.evaluate import tasks as tasks_module
+from memlm.evaluate.tasks import evaluate_tasks, tasks_table
+from memlm.mix.mixed_lm import MixedLM
+from memlm.models.tokenizers import load_tokenizer
+
+pytest.importorskip("lm_eval")
+
+ITEMS = [
+    ("the red house is", [" blue", " green"], 0),
+    ("a green field", [" red", " and"], 1),
+    ("house field red", [" the", " a"], 0),
+    ("blue and green", [" house", " field"], 1),
+    ("the the the", [" red", " house"], 0),
+]
+
+
+def write_task(folder: Path, items: list[tuple[str, list[str], int]], name: str = "toy", **more: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = (json.dumps({"prompt": p, "answers": a, "right": r}) + "\n" for p, a, r in items)
+    (folder / f"{name}.jsonl").write_text("".join(rows))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": "{{answers}}",
+        "doc_to_target": "{{right}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | more))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_task(tmp_path_factory.mktemp("tasks"), ITEMS)
+
+
+def by_hand(model: Any, tokenizer: Any) -> list[bool]:
+    """Whether the right answer is the likelier one, item by item, from plain forward passes."""
+    found = []
+    for prompt, answers, right in ITEMS:
+        scores = []
+        for answer in answers:
+            whole, context = tokenizer(prompt + answer)["input_ids"], tokenizer(prompt)["input_ids"]
+            with torch.no_grad():
+                log_probs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            places = range(len(context), len(whole))
+            scores.append(sum(float(log_probs[place - 1, whole[place]]) for place in places))
+        found.append(int(np.argmax(scores)) == right)
+    return found
+
+
+def test_each_way_is_what_forward_passes_by_hand_give(
+    task_folder: Path, memory_folder: Path, model_folder: str
+) -> None:
+    weights = {"mix_weight": 0.9, "gate": "posterior"}
+    report = evaluate_tasks(["toy"], base=model_folder, memory=memory_folder, include=[task_folder], **weights)
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, dtype=torch.float32, **weights)
+    tokenizer = load_tokenizer(model_folder)
+    values = report["tasks"]["toy"]["values"]
+    assert list(values) == ["base", "fixed", "posterior"]
+    expected = {"base": by_hand(model.base, tokenizer), "posterior": by_hand(model, tokenizer)}
+    model.set_gate("none")
+    expected["fixed"] = by_hand(model, tokenizer)
+    for way, right in expected.items():
+        assert values[way]["value"] == pytest.approx(np.mean(right), abs=1e-4)
+        low, high = values[way]["interval"]
+        assert low <= values[way]["value"] <= high
+    assert report["tasks"]["toy"]["items"] == len(ITEMS)
+    change = report["tasks"]["toy"]["change"]["fixed"]["value"]
+    assert change == pytest.approx(values["fixed"]["value"] - values["base"]["value"], abs=1e-4)
+    assert report["run"]["mix_weight"] == {"memory": 0.9}
+
+
+def test_a_way_that_answers_alike_has_changed_nothing_with_certainty() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random(40).round()
+    worse = right.copy()
+    worse[:10] = 0
+    found = {
+        "base": {"a": ("acc", right), "b": ("acc", right)},
+        "fixed": {"a": ("acc", worse), "b": ("acc", right)},
+        "both": {"a": ("acc", right), "b": ("acc", right)},
+    }
+    report = tasks_module._report(found, seed=0, bootstrap=500, above={})
+    assert report["pooled"]["change"]["both"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    assert report["pooled"]["items"] == 80
+    lost = report["pooled"]["change"]["fixed"]
+    assert lost["value"] == pytest.approx(-(right - worse).mean() / 2, abs=1e-4)
+    assert lost["interval"][0] < lost["value"] < lost["interval"][1] <= 0
+    table = tasks_table(report)
+    assert "pooled" in table
+    assert "both +0.0 (+0.0 to +0.0)" in table
+
+
+def test_tasks_in_which_the_base_is_not_above_chance_are_not_pooled() -> None:
+    knows, guesses = np.ones(30), np.tile([0.0, 1.0], 15)
+    found = {way: {"knows": ("acc", knows), "guesses": ("acc", guesses)} for way in ("base", "fixed")}
+    report = tasks_module._report(found, seed=0, bootstrap=200, above={"knows": 0.5, "guesses": 0.5})
+    assert report["pooled"]["items"] == 30
+    none = {way: {"guesses": ("acc", guesses)} for way in ("base", "fixed")}
+    report = tasks_module._report(none, seed=0, bootstrap=200, above={"guesses": 0.5})
+    assert report["pooled"] is None
+    assert "pooled" not in tasks_table(report)
+
+
+def test_lm_evals_own_command_runs_a_mixture(
+    task_folder: Path, memory_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "memlm",
+        "evaluate",
+        "lm-eval",
+        "--base",
+        model_folder,
+        "--memory",
+        str(memory_folder),
+    ]
+    command += ["--mix-weight", "0.9", "--gate", "none", "--tasks", "toy", "--include_path", str(task_folder)]
+    done = subprocess.run(
+        [*command, "--output_path", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.rglob("results*.json")
+    told = json.loads(path.read_text())
+    report = evaluate_tasks(
+        ["toy"], base=model_folder, memory=memory_folder, mix_weight=0.9, gate="none", include=[task_folder]
+    )
+    assert told["results"]["toy"]["acc,none"] == pytest.approx(
+        report["tasks"]["toy"]["values"]["fixed"]["value"], abs=1e-4
+    )
+
+
+def test_bad_input_is_one_line(
+    task_folder: Path, memory_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {"base": model_folder, "memory": memory_folder, "include": [task_folder]}
+    with pytest.raises(InputError, match="knows no task 'toys'"):
+        evaluate_tasks(["toys"], **asked)
+    with pytest.raises(InputError, match="is no folder of task files"):
+        evaluate_tasks(["toy"], **{**asked, "include": [tmp_path / "nowhere"]})
+    with pytest.raises(ConfigError, match="limit = 0"):
+        evaluate_tasks(["toy"], limit=0, **asked)
+    broken = write_task(tmp_path / "broken", ITEMS, name="broken", doc_to_target="{{nothing.here}}")
+    with pytest.raises(InputError, match="lm-eval cannot run broken"):
+        evaluate_tasks(["broken"], **{**asked, "include": [broken]})
+    monkeypatch.setattr(tasks_module, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'memlm\[tasks\]' brings lm-eval"):
+        evaluate_tasks(["toy"], **asked)
+
+
+def test_tasks_of_general_ability_are_read_and_what_is_missing_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "tasks", tmp_path / "out"
+    for name in ("sst2", "mr", "cb"):
+        (source / name).mkdir(parents=True)
+    out.mkdir()
+    (source / "sst2" / "test.tsv").write_text("__label__5\tgood\n__label__3\tso so\n__label__1\tbad\n")
+    (source / "mr" / "test.csv").write_text('label,text\n0,"dull , very"\n1,fine\n')
+    rows = [{"premise": "A.", "hypothesis": "B.", "label": "neutral"}]
+    (source / "cb" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chances = general_ability.write_tasks(source, out, limit=10, seed=0)
+    assert chances == {"memlm_sst2": 0.5, "memlm_mr": 0.5, "memlm_cb": pytest.approx(1 / 3)}
+    assert "rte: no folder" in capsys.readouterr().err
+    read = {name: [json.loads(line) for line in (out / f"{name}.jsonl").open()] for name in ("sst2", "mr", "cb")}
+    assert {(row["prompt"], row["right"]) for row in read["sst2"]} == {
+        ("Review: good\nSentiment:", 1),
+        ("Review: bad\nSentiment:", 0),
+    }
+    assert {row["right"] for row in read["mr"]} == {0, 1}
+    assert read["cb"][0]["answers"][read["cb"][0]["right"]] == " maybe"
+    (source / "cb" / "dev.jsonl").write_text('{"premise": "A."}\n')
+    with pytest.raises(InputError, match="is not as task cb has it: KeyError"):
+        general_ability.write_tasks(source, out, limit=10, seed=0)
