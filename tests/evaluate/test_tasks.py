@@ -184,7 +184,10 @@ def test_tasks_of_general_ability_are_read_and_what_is_missing_is_left_out(
     chances = general_ability.write_tasks(source, out, limit=10, seed=0)
     assert chances == {"memlm_sst2": 0.5, "memlm_mr": 0.5, "memlm_cb": pytest.approx(1 / 3)}
     assert "rte: no folder" in capsys.readouterr().err
-    read = {name: [json.loads(line) for line in (out / f"{name}.jsonl").open()] for name in ("sst2", "mr", "cb")}
+    read = {
+        name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("sst2", "mr", "cb")
+    }
     assert {(row["prompt"], row["right"]) for row in read["sst2"]} == {
         ("Review: good\nSentiment:", 1),
         ("Review: bad\nSentiment:", 0),
