@@ -140,7 +140,7 @@ def test_states_are_in_the_order_of_positions(memory: Path, corpus_folder: Path,
 def test_an_mlp_memory_and_live_retrieval_get_heads_too(
     mlp_folder: Path, datastore_folder: Path, corpus_folder: Path, model_folder: str, tmp_path: Path
 ) -> None:
-    for name, folder, width in (("mlp", mlp_folder, 32), ("live", datastore_folder, 0)):
+    for name, folder, width in (("mlp", mlp_folder, 32), ("live", datastore_folder, 32)):
         copied = Path(shutil.copytree(folder, tmp_path / name))
         head = fit_gate(copied, corpus=corpus_folder, base=model_folder, dtype="float32")
         assert len(head.state) == width

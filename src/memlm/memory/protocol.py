@@ -139,9 +139,28 @@ class Memory(nn.Module, Voter):
         """
         return self.reader.step(tokens, activations, attention_mask, cache, keep=keep)
 
+    def evidence(self, state: Any, places: Any) -> Float[Tensor, "... W"] | None:
+        """What a confidence head may look at of the memory's own state; None: nothing.
+
+        Args:
+            state: From `step`.
+            places: An index of `(B, T)`: a mask of that shape, or a slice of rows and one of columns.
+        """
+        return None
+
     def confidence(self, state: Any, keep: slice | Tensor) -> Float[Tensor, "B T2"]:
         """What the head makes of the memory's own state at the places in `keep`; 0 where it has none to look at."""
-        return torch.zeros((), device=self.device)
+        seen = None if self.confidence_head is None else self.evidence(state, (slice(None), keep))
+        if self.confidence_head is None or seen is None:
+            return torch.zeros((), device=self.device)
+        return self.confidence_head.of_state(seen)
+
+    def columns(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        found = super().columns(state, labels)
+        seen = None if self.confidence_head is None else self.evidence(state, labels != IGNORE)
+        if self.confidence_head is None or seen is None:
+            return found
+        return found | {"confidence": self.confidence_head.of_state(seen).cpu()}
 
     # --- what transformers' Trainer asks of a model ---------------------------------------------------------------
 
@@ -271,16 +290,8 @@ class ParametricMemory(Memory, HeadVoter):
     def temperature(self) -> float:
         return self.settings.memory_temperature
 
-    def confidence(self, state: Any, keep: slice | Tensor) -> Float[Tensor, "B T2"]:
-        if self.confidence_head is None:
-            return super().confidence(state, keep)
-        return self.confidence_head.of_state(self.hidden(state, (slice(None), keep)))
-
-    def columns(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-        found = super().columns(state, labels)
-        if self.confidence_head is None:
-            return found
-        return found | {"confidence": self.confidence_head.of_state(self.hidden(state, labels != IGNORE)).cpu()}
+    def evidence(self, state: Any, places: Any) -> Float[Tensor, "... W"]:
+        return self.hidden(state, places)
 
     @abstractmethod
     def training_hidden(

@@ -206,6 +206,9 @@ class RetrievalMemory(Memory):
                 parts[name].append(values)
         return joined(parts)
 
+    def evidence(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... D"]:
+        return state[places]  # the queries: where they are, it is seen whether neighbours can be trusted
+
     # --- the search -----------------------------------------------------------------------------------------------
 
     def retrieve(

@@ -18,7 +18,7 @@ from memlm.errors import ConfigError, InputError
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.confidence import FEATURES, ConfidenceHead, features
 from memlm.memory.loading import load_memory
-from memlm.memory.protocol import Memory, ParametricMemory
+from memlm.memory.protocol import Memory
 from memlm.memory.voter import Voter, VoterCache
 from memlm.mix.base import BaseVoter
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -175,8 +175,9 @@ class _Watched(Voter):
         return self.inner.votes(state, keep)
 
     def label_log_probs(self, state: Any, labels: Tensor) -> dict[str, Tensor]:
-        if isinstance(self.inner, ParametricMemory):
-            self.states.append(self.inner.hidden(state, labels >= 0).float().cpu())
+        seen = self.inner.evidence(state, labels >= 0)
+        if seen is not None:
+            self.states.append(seen.float().cpu())
         return self.inner.label_log_probs(state, labels)
 
 
