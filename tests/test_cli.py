@@ -540,6 +540,18 @@ def test_info_says_what_a_folder_is(
     assert as_json["folder"] == str(folder)
 
 
+def test_info_tells_of_a_memorys_confidence(memlm: Callable[..., Result], memory_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    shutil.copytree(memory_folder, folder)
+    assert "confidence" not in memlm("info", folder).out
+    facts = {"domain_tokens": 12000, "domain_gate_perplexity": 9.7512, "domain_fixed_perplexity": 10.4}
+    (folder / "gate.json").write_text(json.dumps({"base": "smollm2", "facts": facts}))
+    told = "beside smollm2; on 12,000 held-out tokens perplexity 9.75 with it, 10.40 with a fixed weight"
+    assert told in memlm("info", folder).out
+    (folder / "gate.json").write_text("[]")
+    one_line(memlm("info", folder), "holds no confidence head")
+
+
 def test_info_knows_scores_and_evaluations_too(
     memlm: Callable[..., Result],
     corpus_folder: Path,

@@ -11,6 +11,8 @@ import typer
 from memlm.cli.options import Json
 from memlm.cli.printing import memory_line, print_result
 from memlm.errors import ArtifactError, MemlmError
+from memlm.files import read_json
+from memlm.manifest import GATE_FILE
 from memlm.text import duration, one_line, size, table
 
 
@@ -42,6 +44,8 @@ def _info_lines(folder: Path, manifest: Any, times: Any) -> Iterator[str]:
             yield memory_line(manifest.facts)
         except (KeyError, TypeError, ValueError):
             raise ArtifactError(f"{folder}/manifest.json: its facts are not those of a memory; rebuild it") from None
+    if (folder / GATE_FILE).is_file():
+        yield _head_line(folder / GATE_FILE)
     shown = {name: fact for name, fact in manifest.facts.items() if name not in ("training", "validation")}
     for title, rows in (
         ("from", manifest.sources),
@@ -53,6 +57,20 @@ def _info_lines(folder: Path, manifest: Any, times: Any) -> Iterator[str]:
             yield from ("", title)
             yield from (f"  {line}" for line in _rows(rows))
     yield from ("", f"hash {manifest.hash}")
+
+
+def _head_line(path: Path) -> str:
+    """How well a memory's confidence did on documents that it was not fitted on."""
+    try:
+        head = read_json(path, limit=1 << 26)
+        facts = head["facts"]
+        gate, fixed = (facts[f"domain_{part}_perplexity"] for part in ("gate", "fixed"))
+        return (
+            f"its confidence was fitted beside {head['base']}; on {facts['domain_tokens']:,} held-out tokens perplexity"
+            f" {gate:.2f} with it, {fixed:.2f} with a fixed weight"
+        )
+    except (KeyError, TypeError, ValueError):
+        raise ArtifactError(f"{path} holds no confidence head; delete it, or fit it anew with memlm gate") from None
 
 
 def _date(seconds: float) -> str:
