@@ -159,6 +159,19 @@ def test_one_head_serves_another_base(
     assert report["mixture"]["perplexity"] < report["base"]["perplexity"]
 
 
+def test_a_head_may_be_fitted_beside_several_bases(
+    memory: Path, corpus_folder: Path, model_folder: str, other_base: str
+) -> None:
+    asked: dict[str, Any] = {"corpus": corpus_folder, "dtype": "float32"}
+    one, two = fit_gate(memory, base=model_folder, **asked), fit_gate(memory, base=other_base, **asked)
+    both = fit_gate(memory, base=[model_folder, other_base], **asked)
+    assert both.base == f"{model_folder}, {other_base}"
+    assert both.features != one.features
+    assert both.features != two.features
+    assert both.facts["domain_base_perplexity"] == one.facts["domain_base_perplexity"], "figures are of the first"
+    assert fit_gate(memory, base=[model_folder], **asked) == one
+
+
 def test_a_corpus_folder_gives_its_held_out_text(
     memory: Path, corpus_folder: Path, model_folder: str, tmp_path: Path
 ) -> None:

@@ -325,6 +325,10 @@ def gate(
         list[str] | None,
         typer.Option(help="Text that is not of the domain: files, folders, or a corpus folder; may be repeated."),
     ] = None,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Another base of the tokenizer that it is fitted beside as well; may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Teach a memory when to speak: fit its confidence on held-out text of the domain and on general text.
@@ -336,12 +340,12 @@ def gate(
     """
     check_folder(memory, "memory", "datastore")
     check_folder(corpus, "corpus")
-    check_models(base)
+    check_models(base, *(beside or []))
     check_documents(general or [])
     quiet()
     from memlm.train.gate import fit_gate
 
-    head = fit_gate(memory, corpus=corpus, base=base, general=general or [], config=config)
+    head = fit_gate(memory, corpus=corpus, base=[base, *(beside or [])], general=general or [], config=config)
     facts, lines = head.facts, [f"{'':<10}{'tokens':>9}{'base':>10}{'fixed':>10}{'gate':>10}"]
     for text in ("domain", "general"):
         if f"{text}_tokens" in facts:

@@ -17,7 +17,7 @@ from memlm.corpus.build import build_corpus
 from memlm.errors import ConfigError, InputError
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.confidence import FEATURES, ConfidenceHead, features
-from memlm.memory.loading import load_memory
+from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Voter, VoterCache
 from memlm.mix.base import BaseVoter
@@ -50,7 +50,7 @@ def fit_gate(
     memory: str | Path,
     *,
     corpus: str | Path,
-    base: str | Path,
+    base: str | Path | Sequence[str | Path],
     general: Sequence[str | Path] = (),
     config: FitGateConfig | None = None,
     **settings: Any,
@@ -64,7 +64,8 @@ def fit_gate(
     Args:
         memory: Folder of a memory, or a datastore.
         corpus: Folder of the corpus stage whose validation split is read.
-        base: Path, hub id or packaged name of a base to stand beside it. Nothing in the head depends on which.
+        base: Path, hub id or packaged name of a base to stand beside it, or several, of which none is to be leaned on:
+            all count alike. The head's `facts` are of the first.
         general: Documents or folders of text that is not of the domain; a corpus folder gives its held-out text.
         config: Default settings if None; or give them as keywords.
 
@@ -79,7 +80,9 @@ def fit_gate(
     if not is_artifact(folder):
         raise ConfigError(f"{memory} is no folder that memlm made: a head is kept in the memory's folder")
     identity = read_manifest(folder, "memory", "datastore").hash
-    source.check_read_by(str(base))
+    bases = [str(base)] if isinstance(base, str | Path) else [str(place) for place in base]
+    for place in bases:
+        source.check_read_by(place)
     held_out = _cut(source.split("validation"), config.max_tokens)
     if held_out.n_positions < FEWEST_TOKENS or held_out.n_documents < FEWEST_DOCUMENTS:
         raise InputError(
@@ -91,23 +94,29 @@ def fit_gate(
     with tempfile.TemporaryDirectory() as scratch:
         if general:
             texts.append(_general_text([str(place) for place in general], source, config, Path(scratch)))
-        dtype = parse_dtype(config.dtype, default_device())
-        voter = BaseVoter(
-            load_causal_lm(str(base), dtype=dtype).to(default_device()),  # type: ignore[arg-type]
-            source.vocab_size,
-            exact=False,
-        )
-        part = load_memory(folder, base=str(base), dtype=dtype)
-        source.check_fits(str(base))
-        part.settings = part.settings.model_copy(update={"vocab_size": source.vocab_size})
-        part.check_base(voter.model)
-        part.to(default_device())
-        heard = [_hear(part, voter, text, config) for text in texts]
+        heard = [found for place in bases for found in _beside(folder, place, source, texts, config)]
+    there = read_settings(folder)
     head = ConfidenceHead(
-        memory=identity, tokenizer=part.settings.tokenizer, base=str(base), **fitted(heard, seed=config.seed)
+        memory=identity,
+        tokenizer=there.tokenizer if there is not None else source.manifest.tokenizer,
+        base=", ".join(bases),
+        **fitted(heard, seed=config.seed),
     )
     head.save(folder)
     return head
+
+
+def _beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], config: FitGateConfig) -> list[Heard]:
+    """The texts as a head sees them where the memory stands beside this base."""
+    source.check_fits(base)
+    dtype, device = parse_dtype(config.dtype, default_device()), default_device()
+    model: Any = load_causal_lm(base, dtype=dtype)
+    voter = BaseVoter(model.to(device), source.vocab_size, exact=False)
+    part = load_memory(folder, base=base, dtype=dtype)
+    part.settings = part.settings.model_copy(update={"vocab_size": source.vocab_size})
+    part.check_base(voter.model)
+    part.to(device)
+    return [_hear(part, voter, text, config) for text in texts]
 
 
 def _cut(split: Split, tokens: int) -> Split:
