@@ -95,6 +95,17 @@ def test_the_twin_differs_from_the_memory_in_kl_weight_and_what_its_section_says
     assert twin.inputs == memory.inputs
 
 
+def test_the_twin_of_a_memory_trained_through_the_mixture_is_plainly_fine_tuned(
+    documents: str, model_folder: str
+) -> None:
+    sections = tiny(documents, model_folder)
+    sections["train"] |= {"objective": "mixture", "mixture_share": 0.3}
+    configs = Recipe(sections).configs
+    assert (configs["train"].objective, configs["train"].mixture_share) == ("mixture", 0.3)
+    assert (configs["twin"].objective, configs["twin"].kl_weight) == ("imitation", 0)
+    assert configs["twin"].epochs == configs["train"].epochs
+
+
 def test_a_second_run_skips_every_stage(
     whole: tuple[Path, dict, list[str]], documents: str, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

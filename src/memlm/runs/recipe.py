@@ -49,9 +49,10 @@ class Recipe:
         sections = dict(sections)
         for name in ("corpus", "datastore", "targets", "train"):
             sections.setdefault(name, {})
-        if "twin" in sections:  # what the train section says, without targets
+        if "twin" in sections:  # what the train section says, but plain fine-tuning
+            left_out = {*SECTIONS["train"][1], "objective", "mixture_share"}
             sections["twin"] = {
-                **{k: v for k, v in sections["train"].items() if k not in SECTIONS["train"][1]},
+                **{key: value for key, value in sections["train"].items() if key not in left_out},
                 "kl_weight": 0,
                 **sections["twin"],
             }
