@@ -51,13 +51,13 @@ def perplexity(
     Example: memlm evaluate perplexity other-domain/ --base smollm2 --memory m/ --mix-weight 0.4 --gate posterior
     """
     check_folder(corpus, "corpus")
-    check_models(base, *by_name(memory, mix_weight)[0].values())
+    memories, weights = by_name(memory, mix_weight)
+    check_models(base, *memories.values())
     quiet()
     from memlm.evaluate.passages import passages as shown
     from memlm.evaluate.perplexity import evaluate_perplexity
     from memlm.evaluate.report import report_table
 
-    memories, weights = by_name(memory, mix_weight)
     if weights is not None:
         given = config.model_dump() if config is not None else {}
         config = EvaluateConfig.parse({**given, "mix_weight": alone(weights)})
@@ -95,11 +95,11 @@ def tasks(
 
     Example: memlm evaluate tasks arc_easy sciq --base smollm2 --memory m/ --limit 200
     """
-    check_models(base, *by_name(memory, mix_weight)[0].values())
+    memories, weights = by_name(memory, mix_weight)
+    check_models(base, *memories.values())
     quiet()
     from memlm.evaluate.tasks import evaluate_tasks, tasks_table
 
-    memories, weights = by_name(memory, mix_weight)
     report = evaluate_tasks(
         names,
         base=base,
