@@ -1,4 +1,4 @@
-"""Weighing a memory anew at every token costs next to nothing beside a fixed weight."""
+"""Weighing a memory anew at every token costs next to nothing beside a fixed weight, one that sleeps beside none."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +19,16 @@ from memlm.models.loading import default_device, default_dtype, load_causal_lm
 
 BATCHES = (1, 8)
 BAR = 1.02
+ASLEEP_BAR = 1.05
+SLEEP = 32
 GATES: tuple[GateName, ...] = ("posterior", "both")
 _TOLERANCE = 2e-3
 """Of a weight: bfloat16 logits of a chunk and of single steps differ in their last bit."""
 
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
-    """A line per gate and batch, SmolLM2 with a memory of half its blocks; and one of what a prompt costs.
+    """A line per gate and batch, SmolLM2 with a memory of half its blocks; one of a memory that sleeps, and of one that
+    looks up after 32 tokens and reads them at once, over the base alone; and one of what a prompt costs.
 
     That is the time to the first token where 128 of 512 tokens are heard, over a prompt of which none are.
     """
@@ -41,7 +44,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
         sizes = {}
     for batch in BATCHES:
         for name, found in measure(base, part, batch=batch, **sizes).items():
-            bar = None if name == "first_token" else BAR
+            bar = {"first_token": None, "looking_up": None, "asleep": ASLEEP_BAR}.get(name, BAR)
             line = f"gate_decoding/{name}/batch-{batch}"
             yield bar_line(line, found.pop("ratio"), at_most=bar, judged=bar is not None and not quick, **found)
 
@@ -85,6 +88,8 @@ def measure(
         gate: {"ratio": timing.ratio(gate, "fixed"), "ratio_spread": timing.spread(gate, "fixed"), **shared}
         for gate in GATES
     }
+    for name, slept in (("asleep", SLEEP - 1), ("looking_up", SLEEP)):
+        found[name] = shared | _asleep(base, part, batch, context, slept, max(1, rounds // 3))
     text = random_tokens(batch, prompt, mixtures["fixed"].vocab_size, base.device)
     windows = {name: mixture(base, part, "posterior", window) for name, window in (("heard", 128), ("not heard", 0))}
 
@@ -102,7 +107,34 @@ def measure(
     return found
 
 
-def mixture(base: PreTrainedModel, part: PreTrainedModel, gate: GateName, window: int = 128) -> MixedLM:
+def _asleep(
+    base: PreTrainedModel, part: PreTrainedModel, batch: int, context: int, steps: int, rounds: int
+) -> dict[str, Any]:
+    """A step whose memory sleeps, over one of the base; at the step number `SLEEP` it reads what it missed."""
+    model = mixture(base, part, "both", sleep=SLEEP, sleep_below=1.0)
+    context += 1 - context % SLEEP + SLEEP  # a place at which it has looked up
+    tokens = random_tokens(batch, context + steps, model.vocab_size, base.device)
+    sides = {
+        name: decoder(side, tokens[:, :context], tokens[:, context:])
+        for name, side in (("asleep", model), ("base", base))
+    }
+    gap = max(
+        float((ours - base_alone[:, : model.vocab_size].float()).abs().max())
+        for ours, base_alone in zip(sides["asleep"](), sides["base"](), strict=True)
+    )
+    prove(gap, 0.0, "a mixture whose memory sleeps against the base")
+    timing = interleave(sides, device=base.device, rounds=rounds)
+    return {
+        "ratio": timing.ratio("asleep", "base"),
+        "ratio_spread": timing.spread("asleep", "base"),
+        "sleep": SLEEP,
+        "base_step_ms": round(1e3 * timing.median("base") / steps, 3),
+    }
+
+
+def mixture(
+    base: PreTrainedModel, part: PreTrainedModel, gate: GateName, window: int = 128, **settings: Any
+) -> MixedLM:
     """Base and memory under a gate, its head of random numbers."""
     memory = MemoryDecoder(part)
     width = part.config.get_text_config().hidden_size
@@ -110,7 +142,7 @@ def mixture(base: PreTrainedModel, part: PreTrainedModel, gate: GateName, window
     memory.confidence_head = ConfidenceHead(
         memory="", tokenizer=None, state=numbers[:width], features=numbers[width:], bias=0.0, base=""
     )
-    return MixedLM(base, memory, 0.3, gate=GateConfig(gate=gate, prompt_window=window))
+    return MixedLM(base, memory, 0.3, gate=GateConfig(gate=gate, prompt_window=window, **settings))
 
 
 @torch.inference_mode()

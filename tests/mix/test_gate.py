@@ -1,7 +1,7 @@
 """The gate: weights per token, against a slow twin, through caches, and their bound."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -61,8 +61,9 @@ def own_weight(model: MixedLM, name: str, text: list[int]) -> float:
 
 
 @torch.no_grad()
-def slow_weights(model: MixedLM, text: list[int], began: int = 0) -> dict[str, float]:
-    """The weights after `text` whose tokens count from `began` on: Bayes' rule and fixed share, in probabilities."""
+def slow_weights(model: MixedLM, text: list[int], began: int = 0, silent: Collection[int] = ()) -> dict[str, float]:
+    """The weights after `text` whose tokens count from `began` on, but for the places in `silent`: Bayes' rule and
+    fixed share, in probabilities."""
     config, names = model.gate, list(model.memories)
     alone, own = config.gate == "posterior", config.gate != "posterior" or len(model.mix_weights) == len(names)
     if config.gate == "confidence":
@@ -73,7 +74,7 @@ def slow_weights(model: MixedLM, text: list[int], began: int = 0) -> dict[str, f
     kinds += [("own", name) for name in names] if own else []
     prior = [1 - config.prior] + [config.prior / (len(kinds) - 1)] * (len(kinds) - 1)
     now = prior
-    for at in range(began + 1, len(text)):
+    for at in (place for place in range(began + 1, len(text)) if place not in silent):
         said = []
         for kind, name in kinds:
             weight = 0.0 if kind == "base" else 1.0 if kind == "alone" else own_weight(model, name, text[:at])
@@ -196,6 +197,42 @@ def test_of_a_prompt_the_latest_tokens_count(case: dict[str, Any], window: int) 
         for length in (9, 10):
             slow = slow_weights(model, tokens[row, :length].tolist(), began)
             torch.testing.assert_close(found[row, length - 9], torch.tensor(list(slow.values())), **CLOSE)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("steps", [[10], [7, 1, 2], [1] * 10])
+def test_tokens_outside_the_evidence_mask_say_nothing(case: dict[str, Any], steps: list[int]) -> None:
+    model, tokens, silent = mixture(**case), some_tokens(2, 10), (1, 2, 5)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[:, list(silent)] = 0
+    cache, at, found = model.new_cache(2), 0, []
+    for count in steps:
+        new = tokens[:, at : at + count]
+        found.append(weights_of(model, new, cache=cache, use_cache=True, evidence_mask=mask))
+        at += count
+    for row in range(2):
+        for length in range(1, 11):
+            slow = slow_weights(model, tokens[row, :length].tolist(), silent=silent)
+            torch.testing.assert_close(torch.cat(found, 1)[row, length - 1], torch.tensor(list(slow.values())), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}, {"use_cache": False}]
+)
+def test_generate_passes_the_evidence_mask_on(options: dict[str, Any]) -> None:
+    model, tokens = mixture(switch=0.0), some_tokens(1, 8)
+    asked: list[Tensor] = []
+    components = model.components
+
+    def noted(*args: Any, **given: Any) -> Any:
+        asked.append(given["evidence_mask"])
+        return components(*args, **given)
+
+    model.components = noted  # type: ignore[method-assign]
+    mask = torch.tensor([[1, 0, 0, 0, 1, 0, 0, 1]])
+    model.generate(tokens, max_new_tokens=3, pad_token_id=0, evidence_mask=mask, **options)
+    assert asked
+    assert all(bool((found == mask).all()) for found in asked)
 
 
 @pytest.mark.parametrize("gate", ["posterior", "both"])

@@ -1,5 +1,6 @@
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import sentences
@@ -173,6 +174,34 @@ def test_a_prompt_that_is_no_utf_8_is_refused(tokenizer: PreTrainedTokenizerFast
     for prompt in ("a \udcff", [{"role": "user", "content": "a \udcff"}]):
         with pytest.raises(InputError, match="the prompt is not UTF-8; see to the encoding"):
             encode_prompt(tokenizer, prompt)
+
+
+def _with_begin() -> Any:
+    tokenizer = character_tokenizer(["?", "a", "b", "c"])
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    return tokenizer
+
+
+TURNS = [{"role": "user", "content": " a b "}, {"role": "bot", "content": "c"}, {"role": "user", "content": "b"}]
+KEPT = "{{ bos_token }}b {% for m in messages %}b {{ m['content'] | trim }} c {% endfor %}a"
+
+
+def test_what_a_chat_template_writes_is_no_evidence() -> None:
+    tokenizer = _with_begin()
+    tokenizer.chat_template = KEPT
+    found = encode_prompt(tokenizer, TURNS)
+    words = tokenizer.convert_ids_to_tokens(found["input_ids"][0])
+    assert words == ["<s>", "b", "b", "a", "b", "c", "b", "c", "c", "b", "b", "c", "a"]
+    said = [3, 4, 7, 10]
+    assert found["evidence_mask"][0].nonzero()[:, 0].tolist() == said
+    assert "evidence_mask" not in encode_prompt(tokenizer, "a b")
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m['content'] | upper }}{% endfor %}a", "a b"])
+def test_a_template_that_changes_what_was_said_gives_no_mask(template: str) -> None:
+    tokenizer = _with_begin()
+    tokenizer.chat_template = template
+    assert "evidence_mask" not in encode_prompt(tokenizer, TURNS)
 
 
 @pytest.mark.parametrize(

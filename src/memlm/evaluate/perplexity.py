@@ -120,10 +120,12 @@ def evaluate_perplexity(
 
     chosen = {"mix_weight": named(weights), "mix_weight_from": "validation" if given is None else "given"}
     report[MIXTURE]["gate"] = rule.config.gate if isinstance(rule, Gate) else "none"
-    if gated is None:
+    if gated is None or not isinstance(rule, Gate):
         report[MIXTURE] |= chosen
     else:
         report[MIXTURE]["mean_weight"] = named([round(float(mean), 4) for mean in gated[1].mean(0)])
+        if rule.config.sleep:
+            report[MIXTURE]["asleep"] = round(float((gated[1] == 0).all(-1).mean()), 4)
         report[MIXTURE]["ratio_to_fixed"] = resampled.ratio(MIXTURE, _FIXED)
         report[MIXTURE]["fixed"] = resampled.perplexity(_FIXED) | chosen
     report["tokens"] = len(test.document)

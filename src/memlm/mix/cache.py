@@ -10,6 +10,7 @@ from memlm.errors import ConfigError
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import VoterCache
 from memlm.mix.base import BaseCache
+from memlm.mix.sleep import Unread
 
 
 class MixedCache(Cache):
@@ -19,6 +20,8 @@ class MixedCache(Cache):
         self.of_base = BaseCache(base)
         self.memories = {name: memory.new_cache(batch_size) for name, memory in memories.items()}
         self.rule = rule
+        self.unread = Unread()
+        """What the base alone has read since the memories fell asleep."""
         # weak, so that a deep copy of the cache copies no memory
         self._made_for = {name: weakref.ref(memory) for name, memory in memories.items()}
 
@@ -41,6 +44,7 @@ class MixedCache(Cache):
         yield self.of_base
         yield from self.memories.values()
         yield self.rule
+        yield self.unread
 
     # --- what transformers asks for -------------------------------------------------------------------------------
 
@@ -67,12 +71,15 @@ class MixedCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (a negative number, as everywhere in transformers 5)."""
-        for part in self._parts():
-            part.crop(-tokens_to_remove)
+        tokens = -tokens_to_remove
+        self.of_base.crop(tokens)
+        tokens -= self.unread.crop(tokens)
+        for part in (*self.memories.values(), self.rule):
+            part.crop(tokens)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.base.reorder_cache(beam_idx)  # static caches know this one alone
-        for part in (*self.memories.values(), self.rule):
+        for part in (*self.memories.values(), self.rule, self.unread):
             part.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:

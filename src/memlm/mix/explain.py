@@ -76,7 +76,9 @@ def explain(
     answer = sequence[0, read:]
 
     taps = [memory.tap] if memory is not None and memory.tap is not None else []
-    parts = model.components(sequence[:, :-1], logits_to_keep=len(answer), taps=taps)
+    parts = model.components(
+        sequence[:, :-1], logits_to_keep=len(answer), taps=taps, evidence_mask=inputs.get("evidence_mask")
+    )
     base = parts.logits.log_softmax(-1)
     mixture = mix_log_probs(base, list(parts.votes.values()), parts.weights)
     base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)

@@ -12,6 +12,7 @@ from memlm.memory.confidence import Columns, ConfidenceHead
 from memlm.memory.voter import VoterCache, Votes
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.posterior import Explanations, FixedShare
+from memlm.mix.sleep import Sleep
 from memlm.mix.weights import FixedWeights, Step, Weight, WeightRule
 from memlm.models.heads import summary
 from memlm.targets.votes import SparseProbs
@@ -50,6 +51,9 @@ class Gate(WeightRule):
                 )
         self.has_own = self.by_confidence or all(m.mix_weight is not None for m in self.memories.values())
         self.explanations = Explanations(len(self.memories), alone=not self.by_confidence, own=self.has_own)
+        self.follows = config.gate != "confidence"
+        """Whether it keeps a posterior."""
+        self.sleep = Sleep(config.sleep, config.sleep_below)
 
     def new_state(self, batch_size: int) -> "GateCache":
         return GateCache(batch_size)
@@ -58,14 +62,65 @@ class Gate(WeightRule):
         kept = places_of(keep, tokens)
         return slice(max(0, int(kept[0]) - self.config.prompt_window), None) if len(kept) else keep
 
+    def asleep(self, state: VoterCache | None, past: int, unread: int, tokens: int) -> bool:
+        if not self.sleep.tokens or not isinstance(state, GateCache) or state.left is None:
+            return False
+        return state.tokens == past - unread and bool((state.left[:, -1] >= unread + tokens).all())
+
     def weights(self, step: Step, state: VoterCache | None) -> list[Weight]:
         assert state is None or isinstance(state, GateCache)
-        own = self._own(step)
-        if self.config.gate == "confidence":
-            assert own is not None
-            return list(together(own).unbind(-1))
-        posterior = self._posterior(step, own, state)
-        return list(self.explanations.weights(posterior, own).unbind(-1))
+        own, length = self._own(step), step.tokens.shape[1]
+        kept = places_of(step.keep, length)
+        first = int(kept[0]) if len(kept) else length  # a place whose votes are there
+        began = max(0, first - step.unread - self.config.prompt_window)
+        began = began + step.unread if began else 0
+        before = None
+        if began < first and first > 0 and (self.follows or self.sleep.tokens):
+            before = self._hear_prompt(step, began, min(first, length - 1))
+        known = state if state is not None and state.tokens == step.past and began == 0 else None
+        if self.follows:
+            along = self._posterior(step, own, kept, before, known)
+        else:
+            along = step.base.new_zeros(*step.tokens.shape, 0)
+        weights, left = self._weights(along[:, kept], own), None
+        if self.sleep.tokens:
+            asleep, left = self._sleep(step, along, weights, kept, before, known)
+            weights = weights.masked_fill(asleep[:, kept, None], 0.0)
+        if state is not None and (self.follows or self.sleep.tokens):
+            pending = _Pending.latest(step, own, kept, self.explanations) if self.follows else None
+            state.extend(step.past, along, left, pending, known)
+        return list(weights.unbind(-1))
+
+    def _weights(self, posterior: Float[Tensor, "... K"], own: Float[Tensor, "... M"] | None) -> Float[Tensor, "... M"]:
+        """What each memory weighs when it is awake."""
+        if self.follows:
+            return self.explanations.weights(posterior, own)
+        assert own is not None
+        return together(own)
+
+    def _sleep(
+        self,
+        step: Step,
+        along: Float[Tensor, "B T K"],
+        weights: Float[Tensor, "B T2 M"],
+        kept: Int[Tensor, "T2"],
+        before: "_Heard | None",
+        known: "GateCache | None",
+    ) -> tuple[Tensor, Tensor]:
+        """Where the memories sleep, and how many places they will from there on; each `(B, T)`."""
+        rows, length = step.tokens.shape
+        total = weights.new_zeros(rows, length)
+        there = torch.zeros(rows, length, dtype=torch.bool, device=total.device)
+        if before is not None:
+            span = slice(before.began, before.end)
+            total[:, span], there[:, span] = self._weights(along[:, span], before.own).sum(-1), True
+        total[:, kept], there[:, kept] = weights.sum(-1), True
+        if step.real is not None:
+            there &= step.real
+        left = torch.zeros(rows, dtype=torch.long, device=total.device)
+        if known is not None and known.left is not None:
+            left = known.left[:, -1].to(total.device)
+        return self.sleep.along(left, total, there)
 
     def own_weights(
         self, like: Float[Tensor, "..."], columns: Callable[[], Sequence[Columns]]
@@ -98,22 +153,23 @@ class Gate(WeightRule):
         return self.own_weights(step.normaliser[..., 0], columns)
 
     def _posterior(
-        self, step: Step, own: Float[Tensor, "B T2 M"] | None, state: "GateCache | None"
-    ) -> Float[Tensor, "B T2 K"]:
-        """Log-posteriors at the places that are kept, each after the tokens up to it."""
+        self,
+        step: Step,
+        own: Float[Tensor, "B T2 M"] | None,
+        kept: Int[Tensor, "T2"],
+        before: "_Heard | None",
+        known: "GateCache | None",
+    ) -> Float[Tensor, "B T K"]:
+        """Log-posteriors after every token."""
         rows, length = step.tokens.shape
         prior = self.explanations.log_prior(self.config.prior, step.base)
-        kept = places_of(step.keep, length)
-        first = int(kept[0]) if len(kept) else length  # a place whose votes are there
-        began = max(0, first - self.config.prompt_window)
-        known = state if state is not None and state.tokens == step.past and began == 0 else None
         start = prior.expand(rows, -1) if known is None or known.history is None else known.history[:, -1]
         # what was said of each new token before it came; of the first one by the step before
         said = torch.full((rows, length, len(prior)), float("nan"), device=step.base.device)
         if known is not None and known.pending is not None:
             said[:, 0] = known.pending.of(step.tokens[:, 0])
-        if began < first and first > 0:
-            self._hear_prompt(step, began, min(first, length - 1), said)
+        if before is not None:
+            said[:, before.began + 1 : before.end + 1] = before.said
         followed = kept[kept < length - 1]
         if len(followed):
             votes = _Pending.at(step, own, torch.arange(len(followed)), self.explanations)
@@ -121,19 +177,18 @@ class Gate(WeightRule):
         heard = ~said.isnan().any(-1)
         if step.real is not None:
             heard &= step.real & torch.nn.functional.pad(step.real[:, :-1], (1, 0), value=True)
+        if step.evidence is not None:
+            heard &= step.evidence
         rule = FixedShare(prior, self.config.switch)
-        along = rule.along(start, said.nan_to_num(nan=0.0, neginf=-float("inf")), heard)
-        if state is not None:
-            state.extend(step, along, own, kept, known is not None, self.explanations)
-        return along[:, kept]
+        return rule.along(start, said.nan_to_num(nan=0.0, neginf=-float("inf")), heard)
 
-    def _hear_prompt(self, step: Step, began: int, end: int, said: Tensor) -> None:
-        """Fill in what was said of the tokens after the places from `began` to `end`, whose votes are not kept."""
+    def _hear_prompt(self, step: Step, began: int, end: int) -> "_Heard":
+        """What was said of the tokens after the places from `began` to `end`, whose votes are not kept."""
         columns = step.columns(began, end)
         base, *memories = columns
         own = self.own_weights(base["label"], lambda: columns)
         told = self.explanations.log_probs(base["label"], torch.stack([m["label"] for m in memories], -1), own)
-        said[:, began + 1 : end + 1] = told
+        return _Heard(began, end, own, told)
 
 
 def gate_config(gate: GateName | GateConfig | None) -> GateConfig:
@@ -178,6 +233,17 @@ def _summary(votes: Votes, shape: torch.Size) -> dict[str, Tensor]:
     return summary(votes)
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """What was thought at places of a prompt."""
+
+    began: int
+    end: int
+    own: Float[Tensor, "B E M"] | None
+    said: Float[Tensor, "B E K"]
+    """What each explanation gave the token after the place."""
+
+
 @dataclass
 class _Pending:
     """Votes at some places, for the tokens that come after them."""
@@ -193,6 +259,17 @@ class _Pending:
         """The votes of a step at some of the places that it kept."""
         whole = cls(step.base, step.normaliser, list(step.memories.values()), own, explanations)
         return whole if len(places) == step.base.shape[1] else whole.taken(places=places)
+
+    @classmethod
+    def latest(
+        cls, step: Step, own: Tensor | None, kept: Int[Tensor, "T2"], explanations: Explanations
+    ) -> "_Pending | None":
+        """The votes at the end of a step, as far back as all places were kept, in order."""
+        length, run = step.tokens.shape[1], 0
+        latest = kept.tolist()[-_PENDING:]
+        while run < len(latest) and latest[-1 - run] == length - 1 - run:
+            run += 1
+        return cls.at(step, own, torch.arange(len(kept) - run, len(kept)), explanations) if run else None
 
     def of_each(self, tokens: Int[Tensor, "B P"]) -> Float[Tensor, "B P K"]:
         """What each explanation gave the token after each place."""
@@ -229,37 +306,44 @@ class _Pending:
 
 
 class GateCache(VoterCache):
-    """What the gate keeps of a text: the posterior after every token, and the latest votes, for the token to come."""
+    """What the gate keeps of a text: the posterior after every token, the latest votes, for the token to come, and how
+    long the memories are to sleep."""
 
     def __init__(self, batch_size: int) -> None:
         self.tokens = 0
         self.history: Float[Tensor, "B N K"] | None = None
         """Log-posteriors."""
+        self.left: Int[Tensor, "B N"] | None = None
+        """Places that the memories are to sleep after each token; None: they never do."""
         self.pending: _Pending | None = None
         """Votes at the latest places, as far as they were kept."""
 
     def extend(
-        self, step: Step, along: Tensor, own: Tensor | None, kept: Tensor, known: bool, explanations: Explanations
+        self, past: int, along: Tensor, left: Tensor | None, pending: _Pending | None, known: "GateCache | None"
     ) -> None:
-        """Add the tokens of a step."""
-        before = self.history if known and self.history is not None else None
-        if before is None and step.past:  # what another rule has weighed counts for nothing here
-            before = along[:, :1].expand(-1, step.past, -1)
-        self.history = along if before is None else torch.cat([before, along], 1)
-        self.tokens = step.past + along.shape[1]
-        length = along.shape[1]
-        run = 0  # places at the end of which all are kept, in order
-        latest = kept.tolist()[-_PENDING:]
-        while run < len(latest) and latest[-1 - run] == length - 1 - run:
-            run += 1
-        places = torch.arange(len(kept) - run, len(kept))
-        self.pending = _Pending.at(step, own, places, explanations) if run else None
+        """Add the tokens of a step.
+
+        Args:
+            past: How many came before.
+            along, left: Of each, as `history` and `left` have them.
+            pending: What is kept from here on.
+            known: This, where what it has of the tokens before goes on to count.
+        """
+        goes_on = known is not None and known.history is not None
+        if goes_on and self.history is not None:
+            along = torch.cat([self.history, along], 1)
+            left = None if left is None or self.left is None else torch.cat([self.left.to(left.device), left], 1)
+        elif past:  # what another rule has weighed counts for nothing here
+            along = torch.cat([along[:, :1].expand(-1, past, -1), along], 1)
+            left = None if left is None else torch.nn.functional.pad(left, (past, 0))
+        self.history, self.left, self.pending, self.tokens = along, left, pending, along.shape[1]
 
     def crop(self, tokens: int) -> None:
         if tokens <= 0 or self.history is None:
             return
         self.tokens = max(0, self.tokens - tokens)
         self.history = self.history[:, : self.tokens] if self.tokens else None
+        self.left = self.left[:, : self.tokens] if self.tokens and self.left is not None else None
         left = 0 if self.pending is None else self.pending.base.shape[1] - tokens
         if self.pending is not None and left > 0:
             self.pending = self.pending.taken(places=torch.arange(left))
@@ -270,6 +354,8 @@ class GateCache(VoterCache):
         if self.history is not None:
             rows = rows.to(self.history.device)
             self.history = self.history[rows]
+        if self.left is not None:
+            self.left = self.left[rows]
         if self.pending is not None:
             self.pending = self.pending.taken(rows=rows)
 
@@ -279,4 +365,4 @@ class GateCache(VoterCache):
             self.select(rows.repeat_interleave(times))
 
     def reset(self) -> None:
-        self.tokens, self.history, self.pending = 0, None, None
+        self.tokens, self.history, self.left, self.pending = 0, None, None, None

@@ -24,3 +24,8 @@ class GateConfig(StageConfig):
     """Probability per token that another explanation begins (fixed share)."""
     prompt_window: int = Field(default=128, ge=0, le=MAX_COUNT)
     """Latest tokens of a prompt that count as evidence; 0: none."""
+    sleep: int = Field(default=0, ge=0, le=512)
+    """Tokens that memories sleep once they weigh less than sleep_below: they are not read, and the base alone speaks;
+    then they read what they missed at once and are weighed again; 0: they never sleep."""
+    sleep_below: float = Field(default=0.02, ge=0, le=1)
+    """Weight of the memories together below which they sleep."""

@@ -22,7 +22,7 @@ from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
-from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
+from memlm.mix.gate import Gate, GatedMemory, gate_config, places_of, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.loading import (
     MemorySource,
@@ -34,6 +34,7 @@ from memlm.mix.loading import (
     settings_of,
 )
 from memlm.mix.mixture import mix_log_probs
+from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, MixWeight, Step, Weight, WeightRule, settle_weights
 from memlm.models.adapters import has_adapter
 from memlm.models.loading import embedding_rows, longest_context
@@ -50,7 +51,7 @@ class Components:
     normaliser: Float[Tensor, "B T 1"]
     """Their logsumexp."""
     votes: dict[str, Votes]
-    """Per memory."""
+    """Per memory; none where all sleep."""
     weights: list[Weight]
     """Per memory, as the rule weighs them here."""
 
@@ -296,6 +297,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         return_dict: bool | None = None,
         mix_weight: MixWeight | Mapping[str, MixWeight] | None = None,
+        evidence_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Mixed logits of the next token.
@@ -311,6 +313,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             mix_weight: For this call only, a number or one per row of the batch, by name where there are several
                 memories; `generate` passes it on. Where rows are fewer than the batch's, as with beams, each stands
                 for as many neighbours.
+            evidence_mask: `(B, L)`, 0 at tokens of the text, from its first one on, that tell a gate nothing, as those
+                of a chat template; tokens beyond it count.
             kwargs: Passed to the base where its `forward` knows them.
 
         Raises:
@@ -344,6 +348,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             past_key_values,
             logits_to_keep,
             mix_weight=mix_weight,
+            evidence_mask=evidence_mask,
             use_cache=use_cache,
             **kwargs,
         )
@@ -390,6 +395,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         *,
         mix_weight: MixWeight | Mapping[str, MixWeight] | None = None,
+        evidence_mask: Tensor | None = None,
         taps: Iterable[str] = (),
         use_cache: bool = False,
         **kwargs: Any,
@@ -397,7 +403,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """What base and memories say of the next token, each for itself.
 
         Args:
-            input_ids, attention_mask, position_ids, logits_to_keep, mix_weight, kwargs: As `forward` takes them.
+            input_ids, attention_mask, position_ids, logits_to_keep: As `forward` takes them.
+            mix_weight, evidence_mask, kwargs: As `forward` takes them.
             cache: Extended by `input_ids`; None: they are all there is.
             taps: Modules of the base whose inputs are kept, beside those that memories read.
             use_cache: Passed to the base.
@@ -420,35 +427,66 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self._voter.logits(base, keep)
+        normaliser = torch.logsumexp(logits, -1, keepdim=True)
+        state = cache.rule if cache is not None else None
+        unread = len(cache.unread) if cache is not None else 0
+        length = input_ids.shape[1]
+        if cache is not None and logits.shape[1] == length and rule.asleep(state, past, unread, length):
+            taps = {memory.tap for memory in memories.values() if memory.tap is not None}
+            cache.unread.add(input_ids, logits, {tap: base.activations[tap] for tap in taps})
+            return Components(base, logits, normaliser, {}, [0.0] * len(memories))
+        tokens = input_ids
+        if cache is not None and unread:  # the memories wake, and read what they missed
+            missed, cache.unread = cache.unread, Unread()
+            tokens = missed.before(input_ids)
+            keep, asked = places_of(keep, length) + unread, slice(None)
+        else:
+            missed = None
         votes, states = {}, {}
         for name, memory in memories.items():
             activations = base.activations[memory.tap] if memory.tap is not None else None
+            if missed is not None and memory.tap is not None and activations is not None:
+                activations = missed.before_activations(memory.tap, activations)
             hint = {"keep": asked} if "keep" in inspect.signature(memory.step).parameters else {}
-            state = memory.step(input_ids, activations, attention_mask=attention_mask, cache=caches[name], **hint)
-            states[name], votes[name] = state, memory.votes(state, keep).to(logits.device)
-        normaliser = torch.logsumexp(logits, -1, keepdim=True)
+            states[name] = memory.step(tokens, activations, attention_mask=attention_mask, cache=caches[name], **hint)
+            votes[name] = memory.votes(states[name], keep).to(logits.device)
 
         def columns(began: int, end: int) -> list[dict[str, Tensor]]:
-            labels = torch.full_like(input_ids, IGNORE)
-            labels[:, began:end] = input_ids[:, began + 1 : end + 1]
-            found = [self._voter.columns(base, labels.to(self._voter.device))]
+            labels = torch.full_like(tokens, IGNORE)
+            labels[:, began:end] = tokens[:, began + 1 : end + 1]
+            found = [self._base_columns(base, missed, labels)]
             found += [memory.columns(states[name], labels.to(memory.device)) for name, memory in memories.items()]
-            shape = len(input_ids), end - began
+            shape = len(tokens), end - began
             return [{name: values.view(shape).to(logits.device) for name, values in part.items()} for part in found]
 
         step = Step(
-            input_ids.to(logits.device),
-            past,
+            tokens.to(logits.device),
+            past - unread,
             keep,
             logits,
             normaliser,
             votes,
-            None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :].bool().to(logits.device),
+            None if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool().to(logits.device),
+            _from(evidence_mask, past - unread, tokens),
             lambda name: memories[name].confidence(states[name], keep).to(logits.device),
+            unread,
             columns,
         )
-        weights = rule.weights(step, cache.rule if cache is not None else None)
-        return Components(base, logits, normaliser, votes, weights)
+        return Components(base, logits, normaliser, votes, rule.weights(step, state))
+
+    def _base_columns(self, state: BaseState, missed: Unread | None, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
+        """What the base thought of labels, those of tokens that memories missed first, row by row."""
+        unread = 0 if missed is None else len(missed)
+        new = self._voter.columns(state, labels[:, unread:].to(self._voter.device))
+        if missed is None or not unread:
+            return new
+        rows = len(labels)
+        before = missed.columns(labels[:, :unread])
+        before["confidence"] = torch.zeros_like(before["label"])
+        return {
+            name: torch.cat([values.view(rows, -1), new[name].view(rows, -1)], 1).flatten()
+            for name, values in before.items()
+        }
 
     def _mix(self, parts: Components) -> Tensor:
         logits, weights = parts.logits, parts.weights
@@ -546,7 +584,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         if kwargs["generation_config"].assistant_early_exit is not None:
             raise NotImplementedError("a mixture cannot draft by leaving its layers early: give an assistant_model")
-        own = {name: value for name, value in model_kwargs.items() if name != "mix_weight"}  # not the assistant's
+        own = {n: value for n, value in model_kwargs.items() if n not in ("mix_weight", "evidence_mask")}
         return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 
     if TYPE_CHECKING:  # GenerationMixin binds it to a protocol that type checkers do not find fulfilled
@@ -617,6 +655,14 @@ def _restart(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
         there = attention_mask[:, -position_ids.shape[1] :].bool().to(down.device)
         down = down & there[:, 1:] & there[:, :-1]
     return bool(down.any())
+
+
+def _from(mask: Tensor | None, past: int, tokens: Int[Tensor, "B T"]) -> Tensor | None:
+    """A mask of a text at these tokens, that come after `past` others; True beyond its end."""
+    if mask is None or mask.shape[1] <= past:
+        return None
+    here = mask[:, past : past + tokens.shape[1]].bool()
+    return nn.functional.pad(here, (0, tokens.shape[1] - here.shape[1]), value=True).to(tokens.device)
 
 
 def _absolute(name: str) -> str:

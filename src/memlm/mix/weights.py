@@ -36,8 +36,12 @@ class Step:
     """The memories' votes there, in their order."""
     real: Bool[Tensor, "B T"] | None = None
     """False where a new token is padding; None: none is."""
+    evidence: Bool[Tensor, "B T"] | None = None
+    """False where a new token says nothing of who explains the text; None: all say something."""
     confidence: Callable[[str], Float[Tensor, "B T2"]] = lambda name: torch.zeros(())
     """What a memory's own state says there, see `ConfidenceHead.of_state`."""
+    unread: int = 0
+    """How many of the new tokens the base has read before, while the memories slept; they come first."""
     columns: Callable[[int, int], list[dict[str, Tensor]]] = lambda began, end: []
     """What base and memories thought of the tokens after the places from one to another, whose votes are not kept: the
     columns of scores, each `(B, end - began)`. Runs their heads."""
@@ -53,6 +57,17 @@ class WeightRule(ABC):
     def places(self, keep: slice | Tensor, tokens: int) -> slice | Tensor:
         """The places of `tokens` new ones that it may ask about where votes at `keep` are wanted; those and others."""
         return keep
+
+    def asleep(self, state: VoterCache | None, past: int, unread: int, tokens: int) -> bool:
+        """Whether all memories weigh 0 at the next places whatever they vote, so that they need not be read.
+
+        Args:
+            state: From `new_state`.
+            past: Tokens so far.
+            unread: How many of the last ones the memories have not read.
+            tokens: How many places are next.
+        """
+        return False
 
     @abstractmethod
     def weights(self, step: Step, state: VoterCache | None) -> list[Weight]:

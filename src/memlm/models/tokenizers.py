@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
@@ -265,7 +266,7 @@ def encode_prompt(
     """A text, or the turns of a chat in the tokenizer's template, as a batch of one that an answer can follow.
 
     A template writes special tokens itself, so none are added to it. What a tokenizer puts behind a text, as an end
-    token, is left out.
+    token, is left out. Of a chat, `evidence_mask` is False at tokens that the template writes, where those can be told.
 
     Args:
         rows: Of the embeddings of the model that is to read it; None: enough.
@@ -287,6 +288,9 @@ def encode_prompt(
             inputs = tokenizer.apply_chat_template(
                 prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             )
+        said = _said(tokenizer, prompt, inputs["input_ids"][0].tolist())  # type: ignore[index]
+        if said is not None:
+            inputs["evidence_mask"] = torch.tensor([said])  # type: ignore[index]
     assert isinstance(inputs, BatchEncoding)
     if not inputs["input_ids"].shape[1]:
         raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
@@ -294,6 +298,35 @@ def encode_prompt(
         ids = inputs["input_ids"][0].numpy()  # type: ignore[union-attr]
         check_rows_for(ids, rows, tokenizer, data="the prompt", label="the base")
     return inputs
+
+
+def _said(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], ids: list[int]) -> list[bool] | None:
+    """Per token whether it is part of what was said in a turn; None where that cannot be told."""
+    marks = [f"<<turn {number}>>" for number in range(len(turns))]
+    marked = [turn | {"content": mark} for turn, mark in zip(turns, marks, strict=True)]
+    try:
+        frame, text = (
+            str(tokenizer.apply_chat_template(found, add_generation_prompt=True, tokenize=False))
+            for found in (marked, turns)
+        )
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    except Exception:  # a stranger's template, or a tokenizer that knows no offsets
+        return None
+    spans, at = [], 0
+    for turn, mark in zip(turns, marks, strict=True):
+        written, found, frame = frame.partition(mark)
+        content = turn["content"]
+        if not found or not text.startswith(written, at):
+            return None
+        at += len(written)
+        content = content if text.startswith(content, at) else content.strip()
+        if not text.startswith(content, at):
+            return None
+        spans.append((at, at := at + len(content)))
+    if text[at:] != frame or tokens["input_ids"] != ids:
+        return None
+    offsets: list[tuple[int, int]] = tokens["offset_mapping"]  # type: ignore[assignment]
+    return [any(began < stop and end > start for start, stop in spans) for began, end in offsets]
 
 
 def _tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
