@@ -36,6 +36,9 @@ class DecoderStart(StartConfig):
     """Blocks of the start model to keep, how many (half from the front, half from the back) or which; default all."""
     fresh: bool = False
     """Start from random weights with the start model's config instead of its weights."""
+    lora_rank: int | None = Field(default=None, ge=1, le=MAX_WIDTH)
+    """Train low-rank adapters of this rank beside all linear layers of the blocks (LoRA, by peft), scaled by 2, and
+    merge them in at the end; default all weights are trained."""
 
     @field_validator("layers")
     @classmethod

@@ -1,5 +1,6 @@
 """Memory Decoder: a small causal LM that imitates a retriever."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +14,7 @@ from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import WindowedReader
 from memlm.models.abilities import check_causal
+from memlm.models.adapters import beside_all_linear, check_peft
 from memlm.models.heads import find_head
 from memlm.models.layers import check_layers, chosen_layers, depth, fresh_model, keep_layers, layered_config, model_size
 from memlm.models.loading import load_causal_lm, load_config, longest_context
@@ -49,6 +51,7 @@ class MemoryDecoder(ParametricMemory):
         ours = {"vocab_size": min(rows, settings.vocab_size), "context_length": settings.context_length or longest}
         super().__init__(settings.model_copy(update=ours))
         self.decoder = decoder
+        self._adapters: list[Any] = []  # of peft, in training; in a list, for they are no module of the memory's own
         self.head = find_head(decoder)
         self.reader = WindowedReader(decoder, self.context_length)
 
@@ -68,6 +71,10 @@ class MemoryDecoder(ParametricMemory):
             raise ConfigError("init is missing: name the start model of the memory (--init)")
         whole = load_config(init)
         text_config = whole.get_text_config(decoder=True)
+        if config.lora_rank is not None:
+            check_peft()
+            if config.fresh:
+                raise ConfigError("lora_rank and fresh: adapters beside random weights learn little; give one of them")
         if config.layers is not None and config.fresh:
             layered_config(whole, chosen_layers(config.layers, depth(whole)))
         elif config.layers is not None:
@@ -84,7 +91,10 @@ class MemoryDecoder(ParametricMemory):
         if config.fresh:
             return cls(fresh_model(load_config(init), config.layers, seed), settings)
         model = load_causal_lm(init, dtype=torch.float32)
-        return cls(model if config.layers is None else keep_layers(model, config.layers), settings)
+        memory = cls(model if config.layers is None else keep_layers(model, config.layers), settings)
+        if config.lora_rank is not None:
+            memory._adapters = [beside_all_linear(memory.decoder, config.lora_rank)]
+        return memory
 
     @classmethod
     def size(cls, config: DecoderStart, *, init: str | None, base: PreTrainedConfig) -> int:
@@ -100,6 +110,13 @@ class MemoryDecoder(ParametricMemory):
         if not self.decoder.supports_gradient_checkpointing:
             raise ConfigError(f"trainer.activation_checkpointing: {type(self.decoder).__name__} has none; leave it out")
         getattr(self.decoder, "activation_checkpointing_enable", self.decoder.gradient_checkpointing_enable)(**kwargs)
+
+    def merge_adapters(self) -> None:
+        while self._adapters:
+            self._adapters.pop().merge_and_unload()
+
+    def own_parameters(self) -> Iterator[nn.Parameter]:
+        return (p for name, p in self.named_parameters() if ".lora_" not in name)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.decoder.get_input_embeddings()

@@ -1,6 +1,7 @@
 """What every memory is: a voter that stands beside a frozen base."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self, final
 
@@ -223,6 +224,13 @@ class Memory(nn.Module, Voter):
         """
         if wanted:
             raise ConfigError(f"objective = 'mixture': a memory of kind {self.kind} has imitation only")
+
+    def merge_adapters(self) -> None:
+        """Add what trained adapters learnt to the weights that they stand beside, and leave them behind."""
+
+    def own_parameters(self) -> Iterable[nn.Parameter]:
+        """Those that it keeps: all but adapters'."""
+        return self.parameters()
 
     @classmethod
     def size(cls, config: Any, *, init: str | None, base: PreTrainedConfig) -> int:

@@ -1,6 +1,7 @@
 """Adapters of PEFT, such as LoRA, inside a loaded model: which are there, and the model without them."""
 
 import copy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,6 +38,32 @@ def active_adapters(model: PreTrainedModel) -> list[str]:
         return []
     found = model.active_adapters  # a method of transformers' models, a property of PEFT's
     return list(found() if callable(found) else found)  # type: ignore[arg-type]
+
+
+def check_peft() -> None:
+    """Raise unless peft is there.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if find_spec("peft") is None:
+        raise ConfigError("lora_rank needs peft: pip install 'memlm[compare]'")
+
+
+def beside_all_linear(model: PreTrainedModel, rank: int) -> Any:
+    """Put low-rank adapters beside all linear layers of the model but its output layer; only they are trained.
+
+    Args:
+        rank: Of each; what it learns is scaled by 2.
+
+    Returns:
+        peft's own model around it, which can merge them.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", bias="none")
+    return LoraModel(model, config, "default")
 
 
 def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:

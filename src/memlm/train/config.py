@@ -51,7 +51,10 @@ class TrainConfig(StageConfig):
     dtype: str = "auto"
     """Autocast precision: float32, bfloat16, or auto (bfloat16 where computed natively). Weights stay in float32."""
     validations: int = Field(default=1, ge=1, le=1 << 20)
-    """Validations, and checkpoints, per epoch; the checkpoint with the lowest mixture perplexity is kept."""
+    """Validations, and checkpoints, per epoch; the best checkpoint is kept."""
+    keep: Literal["mixture", "memory"] = "mixture"
+    """Whose perplexity on validation text the checkpoint that is kept has lowest: that of the mixture with the base, or
+    the memory's own, for a model that is to be used alone."""
     batch_tokens: int = Field(default=4096, ge=1, le=MAX_BATCH_TOKENS)
     """Tokens in one forward pass of validation."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -110,10 +113,14 @@ class TrainConfig(StageConfig):
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """The settings as they are given, with both first kinds' always and without those of an objective that is not
-        wanted, so that older folders are still recognised."""
+        """The settings as they are given, with both first kinds' always and without newer ones that are as they
+        always were, so that older folders are still recognised."""
         values = handler(self)
         if self.objective == "imitation":  # which has no share
             del values["objective"], values["mixture_share"]
-        first_kinds = DecoderStart().model_dump() | MLPStart().model_dump()
-        return first_kinds | values.pop("start") | values
+        if self.keep == "mixture":
+            del values["keep"]
+        start = DecoderStart().model_dump() | MLPStart().model_dump() | values.pop("start")
+        if start["lora_rank"] is None:
+            del start["lora_rank"]
+        return start | values

@@ -171,7 +171,8 @@ def plan_memory(
         _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
         trainer.check_weights()
         memory.train_beside_base(False)
-        facts = _facts(trainer, rows, memory)
+        facts = _facts(trainer, rows, memory, config)
+        memory.merge_adapters()
         if ranks.first:
             _save(stage, memory, rows, facts)
         return facts
@@ -193,6 +194,7 @@ def _save(stage: Stage, memory: Memory, rows: TrainingData, facts: dict[str, Any
 
 def _repair_beside_weights(stage: Stage, previous: Manifest, memory: Memory, rows: TrainingData) -> None:
     """Make again what does not depend on the weights; `memory` is untrained, and its weights are left behind."""
+    memory.merge_adapters()
     _save(stage, memory, rows, previous.facts, _ASIDE)
     for name in previous.payload:
         if not stage.has(name) and stage.has(f"{_ASIDE}/{name}"):
@@ -345,7 +347,7 @@ def _targets_in_force(targets: Manifest) -> dict[str, Any]:
     return targets.config | {name: targets.facts[name] for name in chosen if targets.facts.get(name)}
 
 
-def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[str, Any]:
+def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory, config: TrainConfig) -> dict[str, Any]:
     validated = [entry for entry in trainer.state.log_history if "eval_mixture_perplexity" in entry]
     history = [
         {
@@ -368,8 +370,13 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory) -> dict[s
             {k: entry[k] for k in _LOGGED if k in entry} for entry in trainer.state.log_history if "loss" in entry
         ],
     }
+    trained = sum(p.numel() for p in memory.parameters() if p.requires_grad)
+    if trained < facts["parameters"]:
+        facts |= {"parameters": sum(p.numel() for p in memory.own_parameters()), "trained_parameters": trained}
     if history:
-        best = int(np.argmin([entry["eval_mixture_perplexity"] for entry in validated]))  # the first, as the Trainer's
+        best = int(
+            np.argmin([entry[f"eval_{config.keep}_perplexity"] for entry in validated])
+        )  # the first, as the Trainer's
         facts["validation"] = {
             "base_perplexity": round(trainer.base_perplexity, 4),
             "best": history[best],

@@ -84,7 +84,7 @@ def training_arguments(
         "save_steps": every,
         "save_total_limit": 2,
         "load_best_model_at_end": validate,
-        "metric_for_best_model": "mixture_perplexity" if validate else None,
+        "metric_for_best_model": f"{config.keep}_perplexity" if validate else None,
         "greater_is_better": False if validate else None,
         "logging_steps": 10,
         "logging_nan_inf_filter": False,
