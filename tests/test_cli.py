@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from memlm.cli import app, main
+from memlm.cli import measure as cli_measure
 from memlm.cli import road as cli_road
 from memlm.cli import use as cli_use
 from memlm.cli.options import by_name
@@ -44,6 +45,8 @@ COMMANDS = [
     ("explain",),
     ("chat",),
     ("run",),
+    ("compare",),
+    ("bench",),
     ("info",),
     ("list",),
     ("repair",),
@@ -1059,6 +1062,7 @@ NEEDED = {
     ("generate",): ("x", "--base", "b", "--memory", "m"),
     ("explain",): ("x", "--base", "b", "--memory", "m"),
     ("chat",): ("--base", "b", "--memory", "m"),
+    ("bench",): ("b", "--memory", "m", "--prompts", "p"),
     ("demo",): (),
 }
 """Commands with options that are numbers, and what else they are to be given."""
@@ -1068,7 +1072,7 @@ NEEDED = {
 def test_every_number_of_a_command_has_bounds(
     memlm: Callable[..., Result], command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for shell in (cli_road, cli_use):
+    for shell in (cli_measure, cli_road, cli_use):
         monkeypatch.setattr(shell, "quiet", lambda: pytest.fail("the command began"))
     options = re.findall(r"--([\w-]+)[ \n]+<?(?:int|float)", memlm(*command, "--help").out, re.IGNORECASE)
     assert bool(options) == (command in NEEDED)

@@ -344,7 +344,7 @@ def test_what_memlm_0_1_left_unfinished_is_finished_there_though_another_run_has
     ("section", "values", "match"),
     [
         ("trian", {"epochs": 1}, "unknown section 'trian'; did you mean 'train'?"),
-        ("zzz", {}, "unknown section 'zzz'; known: corpus, datastore, "),
+        ("zzz", {}, "unknown section 'zzz'; known: compare, corpus, dapt, datastore, "),
         ("targets", {"target_temprature": 4}, "unknown setting 'targets.target_temprature'; did you mean 'target_temp"),
         ("corpus", {"tokeniser": "x"}, "unknown setting 'corpus.tokeniser'; did you mean 'tokenizer'?"),
         ("train", {"xyz": 1.0}, "unknown setting 'train.xyz'; known: accumulation, activations, base, "),
@@ -410,6 +410,8 @@ def test_every_stage_setting_can_be_given_in_its_section(documents: str, model_f
     sections = tiny(documents, model_folder)
     for name, (config, _) in SECTIONS.items():
         sections[name] = {**config().model_dump(), **sections.get(name, {})}
-    sections["teacher"]["kl_weight"] = sections["twin"]["kl_weight"] = 0
+    for name in ("teacher", "twin", "dapt", "lora"):
+        sections[name]["kl_weight"] = 0
+    sections["mlp"]["kind"] = "mlp"
     recipe = Recipe(sections)
     assert recipe.configs["targets"] == SECTIONS["targets"][0](**sections["targets"])

@@ -16,7 +16,7 @@ import typer
 
 from memlm.cli.folders import info, list_folders, repair
 from memlm.cli.help import Command, Group
-from memlm.cli.measure import lm_eval, perplexity, tasks
+from memlm.cli.measure import bench, compare, lm_eval, perplexity, tasks
 from memlm.cli.printing import say
 from memlm.cli.road import (
     adapt,
@@ -74,6 +74,8 @@ _COMMANDS: dict[str, dict[Any, str]] = {
     },
     "More": {
         run: "all steps of a recipe",
+        compare: "a memory against what one could have done instead",
+        bench: "how fast a base decodes with its memories",
         demo: "the whole road in ten minutes",
         adapt: "a memory to another tokenizer",
         convert: "a released MLP Memory to a memory folder",

@@ -1,5 +1,6 @@
-"""Commands that measure what a memory gains: evaluate perplexity, tasks, lm-eval."""
+"""Commands that measure what a memory gains: evaluate perplexity, tasks, lm-eval, bench, compare."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -7,9 +8,10 @@ import typer
 
 from memlm.cli.checks import check_folder, check_models
 from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, alone, by_name, number, with_settings
-from memlm.cli.printing import next_line, print_result, quiet
+from memlm.cli.printing import next_line, print_result, quiet, say
 from memlm.config import MAX_COUNT, MAX_SEED
-from memlm.evaluate.config import EvaluateConfig
+from memlm.errors import InputError
+from memlm.evaluate.config import BenchConfig, EvaluateConfig
 from memlm.files import write_json
 from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig
@@ -141,3 +143,73 @@ def lm_eval(
 
     weight = None if weights is None else alone(weights)
     run_lm_eval(context.args, base=base, memory=alone(memories), mix_weight=weight, gate=gate, dtype=dtype)
+
+
+@with_settings(BenchConfig)
+@with_settings(GateConfig, into="gate", group="Gate")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+def bench(
+    base: Annotated[str, typer.Argument(help="Folder, hub id or packaged name of the base.")],
+    memory: Memories,
+    config: BenchConfig | None,
+    retrieval: RetrievalConfig | None,
+    gate: GateConfig | None,
+    prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
+    as_json: Json = False,
+) -> None:
+    """Time decoding with the base alone and beside each memory, in turns, on this machine.
+
+    Several memories are timed one by one; a datastore is live kNN-LM. The base alone is transformers' own generate.
+
+    Example: memlm bench smollm2 --memory m/ --memory knn=d/ --prompts questions.txt
+    """
+    memories = by_name(memory, None)[0]
+    check_models(base, *memories.values())
+    quiet()
+    from memlm.evaluate.bench import bench, bench_table
+
+    try:
+        lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {prompts}: {error}") from None
+    report = bench(base, memories, lines, gate=gate, retrieval=retrieval, config=config)
+    print_result(report, as_json, bench_table(report))
+
+
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="YAML with a section per stage, and one named compare.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for stages and report; default runs/RECIPE_NAME.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what there is, and about what is to come.")] = False,
+    as_json: Json = False,
+) -> None:
+    """A memory against what one could have done instead: in-context retrieval, live kNN-LM, fine-tuning, LoRA, a twin.
+
+    What is finished, here or in a run beside it, is used; a stopped comparison goes on. Settings, checkpoints and
+    weights of every row are chosen on validation text. The report is report.html, report.md and report.json.
+
+    Example: memlm compare recipes/cpu/medquad.yaml
+
+    Example: memlm compare recipes/cpu/medquad.yaml --plan --set 'compare.rows=[knn, dapt, twin, memory]'
+    """
+    from memlm.config import read_recipe
+    from memlm.runs.plan import plan_table, run_folder
+    from memlm.runs.recipe import Recipe
+
+    sections, folder = read_recipe(recipe, settings or []), out or run_folder(recipe)
+    Recipe(sections)  # wrong keys and values before anything heavy is imported
+    quiet()
+    from memlm.runs.compare import Comparison
+    from memlm.runs.comparison import comparison_text
+
+    comparison = Comparison(sections, folder)
+    steps = comparison.plan()
+    if plan:
+        print_result({"steps": [asdict(step) for step in steps]}, as_json, plan_table(steps))
+        return
+    say(plan_table(steps))
+    report = comparison.run(say)
+    print_result({"folder": str(folder), **report}, as_json, f"{comparison_text(report)}\n\n{folder / 'report.html'}")

@@ -1,8 +1,10 @@
-"""Settings of the evaluate stage."""
+"""Settings of evaluations."""
+
+from typing import Any
 
 from pydantic import Field, field_validator
 
-from memlm.config import MAX_BATCH_TOKENS, MAX_SEED, StageConfig
+from memlm.config import MAX_BATCH_TOKENS, MAX_COUNT, MAX_SEED, StageConfig
 
 
 class EvaluateConfig(StageConfig):
@@ -26,4 +28,78 @@ class EvaluateConfig(StageConfig):
         weights = value.values() if isinstance(value, dict) else [] if value is None else [value]
         if not all(0 <= weight <= 1 for weight in weights):  # also false for NaN
             raise ValueError("must be in [0, 1]")
+        return value
+
+
+class InContextConfig(StageConfig):
+    """How passages are found and read."""
+
+    positions: int = Field(default=1000, ge=1, le=MAX_COUNT)
+    """Test tokens that are predicted so, evenly spread over the split; each few cost a pass over a whole context."""
+    query_tokens: int = Field(default=32, ge=1, le=MAX_COUNT)
+    """Latest tokens that are searched for."""
+    stride: int = Field(default=4, ge=1, le=MAX_COUNT)
+    """Tokens predicted per search."""
+    passage_tokens: int = Field(default=256, ge=1, le=MAX_COUNT)
+    """Length of a passage at most; passages do not overlap."""
+    context: int = Field(default=1024, ge=2, le=MAX_COUNT)
+    """Tokens read at a time at most, the passage included; what is furthest back is left out."""
+
+
+class BenchConfig(StageConfig):
+    """What is timed."""
+
+    new_tokens: int = Field(default=32, ge=2, le=MAX_COUNT)
+    """Tokens decoded after each prompt, greedily; no text ends earlier."""
+    prompt_tokens: int = Field(default=128, ge=1, le=MAX_COUNT)
+    """Latest tokens of each prompt that are read."""
+    batch_size: int = Field(default=1, ge=1, le=1 << 16)
+    """Prompts decoded together."""
+    rounds: int = Field(default=3, ge=1, le=1_000_000)
+    """How often each way is timed, in turns; the medians count."""
+    dtype: str = "auto"
+    """Precision: float32, bfloat16, float16, or auto."""
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Of sampling, where a way samples."""
+
+
+ROWS = ("in-context", "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory")
+"""What a comparison can have beside the base alone."""
+
+
+class CompareConfig(StageConfig):
+    """What is compared, and what is searched."""
+
+    rows: list[str] | None = None
+    """Of in-context, knn, dapt, lora, twin, memory, mlp, memory+mlp, dapt+memory and lora+memory; default all that the
+    recipe can."""
+    search: dict[str, list[Any]] = Field(
+        default={"dapt.learning_rate": [5e-5, 2e-4], "lora.learning_rate": [2e-4, 1e-3]}
+    )
+    """SECTION.KEY of train, twin, mlp, dapt or lora to values; every combination within a section is trained, and the
+    best on validation text counts."""
+    general_tokens: int = Field(default=10_000, ge=1, le=MAX_COUNT)
+    """Tokens of general text that are judged."""
+    general_separator: str | None = None
+    """Text that separates documents of general text; default one document per file."""
+    in_context: InContextConfig = InContextConfig()
+    """How in-context retrieval is done, on a part of the test text."""
+    timed_tokens: int = Field(default=32, ge=0, le=MAX_COUNT)
+    """Tokens that each way decodes to be timed; 0: none is timed."""
+
+    @field_validator("rows")
+    @classmethod
+    def _are_known(cls, value: list[str] | None) -> list[str] | None:
+        if unknown := [name for name in value or [] if name not in ROWS]:
+            raise ValueError(f"{unknown[0]!r} is none of {', '.join(ROWS)}")
+        return value
+
+    @field_validator("search")
+    @classmethod
+    def _is_of_training(cls, value: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for name, values in value.items():
+            if name.partition(".")[0] not in ("train", "twin", "mlp", "dapt", "lora") or "." not in name:
+                raise ValueError(f"{name!r} is no SECTION.KEY of train, twin, mlp, dapt or lora")
+            if not values:
+                raise ValueError(f"{name!r} has no values")
         return value

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,22 @@ _BASE, _MIXTURE, _OTHER = "#555555", "#b0413e", "#1f5fa8"
 
 
 def plot_report(report: dict[str, Any], path: Path) -> None:
-    """Write `report_figure` as a PNG; equal reports give equal bytes, whatever the user's style."""
+    """Write `report_figure` as a PNG."""
+    deterministic_figure(lambda: report_figure(report), path)
+
+
+def deterministic_figure(draw: Callable[[], Any], path: Path) -> None:
+    """Write a figure as a PNG; what is drawn alike gives equal bytes, whatever the user's style.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     matplotlib = _matplotlib()
     look = {
         k: v for k, v in matplotlib.rcParamsDefault.items() if k.partition(".")[0] not in ("backend", "interactive")
     }
     with matplotlib.rc_context(look):
-        report_figure(report).savefig(path, format="png", dpi=150, metadata={"Software": None})
+        draw().savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def report_figure(report: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +44,19 @@ class Cost(NamedTuple):
     """Left on disk at the end; checkpoints of training come and go beside it."""
 
 
-def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost]:
+def step_costs(
+    recipe: Recipe,
+    base: str,
+    corpus: Path | None,
+    trained: Mapping[str, tuple[str, TrainConfig]] | None = None,
+) -> dict[str, Cost]:
     """Step name to its cost, evaluations included.
 
     Args:
         recipe: What is to run.
         base: Model that the memory stands beside.
         corpus: The corpus folder, where it is there.
+        trained: Step name to the section that it follows and its settings; the memory and its twin if None.
     """
     places, configs = recipe.places, recipe.configs
     read, splits = corpus_tokens(configs["corpus"], recipe.documents, corpus)
@@ -82,12 +89,15 @@ def step_costs(recipe: Recipe, base: str, corpus: Path | None) -> dict[str, Cost
         start = places["teacher"]["init"]
         costs["teacher"] = training(configs["teacher"], memory_size(configs["teacher"], start, start))
     beside = model_size(base)
-    for section, name in (("train", "memory"), ("twin", "twin")):
-        if section in configs:
-            size = memory_size(configs[section], places["train"].get("init"), base)
-            online = memory_class(configs[section].start.kind).reads_base and "activations" not in places["train"]
-            costs[name] = training(configs[section], size, beside if online else 0)
-            costs[f"evaluation-{name}"] = Cost(held, passes(beside + size, held), _REPORT_BYTES)
+    if trained is None:
+        pairs = (("memory", "train"), ("twin", "twin"))
+        trained = {name: (section, configs[section]) for name, section in pairs if section in configs}
+    for name, (section, config) in trained.items():
+        given = {"init": base} if section in ("dapt", "lora") else places["mlp" if section == "mlp" else "train"]
+        size = memory_size(config, given.get("init"), base)
+        online = memory_class(config.start.kind).reads_base and "activations" not in given
+        costs[name] = training(config, size, beside if online else 0)
+        costs[f"evaluation-{name}"] = Cost(held, passes(beside + size, held), _REPORT_BYTES)
     costs["evaluation-retrieval"] = Cost(held, passes(beside, 2 * held), _REPORT_BYTES)  # a search is about a pass
     return costs
 

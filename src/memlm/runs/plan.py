@@ -2,16 +2,20 @@
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from memlm.errors import ArtifactError
 from memlm.manifest import MANIFEST, PLAN, read_manifest, times_of
 from memlm.runs.recipe import Recipe
 from memlm.stage import Plan, StageSpec, check_output, run_stage
 from memlm.text import duration, size
+from memlm.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from memlm.runs.estimate import Cost
 
 
 @dataclass(frozen=True)
@@ -38,22 +42,10 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     from memlm.train.trainer import check_trainer_fields
 
     places, configs = recipe.places, recipe.configs
-    for name in ("teacher", "train", "twin"):  # now, not after hours of other stages
+    for name in ("teacher", "train", "twin", "mlp", "dapt", "lora"):  # now, not after hours of other stages
         if name in configs:
             check_trainer_fields(configs[name], f"{name}.")
-    given, base = places["datastore"].get("teacher"), base_of(recipe)
-    stored = places["train"].get("activations")
-    own = stored == "datastore"
-
-    def student(section: str) -> Callable[[dict[str, Path]], Plan]:
-        return lambda there: plan_memory(
-            there["targets"],
-            init=places["train"].get("init"),
-            base=base,
-            activations=there["datastore"] if own else stored,
-            config=configs[section],
-        )
-
+    given = places["datastore"].get("teacher")
     tokenizer = places["corpus"]["tokenizer"]
     steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, tokenizer=tokenizer, config=configs["corpus"]))]
     if "teacher" in configs:
@@ -68,11 +60,40 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
             ),
         ),
         Step("targets", ("datastore",), lambda there: plan_targets(there["datastore"], config=configs["targets"])),
-        Step("memory", ("targets", "datastore") if own else ("targets",), student("train")),
+        training_step(recipe, "memory", "train"),
     ]
     if "twin" in configs:
-        steps.append(Step("twin", steps[-1].inputs, student("twin")))
+        steps.append(training_step(recipe, "twin", "twin"))
     return steps
+
+
+def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig | None = None) -> Step:
+    """The step that trains what a section says.
+
+    Args:
+        name: Of the step.
+        section: `train`, `twin` or `mlp`, beside the base; or `dapt` or `lora`, which fine-tune it on the corpus.
+        config: What is trained instead of what the section says.
+    """
+    from memlm.train.run import plan_memory
+
+    base, config = base_of(recipe), config or recipe.configs[section]
+    if section in ("dapt", "lora"):
+        return Step(name, ("corpus",), lambda there: plan_memory(there["corpus"], init=base, config=config))
+    places = recipe.places["mlp" if section == "mlp" else "train"]
+    stored = places.get("activations")
+    own = stored == "datastore"
+    return Step(
+        name,
+        ("targets", "datastore") if own else ("targets",),
+        lambda there: plan_memory(
+            there["targets"],
+            init=places.get("init"),
+            base=base,
+            activations=there["datastore"] if own else stored,
+            config=config,
+        ),
+    )
 
 
 _JUDGED = {"memory": "memory", "twin": "twin", "retrieval": "datastore"}
@@ -181,20 +202,32 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
     """
     recipe, out = Recipe(sections), Path(out)
     from memlm.evaluate.perplexity import report_spec
-    from memlm.runs.estimate import Cost, step_costs
+    from memlm.runs.estimate import step_costs
 
-    names, there = [], {}
-    for step in recipe_steps(recipe):
-        names.append(step.name)
-        if there.keys() >= set(step.inputs) and (found := find_folder(out / step.name, step.plan(there).spec)):
-            there[step.name] = found
+    steps = recipe_steps(recipe)
+    names, there = [step.name for step in steps], found_steps(steps, out)
     for row in evaluated_rows(recipe):
         names.append(name := f"evaluation-{row}")
         known = there.keys() >= {"corpus", _JUDGED[row]}
         if known and check_output(out / name, report_spec(**evaluation(recipe, row, there))):
             there[name] = out / name
-    costs = step_costs(recipe, base_of(recipe), there.get("corpus"))
-    planned = []
+    return planned(names, there, step_costs(recipe, base_of(recipe), there.get("corpus")), out)
+
+
+def found_steps(steps: Iterable[Step], out: Path) -> dict[str, Path]:
+    """Name to folder of the steps that are finished; one is known to be once all that it reads is."""
+    there: dict[str, Path] = {}
+    for step in steps:
+        if there.keys() >= set(step.inputs) and (found := find_folder(out / step.name, step.plan(there).spec)):
+            there[step.name] = found
+    return there
+
+
+def planned(names: Iterable[str], there: Mapping[str, Path], costs: Mapping[str, "Cost"], out: Path) -> list[Planned]:
+    """What is there and what is to be made, by name, with the costs of the latter."""
+    from memlm.runs.estimate import Cost
+
+    found_all = []
     for name in names:
         folder, cost, found = out / name, costs.get(name, Cost()), there.get(name)
         if found is not None:
@@ -203,8 +236,8 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
             cost, state = Cost(cost.tokens, took, size), "there" if found == folder else "found"
         else:
             state = "unfinished" if is_begun(folder) else "to be made"
-        planned.append(Planned(name, state, str(found or folder), *cost))
-    return planned
+        found_all.append(Planned(name, state, str(found or folder), *cost))
+    return found_all
 
 
 def run_recipe(

@@ -8,7 +8,7 @@ from memlm.config import StageConfig, nearest
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError
-from memlm.evaluate.config import EvaluateConfig
+from memlm.evaluate.config import CompareConfig, EvaluateConfig
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 
@@ -26,10 +26,31 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
         },
     ),
     "twin": (TrainConfig, {}),
+    "mlp": (
+        TrainConfig,
+        {
+            "init": "an mlp memory to go on with",
+            "activations": "a datastore of the base, `datastore` for the recipe's own; default online",
+        },
+    ),
+    "dapt": (TrainConfig, {}),
+    "lora": (TrainConfig, {}),
     "retrieval": (RetrievalConfig, {}),
     "evaluate": (EvaluateConfig, {"base": "model"}),
+    "compare": (
+        CompareConfig,
+        {
+            "general": "text that no method was made for, judged alone: files below $MEMLM_DATA, or dataset names",
+            "general_fit": "other such text, that heads are fitted with",
+        },
+    ),
 }
-"""Section name to its settings and what it takes besides."""
+"""Section name to its settings and what it takes besides; mlp, dapt, lora and compare are for `memlm compare`."""
+
+
+_SHARED = ("epochs", "max_steps", "batch_size", "accumulation", "validations", "dtype", "seed", "trainer")
+"""What fine-tuning of the base takes from the train section."""
+_SEVERAL = ("documents", "general", "general_fit")
 
 
 class Recipe:
@@ -58,6 +79,12 @@ class Recipe:
             }
         if "teacher" in sections:
             sections["teacher"] = {"kl_weight": 0, **sections["teacher"]}
+        if "mlp" in sections:
+            sections["mlp"] = {"kind": "mlp", **sections["mlp"]}
+        shared = {key: value for key, value in sections["train"].items() if key in _SHARED}
+        for name, own in (("dapt", {}), ("lora", {"lora_rank": 16})):
+            if name in sections:
+                sections[name] = {**shared, "kl_weight": 0, "keep": "memory", **own, **sections[name]}
         self.places: dict[str, dict[str, Any]] = {}
         self.configs: dict[str, Any] = {}
         for name, values in sections.items():
@@ -78,22 +105,26 @@ class Recipe:
             raise ConfigError("datastore.teacher is missing: a model, or a teacher section that fine-tunes one")
         if "teacher" in sections and "init" not in self.places["teacher"]:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
-        for name in ("teacher", "twin"):
+        for name in ("teacher", "twin", "dapt", "lora"):
             if name in sections and (kl_weight := self.configs[name].kl_weight) != 0:
                 raise ConfigError(f"{name}.kl_weight = {kl_weight:g}: a {name} is trained without targets, at 0")
 
     @property
     def documents(self) -> list[str]:
         """Where the documents are."""
-        given = self.places["corpus"]["documents"]
+        return self.paths("corpus", "documents")
+
+    def paths(self, section: str, key: str) -> list[str]:
+        """Where the documents of a key are; none where it is not given."""
+        given = self.places.get(section, {}).get(key, [])
         return [data_path(place) for place in ([given] if isinstance(given, str) else given)]
 
 
 def _place(section: str, key: str, value: Any) -> Any:
     """`value`, where it is a text, or for documents also a list of texts."""
-    several = key == "documents" and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
+    several = key in _SEVERAL and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
     if not isinstance(value, str) and not several:
-        wanted = "a path, or a list of paths" if key == "documents" else "a path, hub id or packaged name"
+        wanted = "a path, or a list of paths" if key in _SEVERAL else "a path, hub id or packaged name"
         raise ConfigError(f"{section}.{key} = {value!r}: give {wanted}")
     return value
 

@@ -1,0 +1,209 @@
+"""How fast a base decodes alone and beside its memories, on the machine at hand."""
+
+import contextlib
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlm.errors import ConfigError, InputError
+from memlm.evaluate.config import BenchConfig
+from memlm.mix.gate_config import GateConfig, GateName
+from memlm.mix.mixed_lm import MixedLM
+from memlm.models.loading import default_device, load_causal_lm, longest_context, parse_dtype, resolve
+from memlm.models.tokenizers import encode_prompt, load_tokenizer
+from memlm.progress import progress_bar
+from memlm.targets.config import RetrievalConfig
+from memlm.text import size
+
+
+def bench(
+    base: str | PreTrainedModel,
+    memories: Mapping[str, Any],
+    prompts: Sequence[str],
+    *,
+    tokenizer: Any = None,
+    gate: GateName | GateConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
+    config: BenchConfig | None = None,
+) -> dict[str, Any]:
+    """Time to the first token, tokens a second and peak memory of the base alone and beside each memory.
+
+    All ways take turns, so that what else the machine does falls on all alike. The base alone is transformers' own
+    `generate`.
+
+    Args:
+        base: Path, hub id or packaged name, or a loaded model.
+        memories: Name to folder, hub id or loaded memory; each is timed alone beside the base.
+        prompts: Texts; they are taken in turn, `batch_size` at a time.
+        tokenizer: The base's if None.
+        gate: As `MixedLM` takes it.
+        retrieval: How datastores are searched.
+        config: By default if None.
+
+    Returns:
+        `base` and each memory's name, each with `tokens_per_s`, `ttft_ms` (time to the first token) and `peak_bytes`
+        (its weights and what decoding needs on top; None where the system does not tell), and for memories `ratio`,
+        the time per token over the base's; `machine` with device, threads and load.
+
+    Raises:
+        InputError: There is no prompt.
+        ConfigError: A prompt and the new tokens are more than the base has positions for.
+    """
+    config = config or BenchConfig()
+    if not prompts:
+        raise InputError("there is no prompt to time; give a file with one per line")
+    device = default_device()
+    if tokenizer is None:
+        tokenizer = load_tokenizer(resolve(str(base)))
+    model: Any = base
+    if not isinstance(base, PreTrainedModel):
+        model = load_causal_lm(str(base), dtype=parse_dtype(config.dtype, device)).to(device)  # type: ignore[arg-type]
+    batches = _batches(tokenizer, prompts, config)
+    longest = longest_context(model.config)
+    needed = max(batch.shape[1] for batch in batches) + config.new_tokens
+    if longest is not None and needed > longest:
+        raise ConfigError(f"{needed} tokens are more than the {longest} of the base: lower prompt_tokens or new_tokens")
+    ways: dict[str, Any] = {"base": model}
+    for name, memory in memories.items():
+        options = {"retrieval": retrieval} if retrieval is not None and isinstance(memory, str | Path) else {}
+        ways[name] = MixedLM.from_pretrained(model, memory={name: memory}, gate=gate, memory_kwargs=options)
+        ways[name].to(device)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    peaks: dict[str, list[int]] = {name: [] for name in ways}
+    with progress_bar(config.rounds * len(ways), "timing", unit="run") as bar:
+        for number in range(-1, config.rounds):  # the first round warms up
+            batch = batches[number % len(batches)].to(device)
+            for name, way in ways.items():
+                first, whole, peak = _timed(way, batch, config, device)
+                if number >= 0:
+                    times[name].append((first, whole))
+                    bar.update(1)
+                peaks[name] += [] if peak is None else [peak]
+    found: dict[str, Any] = {}
+    for name, pairs in times.items():
+        per_token = median((whole - first) / (config.new_tokens - 1) for first, whole in pairs)
+        found[name] = {
+            "tokens_per_s": round(config.batch_size / per_token, 3),
+            "ttft_ms": round(1e3 * median(first for first, _ in pairs), 2),
+            "peak_bytes": max(peaks[name], default=None),
+        }
+    for name in memories:
+        found[name]["ratio"] = round(found["base"]["tokens_per_s"] / found[name]["tokens_per_s"], 4)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    found["machine"] = {"device": str(device), "threads": torch.get_num_threads(), "load_average": load}
+    return found
+
+
+def bench_table(report: Mapping[str, Any]) -> str:
+    """The report as lines of text."""
+    rows = {name: row for name, row in report.items() if name != "machine"}
+    width = max(8, *(len(name) + 2 for name in rows))
+    lines = [f"{'':<{width}}{'tokens/s':>10}{'first token':>14}{'peak memory':>14}{'time / base':>13}"]
+    for name, row in rows.items():
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else "1"
+        peak = "?" if row["peak_bytes"] is None else size(row["peak_bytes"])
+        lines.append(f"{name:<{width}}{row['tokens_per_s']:>10.1f}{row['ttft_ms']:>11.0f} ms{peak:>14}{ratio:>13}")
+    machine = report["machine"]
+    load = "" if machine["load_average"] is None else f", load {machine['load_average']:.1f} at the end"
+    lines.append(f"{machine['device']}, {machine['threads']} threads{load}")
+    return "\n".join(lines)
+
+
+def _batches(tokenizer: Any, prompts: Sequence[str], config: BenchConfig) -> list[Tensor]:
+    """Prompts as batches without padding: each is cut, from its end, to the shortest of its batch."""
+    ids = [encode_prompt(tokenizer, prompt)["input_ids"][0] for prompt in prompts]
+    ids = [tokens[-config.prompt_tokens :] for tokens in ids]  # type: ignore[index]
+    found = []
+    for start in range(0, len(ids), config.batch_size):
+        members = [ids[(start + i) % len(ids)] for i in range(config.batch_size)]
+        shortest = min(len(tokens) for tokens in members)
+        found.append(torch.stack([tokens[-shortest:] for tokens in members]))
+    return found
+
+
+def _timed(way: Any, batch: Tensor, config: BenchConfig, device: torch.device) -> tuple[float, float, int | None]:
+    """Seconds to the first token and to the last, and the peak of memory in bytes."""
+    gc.collect()
+    memory = _Peak(way, device)
+    torch.manual_seed(config.seed)
+    clock = _Clock(device)
+    began = clock()
+    marks: list[float] = []
+
+    class Streamer:
+        def put(self, value: Tensor) -> None:
+            marks.append(clock())
+
+        def end(self) -> None:
+            pass
+
+    options: dict[str, Any] = {"streamer": Streamer()} if len(batch) == 1 else {}
+    way.generate(
+        batch,
+        attention_mask=torch.ones_like(batch),
+        max_new_tokens=config.new_tokens,
+        min_new_tokens=config.new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+    whole = clock() - began
+    if len(batch) == 1:
+        first = marks[1] - began  # the prompt itself comes before it
+    else:
+        began = clock()
+        way.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=1, do_sample=False, pad_token_id=0)
+        first = clock() - began
+    return first, whole, memory.bytes
+
+
+class _Clock:
+    """Seconds, once the device has done what it was asked."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def __call__(self) -> float:
+        self._wait()
+        return time.perf_counter()
+
+
+class _Peak:
+    """Memory of a way while it runs: its weights, and what it needs on top; None where the system does not tell."""
+
+    def __init__(self, way: torch.nn.Module, device: torch.device) -> None:
+        self._device = device
+        held = {t.data_ptr(): t.nbytes for t in (*way.parameters(), *way.buffers())}
+        self._weights, self._before = sum(held.values()), 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = torch.cuda.memory_allocated(device)
+        elif _resident("VmRSS") is not None:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
+                self._before = _resident("VmRSS") or 0
+
+    @property
+    def bytes(self) -> int | None:
+        """Up to now."""
+        if self._device.type == "cuda":
+            return self._weights + torch.cuda.max_memory_allocated(self._device) - self._before
+        peak = _resident("VmHWM")
+        return None if peak is None or not self._before else self._weights + max(0, peak - self._before)
+
+
+def _resident(name: str) -> int | None:
+    """A line of what Linux says of this process, in bytes."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return 1024 * int(line.split()[1])
+    return None

@@ -1,0 +1,162 @@
+"""In-context retrieval: the base reads a passage of the training text that fits what came last, and goes on from there.
+
+Source: In-Context RALM (arXiv:2302.00083); Memory Decoder (arXiv:2508.09874) compares with it.
+"""
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memlm.corpus.blocks import Block, Corpus, Split
+from memlm.errors import ConfigError, InputError
+from memlm.evaluate.config import InContextConfig
+from memlm.files import digest
+from memlm.models.loading import load_config, longest_context
+from memlm.scores.table import BASE, Scorers, Text
+
+
+@dataclass(frozen=True, eq=False)
+class InContext:
+    """Blocks with a passage in front, each predicting a few positions of a split."""
+
+    blocks: Sequence[Block]
+    positions: NDArray[np.int64]
+    """Their numbers in the split."""
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """`(blocks,)` tokens in each block."""
+        return np.array([len(block.input_ids) for block in self.blocks], dtype=np.int64)
+
+    @property
+    def position_starts(self) -> NDArray[np.int64]:
+        """`(blocks + 1,)` the first position of each block, and the number of positions."""
+        return self._starts
+
+    @cached_property
+    def _starts(self) -> NDArray[np.int64]:
+        return np.append(0, np.cumsum([int(block.predicted.sum()) for block in self.blocks])).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> Block:
+        return self.blocks[index]
+
+
+def passages_of(split: Split, tokens: int, bos: int | None = None) -> list[NDArray[np.int32]]:
+    """The documents of a split in pieces of so many tokens at most, without a leading BOS."""
+    found = []
+    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
+        start += bos is not None and end > start and split.tokens[start] == bos
+        found += [np.asarray(split.tokens[at : min(at + tokens, end)]) for at in range(int(start), int(end), tokens)]
+    return found
+
+
+def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> InContext:
+    """The blocks that in-context retrieval reads to predict some positions of a split.
+
+    Each is what the base would read there without retrieval, with the passage of the training split that BM25 finds for
+    the latest tokens in front; a BOS stays first.
+
+    Raises:
+        ConfigError: bm25s is not installed, or passage and text do not fit the context.
+        InputError: The training split is empty.
+    """
+    if config.passage_tokens + config.stride + 3 > config.context:  # with a BOS, and a token or two in between
+        raise ConfigError(
+            f"passage_tokens = {config.passage_tokens}: leaves no room for text in a context of {config.context}"
+        )
+    text, tokenizer = corpus.split(split), corpus.tokenizer
+    bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
+    passages = passages_of(corpus.split("train"), config.passage_tokens, bos)
+    if not passages:
+        raise InputError(f"corpus {corpus.folder} has no training text to retrieve from")
+    windows = _windows(text, config)
+    queries = [tokenizer.decode(block.input_ids[max(0, at - config.query_tokens) : at]) for block, at in windows]
+    between = np.array(tokenizer("\n\n", add_special_tokens=False)["input_ids"], np.int32)
+    between = between if tokenizer.decode(between) == "\n\n" else between[:0]
+    best = _search([str(tokenizer.decode(passage)) for passage in passages], [str(query) for query in queries])
+    blocks, positions, first = [], [], 0
+    for (block, at), number in zip(windows, best, strict=True):
+        predicted = np.flatnonzero(block.predicted)
+        place = int(np.searchsorted(predicted, at))
+        count = len(predicted[place : place + config.stride])
+        end = at + count
+        ids = block.input_ids[:end]
+        front = ids[:1] if bos is not None and ids[0] == bos else ids[:0]
+        room = config.context - config.passage_tokens - len(front) - len(between)
+        rest = ids[max(len(front), end - room) :]
+        whole = np.concatenate([front, passages[number], between, rest]).astype(np.int32)
+        marks = np.zeros(len(whole), bool)
+        marks[len(whole) - count :] = True
+        blocks.append(Block(whole, marks, first))
+        positions.append(block.first_position + place + np.arange(count))
+        first += count
+    return InContext(blocks, np.concatenate(positions).astype(np.int64))
+
+
+def in_context_label_log_probs(
+    corpus: Corpus, base: str, config: InContextConfig, *, dtype: str, batch_tokens: int = 4096, split: str = "test"
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Positions of a split, and the label log-probs that the base gives there with a passage in front.
+
+    Scores are kept in the cache, and an interrupted pass goes on.
+
+    Args:
+        corpus: Passages are its training split's.
+        base: Path, hub id or packaged name.
+        dtype: `float32`, `bfloat16`, `float16` or `auto`.
+
+    Raises:
+        ConfigError: bm25s is not installed; passage and text do not fit the context, or this not the base.
+    """
+    from memlm.models.loading import default_device, parse_dtype
+
+    longest = longest_context(load_config(base))
+    if longest is not None and config.context > longest:
+        config = config.model_copy(update={"context": longest})
+    found = in_context_blocks(corpus, split, config)
+    scorers = Scorers(
+        base, {}, vocab_size=corpus.vocab_size, dtype=parse_dtype(dtype, default_device()), batch_tokens=batch_tokens
+    )
+    name = digest([corpus.manifest.hash, config.model_dump(), "bm25"])
+    text = Text(name, split, found, corpus.manifest.tokenizer, str(corpus.folder))
+    return found.positions, scorers.score(text)[BASE].label.astype(np.float64)
+
+
+def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
+    """Blocks and places in them at which predictions of `stride` tokens begin, evenly spread."""
+    starts = []
+    for number in range(len(split)):
+        predicted = int(np.diff(split.position_starts[number : number + 2])[0])
+        starts += [(number, place) for place in range(0, predicted, config.stride)]
+    wanted = min(len(starts), -(-config.positions // config.stride))
+    chosen = np.linspace(0, len(starts) - 1, wanted).round().astype(int)
+    found = []
+    for number, place in (starts[i] for i in np.unique(chosen)):
+        block = split[number]
+        found.append((block, int(np.flatnonzero(block.predicted)[place])))
+    return found
+
+
+def _search(passages: list[str], queries: list[str]) -> list[int]:
+    """The passage that BM25 likes best for each query; the first where none has a word of it."""
+    try:
+        import bm25s
+    except ImportError:
+        raise ConfigError("in-context retrieval needs bm25s: pip install 'memlm[compare]'") from None
+    with contextlib.redirect_stderr(io.StringIO()):  # it draws bars even where it is told not to
+        index = bm25s.BM25()
+        index.index(bm25s.tokenize(passages, show_progress=False), show_progress=False)
+        words = bm25s.tokenize(queries, show_progress=False, return_ids=False)
+        best = []
+        for query in words:
+            known = [str(token) for token in query if token in index.vocab_dict]
+            best.append(int(index.get_scores(known).argmax()) if known else 0)
+    return best

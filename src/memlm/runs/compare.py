@@ -1,0 +1,428 @@
+"""What a memory gains over everything that could have been done instead: one comparison from one recipe."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memlm.corpus.blocks import Corpus
+from memlm.corpus.build import build_corpus, corpus_notes
+from memlm.errors import ConfigError, InputError
+from memlm.evaluate.bench import bench
+from memlm.evaluate.config import ROWS, BenchConfig, CompareConfig, EvaluateConfig
+from memlm.evaluate.in_context import in_context_label_log_probs
+from memlm.evaluate.intervals import Resampled
+from memlm.evaluate.perplexity import by_label_frequency
+from memlm.manifest import library_versions, read_manifest, times_of
+from memlm.memory.confidence import ConfidenceHead
+from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
+from memlm.runs.comparison import write_comparison
+from memlm.runs.estimate import Cost, step_costs
+from memlm.runs.plan import (
+    Planned,
+    Step,
+    base_of,
+    found_steps,
+    make_step,
+    planned,
+    recipe_steps,
+    training_step,
+)
+from memlm.runs.recipe import Recipe
+from memlm.scores.gated import gated_label_log_probs
+from memlm.scores.mixtures import best_mix_weight, best_mix_weights, mixture_label_log_probs
+from memlm.scores.table import BASE, ScoreTable, score_corpus
+from memlm.targets.config import RetrievalConfig
+from memlm.train.config import TrainConfig
+from memlm.train.gate import FEWEST_DOCUMENTS, FEWEST_TOKENS, fit_gate
+
+_SECTIONS = {"twin": "twin", "memory": "train", "mlp": "mlp", "dapt": "dapt", "lora": "lora"}
+"""Row to the section that its model is trained by."""
+_TITLES = {
+    "base": "base alone",
+    "in-context": "in-context retrieval (BM25)",
+    "knn": "live kNN-LM",
+    "dapt": "base fine-tuned (DAPT)",
+    "lora": "base fine-tuned by LoRA",
+    "twin": "base + twin",
+    "memory": "base + Memory Decoder",
+    "mlp": "base + MLP Memory",
+    "memory+mlp": "base + both memories",
+    "dapt+memory": "DAPT base + Memory Decoder",
+    "lora+memory": "LoRA base + Memory Decoder",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model to be trained: a section with the settings that are tried."""
+
+    name: str
+    """Of its step and folder."""
+    section: str
+    config: TrainConfig
+    tried: dict[str, Any]
+    """Setting to value, of those that are searched."""
+
+
+class Comparison:
+    """A recipe's comparison: what has to be made for it, and the table."""
+
+    def __init__(self, sections: dict[str, dict[str, Any]], out: str | Path) -> None:
+        """
+        Args:
+            sections: As in the YAML file of a recipe.
+            out: Folder for the stages, as `memlm run` makes them, and for the report.
+
+        Raises:
+            ConfigError: A section, key or value is wrong, or a row is asked for that the recipe cannot have.
+        """
+        filled = {name: dict(values) for name, values in sections.items()}
+        asked = CompareConfig.parse(
+            {k: v for k, v in filled.get("compare", {}).items() if k in CompareConfig.model_fields}, "compare."
+        )
+        able = [row for row in ROWS if row not in ("mlp", "memory+mlp") or "mlp" in filled]
+        if "evaluate" in filled and "base" in filled["evaluate"]:
+            raise ConfigError("evaluate.base: a comparison has one base, that of the memory; leave it out")
+        if impossible := [row for row in asked.rows or [] if row not in able]:
+            raise ConfigError(f"compare.rows: {impossible[0]} needs a section mlp")
+        self.rows = [row for row in able if asked.rows is None or row in asked.rows]
+        for section in ("twin", "dapt", "lora"):
+            if any(section in row.split("+") for row in self.rows):
+                filled.setdefault(section, {})
+        self.recipe, self.config, self.out = Recipe(filled), asked, Path(out)
+        self.base = base_of(self.recipe)
+        self.evaluate: EvaluateConfig = self.recipe.configs.get("evaluate") or EvaluateConfig()
+        self.points = {row: self._points(row) for row in _SECTIONS if any(row in part.split("+") for part in self.rows)}
+
+    def _points(self, row: str) -> list[Point]:
+        """What is trained for a row: every combination of the settings that are searched."""
+        section = _SECTIONS[row]
+        config: TrainConfig = self.recipe.configs[section]
+        searched = {
+            name.partition(".")[2]: values
+            for name, values in self.config.search.items()
+            if name.partition(".")[0] == section
+        }
+        points = []
+        for values in itertools.product(*searched.values()):
+            tried = dict(zip(searched, values, strict=True))
+            name = "-".join([row, *(f"{key}-{value}" for key, value in tried.items())]).replace("/", "_")
+            points.append(Point(name, section, TrainConfig.parse(config.model_dump() | tried, f"{section}."), tried))
+        return points
+
+    @property
+    def steps(self) -> list[Step]:
+        """All that has to be made, in order."""
+        needs = {"corpus"} | ({"datastore"} if "knn" in self.rows else set())
+        training = [
+            training_step(self.recipe, point.name, point.section, point.config)
+            for points in self.points.values()
+            for point in points
+        ]
+        first = {step.name: step for step in recipe_steps(self.recipe) if step.name not in ("memory", "twin")}
+        needs |= {name for step in training for name in step.inputs}
+        for step in reversed(first.values()):
+            needs |= set(step.inputs) if step.name in needs else set()
+        return [*(step for step in first.values() if step.name in needs), *training]
+
+    def plan(self) -> list[Planned]:
+        """What there is and what is to be made, with rough costs; reads manifests and configs, and writes nothing."""
+        steps = self.steps
+        there = found_steps(steps, self.out)
+        trained = {point.name: (point.section, point.config) for points in self.points.values() for point in points}
+        costs = step_costs(self.recipe, self.base, there.get("corpus"), trained)
+        evaluation = [costs[f"evaluation-{name}"] for name in trained if f"evaluation-{name}" in costs]
+        if evaluation:
+            costs["comparison"] = Cost(
+                sum(cost.tokens or 0 for cost in evaluation), sum(cost.seconds or 0 for cost in evaluation), 100_000
+            )
+        return planned([*(step.name for step in steps), "comparison"], there, costs, self.out)
+
+    def run(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+        """Make what is missing, and write `report.json`, `report.md`, `report.html` and a plot.
+
+        Args:
+            say: Told of each step before it starts.
+
+        Returns:
+            What `report.json` holds.
+        """
+        there: dict[str, Path] = {}
+        for step in self.steps:
+            there[step.name] = make_step(self.out / step.name, step.plan(there), say)
+            for line in corpus_notes(read_manifest(there["corpus"])) if step.name == "corpus" else ():
+                say(f"note: {line}")
+        best = {row: self._best(points, there) for row, points in self.points.items()}
+        folders = {row: there[point.name] for row, point in best.items()}
+        if "knn" in self.rows:
+            folders["knn"] = there["datastore"]
+        corpus = Corpus(there["corpus"])
+        self._fit_heads(folders, corpus, say)
+        say("scoring")
+        report = self._report(corpus, folders, best, there)
+        write_comparison(report, self.out)
+        return report
+
+    def _best(self, points: list[Point], there: Mapping[str, Path]) -> Point:
+        """The point that is best on validation text, by what its settings keep the best checkpoint by."""
+
+        def perplexity(point: Point) -> float:
+            facts = read_manifest(there[point.name], "memory").facts
+            if "validation" not in facts:
+                raise InputError(f"{there['corpus']} has no validation tokens to choose settings and weights on")
+            return facts["validation"]["best"][f"{point.config.keep}_perplexity"]
+
+        return min(points, key=perplexity)
+
+    def _fit_heads(self, folders: Mapping[str, Path], corpus: Corpus, say: Callable[[str], None]) -> None:
+        """Fit heads of the memories that have none, where there is general text and enough held-out text."""
+        texts, split = self.recipe.paths("compare", "general_fit"), corpus.split("validation")
+        enough = split.n_positions >= FEWEST_TOKENS and split.n_documents >= FEWEST_DOCUMENTS
+        for row in ("twin", "memory", "mlp") if texts and enough else ():
+            if row in folders and ConfidenceHead.read(folders[row]) is None:
+                say(f"fitting a head for {row}")
+                separator = self.config.general_separator
+                fit_gate(
+                    folders[row],
+                    corpus=corpus.folder,
+                    base=self.base,
+                    general=texts,
+                    dtype=self.evaluate.dtype,
+                    document_separator=separator,
+                )
+
+    # --- figures ----------------------------------------------------------------------------------------------------
+
+    def _report(
+        self, corpus: Corpus, folders: Mapping[str, Path], best: Mapping[str, Point], there: Mapping[str, Path]
+    ) -> dict[str, Any]:
+        retrieval = self._retrieval(there)
+        voters = {row: str(folder) for row, folder in folders.items()}
+        shared = {"dtype": self.evaluate.dtype, "batch_tokens": self.evaluate.batch_tokens, "retrieval": retrieval}
+        tables = score_corpus(corpus, self.base, voters, **shared)
+        if not {"validation", "test"} <= tables.keys():
+            raise InputError(f"corpus {corpus.folder} needs validation tokens, to choose weights on, and test tokens")
+        heads = {row: ConfidenceHead.read(folder) for row, folder in folders.items()}
+        ways = list(self._ways(tables["validation"], heads))
+        texts = {"test": (corpus, tables["test"])}
+        general = self._general(corpus)
+        if general is not None:
+            texts["general"] = (general, score_corpus(general, self.base, voters, **shared)["test"])
+        rows = [{**way.told, "added": self._added(way.row, best, there)} for way in ways]
+        report: dict[str, Any] = {"rows": rows}
+        for name, (source, table) in texts.items():
+            parts = {str(number): way.label_log_probs(table) for number, way in enumerate(ways)}
+            resampled = Resampled(table.document, parts, self.evaluate)
+            bytes_ = _text_bytes(source, "test")
+            leader = min(parts, key=lambda number: -float(parts[number].mean()))
+            for number, row in zip(parts, rows, strict=True):
+                to_leader = resampled.ratio(number, leader)["interval"]
+                row[name] = {
+                    **resampled.perplexity(number),
+                    "ratio": resampled.ratio(number, "0"),
+                    "bits_per_byte": round(float(-parts[number].sum() / np.log(2) / bytes_), 5),
+                    "best": number == leader or (to_leader is not None and to_leader[0] <= 1 <= to_leader[1]),
+                }
+            report[name] = {"tokens": len(table.document), "documents": len(np.unique(table.document))}
+            if name == "test":
+                named = {f"{row['title']}, {row['way']}": part for row, part in zip(rows, parts.values(), strict=True)}
+                report["by_label_frequency"] = by_label_frequency(table.label_count, named)
+        if "in-context" in self.rows:
+            rows.append(self._in_context(corpus, tables["test"]))
+        if self.config.timed_tokens:
+            self._time(rows, folders, corpus, retrieval)
+        report["run"] = {
+            "base": self.base,
+            "corpus": corpus.manifest.hash,
+            "training_tokens": corpus.split("train").n_positions,
+            "validation_tokens": corpus.split("validation").n_positions,
+            "dtype": self.evaluate.dtype,
+            "versions": library_versions(),
+            "folders": {row: str(folder) for row, folder in folders.items()},
+        }
+        return report
+
+    def _retrieval(self, there: Mapping[str, Path]) -> RetrievalConfig | None:
+        """How the datastore is searched: as the recipe says, else as its targets were made."""
+        if "retrieval" in self.recipe.configs or "targets" not in there:
+            return self.recipe.configs.get("retrieval")
+        targets = read_manifest(there["targets"], "targets")
+        found = {
+            "k": targets.config["k"],
+            "target_temperature": targets.facts.get("target_temperature") or targets.config["target_temperature"],
+        }
+        return RetrievalConfig.parse({name: value for name, value in found.items() if value is not None})
+
+    def _ways(self, validation: ScoreTable, heads: Mapping[str, ConfidenceHead | None]) -> "Iterator[Way]":
+        """Every row that all of the test text is scored for, with what validation text chose for it."""
+        yield Way("base", BASE, (), None)
+        for row in (row for row in self.rows if row != "in-context"):
+            if row in ("dapt", "lora"):
+                yield Way(row, row, (), None)
+                continue
+            first, _, second = row.partition("+")
+            under = first if first in ("dapt", "lora") else BASE
+            memories = (second,) if under != BASE else tuple(part for part in (first, second) if part)
+            base = validation.voters[under].label
+            labels = [validation.voters[name].label for name in memories]
+            weights = best_mix_weights(base, labels)
+            yield Way(row, under, memories, weights)
+            own = [best_mix_weight(base, label)[0] for label in labels]
+            known = {name: GatedMemory(w, heads.get(name)) for name, w in zip(memories, own, strict=True)}
+            rule = weight_rule(gate_config(None), known)
+            assert isinstance(rule, Gate)
+            yield Way(row, under, memories, weights, rule)
+
+    def _general(self, corpus: Corpus) -> Corpus | None:
+        """General text as a corpus whose test split is nearly all of it; None where none is given."""
+        documents = self.recipe.paths("compare", "general")
+        if not documents:
+            return None
+        out, config = self.out / "general", corpus.config
+        build_corpus(
+            documents,
+            tokenizer=self.recipe.places["corpus"]["tokenizer"],
+            out=out,
+            document_separator=self.config.general_separator,
+            block_size=config.block_size,
+            validation_fraction=0.0,
+            test_fraction=0.9,
+            max_test_tokens=self.config.general_tokens,
+        )
+        return Corpus(out)
+
+    def _in_context(self, corpus: Corpus, test: ScoreTable) -> dict[str, Any]:
+        """The row of in-context retrieval, with the base's figure on the same part of the text."""
+        positions, found = in_context_label_log_probs(
+            corpus,
+            self.base,
+            self.config.in_context,
+            dtype=self.evaluate.dtype,
+            batch_tokens=self.evaluate.batch_tokens,
+        )
+        parts = {"in-context": found, BASE: test.voters[BASE].label[positions].astype(np.float64)}
+        documents = np.unique(test.document[positions], return_inverse=True)[1]
+        resampled = Resampled(documents, parts, self.evaluate)
+        figures = {**resampled.perplexity("in-context"), "ratio": resampled.ratio("in-context", BASE)}
+        part = {"tokens": len(positions), "base": resampled.perplexity(BASE)}
+        tuned = "nothing: the paper's setting"
+        told = {"row": "in-context", "title": _TITLES["in-context"], "way": "part of the text", "tuned": tuned}
+        return {**told, "added": {}, "part": {**figures, **part}}
+
+    def _added(self, row: str, best: Mapping[str, Point], there: Mapping[str, Path]) -> dict[str, Any]:
+        """What a row adds to the base: parameters, training and disk."""
+        added: dict[str, Any] = {}
+        for name in row.split("+"):
+            if name == "knn":
+                folder = there["datastore"]
+                manifest = read_manifest(folder)
+                parts = [("disk_bytes", _bytes(folder)), ("seconds", _seconds(folder))]
+                added["entries"] = manifest.facts.get("entries")
+            elif name in best:
+                folder = there[best[name].name]
+                facts = read_manifest(folder, "memory").facts
+                tokens = round(facts["epochs"] * Corpus(there["corpus"]).split("train").n_positions)
+                new = facts.get("trained_parameters", 0 if name == "dapt" else facts["parameters"])
+                parts = [
+                    ("parameters", new),
+                    ("training_tokens", tokens),
+                    ("seconds", _seconds(folder)),
+                    ("disk_bytes", _bytes(folder)),
+                ]
+                added.setdefault("settings", {})[name] = best[name].tried
+            else:
+                continue
+            for key, value in parts:
+                added[key] = None if value is None or added.get(key, 0) is None else added.get(key, 0) + value
+        return added
+
+    def _time(
+        self,
+        rows: list[dict[str, Any]],
+        folders: Mapping[str, Path],
+        corpus: Corpus,
+        retrieval: RetrievalConfig | None,
+    ) -> None:
+        """Put into each row what decoding takes that way; a fine-tuned base takes what the base takes."""
+        timed = {row: str(folders[row]) for row in ("knn", "memory", "mlp") if row in folders}
+        test, new = corpus.split("test"), max(2, self.config.timed_tokens)
+        read = max(1, min(64, corpus.config.block_size - new))  # all within a memory's window
+        prompts = [
+            str(corpus.tokenizer.decode(test.tokens[start : start + read], skip_special_tokens=True))
+            for start in test.offsets[:-1][:4]
+        ]
+        found = bench(
+            self.base,
+            timed,
+            [prompt for prompt in prompts if prompt.strip()],
+            tokenizer=corpus.tokenizer,
+            retrieval=retrieval,
+            config=BenchConfig(new_tokens=new, prompt_tokens=read, dtype=self.evaluate.dtype),
+        )
+        as_well = {"dapt": "base", "lora": "base", "twin": "memory", "dapt+memory": "memory", "lora+memory": "memory"}
+        for row in rows:
+            name = as_well.get(row["row"], row["row"])
+            if name in found:
+                row["decoding"] = found[name]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One row of the table: a model, memories beside it, and how they are weighed."""
+
+    row: str
+    base: str
+    """Whose label log-probs stand for the base's: the base itself, or one that was fine-tuned."""
+    memories: tuple[str, ...]
+    weights: list[float] | None
+    """Fixed ones, chosen on validation text; None where there is no memory."""
+    rule: Gate | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What the report says of it."""
+        if self.weights is None:
+            tuned = {"base": "nothing", "dapt": "settings, checkpoint", "lora": "settings, checkpoint"}[self.row]
+            return {"row": self.row, "title": _TITLES[self.row], "way": "alone", "tuned": tuned}
+        if self.rule is None:
+            weights = dict(zip(self.memories, self.weights, strict=True))
+            found = {"way": "fixed weight", "mix_weight": weights, "tuned": "checkpoint, weight"}
+        else:
+            head = self.rule.config.gate != "posterior"
+            found = {"way": f"gate {self.rule.config.gate}", "tuned": "checkpoint, weight" + (", head" if head else "")}
+        return {"row": self.row, "title": _TITLES[self.row], **found}
+
+    def label_log_probs(self, table: ScoreTable) -> NDArray[np.float64]:
+        """What it gives each label of a text."""
+        base = table.voters[self.base]
+        if self.weights is None:
+            return base.label.astype(np.float64)
+        parts = {name: table.voters[name] for name in self.memories}
+        if self.rule is None:
+            return mixture_label_log_probs(base.label, [part.label for part in parts.values()], self.weights)
+        seen = ScoreTable({BASE: base, **parts}, table.document, table.label_count)
+        return gated_label_log_probs(seen, self.rule)[0]
+
+
+def _text_bytes(corpus: Corpus, split: str) -> int:
+    """UTF-8 bytes of the text that the predicted tokens of a split stand for."""
+    text, tokenizer = corpus.split(split), corpus.tokenizer
+    documents = zip(text.offsets[:-1], text.offsets[1:], strict=True)
+    return sum(
+        len(str(tokenizer.decode(text.tokens[start + 1 : end], skip_special_tokens=True)).encode())
+        for start, end in documents
+    )
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.bytes for file in read_manifest(folder).payload.values())
+
+
+def _seconds(folder: Path) -> float | None:
+    times = times_of(folder)
+    return None if times is None else round(times.seconds_last_run, 1)

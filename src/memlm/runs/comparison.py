@@ -1,0 +1,217 @@
+"""How a comparison looks: as Markdown, as a page that needs no network, and as a plot."""
+
+import base64
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from memlm.evaluate.plot import deterministic_figure
+from memlm.files import replacing, write_json
+from memlm.text import duration, size, table
+
+_PLOT = "perplexity.png"
+_NOTES = (
+    "**Bold**: the best, or not told apart from it (the 95% interval of their paired ratio holds 1). Documents are"
+    " resampled for intervals. Weights, settings and checkpoints of every row are chosen on validation text."
+)
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+thead th { border-bottom: 2px solid #888 }
+img { max-width: 100%; height: auto }
+small { color: #555 }
+@media print { body { margin: 0; max-width: none; font-size: 10px } .scroll { overflow: visible } }
+"""
+
+
+def write_comparison(report: Mapping[str, Any], out: Path) -> None:
+    """Write `report.json`, `report.md`, `report.html` and, where matplotlib is installed, a plot to `out`."""
+    write_json(out / "report.json", dict(report))
+    picture = None
+    try:
+        deterministic_figure(lambda: comparison_figure(report), out / _PLOT)
+        picture = out / _PLOT
+    except ImportError:
+        pass
+    for name, text in (
+        ("report.md", comparison_markdown(report, picture is not None)),
+        ("report.html", comparison_html(report, picture)),
+    ):
+        with replacing(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def comparison_text(report: Mapping[str, Any]) -> str:
+    """The tables as lines for a terminal."""
+    parts = []
+    for title, rows in _tables(report):
+        parts += [title, *table([[cell.replace("**", "") for cell in row] for row in rows]), ""]
+    return "\n".join([*parts, *_facts(report)])
+
+
+def comparison_markdown(report: Mapping[str, Any], picture: bool) -> str:
+    """The report as Markdown."""
+    lines = ["# What a memory is worth here", "", *(f"- {fact}" for fact in _facts(report)), "", _NOTES, ""]
+    for title, (head, *rows) in _tables(report):
+        lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+        lines.append("")
+    if picture:
+        lines += [f"![perplexities with their intervals]({_PLOT})", ""]
+    return "\n".join(lines)
+
+
+def comparison_html(report: Mapping[str, Any], picture: Path | None) -> str:
+    """The report as one page; the plot is part of it."""
+    body = ["<h1>What a memory is worth here</h1>", "<ul>"]
+    body += [f"<li>{html.escape(fact)}</li>" for fact in _facts(report)]
+    body += ["</ul>", f"<p><small>{_bold(html.escape(_NOTES))}</small></p>"]
+    for title, (head, *rows) in _tables(report):
+        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+        lines = ("".join(f"<td>{_bold(html.escape(cell))}</td>" for cell in row) for row in rows)
+        body.append(f'<h2>{html.escape(title)}</h2><div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>')
+        body += [f"<tr>{line}</tr>" for line in lines]
+        body.append("</tbody></table></div>")
+    if picture is not None:
+        data = base64.b64encode(picture.read_bytes()).decode()
+        body.append(f'<h2>Picture</h2><img alt="perplexities with their intervals" src="data:image/png;base64,{data}">')
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>memlm compare</title>'
+        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
+    )
+
+
+def comparison_figure(report: Mapping[str, Any]) -> Any:
+    """Perplexity of every row on the test text with its interval, beside the base's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in report["rows"] if "test" in row]
+    figure = Figure(figsize=(9, 0.8 + 0.32 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    base = rows[0]["test"]["perplexity"]
+    for place, row in enumerate(rows):
+        found = row["test"]
+        if found["perplexity"] is None:
+            continue
+        colour = "#b0413e" if found["best"] else "#1f5fa8"
+        if found["interval"] is not None:
+            axes.plot(found["interval"], [place, place], color=colour, linewidth=2, alpha=0.5)
+        axes.plot([found["perplexity"]], [place], "o", color=colour)
+    if base is not None:
+        axes.axvline(base, color="#555555", linewidth=1)
+    axes.set_yticks(range(len(rows)), [f"{row['title']}, {row['way']}" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(f"test perplexity and 95% interval, {report['test']['tokens']:,} tokens; red: best")
+    axes.grid(alpha=0.3, axis="x")
+    return figure
+
+
+def _facts(report: Mapping[str, Any]) -> list[str]:
+    run, test = report["run"], report["test"]
+    facts = [
+        f"base {run['base']}; {run['training_tokens']:,} training tokens, {run['validation_tokens']:,} validation",
+        f"{test['tokens']:,} test tokens of {test['documents']:,} documents",
+    ]
+    if "general" in report:
+        facts.append(f"{report['general']['tokens']:,} tokens of general text, which nothing here was chosen by")
+    part = next((row["part"] for row in report["rows"] if "part" in row), None)
+    if part is not None:
+        base = part["base"]["perplexity"]
+        facts.append(f"in-context retrieval: {part['tokens']:,} of the test tokens, where the base has {base:.2f}")
+    facts.append(f"precision {run['dtype']}; memlm {run['versions'].get('memlm', '?')}")
+    return facts
+
+
+def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """Title and rows, the first of them the head."""
+    rows = report["rows"]
+    quality = [["method", "weighed by", "perplexity", "95% interval", "over base", "95% interval", "bits per byte"]]
+    quality[0] += ["general text over base"] if "general" in report else []
+    for row in rows:
+        found = row.get("test") or row["part"]
+        cells = [row["title"], row["way"], _bold_if(found.get("best", False), _number(found["perplexity"], 2))]
+        cells += [_interval(found["interval"], 2), _number(found["ratio"]["perplexity"], 4)]
+        cells += [_interval(found["ratio"]["interval"], 4), _number(found.get("bits_per_byte"), 4)]
+        if "general" in report:
+            general = row.get("general")
+            cells.append("" if general is None else _change(general["ratio"]["perplexity"]))
+        quality.append(cells)
+    costs = [
+        ["method", "settings", "parameters added", "trained on", "training", "disk", "time per token", "first token"]
+    ]
+    seen: set[str] = set()
+    for row in rows:
+        if row["row"] in seen:
+            continue
+        seen.add(row["row"])
+        added, decoding = row.get("added", {}), row.get("decoding", {})
+        tried = [f"{key} {value}" for found in added.get("settings", {}).values() for key, value in found.items()]
+        speed = f"{1e3 / decoding['tokens_per_s']:.0f} ms" if decoding else ""
+        costs.append(
+            [
+                row["title"],
+                ", ".join(tried),
+                _count(added.get("parameters")),
+                f"{added['training_tokens']:,} tokens" if added.get("training_tokens") else "",
+                duration(added["seconds"]) if added.get("seconds") is not None else "",
+                size(added["disk_bytes"]) if added.get("disk_bytes") else "",
+                speed,
+                f"{decoding['ttft_ms']:.0f} ms" if decoding else "",
+            ]
+        )
+    tables = [("Perplexity", quality), ("What it costs", costs)]
+    frequency = report.get("by_label_frequency") or []
+    if frequency:
+        names = [name for name in frequency[0] if name not in ("from", "below", "tokens")]
+        spans = [
+            "never"
+            if row["from"] == 0
+            else f"{row['from']:,} or more"
+            if row["below"] is None
+            else f"{row['from']:,} to {row['below'] - 1:,}"
+            for row in frequency
+        ]
+        head = ["how often training had the token", "", *spans]
+        tokens = ["tokens", "", *(f"{row['tokens']:,}" for row in frequency)]
+        lines = [[*_split(name), *(_number(row[name], 2) for row in frequency)] for name in names]
+        tables.append(("Perplexity by how often training had the token", [head, tokens, *lines]))
+    return tables
+
+
+def _split(name: str) -> list[str]:
+    title, _, way = name.rpartition(", ")
+    return [title, way]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(interval: list[float] | None, digits: int) -> str:
+    return "" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
+
+
+def _change(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio - 1:+.2%}"
+
+
+def _count(parameters: int | None) -> str:
+    return "" if parameters is None else f"{parameters / 1e6:,.1f}M"
+
+
+def _bold_if(wanted: bool, text: str) -> str:
+    return f"**{text}**" if wanted and text else text
+
+
+def _bold(text: str) -> str:
+    """HTML of text with `**bold**` parts."""
+    parts = text.split("**")
+    return "".join(part if number % 2 == 0 else f"<b>{part}</b>" for number, part in enumerate(parts))

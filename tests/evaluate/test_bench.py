@@ -1,0 +1,53 @@
+"""Timing of a base and its memories."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from memlm.cli import app
+from memlm.errors import ConfigError, InputError
+from memlm.evaluate.bench import bench, bench_table
+from memlm.evaluate.config import BenchConfig
+
+QUICK = BenchConfig(new_tokens=4, prompt_tokens=6, rounds=2, dtype="float32")
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_every_way_is_timed_beside_the_base(
+    model_folder: str, memory_folder: Path, datastore_folder: Path, batch_size: int
+) -> None:
+    config = QUICK.model_copy(update={"batch_size": batch_size})
+    memories = {"m": str(memory_folder), "knn": str(datastore_folder)}
+    found = bench(model_folder, memories, ["one two three", "four five"], gate="posterior", config=config)
+    assert list(found) == ["base", "m", "knn", "machine"]
+    for name in ("base", *memories):
+        assert found[name]["tokens_per_s"] > 0
+        assert found[name]["ttft_ms"] > 0
+        assert found[name]["peak_bytes"] is None or found[name]["peak_bytes"] > 0
+    ratio = found["base"]["tokens_per_s"] / found["m"]["tokens_per_s"]
+    assert found["m"]["ratio"] == pytest.approx(ratio, rel=1e-2)
+    assert bench_table(found).splitlines()[1].startswith("base ")
+
+
+def test_the_command(model_folder: str, memory_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one two three\n\nfour\n", encoding="utf-8")
+    arguments = ["bench", model_folder, "--memory", str(memory_folder), "--prompts", str(prompts)]
+    arguments += ["--new-tokens", "4", "--rounds", "1", "--dtype", "float32", "--gate", "posterior"]
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, told.output
+    assert "tokens/s" in told.stdout
+    told = CliRunner().invoke(app, [*arguments, "--json"])
+    assert {"base", "memory", "machine"} <= json.loads(told.stdout).keys()
+    missing = CliRunner().invoke(app, [*arguments[:-6], "--prompts", str(tmp_path / "none")])
+    assert missing.exit_code != 0
+    assert isinstance(missing.exception, InputError | SystemExit)
+
+
+def test_what_cannot_be_timed_is_one_line(model_folder: str) -> None:
+    with pytest.raises(InputError, match="there is no prompt to time"):
+        bench(model_folder, {}, [], config=QUICK)
+    with pytest.raises(ConfigError, match="are more than the 256 of the base: lower prompt_tokens or new_tokens"):
+        bench(model_folder, {}, ["a b"], config=QUICK.model_copy(update={"new_tokens": 256}))

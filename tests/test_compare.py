@@ -1,0 +1,240 @@
+"""A comparison from one recipe: what is made and used again, figures against evaluations, the report."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import sentences
+from test_recipes import changed, tiny
+from typer.testing import CliRunner
+
+from memlm.cli import app
+from memlm.corpus.blocks import Corpus
+from memlm.errors import ConfigError
+from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.manifest import read_manifest
+from memlm.runs.compare import Comparison
+from memlm.runs.comparison import comparison_text
+
+ROWS = ["in-context", "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory"]
+
+
+@pytest.fixture(scope="module")
+def sections(documents: str, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """All rows, with a search over two learning rates of DAPT; heads are fitted."""
+    general = tmp_path_factory.mktemp("general")
+    for name, seed in (("test", 11), ("fit", 12)):
+        (general / f"{name}.txt").write_text("\n\n".join(sentences(60, seed=seed)), encoding="utf-8")
+    found = tiny(documents, model_folder)
+    del found["teacher"]
+    found = changed(found, "datastore", teacher=model_folder)
+    found["mlp"] = {"layers": 1, "dtype": "float32", "max_steps": 3, "batch_size": 4}
+    found["lora"] = {"lora_rank": 2}
+    found = changed(found, "corpus", validation_fraction=0.4)
+    found["compare"] = {
+        "general": str(general / "test.txt"),
+        "general_fit": [str(general / "fit.txt")],
+        "general_separator": "\n\n",
+        "general_tokens": 400,
+        "search": {"dapt.learning_rate": [1e-3, 1e-2]},
+        "in_context": {"positions": 40, "passage_tokens": 8, "context": 40},
+        "timed_tokens": 2,
+    }
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(sections: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], list[str]]:
+    """Folder, report and what was said of a comparison of all rows."""
+    out, said = tmp_path_factory.mktemp("compare") / "out", []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMLM_HOME", str(out.parent / "home"))
+        report = Comparison(sections, out).run(said.append)
+    return out, report, said
+
+
+def rows_of(report: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    return {row["way"]: row for row in report["rows"] if row["row"] == name}
+
+
+def test_every_row_is_there_and_every_way_to_weigh_it(whole: tuple[Path, dict, list[str]]) -> None:
+    found = {(row["row"], row["way"]) for row in whole[1]["rows"]}
+    mixed = {
+        "knn": "posterior",
+        **dict.fromkeys(("dapt+memory", "lora+memory", "twin", "memory", "mlp", "memory+mlp"), "both"),
+    }
+    assert found == {
+        *(("base", "alone"), ("dapt", "alone"), ("lora", "alone"), ("in-context", "part of the text")),
+        *((name, "fixed weight") for name in mixed),
+        *((name, f"gate {gate}") for name, gate in mixed.items()),
+    }
+
+
+@pytest.mark.parametrize("name", ["twin", "memory", "mlp", "knn"])
+def test_figures_are_those_of_an_evaluation(whole: tuple[Path, dict, list[str]], model_folder: str, name: str) -> None:
+    out, report, _ = whole
+    folder = Path(report["run"]["folders"][name])
+    gate = next(way for way in rows_of(report, name) if way.startswith("gate")).partition(" ")[2]
+    options: dict[str, Any] = {"k": 8, "target_temperature": 4.0} if name == "knn" else {}
+    from memlm.targets.config import RetrievalConfig
+
+    expected = evaluate_perplexity(
+        out / "corpus",
+        base=model_folder,
+        memory=folder,
+        dtype="float32",
+        bootstrap=10,
+        gate=gate,  # type: ignore[arg-type]
+        retrieval=RetrievalConfig(**options) if options else None,
+    )
+    gated, fixed = rows_of(report, name)[f"gate {gate}"], rows_of(report, name)["fixed weight"]
+    assert gated["test"]["perplexity"] == pytest.approx(expected["mixture"]["perplexity"], abs=2e-4)
+    assert gated["test"]["interval"] == pytest.approx(expected["mixture"]["interval"], abs=2e-4)
+    assert gated["test"]["ratio"]["perplexity"] == pytest.approx(expected["ratio"]["perplexity"], abs=2e-4)
+    assert fixed["test"]["perplexity"] == pytest.approx(expected["mixture"]["fixed"]["perplexity"], abs=2e-4)
+    assert fixed["mix_weight"] == {name: expected["mixture"]["fixed"]["mix_weight"]}
+    assert report["rows"][0]["test"]["perplexity"] == pytest.approx(expected["base"]["perplexity"], abs=2e-4)
+
+
+def test_a_fine_tuned_base_counts_alone_and_as_the_base_of_a_mixture(whole: tuple[Path, dict, list[str]]) -> None:
+    out, report, _ = whole
+    folders = report["run"]["folders"]
+    expected = evaluate_perplexity(
+        out / "corpus", base=folders["dapt"], memory=folders["memory"], dtype="float32", gate="both"
+    )
+    assert rows_of(report, "dapt")["alone"]["test"]["perplexity"] == pytest.approx(
+        expected["base"]["perplexity"], abs=2e-4
+    )
+    mixed = rows_of(report, "dapt+memory")["gate both"]["test"]["perplexity"]
+    assert mixed == pytest.approx(expected["mixture"]["perplexity"], abs=2e-4)
+
+
+def test_of_what_is_searched_the_best_on_validation_text_counts(whole: tuple[Path, dict, list[str]]) -> None:
+    out, report, _ = whole
+    tried = {rate: out / f"dapt-learning_rate-{rate}" for rate in ("0.001", "0.01")}
+    best = {rate: read_manifest(f).facts["validation"]["best"]["memory_perplexity"] for rate, f in tried.items()}
+    chosen = min(best, key=lambda rate: best[rate])
+    assert report["run"]["folders"]["dapt"] == str(tried[chosen])
+    assert rows_of(report, "dapt")["alone"]["added"]["settings"] == {"dapt": {"learning_rate": float(chosen)}}
+
+
+def test_bits_per_byte_are_nats_over_the_bytes_of_the_text(whole: tuple[Path, dict, list[str]]) -> None:
+    out, report, _ = whole
+    corpus = Corpus(out / "corpus")
+    split, found = corpus.split("test"), report["rows"][0]["test"]
+    documents = zip(split.offsets[:-1], split.offsets[1:], strict=True)
+    texts = [corpus.tokenizer.decode(split.tokens[a + 1 : b], skip_special_tokens=True) for a, b in documents]
+    text = "".join(str(part) for part in texts)
+    nats = math.log(found["perplexity"]) * split.n_positions
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-3)
+
+
+def test_what_a_row_costs(whole: tuple[Path, dict, list[str]], model_folder: str) -> None:
+    report = whole[1]
+    folders = report["run"]["folders"]
+    facts = {name: read_manifest(folders[name]).facts for name in ("memory", "mlp", "lora")}
+    both = rows_of(report, "memory+mlp")["fixed weight"]["added"]
+    assert both["parameters"] == facts["memory"]["parameters"] + facts["mlp"]["parameters"]
+    assert rows_of(report, "lora")["alone"]["added"]["parameters"] == facts["lora"]["trained_parameters"]
+    assert rows_of(report, "dapt")["alone"]["added"]["parameters"] == 0
+    assert rows_of(report, "memory")["fixed weight"]["decoding"]["tokens_per_s"] > 0
+    assert "decoding" not in rows_of(report, "memory+mlp")["fixed weight"]
+
+
+def test_the_best_are_marked_within_their_interval(whole: tuple[Path, dict, list[str]]) -> None:
+    rows = [row for row in whole[1]["rows"] if "test" in row]
+    leader = min(rows, key=lambda row: row["test"]["perplexity"])
+    assert leader["test"]["best"]
+    clearly_worse = max(rows, key=lambda row: row["test"]["perplexity"])
+    assert not clearly_worse["test"]["best"]
+
+
+def test_in_context_retrieval_is_judged_beside_the_base_on_the_same_part(whole: tuple[Path, dict, list[str]]) -> None:
+    part = rows_of(whole[1], "in-context")["part of the text"]["part"]
+    assert 30 <= part["tokens"] <= 40
+    assert part["ratio"]["perplexity"] == pytest.approx(part["perplexity"] / part["base"]["perplexity"], rel=1e-3)
+
+
+def test_a_second_run_makes_nothing_and_says_the_same(
+    whole: tuple[Path, dict, list[str]], sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, report, _ = whole
+    monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
+    said: list[str] = []
+    again = Comparison({**sections, "compare": {**sections["compare"], "timed_tokens": 0}}, out).run(said.append)
+    assert all("found at" in line or line == "scoring" for line in said)
+    without = [{key: value for key, value in row.items() if key != "decoding"} for row in report["rows"]]
+    assert json.loads(json.dumps(again["rows"])) == json.loads(json.dumps(without))
+    plan = Comparison(sections, out).plan()
+    assert {step.state for step in plan if step.step != "comparison"} == {"there"}
+
+
+def test_the_report_is_whole_and_needs_no_network(whole: tuple[Path, dict, list[str]]) -> None:
+    out, report, _ = whole
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "https://" not in page
+    for row in report["rows"]:
+        assert row["title"] in page
+    assert json.loads((out / "report.json").read_text(encoding="utf-8"))["rows"][0]["row"] == "base"
+    written = (out / "report.md").read_text(encoding="utf-8")
+    head = next(line for line in written.splitlines() if line.startswith("| method"))
+    figures = [line for line in written.splitlines() if line.startswith("| base alone | alone")]
+    assert figures[0].count("|") == head.count("|")
+    assert f"{report['rows'][0]['test']['perplexity']:.2f}" in figures[0]
+    assert (out / "perplexity.png").read_bytes()[:4] == b"\x89PNG"
+    assert "base + Memory Decoder" in comparison_text(report)
+
+
+def test_rows_are_chosen_and_only_what_they_need_is_made(sections: dict[str, Any], tmp_path: Path) -> None:
+    few = changed(sections, "compare", rows=["dapt", "in-context"])
+    assert [step.name for step in Comparison(few, tmp_path / "x").steps] == [
+        *("corpus", "dapt-learning_rate-0.001", "dapt-learning_rate-0.01")
+    ]
+    kept = [step.name for step in Comparison(changed(sections, "compare", rows=["knn"]), tmp_path / "x").steps]
+    assert kept == ["corpus", "datastore"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rows": ["mlps"]}, "compare.rows = .*'mlps' is none of in-context, knn, "),
+        ({"search": {"corpus.k": [1]}}, "'corpus.k' is no SECTION.KEY of train, twin, mlp, dapt or lora"),
+        ({"search": {"dapt.learning_rat": [1]}}, "learning_rat"),
+        ({"search": {"dapt.learning_rate": []}}, "has no values"),
+    ],
+)
+def test_wrong_settings_are_one_line(sections: dict[str, Any], tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Comparison(changed(sections, "compare", **change), tmp_path / "x")
+
+
+def test_a_row_that_the_recipe_cannot_have_is_refused(sections: dict[str, Any], tmp_path: Path) -> None:
+    without = {name: values for name, values in sections.items() if name != "mlp"}
+    with pytest.raises(ConfigError, match=r"compare.rows: mlp needs a section mlp"):
+        Comparison(changed(without, "compare", rows=["mlp"]), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"evaluate.base: a comparison has one base"):
+        Comparison(changed(sections, "evaluate", base="x"), tmp_path / "x")
+
+
+def test_the_command_plans_and_reports(
+    whole: tuple[Path, dict, list[str]], sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = whole[0]
+    monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    runner, arguments = CliRunner(), ["compare", str(recipe), "--out", str(out), "--set", "compare.timed_tokens=0"]
+    planned = runner.invoke(app, [*arguments, "--plan"])
+    assert planned.exit_code == 0, planned.output
+    assert "to do" in planned.output
+    found = runner.invoke(app, [*arguments, "--json"])
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)["rows"]
+    assert {row["row"] for row in rows} == {"base", *ROWS}
+    assert np.isfinite([row["test"]["perplexity"] for row in rows if "test" in row]).all()
