@@ -92,7 +92,7 @@ def test_the_twin_differs_from_the_memory_in_kl_weight_and_what_its_section_says
     differing = {key for key in memory.config if memory.config[key] != twin.config[key]}
     assert differing == {"kl_weight", "learning_rate"}
     assert (twin.config["kl_weight"], twin.config["learning_rate"]) == (0, 1e-4)
-    assert twin.inputs == memory.inputs
+    assert twin.inputs == {**memory.inputs, "data": read_manifest(whole[0] / "corpus").hash}
 
 
 def test_the_twin_of_a_memory_trained_through_the_mixture_is_plainly_fine_tuned(
@@ -199,7 +199,8 @@ def test_runs_share_what_is_equal_and_leave_each_other_alone(
     said: list[str] = []
     shared = run_recipe(recipe, out.parent / "k6", say=said.append)
     alone = run_recipe(recipe, tmp_path / "alone" / "k6")
-    assert [line.split(" ")[0] for line in said if " found at " in line] == ["corpus", "teacher", "datastore"]
+    found = [line.split(" ")[0] for line in said if " found at " in line]
+    assert found == ["corpus", "teacher", "datastore", "twin"]  # which reads no targets
     assert (out.parent / "k6" / "datastore").readlink() == Path("../out/datastore")
     for name in ("targets", "memory", "twin"):
         here, there = (read_manifest(run / "k6" / name) for run in (out.parent, tmp_path / "alone"))

@@ -72,7 +72,8 @@ def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig |
 
     Args:
         name: Of the step.
-        section: `train`, `twin` or `mlp`, beside the base; or `dapt` or `lora`, which fine-tune it on the corpus.
+        section: `train`, `twin` or `mlp`, beside the base, on targets where they count; or `dapt` or `lora`, which
+            fine-tune it on the corpus.
         config: What is trained instead of what the section says.
     """
     from memlm.train.run import plan_memory
@@ -81,13 +82,13 @@ def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig |
     if section in ("dapt", "lora"):
         return Step(name, ("corpus",), lambda there: plan_memory(there["corpus"], init=base, config=config))
     places = recipe.places["mlp" if section == "mlp" else "train"]
-    stored = places.get("activations")
+    stored, data = places.get("activations"), "targets" if config.kl_weight else "corpus"
     own = stored == "datastore"
     return Step(
         name,
-        ("targets", "datastore") if own else ("targets",),
+        (data, "datastore") if own else (data,),
         lambda there: plan_memory(
-            there["targets"],
+            there[data],
             init=places.get("init"),
             base=base,
             activations=there["datastore"] if own else stored,
