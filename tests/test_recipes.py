@@ -259,7 +259,7 @@ def test_a_plan_says_what_is_there_and_leaves_no_trace(
     assert {(step.step, step.state) for step in plan_recipe(recipe, out)} == {(p.name, "there") for p in out.iterdir()}
     steps = {s.step: s for s in plan_recipe(changed(recipe, "targets", k=7), out.parent / "k7")}
     assert {name: s.state for name, s in steps.items() if s.state != "to be made"} == dict.fromkeys(
-        ("corpus", "teacher", "datastore"), "found"
+        ("corpus", "teacher", "datastore", "twin"), "found"
     )
     assert steps["datastore"].folder == str(out / "datastore")
     assert steps["memory"].folder == str(out.parent / "k7" / "memory")
