@@ -16,7 +16,7 @@ import typer
 
 from memlm.cli.folders import info, list_folders, repair
 from memlm.cli.help import Command, Group
-from memlm.cli.measure import bench, compare, lm_eval, perplexity, tasks
+from memlm.cli.measure import bench, compare, generation, lm_eval, perplexity, tasks
 from memlm.cli.printing import say
 from memlm.cli.road import (
     adapt,
@@ -46,6 +46,7 @@ app = typer.Typer(
 evaluate = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
 evaluate.command(cls=Command, short_help="perplexity of base, memories and mixture, with intervals")(perplexity)
 evaluate.command(cls=Command, short_help="tasks of lm-eval: base, fixed weight and gate on the same items")(tasks)
+evaluate.command(cls=Command, short_help="what it says on its own: recitation, repetition")(generation)
 evaluate.command(
     "lm-eval",
     cls=Command,

@@ -11,7 +11,7 @@ from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, al
 from memlm.cli.printing import next_line, print_result, quiet, say
 from memlm.config import MAX_COUNT, MAX_SEED
 from memlm.errors import InputError
-from memlm.evaluate.config import BenchConfig, EvaluateConfig
+from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig
 from memlm.files import write_json
 from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig
@@ -143,6 +143,44 @@ def lm_eval(
 
     weight = None if weights is None else alone(weights)
     run_lm_eval(context.args, base=base, memory=alone(memories), mix_weight=weight, gate=gate, dtype=dtype)
+
+
+@with_settings(GenerationConfig)
+@with_settings(GateConfig, into="gate", group="Gate")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+def generation(
+    corpus: CorpusFolder,
+    base: Base,
+    memory: Memories,
+    config: GenerationConfig | None,
+    retrieval: RetrievalConfig | None,
+    gate: GateConfig | None,
+    mix_weight: MixWeights = None,
+    as_json: Json = False,
+) -> None:
+    """What a mixture says on its own: how much of the training text it recites, how it repeats itself.
+
+    Beginnings of documents are gone on with greedily, by the base alone, with the fixed weight and under the gate. A
+    memory of private text can recite it; held-out documents show what is merely predictable.
+
+    Example: memlm evaluate generation c/ --base smollm2 --memory m/ --passages 200
+    """
+    check_folder(corpus, "corpus")
+    memories, weights = by_name(memory, mix_weight)
+    check_models(base, *memories.values())
+    quiet()
+    from memlm.evaluate.generation import evaluate_generation, generation_table
+
+    report = evaluate_generation(
+        corpus,
+        base=base,
+        memory=alone(memories),
+        mix_weight=None if weights is None else alone(weights),
+        gate=gate,
+        retrieval=retrieval,
+        config=config,
+    )
+    print_result(report, as_json, generation_table(report))
 
 
 @with_settings(BenchConfig)

@@ -63,6 +63,24 @@ class BenchConfig(StageConfig):
     """Of sampling, where a way samples."""
 
 
+class GenerationConfig(StageConfig):
+    """How passages are gone on with."""
+
+    passages: int = Field(default=100, ge=1, le=MAX_COUNT)
+    """Passages of the training text, and as many held-out ones, at most."""
+    prompt_tokens: int = Field(default=32, ge=1, le=MAX_COUNT)
+    """Tokens at the beginning of a document that are given."""
+    new_tokens: int = Field(default=32, ge=1, le=MAX_COUNT)
+    """Tokens that are to follow."""
+    batch_size: int = Field(default=8, ge=1, le=1 << 16)
+    """Passages gone on with together."""
+    judge: str | None = None
+    """Another model of the tokenizer, whose perplexity of what was said is told: one that knows neither base nor
+    memory."""
+    dtype: str = "auto"
+    """Precision: float32, bfloat16, float16, or auto."""
+
+
 ROWS = ("in-context", "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory")
 """What a comparison can have beside the base alone."""
 
