@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from memlm.cli import app
 from memlm.corpus.blocks import Corpus
-from memlm.errors import ConfigError
+from memlm.errors import ConfigError, ModelError
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
@@ -154,6 +154,22 @@ def test_the_best_are_marked_within_their_interval(whole: tuple[Path, dict, list
     assert not clearly_worse["test"]["best"]
 
 
+def test_one_memory_beside_other_bases(
+    whole: tuple[Path, dict, list[str]], sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, report, _ = whole
+    monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
+    other = report["run"]["folders"]["dapt"]
+    few = changed(sections, "compare", bases=[other], timed_tokens=0)
+    found = Comparison(few, out).run()["bases"]
+    assert [row["way"] for row in found] == ["alone", "fixed weight", "gate both"]
+    for row, name in zip(found, ("dapt", "dapt+memory", "dapt+memory"), strict=True):
+        same = rows_of(report, name)[row["way"]]["test"]
+        assert row["test"]["perplexity"] == pytest.approx(same["perplexity"], abs=2e-4)
+    assert found[0]["parameters"] == read_manifest(other).facts["parameters"]
+    assert "with the memory, gate both" in (out / "report.md").read_text(encoding="utf-8")
+
+
 def test_in_context_retrieval_is_judged_beside_the_base_on_the_same_part(whole: tuple[Path, dict, list[str]]) -> None:
     part = rows_of(whole[1], "in-context")["part of the text"]["part"]
     assert 30 <= part["tokens"] <= 40
@@ -218,8 +234,17 @@ def test_a_row_that_the_recipe_cannot_have_is_refused(sections: dict[str, Any], 
     without = {name: values for name, values in sections.items() if name != "mlp"}
     with pytest.raises(ConfigError, match=r"compare.rows: mlp needs a section mlp"):
         Comparison(changed(without, "compare", rows=["mlp"]), tmp_path / "x")
+    mlp = {**without, "train": {**sections["mlp"], "kind": "mlp", "base": "x"}}
+    with pytest.raises(ConfigError, match=r"compare.rows: dapt\+memory needs a memory that reads tokens"):
+        Comparison(changed(mlp, "compare", rows=["dapt+memory"]), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"compare.bases: an mlp memory stands beside its own base alone"):
+        Comparison(changed(mlp, "compare", bases=["x"]), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"evaluate.base: a comparison has one base"):
         Comparison(changed(sections, "evaluate", base="x"), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"compare.bases: the memory is put beside them; add memory"):
+        Comparison(changed(sections, "compare", bases="x", rows=["dapt"]), tmp_path / "x")
+    with pytest.raises(ModelError, match="nowhere/at-all"):
+        Comparison(changed(sections, "compare", bases=["nowhere/at-all"]), tmp_path / "x").run()
 
 
 def test_the_command_plans_and_reports(

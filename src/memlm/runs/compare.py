@@ -20,6 +20,8 @@ from memlm.evaluate.perplexity import by_label_frequency
 from memlm.manifest import library_versions, read_manifest, times_of
 from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
+from memlm.models.layers import model_size
+from memlm.models.loading import load_config
 from memlm.runs.comparison import write_comparison
 from memlm.runs.estimate import Cost, step_costs
 from memlm.runs.plan import (
@@ -85,12 +87,21 @@ class Comparison:
         asked = CompareConfig.parse(
             {k: v for k, v in filled.get("compare", {}).items() if k in CompareConfig.model_fields}, "compare."
         )
+        self.reads_base = filled.get("train", {}).get("kind") == "mlp"  # and stands beside no other
         able = [row for row in ROWS if row not in ("mlp", "memory+mlp") or "mlp" in filled]
+        able = [row for row in able if not (self.reads_base and row.endswith("+memory"))]
         if "evaluate" in filled and "base" in filled["evaluate"]:
             raise ConfigError("evaluate.base: a comparison has one base, that of the memory; leave it out")
         if impossible := [row for row in asked.rows or [] if row not in able]:
-            raise ConfigError(f"compare.rows: {impossible[0]} needs a section mlp")
+            needs = "a memory that reads tokens" if impossible[0].endswith("+memory") else "a section mlp"
+            raise ConfigError(f"compare.rows: {impossible[0]} needs {needs}")
         self.rows = [row for row in able if asked.rows is None or row in asked.rows]
+        others = filled.get("compare", {}).get("bases", [])
+        self.other_bases: list[str] = [others] if isinstance(others, str) else list(others)
+        if self.other_bases and "memory" not in self.rows:
+            raise ConfigError("compare.bases: the memory is put beside them; add memory to compare.rows")
+        if self.other_bases and self.reads_base:
+            raise ConfigError("compare.bases: an mlp memory stands beside its own base alone; leave them out")
         for section in ("twin", "dapt", "lora"):
             if any(section in row.split("+") for row in self.rows):
                 filled.setdefault(section, {})
@@ -152,6 +163,8 @@ class Comparison:
         Returns:
             What `report.json` holds.
         """
+        for place in self.other_bases:
+            load_config(place)  # raises now, not after hours, where it cannot be reached
         there: dict[str, Path] = {}
         for step in self.steps:
             there[step.name] = make_step(self.out / step.name, step.plan(there), say)
@@ -214,6 +227,8 @@ class Comparison:
         if general is not None:
             texts["general"] = (general, score_corpus(general, self.base, voters, **shared)["test"])
         rows = [{**way.told, "added": self._added(way.row, best, there)} for way in ways]
+        for row in rows if self.reads_base else ():
+            row["title"] = row["title"].replace("Memory Decoder", "MLP Memory")
         report: dict[str, Any] = {"rows": rows}
         for name, (source, table) in texts.items():
             parts = {str(number): way.label_log_probs(table) for number, way in enumerate(ways)}
@@ -234,6 +249,7 @@ class Comparison:
                 report["by_label_frequency"] = by_label_frequency(table.label_count, named)
         if "in-context" in self.rows:
             rows.append(self._in_context(corpus, tables["test"]))
+        report["bases"] = self._other_bases(corpus, folders, heads)
         if self.config.timed_tokens:
             self._time(rows, folders, corpus, retrieval)
         report["run"] = {
@@ -268,15 +284,26 @@ class Comparison:
             first, _, second = row.partition("+")
             under = first if first in ("dapt", "lora") else BASE
             memories = (second,) if under != BASE else tuple(part for part in (first, second) if part)
-            base = validation.voters[under].label
-            labels = [validation.voters[name].label for name in memories]
-            weights = best_mix_weights(base, labels)
-            yield Way(row, under, memories, weights)
-            own = [best_mix_weight(base, label)[0] for label in labels]
-            known = {name: GatedMemory(w, heads.get(name)) for name, w in zip(memories, own, strict=True)}
-            rule = weight_rule(gate_config(None), known)
-            assert isinstance(rule, Gate)
-            yield Way(row, under, memories, weights, rule)
+            yield from self._mixed(row, under, memories, validation, heads)
+
+    def _mixed(
+        self,
+        row: str,
+        under: str,
+        memories: tuple[str, ...],
+        validation: ScoreTable,
+        heads: Mapping[str, ConfidenceHead | None],
+    ) -> "Iterator[Way]":
+        """Memories beside a base, with the weight that is best on validation text, and under the gate."""
+        base = validation.voters[under].label
+        labels = [validation.voters[name].label for name in memories]
+        weights = best_mix_weights(base, labels)
+        yield Way(row, under, memories, weights)
+        own = [best_mix_weight(base, label)[0] for label in labels]
+        known = {name: GatedMemory(w, heads.get(name)) for name, w in zip(memories, own, strict=True)}
+        rule = weight_rule(gate_config(None), known)
+        assert isinstance(rule, Gate)
+        yield Way(row, under, memories, weights, rule)
 
     def _general(self, corpus: Corpus) -> Corpus | None:
         """General text as a corpus whose test split is nearly all of it; None where none is given."""
@@ -295,6 +322,25 @@ class Comparison:
             max_test_tokens=self.config.general_tokens,
         )
         return Corpus(out)
+
+    def _other_bases(
+        self, corpus: Corpus, folders: Mapping[str, Path], heads: Mapping[str, ConfidenceHead | None]
+    ) -> list[dict[str, Any]]:
+        """The memory beside each further base: its fixed weight chosen with that one, its head fitted with the first."""
+        rows = []
+        for place in self.other_bases:
+            voters = {"memory": str(folders["memory"])}
+            tables = score_corpus(
+                corpus, place, voters, dtype=self.evaluate.dtype, batch_tokens=self.evaluate.batch_tokens
+            )
+            ways = [Way("base", BASE, (), None), *self._mixed("memory", BASE, ("memory",), tables["validation"], heads)]
+            table = tables["test"]
+            parts = {str(number): way.label_log_probs(table) for number, way in enumerate(ways)}
+            resampled = Resampled(table.document, parts, self.evaluate)
+            for number, way in zip(parts, ways, strict=True):
+                figures = {**resampled.perplexity(number), "ratio": resampled.ratio(number, "0")}
+                rows.append({"base": place, "parameters": model_size(place), **way.told, "test": figures})
+        return rows
 
     def _in_context(self, corpus: Corpus, test: ScoreTable) -> dict[str, Any]:
         """The row of in-context retrieval, with the base's figure on the same part of the text."""

@@ -167,7 +167,17 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
                 f"{decoding['ttft_ms']:.0f} ms" if decoding else "",
             ]
         )
-    tables = [("Perplexity", quality), ("What it costs", costs)]
+    tables = [("Perplexity", quality)]
+    if report.get("bases"):
+        beside = [["base", "parameters", "weighed by", "perplexity", "95% interval", "over that base", "95% interval"]]
+        for row in report["bases"]:
+            found = row["test"]
+            way = "alone" if row["way"] == "alone" else f"with the memory, {row['way']}"
+            cells = [row["base"], _count(row["parameters"]), way, _number(found["perplexity"], 2)]
+            cells += [_interval(found["interval"], 2), _number(found["ratio"]["perplexity"], 4)]
+            beside.append([*cells, _interval(found["ratio"]["interval"], 4)])
+        tables.append(("One memory beside other bases", beside))
+    tables.append(("What it costs", costs))
     frequency = report.get("by_label_frequency") or []
     if frequency:
         names = [name for name in frequency[0] if name not in ("from", "below", "tokens")]

@@ -78,7 +78,9 @@ def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig |
     """
     from memlm.train.run import plan_memory
 
-    base, config = base_of(recipe), config or recipe.configs[section]
+    base = base_of(recipe)
+    config = recipe.configs[section] if config is None else config
+    assert config is not None
     if section in ("dapt", "lora"):
         return Step(name, ("corpus",), lambda there: plan_memory(there["corpus"], init=base, config=config))
     places = recipe.places["mlp" if section == "mlp" else "train"]

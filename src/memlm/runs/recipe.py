@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
         {
             "general": "text that no method was made for, judged alone: files below $MEMLM_DATA, or dataset names",
             "general_fit": "other such text, that heads are fitted with",
+            "bases": "further models of the tokenizer that the memory is put beside",
         },
     ),
 }
@@ -50,7 +51,7 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
 
 _SHARED = ("epochs", "max_steps", "batch_size", "accumulation", "validations", "dtype", "seed", "trainer")
 """What fine-tuning of the base takes from the train section."""
-_SEVERAL = ("documents", "general", "general_fit")
+_SEVERAL = ("documents", "general", "general_fit", "bases")
 
 
 class Recipe:
@@ -124,7 +125,7 @@ def _place(section: str, key: str, value: Any) -> Any:
     """`value`, where it is a text, or for documents also a list of texts."""
     several = key in _SEVERAL and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
     if not isinstance(value, str) and not several:
-        wanted = "a path, or a list of paths" if key in _SEVERAL else "a path, hub id or packaged name"
+        wanted = "one, or a list" if key in _SEVERAL else "a path, hub id or packaged name"
         raise ConfigError(f"{section}.{key} = {value!r}: give {wanted}")
     return value
 
