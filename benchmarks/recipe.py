@@ -7,6 +7,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
@@ -15,10 +16,29 @@ from memlm.runs.plan import run_recipe
 
 _TOKENS = 12_000
 _QUICK = {
-    "corpus": {"document_separator": "\n", "block_size": 64, "validation_fraction": 0.2, "test_fraction": 0.2},
-    "datastore": {"dtype": "float32"},
+    "corpus": {
+        "document_separator": "\n",
+        "block_size": 64,
+        "stride": None,
+        "validation_fraction": 0.2,
+        "test_fraction": 0.2,
+    },
+    "teacher": {"max_steps": 4, "dtype": "float32"},
+    "datastore": {"dtype": "float32", "index": "exact", "nlist": None, "nprobe": None, "keep_keys": True},
     "targets": {"k": 8},
-    "train": {"layers": 1, "epochs": 1, "max_steps": 4, "dtype": "float32"},
+    "train": {
+        "layers": 1,
+        "epochs": 1,
+        "max_steps": 4,
+        "batch_size": 4,
+        "accumulation": 1,
+        "dtype": "float32",
+        "like": None,
+    },
+    "mlp": {"layers": 1, "max_steps": 4, "dtype": "float32"},
+    "dapt": {"max_steps": 4},
+    "lora": {"max_steps": 4, "lora_rank": 2},
+    "compare": {"general_separator": "\n", "general_tokens": 2000, "timed_tokens": 2, "search": {}},
     "retrieval": {"k": 8},
     "evaluate": {"dtype": "float32", "bootstrap": 10},
 }
@@ -35,10 +55,12 @@ def quick_overrides(recipe: str, out: Path) -> list[str]:
         write_documents(documents, _TOKENS)
     found = []
     for name, section in read_recipe(recipe).items():
-        given = {key: str(model) for key, value in section.items() if value == "smollm2"}
+        given: dict[str, Any] = {key: str(model) for key in section if key in ("tokenizer", "init", "teacher", "base")}
+        given |= {"bases": str(model)} if "bases" in section else {}
+        given |= {key: str(documents.resolve()) for key in section if key in ("general", "general_fit")}
         given |= {"documents": str(documents.resolve())} if name == "corpus" else {}
         for key, value in (given | _QUICK.get(name, {})).items():
-            found.append(f"{name}.{key}={json.dumps(value) if isinstance(value, str) else value}")
+            found.append(f"{name}.{key}={json.dumps(value)}")
     return found
 
 

@@ -9,9 +9,11 @@ import yaml
 from conftest import forbid_models
 from interruption import interrupted_after
 
+from benchmarks.recipe import quick_overrides
 from memlm.config import read_recipe
 from memlm.errors import ConfigError, MemlmError, OutputExistsError
 from memlm.manifest import read_manifest
+from memlm.runs.compare import Comparison
 from memlm.runs.estimate import corpus_tokens
 from memlm.runs.plan import Planned, plan_recipe, plan_table, run_folder, run_recipe
 from memlm.runs.recipe import SECTIONS, Recipe, data_path
@@ -58,6 +60,37 @@ def test_every_recipe_parses(path: Path) -> None:
     recipe = Recipe(read_recipe(path))
     assert recipe.configs["train"].kl_weight > 0
     assert recipe.places["corpus"]["documents"]
+
+
+def toy(path: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """A recipe of the repository at toy size."""
+    return read_recipe(path, quick_overrides(str(path), folder))
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where toy models and texts are, and what is made of them."""
+    return tmp_path_factory.mktemp("toys")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_plans_at_toy_size(path: Path, toys: Path) -> None:
+    sections = toy(path, toys)
+    steps = plan_recipe(sections, toys / "runs" / path.stem)
+    if "compare" in sections:
+        steps = [*steps, *Comparison(sections, toys / "runs" / path.stem).plan()]
+    assert len(steps) >= 5
+    assert all(step.seconds is not None and step.bytes is not None for step in steps)
+
+
+@pytest.mark.parametrize("name", ["memory-decoder-wikitext103", "mlp-memory-wikitext103"])
+def test_a_papers_table_is_made_at_toy_size(name: str, toys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMLM_HOME", str(toys / "home"))
+    comparison = Comparison(toy(ROOT / "recipes" / "paper" / f"{name}.yaml", toys), toys / "runs" / name)
+    report = comparison.run()
+    assert {row["row"] for row in report["rows"]} == {"base", *comparison.rows}
+    assert all(row["test"]["perplexity"] > 0 for row in report["rows"] if "test" in row)
+    assert len(report["bases"]) == 3 * len(comparison.other_bases)
 
 
 def test_all_stages_run_and_leave_folders_of_their_kind(whole: tuple[Path, dict, list[str]]) -> None:

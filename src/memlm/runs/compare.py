@@ -326,7 +326,7 @@ class Comparison:
     def _other_bases(
         self, corpus: Corpus, folders: Mapping[str, Path], heads: Mapping[str, ConfidenceHead | None]
     ) -> list[dict[str, Any]]:
-        """The memory beside each further base: its fixed weight chosen with that one, its head fitted with the first."""
+        """The memory beside each further base: a fixed weight chosen with that one, a head fitted with the first."""
         rows = []
         for place in self.other_bases:
             voters = {"memory": str(folders["memory"])}
