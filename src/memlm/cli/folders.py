@@ -16,13 +16,34 @@ from memlm.manifest import GATE_FILE
 from memlm.text import duration, one_line, size, table
 
 
-def info(folder: Annotated[Path, typer.Argument(help="What any stage wrote.")], as_json: Json = False) -> None:
+def info(
+    folder: Annotated[Path, typer.Argument(help="What any stage wrote; with --html also a run's folder.")],
+    html: Annotated[
+        Path | None, typer.Option(help="File to write as a page: training curves, figures of targets and evaluations.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """Say what a folder is, from what it was made, and how good it is.
 
     Example: memlm info m/
+
+    Example: memlm info runs/medquad --html medquad.html
     """
     from memlm.manifest import read_manifest, times_of
 
+    if html is not None:
+        from memlm.evaluate.folder_page import folder_page
+        from memlm.files import replacing
+        from memlm.manifest import is_finished
+
+        places = [folder] if is_finished(folder) else sorted(p for p in folder.glob("*") if is_finished(p))
+        if not places:
+            raise ArtifactError(f"{folder} is no finished folder of memlm, and has none in it")
+        text = folder_page(places, str(folder))
+        with replacing(html) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        print_result({"folder": str(folder), "page": str(html)}, as_json, str(html))
+        return
     manifest, times = read_manifest(folder), times_of(folder)
     found = {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}
     found |= times._asdict() if times is not None else {}

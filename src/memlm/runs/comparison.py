@@ -1,46 +1,35 @@
 """How a comparison looks: as Markdown, as a page that needs no network, and as a plot."""
 
-import base64
 import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memlm.evaluate.page import bold, heading, html_table, page, picture
 from memlm.evaluate.plot import deterministic_figure
 from memlm.files import replacing, write_json
 from memlm.text import duration, size, table
 
 _PLOT = "perplexity.png"
+_TITLE = "What a memory is worth here"
 _NOTES = (
     "**Bold**: the best, or not told apart from it (the 95% interval of their paired ratio holds 1). Documents are"
     " resampled for intervals. Weights, settings and checkpoints of every row are chosen on validation text."
 )
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
-h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
-thead th { border-bottom: 2px solid #888 }
-img { max-width: 100%; height: auto }
-small { color: #555 }
-@media print { body { margin: 0; max-width: none; font-size: 10px } .scroll { overflow: visible } }
-"""
 
 
 def write_comparison(report: Mapping[str, Any], out: Path) -> None:
     """Write `report.json`, `report.md`, `report.html` and, where matplotlib is installed, a plot to `out`."""
     write_json(out / "report.json", dict(report))
-    picture = None
+    plot = None
     try:
         deterministic_figure(lambda: comparison_figure(report), out / _PLOT)
-        picture = out / _PLOT
+        plot = out / _PLOT
     except ImportError:
         pass
     for name, text in (
-        ("report.md", comparison_markdown(report, picture is not None)),
-        ("report.html", comparison_html(report, picture)),
+        ("report.md", comparison_markdown(report, plot is not None)),
+        ("report.html", comparison_html(report, plot)),
     ):
         with replacing(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -54,37 +43,27 @@ def comparison_text(report: Mapping[str, Any]) -> str:
     return "\n".join([*parts, *_facts(report)])
 
 
-def comparison_markdown(report: Mapping[str, Any], picture: bool) -> str:
+def comparison_markdown(report: Mapping[str, Any], plot: bool) -> str:
     """The report as Markdown."""
-    lines = ["# What a memory is worth here", "", *(f"- {fact}" for fact in _facts(report)), "", _NOTES, ""]
+    lines = [f"# {_TITLE}", "", *(f"- {fact}" for fact in _facts(report)), "", _NOTES, ""]
     for title, (head, *rows) in _tables(report):
         lines += [f"## {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
         lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
         lines.append("")
-    if picture:
+    if plot:
         lines += [f"![perplexities with their intervals]({_PLOT})", ""]
     return "\n".join(lines)
 
 
-def comparison_html(report: Mapping[str, Any], picture: Path | None) -> str:
+def comparison_html(report: Mapping[str, Any], plot: Path | None) -> str:
     """The report as one page; the plot is part of it."""
-    body = ["<h1>What a memory is worth here</h1>", "<ul>"]
-    body += [f"<li>{html.escape(fact)}</li>" for fact in _facts(report)]
-    body += ["</ul>", f"<p><small>{_bold(html.escape(_NOTES))}</small></p>"]
-    for title, (head, *rows) in _tables(report):
-        cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        lines = ("".join(f"<td>{_bold(html.escape(cell))}</td>" for cell in row) for row in rows)
-        body.append(f'<h2>{html.escape(title)}</h2><div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>')
-        body += [f"<tr>{line}</tr>" for line in lines]
-        body.append("</tbody></table></div>")
-    if picture is not None:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        body.append(f'<h2>Picture</h2><img alt="perplexities with their intervals" src="data:image/png;base64,{data}">')
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>memlm compare</title>'
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
+    body = ["<ul>", *(f"<li>{html.escape(fact)}</li>" for fact in _facts(report)), "</ul>"]
+    body.append(f"<p><small>{bold(html.escape(_NOTES))}</small></p>")
+    for title, rows in _tables(report):
+        body += [heading(title), html_table(rows)]
+    if plot is not None:
+        body += [heading("Picture"), picture(plot.read_bytes(), "perplexities with their intervals")]
+    return page(_TITLE, body)
 
 
 def comparison_figure(report: Mapping[str, Any]) -> Any:
@@ -219,9 +198,3 @@ def _count(parameters: int | None) -> str:
 
 def _bold_if(wanted: bool, text: str) -> str:
     return f"**{text}**" if wanted and text else text
-
-
-def _bold(text: str) -> str:
-    """HTML of text with `**bold**` parts."""
-    parts = text.split("**")
-    return "".join(part if number % 2 == 0 else f"<b>{part}</b>" for number, part in enumerate(parts))
