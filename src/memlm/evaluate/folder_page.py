@@ -11,12 +11,12 @@ from memlm.evaluate.report import Report
 from memlm.files import read_json
 from memlm.manifest import Manifest, read_manifest
 
-_CURVES = (
-    ("loss", "loss"),
-    ("kl_nats", "KL to the targets"),
-    ("cross_entropy_nats", "LM loss"),
-    ("mixture_nats", "mixture"),
-)
+_CURVES = {
+    "loss": "loss",
+    "kl_nats": "KL to the targets",
+    "cross_entropy_nats": "LM loss",
+    "mixture_nats": "mixture",
+}
 _LONGEST = 120
 
 
