@@ -5,16 +5,17 @@ import html
 from collections.abc import Sequence
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 70rem; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 80rem; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: right }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
-thead th { border-bottom: 2px solid #888 }
+thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
 img { max-width: 100%; height: auto }
 small { color: #555 }
-@media print { body { margin: 0; max-width: none; font-size: 10px } .scroll { overflow: visible } }
+@media print { body { margin: 0; max-width: none; font-size: 8px } .scroll { overflow: visible } td, th { padding: .2rem .3rem } }
 """
 
 

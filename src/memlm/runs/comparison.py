@@ -86,7 +86,7 @@ def comparison_figure(report: Mapping[str, Any]) -> Any:
         axes.plot([found["perplexity"]], [place], "o", color=colour)
     if base is not None:
         axes.axvline(base, color="#555555", linewidth=1)
-    axes.set_yticks(range(len(rows)), [f"{row['title']}, {row['way']}" for row in rows])
+    axes.set_yticks(range(len(rows)), [_label(row) for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(f"test perplexity and 95% interval, {report['test']['tokens']:,} tokens; red: best")
     axes.grid(alpha=0.3, axis="x")
@@ -116,7 +116,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     quality[0] += ["general text over base"] if "general" in report else []
     for row in rows:
         found = row.get("test") or row["part"]
-        cells = [row["title"], row["way"], _bold_if(found.get("best", False), _number(found["perplexity"], 2))]
+        cells = [row["title"], _way(row), _bold_if(found.get("best", False), _number(found["perplexity"], 2))]
         cells += [_interval(found["interval"], 2), _number(found["ratio"]["perplexity"], 4)]
         cells += [_interval(found["ratio"]["interval"], 4), _number(found.get("bits_per_byte"), 4)]
         if "general" in report:
@@ -175,9 +175,17 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return tables
 
 
+def _label(row: Mapping[str, Any]) -> str:
+    return row["title"] if row["way"] == "alone" else f"{row['title']}, {row['way']}"
+
+
 def _split(name: str) -> list[str]:
     title, _, way = name.rpartition(", ")
-    return [title, way]
+    return [title, "" if way == "alone" else way]
+
+
+def _way(row: Mapping[str, Any]) -> str:
+    return "" if row["way"] == "alone" else row["way"]
 
 
 def _number(value: float | None, digits: int) -> str:
