@@ -420,6 +420,24 @@ def test_generate_mixes_several_memories_by_name(
     assert (single["mix_weight"], single["text"]) == (0.5, found["text"])
 
 
+def test_explain_shows_passages_of_a_file(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, tmp_path: Path
+) -> None:
+    file, page = tmp_path / "cases.txt", tmp_path / "cases.html"
+    file.write_text("the memory\nof doctors\n\n \npatients say that\n", encoding="utf-8")
+    command = ("explain", "--base", model_folder, "--memory", memory_folder, "--passages", file)
+    told = memlm(*command, "--html", page)
+    assert told.code == 0, told
+    assert told.out.count("helped most: ") == told.out.count("hurt most: ") == 2
+    assert page.read_text(encoding="utf-8").count("for the base alone") == 2
+    found = ok(memlm(*command, "--json"))["passages"]
+    assert len(found) == 2
+    assert "give a prompt to go on from, or --passages" in memlm(*command, "the memory").err
+    assert "give a prompt to go on from, or --passages" in memlm(*command[:-2]).err
+    file.write_text(" \n", encoding="utf-8")
+    assert "there is no text in it" in memlm(*command).err
+
+
 def test_explain_prints_tokens_with_snippets_or_one_object(
     memlm: Callable[..., Result], model_folder: str, memory_folder: Path, datastore_folder: Path
 ) -> None:

@@ -23,7 +23,8 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ArtifactError, ConfigError, InputError, TokenizerMismatchError
 from memlm.memory.retrieval import RetrievalMemory
-from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor, explanation_text
+from memlm.mix.explain import explain_passage
+from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor, explanation_text, moved_text
 from memlm.models.taps import TapReader
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
@@ -385,3 +386,45 @@ def test_the_favourite_of_each_memory_is_its_likeliest_token(trio: MixedLM, toke
         votes = trio.components(tokens, logits_to_keep=1).votes
     for name, likeliest in (("law", votes["law"][0, -1].argmax()), ("facts", votes["facts"].ids[0])):
         assert found.tokens[0].memory_choices[name] == tokenizer.decode([int(likeliest)])
+
+
+# --- passages that are there --------------------------------------------------------------------------------------
+
+
+def test_a_passage_is_explained_token_by_token(
+    model: MixedLM, tokenizer: PreTrainedTokenizerFast, datastore_folder: Path
+) -> None:
+    ids = tokenizer(PROMPT)["input_ids"]
+    found = explain_passage(model, tokenizer, PROMPT, datastore=datastore_folder, neighbors=2)
+    assert found.prompt + "".join(token.text for token in found.tokens) == PROMPT
+    assert [token.token_id for token in found.tokens] == ids[1:]
+    for place, token in enumerate(found.tokens, 1):
+        before = torch.tensor([ids[:place]])
+        with torch.no_grad():
+            mixed = model(before).logits[0, -1].softmax(-1)
+            base = model.base(before).logits[0, -1, : model.vocab_size].softmax(-1)
+        assert token.mixture_prob == pytest.approx(float(mixed[ids[place]]), **CLOSE)
+        assert token.base_prob == pytest.approx(float(base[ids[place]]), **CLOSE)
+        assert len(token.neighbors) == 2
+
+
+def test_where_memories_helped_and_hurt_most() -> None:
+    def token(text: str, base: float, mixture: float) -> ExplainedToken:
+        return ExplainedToken(text, 0, base, {"m": 0.5}, mixture, "x", 0.5, [])
+
+    tokens = [token(" a", 0.1, 0.6), token(" b", 0.5, 0.5), token(" c", 0.4, 0.2), token(" d", 0.2, 0.3)]
+    found = Explanation("the", "", {"m": 0.3}, tokens, "")
+    lifted, sunk = found.moved(5)
+    assert ([t.text for t in lifted], [t.text for t in sunk]) == ([" a", " d"], [" c"])
+    lines = moved_text(found, count=1).splitlines()
+    assert lines[0] == "the a b c d"
+    assert lines[1] == "4 tokens, perplexity 3.98 for the base alone, 2.73 with the memories"
+    assert lines[2:] == ["helped most: ' a' 10.0% -> 60.0%", "hurt most: ' c' 40.0% -> 20.0%"]
+    assert "\x1b[32m a\x1b[0m" in moved_text(found, colour=True)
+
+
+def test_a_passage_that_cannot_be_explained_is_one_line(model: MixedLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(InputError, match="has one token only"):
+        explain_passage(model, tokenizer, "t")
+    with pytest.raises(ConfigError, match="tokens are more than the 256 that base"):
+        explain_passage(model, tokenizer, "the memory " * 200)

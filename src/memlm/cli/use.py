@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -75,7 +76,8 @@ def generate(
 @with_settings(GateConfig, into="gate", group="Gate")
 @with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def explain(
-    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    prompt: Annotated[str | None, typer.Argument(help="Text to go on from.")] = None,
+    *,
     base: Base,
     memory: Memories,
     retrieval: RetrievalConfig | None,
@@ -83,6 +85,10 @@ def explain(
     datastore: Annotated[
         str | None,
         typer.Option(help="Datastore folder that snippets come from; default a live retrieval memory's own."),
+    ] = None,
+    passages: Annotated[
+        Path | None,
+        typer.Option(help="Text file whose passages, blank lines between them, are explained instead of an answer."),
     ] = None,
     mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens to generate at most.")] = 20,
@@ -100,35 +106,60 @@ def explain(
     Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --datastore d/
 
     Example: memlm explain "What is asthma?" --base smollm2 --memory m/ --html answer.html
+
+    Example: memlm explain --passages cases.txt --base smollm2 --memory m/ --html cases.html
     """
+    if (prompt is None) == (passages is None):
+        raise ConfigError("give a prompt to go on from, or --passages FILE to explain what is there")
     check_models(base, *by_name(memory, mix_weight)[0].values(), datastore)
     quiet()
-    from memlm.mix.explain import check_datastore, explain
-    from memlm.mix.explanation import explanation_html, explanation_text
+    from memlm.mix.explain import check_datastore, explain, explain_passage
+    from memlm.mix.explanation import explanation_html, explanation_text, moved_text, passage_line
     from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
 
-    turn = _turn(prompt, chat_template)
+    texts = [] if passages is None else _passages(passages)
+    turn = _turn(prompt, chat_template) if prompt is not None else ""
     if datastore is not None:
         check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
     model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=chat_template)
-    found = explain(
-        model,
-        tokenizer,
-        turn,
-        datastore=datastore,
-        retrieval=retrieval,
-        max_new_tokens=max_new_tokens,
-        neighbors=neighbors,
-    )
+    shared: dict[str, Any] = {"datastore": datastore, "retrieval": retrieval, "neighbors": neighbors}
+    if passages is None:
+        found = [explain(model, tokenizer, turn, max_new_tokens=max_new_tokens, **shared)]
+    else:
+        found = [explain_passage(model, tokenizer, text, **shared) for text in texts]
     if html is not None:
         from memlm.files import replacing
 
-        page = f'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>memlm explain</title>\n{explanation_html(found)}\n'
+        parts = [explanation_html(part) for part in found]
+        if passages is not None:
+            parts = [f"<p>{passage_line(part)}</p>\n{page}" for part, page in zip(found, parts, strict=True)]
+        joined = "\n<hr>\n".join(parts)
+        page = f'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>memlm explain</title>\n{joined}\n'
         with replacing(html) as temporary:
             temporary.write_text(page, encoding="utf-8")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print_result(asdict(found), as_json, explanation_text(found, colour=colour), styled=True)
+    if passages is None:
+        print_result(asdict(found[0]), as_json, explanation_text(found[0], colour=colour), styled=True)
+    else:
+        told = "\n\n".join(moved_text(part, colour=colour) for part in found)
+        print_result({"passages": [asdict(part) for part in found]}, as_json, told, styled=True)
+
+
+def _passages(path: Path) -> list[str]:
+    """The passages of a text file.
+
+    Raises:
+        InputError: It cannot be read, or has none.
+    """
+    try:
+        parts = re.split(r"\n\s*\n", path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"passages {path}: {error}") from None
+    found = [part.strip() for part in parts if part.strip()]
+    if not found:
+        raise InputError(f"passages {path}: there is no text in it")
+    return found
 
 
 def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:

@@ -15,7 +15,8 @@ thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: b
 th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
 img { max-width: 100%; height: auto }
 small { color: #555 }
-@media print { body { margin: 0; max-width: none; font-size: 8px } .scroll { overflow: visible } td, th { padding: .2rem .3rem } }
+@media print { body { margin: 0; max-width: none; font-size: 8px }
+  .scroll { overflow: visible } td, th { padding: .2rem .3rem } }
 """
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from memlm.datastore.store import Datastore
-from memlm.errors import ConfigError
+from memlm.errors import ConfigError, InputError
 from memlm.memory.loading import load_memory
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.memory.voter import Votes
@@ -59,26 +59,71 @@ def explain(
         TokenizerMismatchError: The datastore was made with another tokenizer.
         ModelError: Its teacher cannot be reached, or the base's activations do not fit its keys.
     """
-    numbers = {
-        "max_new_tokens": (max_new_tokens, 1),
-        "neighbors": (neighbors, 0),
-        "snippet_tokens": (snippet_tokens, 0),
-    }
-    for name, (value, least) in numbers.items():
-        if value < least:
-            raise ConfigError(f"{name} = {value}: must be at least {least}")
+    _check_counts(max_new_tokens=(max_new_tokens, 1), neighbors=(neighbors, 0), snippet_tokens=(snippet_tokens, 0))
     memory = _searched(model, tokenizer, datastore, retrieval)
     inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model)).to(model.device)
-    read = inputs["input_ids"].shape[1]
     sequence = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
-    answer = sequence[0, read:]
+    read = inputs["input_ids"].shape[1]
+    shown = prompt if isinstance(prompt, str) else _decode(tokenizer, sequence[0, :read].tolist())
+    evidence = inputs.get("evidence_mask")
+    return _explained(model, tokenizer, sequence, read, shown, memory, neighbors, snippet_tokens, evidence)
 
+
+@torch.inference_mode()
+def explain_passage(
+    model: MixedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    datastore: str | Path | RetrievalMemory | None = None,
+    retrieval: RetrievalConfig | None = None,
+    neighbors: int = 0,
+    snippet_tokens: int = 12,
+) -> Explanation:
+    """Say of a text that is there, token by token but the first, what `explain` says of a generated answer.
+
+    Args:
+        text: Of two tokens at least.
+        model, tokenizer, datastore, retrieval, neighbors, snippet_tokens: As `explain` takes them.
+
+    Raises:
+        InputError: The text has fewer tokens.
+        ConfigError: A number is out of range, or the text is longer than the base reads.
+        ArtifactError, TokenizerMismatchError, ModelError: As `explain` raises them.
+    """
+    _check_counts(neighbors=(neighbors, 0), snippet_tokens=(snippet_tokens, 0))
+    memory = _searched(model, tokenizer, datastore, retrieval)
+    sequence: Tensor = encode_prompt(tokenizer, text, rows=embedding_rows(model)).to(model.device)["input_ids"]  # type: ignore[assignment]
+    if sequence.shape[1] < 2:
+        raise InputError(f"passage {text!r} has one token only: what comes after it is explained")
+    shown = _decode(tokenizer, sequence[0, :1].tolist())
+    return _explained(model, tokenizer, sequence, 1, shown, memory, neighbors, snippet_tokens, None)
+
+
+def _check_counts(**counts: tuple[int, int]) -> None:
+    for name, (value, least) in counts.items():
+        if value < least:
+            raise ConfigError(f"{name} = {value}: must be at least {least}")
+
+
+def _explained(
+    model: MixedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence: Int[Tensor, "1 L"],
+    read: int,
+    prompt: str,
+    memory: RetrievalMemory | None,
+    neighbors: int,
+    snippet_tokens: int,
+    evidence: Tensor | None,
+) -> Explanation:
+    """What all thought of the tokens of a text from number `read` on; `prompt` is what stands before them."""
+    answer = sequence[0, read:]
     taps = [memory.tap] if memory is not None and memory.tap is not None else []
-    parts = model.components(
-        sequence[:, :-1], logits_to_keep=len(answer), taps=taps, evidence_mask=inputs.get("evidence_mask")
-    )
+    model.check_reads(sequence)
+    parts = model.components(sequence[:, :-1], logits_to_keep=len(answer), taps=taps, evidence_mask=evidence)
     base = parts.logits.log_softmax(-1)
     mixture = mix_log_probs(base, list(parts.votes.values()), parts.weights)
     base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)
@@ -111,7 +156,7 @@ def explain(
         for i, token_id in enumerate(answer.tolist())
     ]
     return Explanation(
-        prompt=prompt if isinstance(prompt, str) else _decode(tokenizer, sequence[0, :read].tolist()),
+        prompt=prompt,
         text=str(tokenizer.decode(answer, skip_special_tokens=True)),
         mix_weights=model.mix_weights,
         tokens=tokens,

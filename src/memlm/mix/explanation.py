@@ -88,6 +88,17 @@ class Explanation:
             return f"gate: {self.gate}"
         return "mix_weight: " + ", ".join(f"{name} {weight:g}" for name, weight in self.mix_weights.items())
 
+    def moved(self, count: int) -> tuple[list[ExplainedToken], list[ExplainedToken]]:
+        """Up to `count` tokens that the memories made likelier, and as many that they made less likely, by how much the
+        probability of the token changed."""
+
+        def change(token: ExplainedToken) -> float:
+            return token.mixture_prob - token.base_prob
+
+        ranked = sorted(self.tokens, key=change, reverse=True)
+        lifted = [token for token in ranked[:count] if change(token) > 0]
+        return lifted, [token for token in ranked[::-1][:count] if change(token) < 0]
+
     def _repr_html_(self) -> str:
         """For notebooks: each token as dark as the memories lifted it; its probabilities where one points at it."""
         return explanation_html(self)
@@ -160,6 +171,30 @@ def _one_line(text: str) -> str:
 
 def _clip(text: str, length: int) -> str:
     return text if len(text) <= length else text[: max(0, length - 1)] + "…"
+
+
+def moved_text(explanation: Explanation, *, count: int = 5, colour: bool = False) -> str:
+    """A passage with its tokens coloured, its perplexity for base and mixture, and where the memories helped and hurt
+    most, as lines of text."""
+    tokens = explanation.tokens
+    text = explanation.prompt + "".join(_coloured(token.text, token, colour) for token in tokens)
+    plain = _one_line(explanation.prompt + "".join(token.text for token in tokens))
+    lines = [textwrap.fill(plain, _WIDTH) if not colour else re.sub(r"\s*\n\s*", "⏎", text)]
+    lines.append(passage_line(explanation))
+    for word, found in zip(("helped most", "hurt most"), explanation.moved(count), strict=True):
+        moved = ", ".join(f"{token.text!r} {token.base_prob:.1%} -> {token.mixture_prob:.1%}" for token in found)
+        lines.append(_one_line(f"{word}: {moved or 'nowhere'}"))
+    return "\n".join(lines)
+
+
+def passage_line(explanation: Explanation) -> str:
+    """Perplexity of a passage for the base alone and for the mixture."""
+    tokens = explanation.tokens
+    base, mixture = (
+        math.exp(-sum(math.log(max(getattr(token, name), 1e-30)) for token in tokens) / len(tokens))
+        for name in ("base_prob", "mixture_prob")
+    )
+    return f"{len(tokens)} tokens, perplexity {base:.2f} for the base alone, {mixture:.2f} with the memories"
 
 
 # --- as HTML ----------------------------------------------------------------------------------------------------------

@@ -368,6 +368,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         )
         return result if return_dict is not False else result.to_tuple()
 
+    def check_reads(self, input_ids: Int[Tensor, "B T"]) -> None:
+        """Raise unless the base can read a text of these tokens at once.
+
+        Raises:
+            ConfigError: It is longer than the base has positions for, or a token has no row.
+        """
+        self._check_ability(input_ids, None, None)
+
     def _check_ability(self, input_ids: Tensor, mask: Tensor | None, cache: MixedCache | None) -> None:
         """Raise unless the base can read this: these ids, so many, padded, behind a cache.
 
