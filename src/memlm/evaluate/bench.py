@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import BenchConfig
+from memlm.evaluate.decoding import decode_greedily
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import default_device, load_causal_lm, longest_context, parse_dtype, resolve
@@ -146,21 +147,13 @@ def _timed(way: Any, batch: Tensor, config: BenchConfig, device: torch.device) -
             pass
 
     options: dict[str, Any] = {"streamer": Streamer()} if len(batch) == 1 else {}
-    way.generate(
-        batch,
-        attention_mask=torch.ones_like(batch),
-        max_new_tokens=config.new_tokens,
-        min_new_tokens=config.new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        **options,
-    )
+    decode_greedily(way, batch, config.new_tokens, **options)
     whole = clock() - began
     if len(batch) == 1:
         first = marks[1] - began  # the prompt itself comes before it
     else:
         began = clock()
-        way.generate(batch, attention_mask=torch.ones_like(batch), max_new_tokens=1, do_sample=False, pad_token_id=0)
+        decode_greedily(way, batch, 1)
         first = clock() - began
     return first, whole, memory.bytes
 

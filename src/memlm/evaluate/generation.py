@@ -13,6 +13,7 @@ from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus, Split
 from memlm.errors import InputError
 from memlm.evaluate.config import GenerationConfig
+from memlm.evaluate.decoding import decode_greedily
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -166,15 +167,7 @@ def _continued(
     found = []
     for start in range(0, len(prompts), config.batch_size):
         batch = torch.from_numpy(prompts[start : start + config.batch_size]).to(device)
-        out = model.generate(
-            batch,
-            attention_mask=torch.ones_like(batch),
-            max_new_tokens=config.new_tokens,
-            min_new_tokens=config.new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-        )
-        found.append(out[:, batch.shape[1] :].cpu().numpy())
+        found.append(decode_greedily(model, batch, config.new_tokens).cpu().numpy())
         bar.update(len(batch))
     return np.concatenate(found).astype(np.int64)
 

@@ -1,0 +1,26 @@
+"""Greedy decoding of a fixed number of tokens, as figures of speed and of what is said need it."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+def decode_greedily(model: Any, prompts: Int[Tensor, "B T"], new_tokens: int, **options: Any) -> Int[Tensor, "B N"]:
+    """The likeliest tokens after prompts of one length; no text ends before `new_tokens` of them.
+
+    Args:
+        model: Any model of transformers, or a mixture.
+        options: Further ones of `generate`.
+    """
+    found = model.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+    return found[:, prompts.shape[1] :]
