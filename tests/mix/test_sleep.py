@@ -15,7 +15,7 @@ from torch import Tensor
 from memlm.mix.gate import Gate
 from memlm.mix.gate_config import GateConfig
 from memlm.mix.mixed_lm import MixedLM
-from memlm.mix.sleep import Sleep
+from memlm.mix.sleep import Sleep, Unread
 from memlm.scores.gated import gated_label_log_probs
 from memlm.scores.score import Scores
 from memlm.scores.table import ScoreTable
@@ -172,20 +172,121 @@ def test_after_a_prompt_the_memories_sleep_as_in_a_text_that_begins_with_its_win
         assert as_base == asleep
 
 
+@pytest.fixture
+def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often tokens were left unread, read after all, and cropped while unread."""
+    counts = {"left": 0, "read": 0, "cropped": 0}
+
+    def counted(name: str, method: str) -> None:
+        original = getattr(Unread, method)
+
+        def call(self: Unread, *args: Any) -> Any:
+            counts[name] += method != "crop" or len(self) > 0
+            return original(self, *args)
+
+        monkeypatch.setattr(Unread, method, call)
+
+    for name, method in (("left", "add"), ("read", "before"), ("cropped", "crop")):
+        counted(name, method)
+    return counts
+
+
 @pytest.mark.parametrize("gate", ["posterior", "both", "confidence"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}])
-def test_every_way_of_generating_gives_what_whole_passes_give(gate: str, options: dict[str, Any]) -> None:
-    prompt = some_tokens(1, 6)
-    model = sleepy({"gate": gate, "sleep": 3}, some_tokens(1, 14))
-    found = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
-    if "num_beams" in options:
-        options = options | {"use_cache": False}
-        expected = model.generate(prompt, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
-    else:
-        expected = prompt
-        for _ in range(12):
-            expected = torch.cat([expected, logits_of(model, expected)[:, -1:].argmax(-1)], 1)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}, {"repetition_penalty": 1.2}],
+)
+def test_every_way_of_generating_gives_what_whole_passes_give(
+    gate: str, options: dict[str, Any], met: dict[str, int]
+) -> None:
+    prompt = some_tokens(1, 6).repeat(1, 2)  # so that a look-up finds something
+    awake, settings_ = mixture(gate), {"do_sample": False, "pad_token_id": 0, "max_new_tokens": 24}
+    text = awake.generate(prompt, **settings_, **options)
+    below = min(1.0, float(weights_of(awake, text)[:, 12:].sum(-1).quantile(0.7)) + 1e-4)
+    model = mixture(gate, sleep=2, sleep_below=below)
+    found = model.generate(prompt, **settings_, **options)
+    expected = model.generate(prompt, **settings_, **{**options, "use_cache": False, "prompt_lookup_num_tokens": None})
     assert found.tolist() == expected.tolist()
+    if options.get("use_cache", True):
+        assert met["left"]
+        assert met["read"]
+
+
+def test_sampled_drafts_under_a_processor_leave_what_is_unread_alone(met: dict[str, int]) -> None:
+    prompt = some_tokens(1, 6).repeat(1, 2)
+    model = mixture("both", sleep=5, sleep_below=0.6)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        options: dict[str, Any] = {"prompt_lookup_num_tokens": 2, "do_sample": True, "temperature": 0.7}
+        out = model.generate(
+            prompt, max_new_tokens=24, pad_token_id=0, output_logits=True, return_dict_in_generate=True, **options
+        )
+        whole = logits_of(model, out.sequences)[0, 11:-1]
+        found = torch.cat(out.logits)[: len(whole)]
+        torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
+    assert met["left"]
+    assert met["read"]
+
+
+def test_logits_that_a_caller_writes_to_are_its_own() -> None:
+    tokens = some_tokens(1, 12)
+    model = mixture("both", sleep=4, sleep_below=1.0)
+    cache = model.new_cache(1)
+    for at in range(12):
+        found = logits_of(model, tokens[:, at : at + 1], past_key_values=cache)
+        torch.testing.assert_close(found, logits_of(model, tokens)[:, at : at + 1], **CLOSE)
+        found.fill_(-3.0)
+
+
+@pytest.mark.parametrize("case", SLEEPY)
+@pytest.mark.parametrize("cropped", [1, 3, 4])
+def test_a_crop_across_the_edge_of_what_is_unread_goes_on_exactly(case: dict[str, Any], cropped: int) -> None:
+    """Two are unread; a third and more were read in one step, of which one is left."""
+    tokens = some_tokens(1, 14)
+    model = mixture(**case | {"sleep": 3}, sleep_below=1.0)
+    cache = model.new_cache(1)
+    logits_of(model, tokens[:, :4], past_key_values=cache)  # looked up at the first and the fourth
+    for at in (4, 5):
+        logits_of(model, tokens[:, at : at + 1], past_key_values=cache)
+    assert len(cache.unread) == 2
+    cache.crop(-cropped)
+    found = [logits_of(model, tokens[:, at : at + 1], past_key_values=cache) for at in range(6 - cropped, 14)]
+    torch.testing.assert_close(torch.cat(found, 1), logits_of(model, tokens)[:, 6 - cropped :], **CLOSE)
+
+
+@pytest.mark.parametrize("case", SLEEPY)
+@pytest.mark.parametrize("keep", [[0, 6], [2, 9], [4, 5, 11], [3, 1]])
+def test_at_places_with_gaps_between_the_weights_are_those_of_the_whole(case: dict[str, Any], keep: list[int]) -> None:
+    tokens = some_tokens(2, 12)
+    model = sleepy(case, tokens)
+    found = logits_of(model, tokens, logits_to_keep=torch.tensor(keep))
+    torch.testing.assert_close(found, logits_of(model, tokens)[:, keep], **CLOSE)
+
+
+GATES = [
+    GateConfig(gate="both"),
+    GateConfig(gate="posterior"),
+    GateConfig(gate="confidence", sleep=3, sleep_below=1.0),
+    GateConfig(gate="both", sleep=3, sleep_below=1.0),
+]
+
+
+@pytest.mark.parametrize("before", GATES)
+@pytest.mark.parametrize("after", GATES)
+def test_another_gate_in_the_middle_of_a_text_weighs_from_there_on(
+    before: GateConfig, after: GateConfig, met: dict[str, int]
+) -> None:
+    tokens, model = some_tokens(1, 16), mixture("both")
+    model.set_gate(before)
+    cache = model.new_cache(1)
+    for at in range(6):
+        logits_of(model, tokens[:, at : at + 1], past_key_values=cache)
+    model.set_gate(after)
+    met["left"] = 0
+    for at in range(6, 16):
+        found = logits_of(model, tokens[:, at : at + 1], past_key_values=cache)
+        assert found.isfinite().all()
+    assert met["left"] in ((6, 7) if after.sleep else (0,))  # of ten places every third is looked up
 
 
 def test_memories_of_all_kinds_sleep_and_wake(make: Make) -> None:

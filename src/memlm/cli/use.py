@@ -273,7 +273,7 @@ def chat(
                 say(f"error: {error}")
         elif line.startswith("/gate"):
             try:
-                model.set_gate(line.removeprefix("/gate").strip() or None)
+                model.set_gate(_with_gate(model.gate, line.removeprefix("/gate").strip() or None))
             except ConfigError as error:
                 say(f"error: {error}")
         else:
@@ -282,6 +282,11 @@ def chat(
             prompt = turns if tokenizer.chat_template is not None else plain
             answer = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
             turns.append({"role": "assistant", "content": answer})
+
+
+def _with_gate(gate: GateConfig, name: str | None) -> GateConfig:
+    """The same settings under another gate."""
+    return GateConfig.parse({**gate.model_dump(), "gate": name})
 
 
 def _lines() -> Iterator[str]:

@@ -60,7 +60,7 @@ class Gate(WeightRule):
 
     def places(self, keep: slice | Tensor, tokens: int) -> slice | Tensor:
         kept = places_of(keep, tokens)
-        return slice(max(0, int(kept[0]) - self.config.prompt_window), None) if len(kept) else keep
+        return slice(max(0, int(kept.min()) - self.config.prompt_window), None) if len(kept) else keep
 
     def asleep(self, state: VoterCache | None, past: int, unread: int, tokens: int) -> bool:
         if not self.sleep.tokens or not isinstance(state, GateCache) or state.left is None:
@@ -71,13 +71,16 @@ class Gate(WeightRule):
         assert state is None or isinstance(state, GateCache)
         own, length = self._own(step), step.tokens.shape[1]
         kept = places_of(step.keep, length)
-        first = int(kept[0]) if len(kept) else length  # a place whose votes are there
+        first = int(kept.min()) if len(kept) else length  # a place whose votes are there
         began = max(0, first - step.unread - self.config.prompt_window)
         began = began + step.unread if began else 0
+        gaps = len(kept) and int(kept.max()) - first + 1 != len(kept.unique())
+        end = min(int(kept.max()) if gaps else first, length - 1)
         before = None
-        if began < first and first > 0 and (self.follows or self.sleep.tokens):
-            before = self._hear_prompt(step, began, min(first, length - 1))
-        known = state if state is not None and state.tokens == step.past and began == 0 else None
+        if began < end and (self.follows or self.sleep.tokens):
+            before = self._hear_prompt(step, began, end)
+        kinds = self.explanations.count if self.follows else 0
+        known = state if state is not None and state.goes_on(step.past, kinds) and began == 0 else None
         if self.follows:
             along = self._posterior(step, own, kept, before, known)
         else:
@@ -172,7 +175,7 @@ class Gate(WeightRule):
             said[:, before.began + 1 : before.end + 1] = before.said
         followed = kept[kept < length - 1]
         if len(followed):
-            votes = _Pending.at(step, own, torch.arange(len(followed)), self.explanations)
+            votes = _Pending.at(step, own, (kept < length - 1).nonzero()[:, 0], self.explanations)
             said[:, followed + 1] = votes.of_each(step.tokens[:, followed + 1])
         heard = ~said.isnan().any(-1)
         if step.real is not None:
@@ -318,6 +321,11 @@ class GateCache(VoterCache):
         self.pending: _Pending | None = None
         """Votes at the latest places, as far as they were kept."""
 
+    def goes_on(self, past: int, kinds: int) -> bool:
+        """Whether it knows the `past` tokens before a step, by as many kinds of explanations; False where another rule
+        has weighed them."""
+        return self.tokens == past and (self.history is None or self.history.shape[-1] == kinds)
+
     def extend(
         self, past: int, along: Tensor, left: Tensor | None, pending: _Pending | None, known: "GateCache | None"
     ) -> None:
@@ -332,7 +340,10 @@ class GateCache(VoterCache):
         goes_on = known is not None and known.history is not None
         if goes_on and self.history is not None:
             along = torch.cat([self.history, along], 1)
-            left = None if left is None or self.left is None else torch.cat([self.left.to(left.device), left], 1)
+            if left is not None and self.left is not None:
+                left = torch.cat([self.left.to(left.device), left], 1)
+            elif left is not None:  # nobody slept before
+                left = torch.nn.functional.pad(left, (past, 0))
         elif past:  # what another rule has weighed counts for nothing here
             along = torch.cat([along[:, :1].expand(-1, past, -1), along], 1)
             left = None if left is None else torch.nn.functional.pad(left, (past, 0))

@@ -5,7 +5,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -313,8 +313,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             mix_weight: For this call only, a number or one per row of the batch, by name where there are several
                 memories; `generate` passes it on. Where rows are fewer than the batch's, as with beams, each stands
                 for as many neighbours.
-            evidence_mask: `(B, L)`, 0 at tokens of the text, from its first one on, that tell a gate nothing, as those
-                of a chat template; tokens beyond it count.
+            evidence_mask: `(B, L)`, 0 at tokens that tell a gate nothing, as those of a chat template, from the row's
+                first one on, padding included; tokens beyond it count.
             kwargs: Passed to the base where its `forward` knows them.
 
         Raises:
@@ -439,9 +439,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         state = cache.rule if cache is not None else None
         unread = len(cache.unread) if cache is not None else 0
         length = input_ids.shape[1]
-        if cache is not None and logits.shape[1] == length and rule.asleep(state, past, unread, length):
-            taps = {memory.tap for memory in memories.values() if memory.tap is not None}
-            cache.unread.add(input_ids, logits, {tap: base.activations[tap] for tap in taps})
+        if cache is not None and rule.asleep(state, past, unread, length):
+            read = {memory.tap for memory in memories.values() if memory.tap is not None}
+            cache.unread.add(input_ids, base.hidden, {tap: base.activations[tap] for tap in read})
             return Components(base, logits, normaliser, {}, [0.0] * len(memories))
         tokens = input_ids
         if cache is not None and unread:  # the memories wake, and read what they missed
@@ -462,7 +462,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         def columns(began: int, end: int) -> list[dict[str, Tensor]]:
             labels = torch.full_like(tokens, IGNORE)
             labels[:, began:end] = tokens[:, began + 1 : end + 1]
-            found = [self._base_columns(base, missed, labels)]
+            whole = base if missed is None else replace(base, hidden=missed.before_hidden(base.hidden))
+            found = [self._voter.columns(whole, labels.to(self._voter.device))]
             found += [memory.columns(states[name], labels.to(memory.device)) for name, memory in memories.items()]
             shape = len(tokens), end - began
             return [{name: values.view(shape).to(logits.device) for name, values in part.items()} for part in found]
@@ -475,26 +476,12 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             normaliser,
             votes,
             None if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool().to(logits.device),
-            _from(evidence_mask, past - unread, tokens),
+            _from(evidence_mask, past - unread, tokens.to(logits.device)),
             lambda name: memories[name].confidence(states[name], keep).to(logits.device),
             unread,
             columns,
         )
         return Components(base, logits, normaliser, votes, rule.weights(step, state))
-
-    def _base_columns(self, state: BaseState, missed: Unread | None, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
-        """What the base thought of labels, those of tokens that memories missed first, row by row."""
-        unread = 0 if missed is None else len(missed)
-        new = self._voter.columns(state, labels[:, unread:].to(self._voter.device))
-        if missed is None or not unread:
-            return new
-        rows = len(labels)
-        before = missed.columns(labels[:, :unread])
-        before["confidence"] = torch.zeros_like(before["label"])
-        return {
-            name: torch.cat([values.view(rows, -1), new[name].view(rows, -1)], 1).flatten()
-            for name, values in before.items()
-        }
 
     def _mix(self, parts: Components) -> Tensor:
         logits, weights = parts.logits, parts.weights

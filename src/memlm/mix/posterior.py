@@ -24,6 +24,11 @@ class Explanations:
     alone: bool
     own: bool
 
+    @property
+    def count(self) -> int:
+        """How many explanations there are."""
+        return 1 + self.memories * (self.alone + self.own)
+
     def log_prior(self, prior: float, like: Tensor) -> Float[Tensor, "K"]:
         """Log-probabilities before a text begins: `prior` shared equally by those that need memories.
 

@@ -1,14 +1,13 @@
 """Memories that sleep: where they count for little they are not read at all, and look up now and then."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from memlm.corpus.blocks import IGNORE
 from memlm.memory.voter import VoterCache
-from memlm.models.heads import Head, label_log_probs
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,18 @@ class Unread(VoterCache):
     """Tokens that the base has read and sleeping memories have not, and what the base made of them."""
 
     tokens: list[Int[Tensor, "B T"]] = field(default_factory=list)
-    logits: list[Float[Tensor, "B T V"]] = field(default_factory=list)
-    """The base's after every token."""
+    hidden: list[Float[Tensor, "B T D"]] = field(default_factory=list)
+    """What its head reads there."""
     activations: dict[str, list[Float[Tensor, "B T D"]]] = field(default_factory=dict)
     """Tap to what went into that module."""
 
     def __len__(self) -> int:
         return sum(part.shape[1] for part in self.tokens)
 
-    def add(self, tokens: Tensor, logits: Tensor, activations: dict[str, Tensor]) -> None:
+    def add(self, tokens: Tensor, hidden: Tensor, activations: dict[str, Tensor]) -> None:
         """Put tokens at the end."""
         self.tokens.append(tokens)
-        self.logits.append(logits)
+        self.hidden.append(hidden.clone())  # where no head splits off these are logits, which callers write to
         for tap, found in activations.items():
             self.activations.setdefault(tap, []).append(found)
 
@@ -70,20 +69,13 @@ class Unread(VoterCache):
         """These tokens, with those unread before them."""
         return torch.cat([*(part.to(tokens.device) for part in self.tokens), tokens], 1)
 
+    def before_hidden(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B O+T D"]:
+        """What the base's head reads, with that of the tokens unread before."""
+        return torch.cat([*self.hidden, hidden], 1)
+
     def before_activations(self, tap: str, found: Float[Tensor, "B T D"]) -> Float[Tensor, "B O+T D"]:
         """These activations, with those of the tokens unread before them."""
         return torch.cat([*self.activations.get(tap, []), found], 1)
-
-    def columns(self, labels: Int[Tensor, "B O"]) -> dict[str, Tensor]:
-        """What the base thought at every place that has a label, as `Voter.label_log_probs` says it."""
-        logits = torch.cat(self.logits, 1)
-        there = labels != IGNORE
-        return label_log_probs(
-            logits[there.to(logits.device)],
-            labels[there].to(logits.device),
-            Head(torch.nn.Identity()),
-            vocab_size=logits.shape[-1],
-        )
 
     def crop(self, tokens: int) -> int:
         """Forget the last `tokens` tokens, as many as there are at most; returns how many those were."""
@@ -91,18 +83,23 @@ class Unread(VoterCache):
         kept = max(0, count - tokens)
         if kept == count:
             return 0
-        for parts in (self.tokens, self.logits, *self.activations.values()):
+        for parts in self._parts():
             whole = torch.cat(parts, 1)[:, :kept] if parts else None
             parts[:] = [] if whole is None or not kept else [whole]
         return count - kept
 
     def select(self, rows: Int[Tensor, "B2"]) -> None:
-        for parts in (self.tokens, self.logits, *self.activations.values()):
+        for parts in self._parts():
             parts[:] = [part[rows.to(part.device)] for part in parts]
 
     def repeat(self, times: int) -> None:
-        for parts in (self.tokens, self.logits, *self.activations.values()):
+        for parts in self._parts():
             parts[:] = [part.repeat_interleave(times, 0) for part in parts]
 
     def reset(self) -> None:
         self.crop(len(self))
+
+    def _parts(self) -> Iterator[list[Tensor]]:
+        yield self.tokens
+        yield self.hidden
+        yield from self.activations.values()
