@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from memlm.cli import app
 from memlm.corpus.blocks import Corpus
-from memlm.errors import ConfigError, ModelError
+from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
@@ -76,13 +76,16 @@ def test_every_row_is_there_and_every_way_to_weigh_it(whole: tuple[Path, dict, l
 
 
 @pytest.mark.parametrize("name", ["twin", "memory", "mlp", "knn"])
-def test_figures_are_those_of_an_evaluation(whole: tuple[Path, dict, list[str]], model_folder: str, name: str) -> None:
+def test_figures_are_those_of_an_evaluation(
+    whole: tuple[Path, dict, list[str]], sections: dict[str, Any], model_folder: str, name: str
+) -> None:
     out, report, _ = whole
-    folder = Path(report["run"]["folders"][name])
+    folder = next((out / "heads").glob(f"{name}-*"), Path(report["run"]["folders"][name]))
     gate = next(way for way in rows_of(report, name) if way.startswith("gate")).partition(" ")[2]
-    options: dict[str, Any] = {"k": 8, "target_temperature": 4.0} if name == "knn" else {}
-    from memlm.targets.config import RetrievalConfig
-
+    comparison = Comparison(sections, out)
+    retrieval = (
+        comparison._retrieval(Corpus(out / "corpus"), {"datastore": out / "datastore"}) if name == "knn" else None
+    )
     expected = evaluate_perplexity(
         out / "corpus",
         base=model_folder,
@@ -90,7 +93,7 @@ def test_figures_are_those_of_an_evaluation(whole: tuple[Path, dict, list[str]],
         dtype="float32",
         bootstrap=10,
         gate=gate,  # type: ignore[arg-type]
-        retrieval=RetrievalConfig(**options) if options else None,
+        retrieval=retrieval,
     )
     gated, fixed = rows_of(report, name)[f"gate {gate}"], rows_of(report, name)["fixed weight"]
     assert gated["test"]["perplexity"] == pytest.approx(expected["mixture"]["perplexity"], abs=2e-4)
@@ -105,7 +108,11 @@ def test_a_fine_tuned_base_counts_alone_and_as_the_base_of_a_mixture(whole: tupl
     out, report, _ = whole
     folders = report["run"]["folders"]
     expected = evaluate_perplexity(
-        out / "corpus", base=folders["dapt"], memory=folders["memory"], dtype="float32", gate="both"
+        out / "corpus",
+        base=folders["dapt"],
+        memory=next((out / "heads").glob("memory-*")),
+        dtype="float32",
+        gate="both",
     )
     assert rows_of(report, "dapt")["alone"]["test"]["perplexity"] == pytest.approx(
         expected["base"]["perplexity"], abs=2e-4
@@ -123,6 +130,37 @@ def test_of_what_is_searched_the_best_on_validation_text_counts(whole: tuple[Pat
     assert rows_of(report, "dapt")["alone"]["added"]["settings"] == {"dapt": {"learning_rate": float(chosen)}}
 
 
+def test_fine_tuning_is_searched_unless_its_learning_rate_is_given(sections: dict[str, Any], tmp_path: Path) -> None:
+    searched = changed(sections, "compare", search={"train.learning_rate": [1e-4, 2e-4]})
+    rates = {
+        row: [point.config.learning_rate for point in points]
+        for row, points in Comparison(searched, tmp_path / "x").points.items()
+    }
+    assert rates["dapt"] == [5e-5, 2e-4]
+    assert rates["lora"] == [2e-4, 1e-3]
+    assert rates["memory"] == [1e-4, 2e-4]
+    given = changed(changed(sections, "compare", search={}), "dapt", learning_rate=1e-5)
+    assert [p.config.learning_rate for p in Comparison(given, tmp_path / "x").points["dapt"]] == [1e-5]
+
+
+def test_the_report_lists_all_that_was_tried(whole: tuple[Path, dict, list[str]]) -> None:
+    report = whole[1]
+    found = {(entry["row"], entry["settings"]["learning_rate"]): entry for entry in report["searched"]}
+    assert found.keys() == {("dapt", 1e-3), ("dapt", 1e-2), ("lora", 2e-4), ("lora", 1e-3)}
+    for row in ("dapt", "lora"):
+        entries = [entry for (name, _), entry in found.items() if name == row]
+        best = min(entries, key=lambda entry: entry["validation_perplexity"])
+        assert [entry["chosen"] for entry in entries] == [entry is best for entry in entries]
+
+
+def test_heads_lie_in_the_comparisons_own_folder(whole: tuple[Path, dict, list[str]], tmp_path: Path) -> None:
+    out, report, _ = whole
+    assert not (Path(report["run"]["folders"]["memory"]) / "gate.json").exists()
+    heads = sorted(place.name.partition("-")[0] for place in (out / "heads").iterdir())
+    assert heads == ["memory", "mlp", "twin"]
+    assert all((place / "gate.json").is_file() for place in (out / "heads").iterdir())
+
+
 def test_bits_per_byte_are_nats_over_the_bytes_of_the_text(whole: tuple[Path, dict, list[str]]) -> None:
     out, report, _ = whole
     corpus = Corpus(out / "corpus")
@@ -135,13 +173,19 @@ def test_bits_per_byte_are_nats_over_the_bytes_of_the_text(whole: tuple[Path, di
 
 
 def test_what_a_row_costs(whole: tuple[Path, dict, list[str]], model_folder: str) -> None:
-    report = whole[1]
+    out, report, _ = whole
     folders = report["run"]["folders"]
     facts = {name: read_manifest(folders[name]).facts for name in ("memory", "mlp", "lora")}
     both = rows_of(report, "memory+mlp")["fixed weight"]["added"]
     assert both["parameters"] == facts["memory"]["parameters"] + facts["mlp"]["parameters"]
     assert rows_of(report, "lora")["alone"]["added"]["parameters"] == facts["lora"]["trained_parameters"]
     assert rows_of(report, "dapt")["alone"]["added"]["parameters"] == 0
+    stages = rows_of(report, "memory")["fixed weight"]["added"]["before"]
+    assert stages["stages"] == ["datastore", "targets"]
+    payload = [read_manifest(out / name).payload.values() for name in stages["stages"]]
+    assert stages["disk_bytes"] == sum(file.bytes for files in payload for file in files)
+    assert "before" not in rows_of(report, "dapt")["alone"]["added"]
+    assert rows_of(report, "knn")["fixed weight"]["added"]["parameters"] == 0  # its teacher is the base
     assert rows_of(report, "memory")["fixed weight"]["decoding"]["tokens_per_s"] > 0
     assert "decoding" not in rows_of(report, "memory+mlp")["fixed weight"]
 
@@ -243,8 +287,38 @@ def test_a_row_that_the_recipe_cannot_have_is_refused(sections: dict[str, Any], 
         Comparison(changed(sections, "evaluate", base="x"), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"compare.bases: the memory is put beside them; add memory"):
         Comparison(changed(sections, "compare", bases="x", rows=["dapt"]), tmp_path / "x")
+    same = sections["compare"]["general"]
+    with pytest.raises(ConfigError, match="is both general and general_fit"):
+        Comparison(changed(sections, "compare", general_fit=[same]), tmp_path / "x")
     with pytest.raises(ModelError, match="nowhere/at-all"):
         Comparison(changed(sections, "compare", bases=["nowhere/at-all"]), tmp_path / "x").run()
+
+
+def test_what_cannot_be_is_told_before_anything_is_trained(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = changed(sections, "corpus", validation_fraction=0.0)
+    with pytest.raises(InputError, match=r"has no validation tokens, .*: raise corpus.validation_fraction"):
+        Comparison(without, tmp_path / "a").run()
+    assert [place.name for place in (tmp_path / "a").iterdir()] == ["corpus"]
+    with pytest.raises(ConfigError, match=r"in_context.passage_tokens = 256: leaves no room"):
+        Comparison(changed(sections, "compare", in_context={}), tmp_path / "b").run()
+    monkeypatch.setattr("memlm.models.adapters.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="lora_rank needs peft"):
+        Comparison(changed(sections, "compare", rows=["lora"]), tmp_path / "c").run()
+    assert not (tmp_path / "b").exists()
+    assert not (tmp_path / "c").exists()
+
+
+def test_without_intervals_nothing_is_marked_as_best(
+    whole: tuple[Path, dict, list[str]], sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = whole[0]
+    monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
+    plain = changed(changed(sections, "compare", timed_tokens=0, rows=["dapt"]), "evaluate", bootstrap=0)
+    report = Comparison(plain, out).run()
+    assert not any(row["test"]["best"] for row in report["rows"])
+    assert "nothing is marked as best" in (out / "report.md").read_text(encoding="utf-8")
 
 
 def test_the_command_plans_and_reports(

@@ -1,5 +1,6 @@
 """In-context retrieval: which tokens are predicted after which passage, and that scores are those of the base there."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from memlm.corpus.blocks import Corpus
+from memlm.corpus.build import build_corpus
 from memlm.errors import ConfigError
 from memlm.evaluate import in_context
 from memlm.evaluate.in_context import InContextConfig, in_context_blocks, in_context_label_log_probs, passages_of
@@ -50,6 +52,41 @@ def test_the_passage_is_the_one_with_the_words_of_the_query() -> None:
     assert in_context._search(passages, ["bark dogs", "law", "", "zebra", "day night"]) == [1, 2, 0, 0, 3]
 
 
+def test_a_passage_ends_before_the_end_token_and_begins_after_bos(corpus_folder: Path) -> None:
+    corpus = Corpus(corpus_folder)
+    split, eos = corpus.split("train"), corpus.tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    assert int(split.tokens[split.offsets[1] - 1]) == eos
+    whole, without = passages_of(split, 8), passages_of(split, 8, eos=eos)
+    assert any(eos in passage for passage in whole)
+    assert not any(eos in passage for passage in without)
+    first = int(split.tokens[0])
+    assert passages_of(split, 8, bos=first)[0].tolist() == split.tokens[1:9].tolist()
+
+
+def test_text_and_passage_are_read_whole_unless_the_base_is_too_short(corpus_folder: Path, model_folder: str) -> None:
+    corpus, config = Corpus(corpus_folder), InContextConfig(positions=40, passage_tokens=8)
+    assert in_context.context_of(config, corpus.config.block_size, model_folder) == corpus.config.block_size + 12
+    for block in in_context_blocks(corpus, "test", config).blocks:
+        assert len(block.input_ids) <= corpus.config.block_size + 12
+    long = InContextConfig(passage_tokens=300)
+    with pytest.raises(ConfigError, match="leaves no room for text in a context of 256"):
+        in_context.context_of(long, corpus.config.block_size, model_folder)
+
+
+def test_across_documents_no_first_token_is_predicted(documents: str, model_folder: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"document_separator": "\n\n", "block_size": 32, "cross_documents": True}
+    build_corpus([documents], tokenizer=model_folder, out=tmp_path / "c", test_fraction=0.4, **settings)
+    corpus = Corpus(tmp_path / "c")
+    found, split = (
+        in_context_blocks(corpus, "test", InContextConfig(**{**SMALL, "positions": 5000})),
+        corpus.split("test"),
+    )
+    predicted = np.concatenate([block.input_ids[block.predicted] for block in found.blocks])
+    assert predicted.tolist() == split.labels()[found.positions].tolist()
+    assert len(set(found.positions.tolist())) == len(found.positions)
+
+
 def test_scores_are_the_bases_behind_the_passage(corpus_folder: Path, model_folder: str) -> None:
     corpus, config = Corpus(corpus_folder), InContextConfig(**SMALL)
     positions, found = in_context_label_log_probs(corpus, model_folder, config, dtype="float32")
@@ -65,8 +102,11 @@ def test_scores_are_the_bases_behind_the_passage(corpus_folder: Path, model_fold
 
 
 def test_what_cannot_be_is_one_line(corpus_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="leaves no room for text in a context of 24"):
+    with pytest.raises(
+        ConfigError, match=r"in_context.passage_tokens = 22: leaves no room for text in a context of 24"
+    ):
         in_context_blocks(Corpus(corpus_folder), "test", InContextConfig(**{**SMALL, "passage_tokens": 22}))
-    monkeypatch.setitem(__import__("sys").modules, "bm25s", None)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(in_context, "find_spec", lambda name: None if name == "bm25s" else find(name))
     with pytest.raises(ConfigError, match=r"needs bm25s: pip install 'memlm\[compare\]'"):
         in_context_blocks(Corpus(corpus_folder), "test", InContextConfig(**SMALL))

@@ -199,7 +199,7 @@ def bench(
 
     Several memories are timed one by one; a datastore is live kNN-LM. The base alone is transformers' own generate.
 
-    Example: memlm bench smollm2 --memory m/ --memory knn=d/ --prompts questions.txt
+    Example: memlm bench smollm2 --memory m=m/ --memory knn=d/ --prompts questions.txt
     """
     memories = by_name(memory, None)[0]
     check_models(base, *memories.values())

@@ -42,8 +42,9 @@ class InContextConfig(StageConfig):
     """Tokens predicted per search."""
     passage_tokens: int = Field(default=256, ge=1, le=MAX_COUNT)
     """Length of a passage at most; passages do not overlap."""
-    context: int = Field(default=1024, ge=2, le=MAX_COUNT)
-    """Tokens read at a time at most, the passage included; what is furthest back is left out."""
+    context: int | None = Field(default=None, ge=2, le=MAX_COUNT)
+    """Tokens read at a time at most, the passage included; what is furthest back is left out; default what the base
+    reads without a passage, and the passage."""
 
 
 class BenchConfig(StageConfig):
@@ -91,11 +92,9 @@ class CompareConfig(StageConfig):
     rows: list[str] | None = None
     """Of in-context, knn, dapt, lora, twin, memory, mlp, memory+mlp, dapt+memory and lora+memory; default all that the
     recipe can."""
-    search: dict[str, list[Any]] = Field(
-        default={"dapt.learning_rate": [5e-5, 2e-4], "lora.learning_rate": [2e-4, 1e-3]}
-    )
+    search: dict[str, list[Any]] = Field(default_factory=dict)
     """SECTION.KEY of train, twin, mlp, dapt or lora to values; every combination within a section is trained, and the
-    best on validation text counts."""
+    best on validation text counts. DAPT and LoRA are tried at two learning rates each unless theirs is given."""
     general_tokens: int = Field(default=10_000, ge=1, le=MAX_COUNT)
     """Tokens of general text that are judged."""
     general_separator: str | None = None

@@ -5,22 +5,32 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import GenerationConfig
 
 
 def decode_greedily(model: Any, prompts: Int[Tensor, "B T"], new_tokens: int, **options: Any) -> Int[Tensor, "B N"]:
     """The likeliest tokens after prompts of one length; no text ends before `new_tokens` of them.
 
+    What a model's own generation settings ask for, such as penalties, is left out.
+
     Args:
         model: Any model of transformers, or a mixture.
         options: Further ones of `generate`.
     """
-    found = model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        **options,
-    )
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=own.eos_token_id
+    )  # no penalties, beams or sampling of its own
+    try:
+        found = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+    finally:
+        model.generation_config = own
     return found[:, prompts.shape[1] :]

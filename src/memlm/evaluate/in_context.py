@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from memlm.evaluate.config import InContextConfig
 from memlm.files import digest
 from memlm.models.loading import load_config, longest_context
 from memlm.scores.table import BASE, Scorers, Text
+
+_BETWEEN = 4  # tokens at most beside passage and text: a BOS, and what parts them
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,11 +52,12 @@ class InContext:
         return self.blocks[index]
 
 
-def passages_of(split: Split, tokens: int, bos: int | None = None) -> list[NDArray[np.int32]]:
-    """The documents of a split in pieces of so many tokens at most, without a leading BOS."""
+def passages_of(split: Split, tokens: int, bos: int | None = None, eos: int | None = None) -> list[NDArray[np.int32]]:
+    """The documents of a split in pieces of so many tokens at most, without a BOS in front and an EOS behind."""
     found = []
     for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
         start += bos is not None and end > start and split.tokens[start] == bos
+        end -= eos is not None and end > start and split.tokens[end - 1] == eos
         found += [np.asarray(split.tokens[at : min(at + tokens, end)]) for at in range(int(start), int(end), tokens)]
     return found
 
@@ -62,35 +66,36 @@ def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> In
     """The blocks that in-context retrieval reads to predict some positions of a split.
 
     Each is what the base would read there without retrieval, with the passage of the training split that BM25 finds for
-    the latest tokens in front; a BOS stays first.
+    the latest tokens in front; a BOS stays first. What does not fit into the context is left out at the far end.
 
     Raises:
         ConfigError: bm25s is not installed, or passage and text do not fit the context.
         InputError: The training split is empty.
     """
-    if config.passage_tokens + config.stride + 3 > config.context:  # with a BOS, and a token or two in between
-        raise ConfigError(
-            f"passage_tokens = {config.passage_tokens}: leaves no room for text in a context of {config.context}"
-        )
+    context = config.context or corpus.config.block_size + config.passage_tokens + _BETWEEN
+    check_in_context(config, context)
     text, tokenizer = corpus.split(split), corpus.tokenizer
-    bos = tokenizer.bos_token_id if isinstance(tokenizer.bos_token_id, int) else None
-    passages = passages_of(corpus.split("train"), config.passage_tokens, bos)
+    bos, eos = (i if isinstance(i, int) else None for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
+    passages = passages_of(corpus.split("train"), config.passage_tokens, bos, eos)
     if not passages:
         raise InputError(f"corpus {corpus.folder} has no training text to retrieve from")
     windows = _windows(text, config)
-    queries = [tokenizer.decode(block.input_ids[max(0, at - config.query_tokens) : at]) for block, at in windows]
+    queries = [block.input_ids[max(0, at - config.query_tokens) : at] for block, at in windows]
     between = np.array(tokenizer("\n\n", add_special_tokens=False)["input_ids"], np.int32)
-    between = between if tokenizer.decode(between) == "\n\n" else between[:0]
-    best = _search([str(tokenizer.decode(passage)) for passage in passages], [str(query) for query in queries])
+    between = between if tokenizer.decode(between) == "\n\n" and len(between) <= _BETWEEN - 1 else between[:0]
+    best = _search(
+        *([str(tokenizer.decode(t, skip_special_tokens=True)) for t in part] for part in (passages, queries))
+    )
     blocks, positions, first = [], [], 0
     for (block, at), number in zip(windows, best, strict=True):
         predicted = np.flatnonzero(block.predicted)
         place = int(np.searchsorted(predicted, at))
-        count = len(predicted[place : place + config.stride])
+        ahead = predicted[place : place + config.stride]
+        count = int((ahead == at + np.arange(len(ahead))).sum())  # a document may end before
         end = at + count
         ids = block.input_ids[:end]
         front = ids[:1] if bos is not None and ids[0] == bos else ids[:0]
-        room = config.context - config.passage_tokens - len(front) - len(between)
+        room = context - config.passage_tokens - len(front) - len(between)
         rest = ids[max(len(front), end - room) :]
         whole = np.concatenate([front, passages[number], between, rest]).astype(np.int32)
         marks = np.zeros(len(whole), bool)
@@ -99,6 +104,36 @@ def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> In
         positions.append(block.first_position + place + np.arange(count))
         first += count
     return InContext(blocks, np.concatenate(positions).astype(np.int64))
+
+
+def context_of(config: InContextConfig, block_size: int, base: str) -> int:
+    """Tokens that are read at a time, as far as the base has positions: as asked for, else passage and text.
+
+    Raises:
+        ConfigError: Passage and text do not fit.
+    """
+    wanted, longest = (
+        config.context or block_size + config.passage_tokens + _BETWEEN,
+        longest_context(load_config(base)),
+    )
+    context = wanted if longest is None else min(wanted, longest)
+    check_in_context(config, context)
+    return context
+
+
+def check_in_context(config: InContextConfig, context: int) -> None:
+    """Raise unless passage and some text fit into the context, and the search is installed.
+
+    Raises:
+        ConfigError: They do not, or it is not.
+    """
+    if config.passage_tokens + config.stride + _BETWEEN > context:
+        raise ConfigError(
+            f"in_context.passage_tokens = {config.passage_tokens}: leaves no room for text in a context of {context};"
+            " lower it"
+        )
+    if find_spec("bm25s") is None:
+        raise ConfigError("in-context retrieval needs bm25s: pip install 'memlm[compare]'")
 
 
 def in_context_label_log_probs(
@@ -118,9 +153,7 @@ def in_context_label_log_probs(
     """
     from memlm.models.loading import default_device, parse_dtype
 
-    longest = longest_context(load_config(base))
-    if longest is not None and config.context > longest:
-        config = config.model_copy(update={"context": longest})
+    config = config.model_copy(update={"context": context_of(config, corpus.config.block_size, base)})
     found = in_context_blocks(corpus, split, config)
     scorers = Scorers(
         base, {}, vocab_size=corpus.vocab_size, dtype=parse_dtype(dtype, default_device()), batch_tokens=batch_tokens
@@ -147,10 +180,8 @@ def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
 
 def _search(passages: list[str], queries: list[str]) -> list[int]:
     """The passage that BM25 likes best for each query; the first where none has a word of it."""
-    try:
-        import bm25s
-    except ImportError:
-        raise ConfigError("in-context retrieval needs bm25s: pip install 'memlm[compare]'") from None
+    import bm25s
+
     with contextlib.redirect_stderr(io.StringIO()):  # it draws bars even where it is told not to
         index = bm25s.BM25()
         index.index(bm25s.tokenize(passages, show_progress=False), show_progress=False)

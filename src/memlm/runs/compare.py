@@ -1,6 +1,8 @@
 """What a memory gains over everything that could have been done instead: one comparison from one recipe."""
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +13,21 @@ from numpy.typing import NDArray
 
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus, corpus_notes
-from memlm.errors import ConfigError, InputError
+from memlm.corpus.readers import find_sources, source_digest
+from memlm.datastore.build import load_teacher
+from memlm.datastore.store import Datastore
+from memlm.errors import ConfigError, InputError, MemlmError
 from memlm.evaluate.bench import bench
 from memlm.evaluate.config import ROWS, BenchConfig, CompareConfig, EvaluateConfig
-from memlm.evaluate.in_context import in_context_label_log_probs
+from memlm.evaluate.in_context import context_of, in_context_label_log_probs
 from memlm.evaluate.intervals import Resampled
 from memlm.evaluate.perplexity import by_label_frequency
-from memlm.manifest import library_versions, read_manifest, times_of
+from memlm.files import digest
+from memlm.manifest import GATE_FILE, library_versions, read_manifest, times_of
 from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
+from memlm.models.adapters import check_peft
+from memlm.models.identity import model_identity
 from memlm.models.layers import model_size
 from memlm.models.loading import load_config
 from memlm.runs.comparison import write_comparison
@@ -39,6 +47,7 @@ from memlm.scores.gated import gated_label_log_probs
 from memlm.scores.mixtures import best_mix_weight, best_mix_weights, mixture_label_log_probs
 from memlm.scores.table import BASE, ScoreTable, score_corpus
 from memlm.targets.config import RetrievalConfig
+from memlm.targets.teacher import judge
 from memlm.train.config import TrainConfig
 from memlm.train.gate import FEWEST_DOCUMENTS, FEWEST_TOKENS, fit_gate
 
@@ -57,6 +66,10 @@ _TITLES = {
     "dapt+memory": "DAPT base + Memory Decoder",
     "lora+memory": "LoRA base + Memory Decoder",
 }
+
+
+_SEARCHED = {"dapt.learning_rate": [5e-5, 2e-4], "lora.learning_rate": [2e-4, 1e-3]}
+"""What is searched where a recipe says nothing of it: a default made for other models would be no baseline."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +119,16 @@ class Comparison:
             if any(section in row.split("+") for row in self.rows):
                 filled.setdefault(section, {})
         self.recipe, self.config, self.out = Recipe(filled), asked, Path(out)
+        searched = {
+            k: v for k, v in _SEARCHED.items() if k.partition(".")[2] not in filled.get(k.partition(".")[0], {})
+        }
+        self.search = {**searched, **asked.search}
+        if shared := set(self.recipe.paths("compare", "general")) & set(self.recipe.paths("compare", "general_fit")):
+            raise ConfigError(
+                f"compare: {min(shared)} is both general and general_fit; heads must not see what is judged"
+            )
         self.base = base_of(self.recipe)
+        self._temperature: float | None = None  # of live kNN-LM, once it is chosen
         self.evaluate: EvaluateConfig = self.recipe.configs.get("evaluate") or EvaluateConfig()
         self.points = {row: self._points(row) for row in _SECTIONS if any(row in part.split("+") for part in self.rows)}
 
@@ -115,9 +137,7 @@ class Comparison:
         section = _SECTIONS[row]
         config: TrainConfig = self.recipe.configs[section]
         searched = {
-            name.partition(".")[2]: values
-            for name, values in self.config.search.items()
-            if name.partition(".")[0] == section
+            name.partition(".")[2]: values for name, values in self.search.items() if name.partition(".")[0] == section
         }
         points = []
         for values in itertools.product(*searched.values()):
@@ -163,64 +183,115 @@ class Comparison:
         Returns:
             What `report.json` holds.
         """
-        for place in self.other_bases:
-            load_config(place)  # raises now, not after hours, where it cannot be reached
+        self._check_parts()
         there: dict[str, Path] = {}
         for step in self.steps:
             there[step.name] = make_step(self.out / step.name, step.plan(there), say)
-            for line in corpus_notes(read_manifest(there["corpus"])) if step.name == "corpus" else ():
-                say(f"note: {line}")
+            if step.name == "corpus":
+                self._check_corpus(Corpus(there["corpus"]))
+                for line in corpus_notes(read_manifest(there["corpus"])):
+                    say(f"note: {line}")
         best = {row: self._best(points, there) for row, points in self.points.items()}
         folders = {row: there[point.name] for row, point in best.items()}
         if "knn" in self.rows:
             folders["knn"] = there["datastore"]
         corpus = Corpus(there["corpus"])
-        self._fit_heads(folders, corpus, say)
+        trained = dict(folders)
+        folders |= self._with_heads(folders, corpus, say)
         say("scoring")
         report = self._report(corpus, folders, best, there)
+        report["run"]["folders"] = {row: str(folder) for row, folder in trained.items()}
         write_comparison(report, self.out)
+        if self.config.timed_tokens:
+            try:
+                self._time(report["rows"], folders, corpus, self._retrieval(corpus, there))
+            except MemlmError as error:  # all else is there
+                report["notes"] = [f"nothing was timed: {error}"]
+            write_comparison(report, self.out)
         return report
+
+    def _check_parts(self) -> None:
+        """Raise now what would be raised after hours.
+
+        Raises:
+            ConfigError: peft or bm25s is missing, or passage and text do not fit the base's context.
+            ModelError: A base cannot be reached.
+        """
+        for place in (self.base, *self.other_bases):
+            load_config(place)
+        if "lora" in self.points:
+            check_peft()
+        if "in-context" in self.rows:
+            context_of(self.config.in_context, self.recipe.configs["corpus"].block_size, self.base)
+
+    def _check_corpus(self, corpus: Corpus) -> None:
+        """Raise unless all bases read the corpus, and it has text to choose on and to judge on.
+
+        Raises:
+            TokenizerMismatchError: A base has another tokenizer.
+            InputError: A split is empty.
+        """
+        for place in (self.base, *self.other_bases):
+            corpus.check_read_by(place)
+            corpus.check_fits(place)
+        for split in ("validation", "test"):
+            if not corpus.split(split).n_positions:
+                raise InputError(
+                    f"corpus {corpus.folder} has no {split} tokens, and all is chosen on validation text and judged on"
+                    f" test text: raise corpus.{split}_fraction, or give more documents"
+                )
 
     def _best(self, points: list[Point], there: Mapping[str, Path]) -> Point:
         """The point that is best on validation text, by what its settings keep the best checkpoint by."""
 
         def perplexity(point: Point) -> float:
             facts = read_manifest(there[point.name], "memory").facts
-            if "validation" not in facts:
-                raise InputError(f"{there['corpus']} has no validation tokens to choose settings and weights on")
             return facts["validation"]["best"][f"{point.config.keep}_perplexity"]
 
         return min(points, key=perplexity)
 
-    def _fit_heads(self, folders: Mapping[str, Path], corpus: Corpus, say: Callable[[str], None]) -> None:
-        """Fit heads of the memories that have none, where there is general text and enough held-out text."""
+    def _with_heads(self, folders: Mapping[str, Path], corpus: Corpus, say: Callable[[str], None]) -> dict[str, Path]:
+        """The memories again, with heads that were fitted here; none without general text or enough held-out text.
+
+        A head lies in a folder of the comparison's own, beside links to the memory's files: other runs may use that
+        memory, and would find their mixtures changed.
+        """
         texts, split = self.recipe.paths("compare", "general_fit"), corpus.split("validation")
-        enough = split.n_positions >= FEWEST_TOKENS and split.n_documents >= FEWEST_DOCUMENTS
-        for row in ("twin", "memory", "mlp") if texts and enough else ():
-            if row in folders and ConfidenceHead.read(folders[row]) is None:
-                say(f"fitting a head for {row}")
-                separator = self.config.general_separator
-                fit_gate(
-                    folders[row],
-                    corpus=corpus.folder,
-                    base=self.base,
-                    general=texts,
-                    dtype=self.evaluate.dtype,
-                    document_separator=separator,
-                )
+        if not texts or split.n_positions < FEWEST_TOKENS or split.n_documents < FEWEST_DOCUMENTS:
+            return {}
+        separator, found = self.config.general_separator, {}
+        for row in ("twin", "memory", "mlp"):
+            if row not in folders:
+                continue
+            hashes = [read_manifest(folders[row]).hash, corpus.manifest.hash, model_identity(self.base)]
+            key = digest([*hashes, source_digest(find_sources(texts)), separator])
+            place = self.out / "heads" / f"{row}-{key[:12]}"
+            found[row] = place
+            if ConfidenceHead.read(place) is not None:
+                continue
+            say(f"fitting a head for {row} -> {place}")
+            _link_files(folders[row], place)
+            fit_gate(
+                place,
+                corpus=corpus.folder,
+                base=self.base,
+                general=texts,
+                dtype=self.evaluate.dtype,
+                document_separator=separator,
+            )
+        return found
 
     # --- figures ----------------------------------------------------------------------------------------------------
 
     def _report(
         self, corpus: Corpus, folders: Mapping[str, Path], best: Mapping[str, Point], there: Mapping[str, Path]
     ) -> dict[str, Any]:
-        retrieval = self._retrieval(there)
+        retrieval = self._retrieval(corpus, there)
         voters = {row: str(folder) for row, folder in folders.items()}
         shared = {"dtype": self.evaluate.dtype, "batch_tokens": self.evaluate.batch_tokens, "retrieval": retrieval}
         tables = score_corpus(corpus, self.base, voters, **shared)
-        if not {"validation", "test"} <= tables.keys():
-            raise InputError(f"corpus {corpus.folder} needs validation tokens, to choose weights on, and test tokens")
-        heads = {row: ConfidenceHead.read(folder) for row, folder in folders.items()}
+        own = self.out / "heads"  # a head that was there may have been fitted on any text
+        heads = {row: ConfidenceHead.read(folder) for row, folder in folders.items() if folder.parent == own}
         ways = list(self._ways(tables["validation"], heads))
         texts = {"test": (corpus, tables["test"])}
         general = self._general(corpus)
@@ -228,6 +299,8 @@ class Comparison:
             texts["general"] = (general, score_corpus(general, self.base, voters, **shared)["test"])
         rows = [{**way.told, "added": self._added(way.row, best, there)} for way in ways]
         for row in rows if self.reads_base else ():
+            if row["row"] == "mlp":
+                row["title"] += " (section mlp)"
             row["title"] = row["title"].replace("Memory Decoder", "MLP Memory")
         report: dict[str, Any] = {"rows": rows}
         for name, (source, table) in texts.items():
@@ -241,17 +314,16 @@ class Comparison:
                     **resampled.perplexity(number),
                     "ratio": resampled.ratio(number, "0"),
                     "bits_per_byte": round(float(-parts[number].sum() / np.log(2) / bytes_), 5),
-                    "best": number == leader or (to_leader is not None and to_leader[0] <= 1 <= to_leader[1]),
+                    "best": to_leader is not None and (number == leader or to_leader[0] <= 1 <= to_leader[1]),
                 }
             report[name] = {"tokens": len(table.document), "documents": len(np.unique(table.document))}
             if name == "test":
-                named = {f"{row['title']}, {row['way']}": part for row, part in zip(rows, parts.values(), strict=True)}
+                named = {f"{row['row']}|{row['way']}": part for row, part in zip(rows, parts.values(), strict=True)}
                 report["by_label_frequency"] = by_label_frequency(table.label_count, named)
         if "in-context" in self.rows:
             rows.append(self._in_context(corpus, tables["test"]))
         report["bases"] = self._other_bases(corpus, folders, heads)
-        if self.config.timed_tokens:
-            self._time(rows, folders, corpus, retrieval)
+        report["searched"] = self._searched(best, there)
         report["run"] = {
             "base": self.base,
             "corpus": corpus.manifest.hash,
@@ -259,20 +331,41 @@ class Comparison:
             "validation_tokens": corpus.split("validation").n_positions,
             "dtype": self.evaluate.dtype,
             "versions": library_versions(),
-            "folders": {row: str(folder) for row, folder in folders.items()},
         }
         return report
 
-    def _retrieval(self, there: Mapping[str, Path]) -> RetrievalConfig | None:
-        """How the datastore is searched: as the recipe says, else as its targets were made."""
-        if "retrieval" in self.recipe.configs or "targets" not in there:
-            return self.recipe.configs.get("retrieval")
-        targets = read_manifest(there["targets"], "targets")
-        found = {
-            "k": targets.config["k"],
-            "target_temperature": targets.facts.get("target_temperature") or targets.config["target_temperature"],
-        }
-        return RetrievalConfig.parse({name: value for name, value in found.items() if value is not None})
+    def _retrieval(self, corpus: Corpus, there: Mapping[str, Path]) -> RetrievalConfig | None:
+        """How the datastore is searched: as the section retrieval says; where it does not say, with the targets' k, and
+        the temperature that is best on validation text beside the teacher."""
+        if "knn" not in self.rows:
+            return None
+        given: RetrievalConfig = self.recipe.configs.get("retrieval") or RetrievalConfig()
+        k = given.k if "k" in given.model_fields_set else self.recipe.configs["targets"].k
+        k = min(k, int(read_manifest(there["datastore"], "datastore").facts["entries"]))
+        if "target_temperature" in given.model_fields_set:
+            return given.model_copy(update={"k": k})
+        if self._temperature is None:
+            store = Datastore(there["datastore"])
+            teacher, _ = load_teacher(store.teacher, store.config)
+            judged = judge(store, teacher, "validation", k=k, positions=self.recipe.configs["targets"].judged_positions)
+            self._temperature = judged.best()[0]
+        return given.model_copy(update={"k": k, "target_temperature": self._temperature})
+
+    def _searched(self, best: Mapping[str, Point], there: Mapping[str, Path]) -> list[dict[str, Any]]:
+        """Every point that was trained for a search, with what validation text said of it."""
+        found = []
+        for row, points in self.points.items():
+            for point in points if len(points) > 1 else ():
+                facts = read_manifest(there[point.name], "memory").facts["validation"]["best"]
+                found.append(
+                    {
+                        "row": row,
+                        "settings": point.tried,
+                        "validation_perplexity": facts[f"{point.config.keep}_perplexity"],
+                        "chosen": point == best[row],
+                    }
+                )
+        return found
 
     def _ways(self, validation: ScoreTable, heads: Mapping[str, ConfidenceHead | None]) -> "Iterator[Way]":
         """Every row that all of the test text is scored for, with what validation text chose for it."""
@@ -310,17 +403,19 @@ class Comparison:
         documents = self.recipe.paths("compare", "general")
         if not documents:
             return None
-        out, config = self.out / "general", corpus.config
-        build_corpus(
-            documents,
-            tokenizer=self.recipe.places["corpus"]["tokenizer"],
-            out=out,
-            document_separator=self.config.general_separator,
-            block_size=config.block_size,
-            validation_fraction=0.0,
-            test_fraction=0.9,
-            max_test_tokens=self.config.general_tokens,
+        settings: dict[str, Any] = {
+            "document_separator": self.config.general_separator,
+            "block_size": corpus.config.block_size,
+            "validation_fraction": 0.0,
+            "test_fraction": 0.9,
+            "max_test_tokens": self.config.general_tokens,
+        }
+        tokenizer, key = (
+            self.recipe.places["corpus"]["tokenizer"],
+            digest([source_digest(find_sources(documents)), settings]),
         )
+        out = self.out / "general" / key[:12]
+        build_corpus(documents, tokenizer=tokenizer, out=out, **settings)
         return Corpus(out)
 
     def _other_bases(
@@ -361,30 +456,44 @@ class Comparison:
         return {**told, "added": {}, "part": {**figures, **part}}
 
     def _added(self, row: str, best: Mapping[str, Point], there: Mapping[str, Path]) -> dict[str, Any]:
-        """What a row adds to the base: parameters, training and disk."""
+        """What a row adds to the base: parameters, training and disk; and the time and disk of the stages before it,
+        which several rows may share."""
         added: dict[str, Any] = {}
+        inputs = {step.name: step.inputs for step in self.steps}
+        before: set[str] = set()
         for name in row.split("+"):
             if name == "knn":
-                folder = there["datastore"]
-                manifest = read_manifest(folder)
-                parts = [("disk_bytes", _bytes(folder)), ("seconds", _seconds(folder))]
-                added["entries"] = manifest.facts.get("entries")
+                store = Datastore(there["datastore"])
+                own = model_identity(store.teacher) != model_identity(self.base)  # which runs beside the base
+                parts = {"disk_bytes": _bytes(there["datastore"]), "seconds": _seconds(there["datastore"])}
+                parts["parameters"] = model_size(store.teacher) if own else 0
+                made = "datastore"
             elif name in best:
-                folder = there[best[name].name]
+                made = best[name].name
+                folder = there[made]
                 facts = read_manifest(folder, "memory").facts
                 tokens = round(facts["epochs"] * Corpus(there["corpus"]).split("train").n_positions)
-                new = facts.get("trained_parameters", 0 if name == "dapt" else facts["parameters"])
-                parts = [
-                    ("parameters", new),
-                    ("training_tokens", tokens),
-                    ("seconds", _seconds(folder)),
-                    ("disk_bytes", _bytes(folder)),
-                ]
+                new = {"dapt": 0, "lora": facts.get("trained_parameters")}.get(name, facts["parameters"])
+                parts = {"parameters": new, "training_tokens": tokens, "seconds": _seconds(folder)}
+                parts["disk_bytes"] = _bytes(folder)
                 added.setdefault("settings", {})[name] = best[name].tried
             else:
                 continue
-            for key, value in parts:
+            for key, value in parts.items():
                 added[key] = None if value is None or added.get(key, 0) is None else added.get(key, 0) + value
+            waiting = list(inputs[made])
+            while waiting:
+                step = waiting.pop()
+                if step != "corpus" and step not in before:
+                    before.add(step)
+                    waiting += inputs[step]
+        if before:
+            seconds = [_seconds(there[step]) for step in before]
+            added["before"] = {
+                "stages": sorted(before),
+                "seconds": None if None in seconds else round(sum(s for s in seconds if s is not None), 1),
+                "disk_bytes": sum(_bytes(there[step]) for step in before),
+            }
         return added
 
     def _time(
@@ -472,3 +581,16 @@ def _bytes(folder: Path) -> int:
 def _seconds(folder: Path) -> float | None:
     times = times_of(folder)
     return None if times is None else round(times.seconds_last_run, 1)
+
+
+def _link_files(folder: Path, out: Path) -> None:
+    """Put the files of a finished folder into `out` too, but for a head; as links where the disk can."""
+    for path in sorted(folder.resolve().rglob("*")):
+        place = out / path.relative_to(folder.resolve())
+        if path.is_dir() or path.name == GATE_FILE or place.exists():
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path, place)
+        except OSError:
+            shutil.copy2(path, place)

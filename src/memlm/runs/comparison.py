@@ -100,11 +100,14 @@ def _facts(report: Mapping[str, Any]) -> list[str]:
         f"{test['tokens']:,} test tokens of {test['documents']:,} documents",
     ]
     if "general" in report:
-        facts.append(f"{report['general']['tokens']:,} tokens of general text, which nothing here was chosen by")
+        facts.append(f"{report['general']['tokens']:,} tokens of general text, which nothing here was chosen on")
     part = next((row["part"] for row in report["rows"] if "part" in row), None)
     if part is not None:
         base = part["base"]["perplexity"]
         facts.append(f"in-context retrieval: {part['tokens']:,} of the test tokens, where the base has {base:.2f}")
+    if any("test" in row and row["test"]["interval"] is None for row in report["rows"]):
+        facts.append("no intervals, and nothing is marked as best: one document, or no resampling")
+    facts += report.get("notes", [])
     facts.append(f"precision {run['dtype']}; memlm {run['versions'].get('memlm', '?')}")
     return facts
 
@@ -123,9 +126,8 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
             general = row.get("general")
             cells.append("" if general is None else _change(general["ratio"]["perplexity"]))
         quality.append(cells)
-    costs = [
-        ["method", "settings", "parameters added", "trained on", "training", "disk", "time per token", "first token"]
-    ]
+    costs = [["method", "settings", "parameters added", "trained on", "last training", "its disk", "stages before"]]
+    costs[0] += ["time per token", "first token"]
     seen: set[str] = set()
     for row in rows:
         if row["row"] in seen:
@@ -142,6 +144,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
                 f"{added['training_tokens']:,} tokens" if added.get("training_tokens") else "",
                 duration(added["seconds"]) if added.get("seconds") is not None else "",
                 size(added["disk_bytes"]) if added.get("disk_bytes") else "",
+                _before(added.get("before")),
                 speed,
                 f"{decoding['ttft_ms']:.0f} ms" if decoding else "",
             ]
@@ -157,9 +160,20 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
             beside.append([*cells, _interval(found["ratio"]["interval"], 4)])
         tables.append(("One memory beside other bases", beside))
     tables.append(("What it costs", costs))
+    if report.get("searched"):
+        tried = [["row", "settings", "validation perplexity", ""]]
+        for entry in report["searched"]:
+            settings = ", ".join(f"{key} {value}" for key, value in entry["settings"].items())
+            title = next(
+                row["title"] for row in rows if row["row"] == entry["row"] or entry["row"] in row["row"].split("+")
+            )
+            tried.append(
+                [title, settings, _number(entry["validation_perplexity"], 4), "chosen" if entry["chosen"] else ""]
+            )
+        tables.append(("What was searched", tried))
     frequency = report.get("by_label_frequency") or []
     if frequency:
-        names = [name for name in frequency[0] if name not in ("from", "below", "tokens")]
+        labels = {f"{row['row']}|{row['way']}": [row["title"], _way(row)] for row in rows}
         spans = [
             "never"
             if row["from"] == 0
@@ -170,18 +184,17 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         ]
         head = ["how often training had the token", "", *spans]
         tokens = ["tokens", "", *(f"{row['tokens']:,}" for row in frequency)]
-        lines = [[*_split(name), *(_number(row[name], 2) for row in frequency)] for name in names]
+        lines = [
+            [*label, *(_number(row[name], 2) for row in frequency)]
+            for name, label in labels.items()
+            if name in frequency[0]
+        ]
         tables.append(("Perplexity by how often training had the token", [head, tokens, *lines]))
     return tables
 
 
 def _label(row: Mapping[str, Any]) -> str:
     return row["title"] if row["way"] == "alone" else f"{row['title']}, {row['way']}"
-
-
-def _split(name: str) -> list[str]:
-    title, _, way = name.rpartition(", ")
-    return [title, "" if way == "alone" else way]
 
 
 def _way(row: Mapping[str, Any]) -> str:
@@ -198,6 +211,14 @@ def _interval(interval: list[float] | None, digits: int) -> str:
 
 def _change(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio - 1:+.2%}"
+
+
+def _before(stages: Mapping[str, Any] | None) -> str:
+    """What had to be made first, and may be shared."""
+    if stages is None:
+        return ""
+    took = "?" if stages["seconds"] is None else duration(stages["seconds"])
+    return f"{', '.join(stages['stages'])}: {took}, {size(stages['disk_bytes'])}"
 
 
 def _count(parameters: int | None) -> str:
