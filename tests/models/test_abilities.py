@@ -1,4 +1,5 @@
 import gc
+import inspect
 import weakref
 from typing import Any
 
@@ -6,11 +7,13 @@ import pytest
 import torch
 from architectures import tiny_model
 from families import FAMILIES, family_model, token_ids
+from transformers import LlamaForCausalLM
 
 from memlm import MixedLM
 from memlm.errors import ModelError
 from memlm.memory.decoder import MemoryDecoder
-from memlm.models.abilities import abilities, check_causal
+from memlm.mix.base import BaseVoter
+from memlm.models.abilities import abilities, cache_argument, check_causal
 from memlm.models.taps import capture, find_tap, resolve_tap
 
 
@@ -77,3 +80,30 @@ def test_nobody_is_told_of_the_probe_and_nothing_is_kept_of_the_model() -> None:
     del model, found
     gc.collect()
     assert kept() is None
+
+
+class Renamed(LlamaForCausalLM):
+    """Calls its cache as transformers does from 5.24 on."""
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Any = None,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        cache: Any = None,
+        **rest: Any,
+    ) -> Any:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        return super().forward(**inputs, **{cache_argument(OWN) or "": cache}, **rest)
+
+
+OWN = inspect.signature(LlamaForCausalLM.forward).parameters
+
+
+def test_a_cache_by_its_newer_name_is_found() -> None:
+    assert cache_argument(["input_ids", "cache", "past_key_values"]) == "cache"
+    assert cache_argument(["input_ids", "past_key_values"]) == "past_key_values"
+    assert cache_argument(["input_ids"]) is None
+    model = Renamed(family_model("llama").config).eval()
+    assert abilities(model).all
+    assert BaseVoter(model, 40).keeps_cache

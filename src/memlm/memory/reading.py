@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.errors import ModelError
 from memlm.memory.voter import NoCache, VoterCache
-from memlm.models.abilities import abilities
+from memlm.models.abilities import CACHE, abilities, cache_argument
 from memlm.models.loading import device_of
 
 
@@ -128,7 +128,8 @@ class WindowedReader:
         self._run = run
         parameters = inspect.signature(model.base_model.forward).parameters
         self._takes_positions = "position_ids" in parameters
-        self._takes_cache = "past_key_values" in parameters and _keeps_keys_alone(model)
+        self._cache_name = cache_argument(parameters)
+        self._takes_cache = self._cache_name is not None and _keeps_keys_alone(model)
         self._warned = False
 
     @property
@@ -308,7 +309,7 @@ class WindowedReader:
             inputs["attention_mask"] = inner_mask.long()
         if self._takes_positions:
             inputs["position_ids"] = (inner_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        return self._hidden(tokens, past_key_values=inner, use_cache=True, **inputs)
+        return self._hidden(tokens, use_cache=True, **{self._cache_name or CACHE: inner}, **inputs)
 
     def _warn_beyond_window(self, starts: Int[Tensor, "B"]) -> None:
         if self.window is None or self._warned or not bool((starts > 0).any()):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from memlm.memory.voter import HeadVoter, VoterCache
-from memlm.models.abilities import Abilities, abilities, check_causal
+from memlm.models.abilities import CACHE, Abilities, abilities, cache_argument, check_causal
 from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
 from memlm.models.loading import device_of
@@ -81,6 +81,7 @@ class BaseVoter(HeadVoter):
         if "input_ids" not in parameters:  # a body that only hands on what it is given
             parameters = inspect.signature(unwrapped(model).forward).parameters
         self.arguments = set(parameters)
+        self._cache_name = cache_argument(self.arguments)
         self._takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
     @property
@@ -91,7 +92,7 @@ class BaseVoter(HeadVoter):
     def keeps_cache(self) -> bool:
         """Whether the model keeps its past in a cache of transformers; where not, it reads all text at every step."""
         inner: Any = unwrapped(self.model)
-        takes = "past_key_values" in self.arguments and inner._supports_default_dynamic_cache()
+        takes = self._cache_name is not None and inner._supports_default_dynamic_cache()
         return takes and self.abilities.steps
 
     @property
@@ -132,7 +133,7 @@ class BaseVoter(HeadVoter):
             inputs: Further arguments; those that the model does not know are left out.
         """
         if cache is not None:
-            inputs["past_key_values"] = cache.inner
+            inputs[self._cache_name or CACHE] = cache.inner
         known = {name: value for name, value in inputs.items() if name in self.arguments or self._takes_more}
         for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
             if value is not None and name in self.arguments:

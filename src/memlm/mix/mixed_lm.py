@@ -36,6 +36,7 @@ from memlm.mix.loading import (
 from memlm.mix.mixture import mix_log_probs
 from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, MixWeight, Step, Weight, WeightRule, settle_weights
+from memlm.models.abilities import CACHE
 from memlm.models.adapters import has_adapter
 from memlm.models.loading import embedding_rows, longest_context
 
@@ -298,6 +299,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         mix_weight: MixWeight | Mapping[str, MixWeight] | None = None,
         evidence_mask: Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Mixed logits of the next token.
@@ -315,6 +317,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                 for as many neighbours.
             evidence_mask: `(B, L)`, 0 at tokens that tell a gate nothing, as those of a chat template, from the row's
                 first one on, padding included; tokens beyond it count.
+            cache: The name of `past_key_values` from transformers 5.24 on; either may be given.
             kwargs: Passed to the base where its `forward` knows them.
 
         Raises:
@@ -323,6 +326,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                 padded rows or behind a cache; a weight is outside [0, 1], they sum to more than 1, or do not fit the
                 batch; or the cache is older than a memory.
         """
+        past_key_values = cache if past_key_values is None else past_key_values
         if input_ids is None:
             raise ConfigError("input_ids are missing: memories read token ids, so embeddings alone are not enough")
         if attention_mask is not None and attention_mask.ndim != 2:
@@ -362,7 +366,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         result = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
             hidden_states=getattr(parts.base.output, "hidden_states", None),
             attentions=getattr(parts.base.output, "attentions", None),
         )
@@ -518,7 +522,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             warnings.warn(f"{name} {what}; all text is read anew for every token", stacklevel=2)
             generation_config.use_cache = model_kwargs["use_cache"] = False
             return
-        given = model_kwargs.get("past_key_values") is not None
+        given = model_kwargs.get(CACHE) is not None
         own: dict[str, Any] = model_kwargs if given else {}
         cast(Any, self.base)._prepare_cache_for_generation(
             generation_config, own, generation_mode, batch_size, max_cache_length
@@ -526,7 +530,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if given or generation_config.use_cache is False:
             return
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs["past_key_values"] = self.new_cache(rows, own.get("past_key_values"))
+        model_kwargs[CACHE] = self.new_cache(rows, own.get(CACHE))
 
     def _validate_generation_mode(self, mode: Any, config: GenerationConfig, options: dict[str, Any]) -> None:
         drafter, rows = options.get("assistant_model"), self.base.config.get_text_config().vocab_size

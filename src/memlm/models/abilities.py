@@ -1,7 +1,7 @@
 """What a causal LM can do, found by doing it on a few tokens: keep a cache, take it back, heed padding."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.errors import ModelError
 from memlm.models.adapters import unwrapped
@@ -42,6 +43,15 @@ class Abilities:
 
 
 _found: WeakKeyDictionary[PreTrainedModel, Abilities] = WeakKeyDictionary()
+
+
+CACHE = next(name for name in ("cache", "past_key_values") if name in CausalLMOutputWithPast.__dataclass_fields__)
+"""What the installed transformers calls a cache in its outputs and in `generate`: it was renamed in 5.24."""
+
+
+def cache_argument(arguments: Collection[str]) -> str | None:
+    """Which argument of a model's `forward` is its cache, for its own code may use the older name; None: none is."""
+    return next((name for name in ("cache", "past_key_values") if name in arguments), None)
 
 
 def abilities(model: PreTrainedModel) -> Abilities:
@@ -76,6 +86,7 @@ class _Probe:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         parameters = inspect.signature(unwrapped(model).forward).parameters
+        self.cache_name = cache_argument(parameters)
         self.takes_positions, self.takes_mask = "position_ids" in parameters, "attention_mask" in parameters
         size = model.config.get_text_config(decoder=True).vocab_size
         numbers = torch.arange(2 * _LENGTH, device=device_of(model)) * 7 + 5
@@ -93,9 +104,9 @@ class _Probe:
     def read(
         self, tokens: Int[Tensor, "B T"], cache: Any = None, mask: Bool[Tensor, "B L"] | None = None
     ) -> Float[Tensor, "B T V"]:
-        inputs: dict[str, Any] = (
-            {"use_cache": False} if cache is None else {"past_key_values": cache, "use_cache": True}
-        )
+        inputs: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            inputs[self.cache_name or CACHE] = cache
         if mask is not None and self.takes_mask:
             inputs["attention_mask"] = mask.long()
         if mask is not None and self.takes_positions:
