@@ -53,11 +53,16 @@ def quick_overrides(recipe: str, out: Path) -> list[str]:
         out.mkdir(parents=True, exist_ok=True)
         write_teacher(model)
         write_documents(documents, _TOKENS)
+        lines = documents.read_text(encoding="utf-8").splitlines()
+        backwards = "\n".join(" ".join(reversed(line.split())) for line in lines)
+        (out / "general.txt").write_text(backwards, encoding="utf-8")
+        (out / "general-fit.txt").write_text(backwards.replace(" ", "  "), encoding="utf-8")
     found = []
     for name, section in read_recipe(recipe).items():
         given: dict[str, Any] = {key: str(model) for key in section if key in ("tokenizer", "init", "teacher", "base")}
         given |= {"bases": str(model)} if "bases" in section else {}
-        given |= {key: str(documents.resolve()) for key in section if key in ("general", "general_fit")}
+        texts = {"general": "general.txt", "general_fit": "general-fit.txt"}
+        given |= {key: str((out / file).resolve()) for key, file in texts.items() if key in section}
         given |= {"documents": str(documents.resolve())} if name == "corpus" else {}
         for key, value in (given | _QUICK.get(name, {})).items():
             found.append(f"{name}.{key}={json.dumps(value)}")

@@ -57,7 +57,7 @@ _NAMES = {
     "datastore.store": "Datastore",
     "errors": "ArtifactError ConfigError InputError MemlmError ModelError OutputExistsError TokenizerMismatchError"
     " TrainingError",
-    "evaluate.config": "EvaluateConfig",
+    "evaluate.config": "BenchConfig CompareConfig EvaluateConfig GenerationConfig InContextConfig",
     "evaluate.perplexity": "evaluate_perplexity",
     "memory.adapt": "adapt_memory",
     "memory.card": "push_to_hub",

@@ -125,7 +125,7 @@ def _place(section: str, key: str, value: Any) -> Any:
     """`value`, where it is a text, or for documents also a list of texts."""
     several = key in _SEVERAL and isinstance(value, list) and value and all(isinstance(v, str) for v in value)
     if not isinstance(value, str) and not several:
-        wanted = "one, or a list" if key in _SEVERAL else "a path, hub id or packaged name"
+        wanted = "a path, or a list of paths" if key in _SEVERAL else "a path, hub id or packaged name"
         raise ConfigError(f"{section}.{key} = {value!r}: give {wanted}")
     return value
 
