@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from memlm.errors import OutputExistsError as OutputExistsError
     from memlm.errors import TokenizerMismatchError as TokenizerMismatchError
     from memlm.errors import TrainingError as TrainingError
+    from memlm.evaluate.config import BenchConfig as BenchConfig
+    from memlm.evaluate.config import CompareConfig as CompareConfig
     from memlm.evaluate.config import EvaluateConfig as EvaluateConfig
+    from memlm.evaluate.config import GenerationConfig as GenerationConfig
+    from memlm.evaluate.config import InContextConfig as InContextConfig
     from memlm.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
     from memlm.memory.adapt import adapt_memory as adapt_memory
     from memlm.memory.card import push_to_hub as push_to_hub
