@@ -83,9 +83,7 @@ def test_figures_are_those_of_an_evaluation(
     folder = next((out / "heads").glob(f"{name}-*"), Path(report["run"]["folders"][name]))
     gate = next(way for way in rows_of(report, name) if way.startswith("gate")).partition(" ")[2]
     comparison = Comparison(sections, out)
-    retrieval = (
-        comparison._retrieval(Corpus(out / "corpus"), {"datastore": out / "datastore"}) if name == "knn" else None
-    )
+    retrieval = comparison._retrieval({"datastore": out / "datastore"}) if name == "knn" else None
     expected = evaluate_perplexity(
         out / "corpus",
         base=model_folder,

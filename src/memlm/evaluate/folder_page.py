@@ -1,12 +1,13 @@
 """A page about finished folders: how training went, what targets and indexes are like, what evaluations found."""
 
+import contextlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from memlm.evaluate.page import heading, html_table, page, picture
-from memlm.evaluate.plot import deterministic_figure, plot_report
+from memlm.evaluate.plot import deterministic_figure, report_figure
 from memlm.evaluate.report import Report
 from memlm.files import read_json
 from memlm.manifest import Manifest, read_manifest
@@ -79,15 +80,8 @@ def training_figure(facts: Mapping[str, Any]) -> Any:
 
 
 def _memory(folder: Path, manifest: Manifest) -> list[str]:
-    facts, parts = manifest.facts, []
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch) / "training.png"
-        try:
-            deterministic_figure(lambda: training_figure(facts), place)
-            parts.append(picture(place.read_bytes(), "training and validation curves"))
-        except ImportError:
-            pass
-    history = facts.get("validation", {}).get("history", [])
+    parts = _drawn(lambda: training_figure(manifest.facts), "training and validation curves")
+    history = manifest.facts.get("validation", {}).get("history", [])
     if history:
         rows = [[_told(entry[key]) for key in history[0]] for entry in history]
         parts.append(html_table([[key.replace("_", " ") for key in history[0]], *rows]))
@@ -96,15 +90,17 @@ def _memory(folder: Path, manifest: Manifest) -> list[str]:
 
 def _evaluation(folder: Path, manifest: Manifest) -> list[str]:
     report = Report(read_json(folder / "report.json"))
-    parts = [report._repr_html_()]
-    with tempfile.TemporaryDirectory() as scratch:
-        place = Path(scratch) / "perplexity.png"
-        try:
-            plot_report(report, place)
-            parts.append(picture(place.read_bytes(), "validation perplexity by weight, and test perplexities"))
-        except ImportError:
-            pass
-    return parts
+    drawn = _drawn(lambda: report_figure(report), "validation perplexity by weight, and test perplexities")
+    return [report._repr_html_(), *drawn]
+
+
+def _drawn(draw: Callable[[], Any], told: str) -> list[str]:
+    """A figure as a picture; nothing where matplotlib is not installed."""
+    with tempfile.TemporaryDirectory() as scratch, contextlib.suppress(ImportError):
+        place = Path(scratch) / "figure.png"
+        deterministic_figure(draw, place)
+        return [picture(place.read_bytes(), told)]
+    return []
 
 
 def _told(value: Any) -> str:

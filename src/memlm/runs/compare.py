@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ class Comparison:
             points.append(Point(name, section, TrainConfig.parse(config.model_dump() | tried, f"{section}."), tried))
         return points
 
-    @property
+    @cached_property
     def steps(self) -> list[Step]:
         """All that has to be made, in order."""
         needs = {"corpus"} | ({"datastore"} if "knn" in self.rows else set())
@@ -204,7 +205,7 @@ class Comparison:
         write_comparison(report, self.out)
         if self.config.timed_tokens:
             try:
-                self._time(report["rows"], folders, corpus, self._retrieval(corpus, there))
+                self._time(report["rows"], folders, corpus, self._retrieval(there))
             except MemlmError as error:  # all else is there
                 report["notes"] = [f"nothing was timed: {error}"]
             write_comparison(report, self.out)
@@ -286,7 +287,7 @@ class Comparison:
     def _report(
         self, corpus: Corpus, folders: Mapping[str, Path], best: Mapping[str, Point], there: Mapping[str, Path]
     ) -> dict[str, Any]:
-        retrieval = self._retrieval(corpus, there)
+        retrieval = self._retrieval(there)
         voters = {row: str(folder) for row, folder in folders.items()}
         shared = {"dtype": self.evaluate.dtype, "batch_tokens": self.evaluate.batch_tokens, "retrieval": retrieval}
         tables = score_corpus(corpus, self.base, voters, **shared)
@@ -334,7 +335,7 @@ class Comparison:
         }
         return report
 
-    def _retrieval(self, corpus: Corpus, there: Mapping[str, Path]) -> RetrievalConfig | None:
+    def _retrieval(self, there: Mapping[str, Path]) -> RetrievalConfig | None:
         """How the datastore is searched: as the section retrieval says; where it does not say, with the targets' k, and
         the temperature that is best on validation text beside the teacher."""
         if "knn" not in self.rows:
@@ -410,12 +411,8 @@ class Comparison:
             "test_fraction": 0.9,
             "max_test_tokens": self.config.general_tokens,
         }
-        tokenizer, key = (
-            self.recipe.places["corpus"]["tokenizer"],
-            digest([source_digest(find_sources(documents)), settings]),
-        )
-        out = self.out / "general" / key[:12]
-        build_corpus(documents, tokenizer=tokenizer, out=out, **settings)
+        out = self.out / "general" / digest([source_digest(find_sources(documents)), settings])[:12]
+        build_corpus(documents, tokenizer=self.recipe.places["corpus"]["tokenizer"], out=out, **settings)
         return Corpus(out)
 
     def _other_bases(

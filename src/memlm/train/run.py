@@ -374,9 +374,8 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory, config: T
     if trained < facts["parameters"]:
         facts |= {"parameters": sum(p.numel() for p in memory.own_parameters()), "trained_parameters": trained}
     if history:
-        best = int(
-            np.argmin([entry[f"eval_{config.keep}_perplexity"] for entry in validated])
-        )  # the first, as the Trainer's
+        judged = [entry[f"eval_{config.keep}_perplexity"] for entry in validated]
+        best = int(np.argmin(judged))  # the first, as the Trainer's
         facts["validation"] = {
             "base_perplexity": round(trainer.base_perplexity, 4),
             "best": history[best],
