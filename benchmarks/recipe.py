@@ -1,6 +1,7 @@
 """A recipe without the command line: `python -m benchmarks.recipe RECIPE --out FOLDER` prints its reports as JSON.
 
-`--quick` keeps the recipe's sections and runs them at toy size, on random words with a random model.
+One with a section `compare` is compared, as `memlm compare` does. `--quick` keeps the recipe's sections and runs them
+at toy size, on random words with a random model.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from typing import Any
 from transformers.utils import logging
 
 from memlm.config import read_recipe
+from memlm.runs.compare import Comparison
 from memlm.runs.plan import run_recipe
 
 _TOKENS = 12_000
@@ -76,11 +78,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("recipe")
     parser.add_argument("--out", type=Path, required=True, help="folder for its stages; finished ones are used again")
     parser.add_argument("--quick", action="store_true", help="toy size")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="another setting")
     given = parser.parse_args(arguments)
     logging.disable_progress_bar()
     overrides = quick_overrides(given.recipe, given.out) if given.quick else []
-    sections = read_recipe(given.recipe, overrides)
-    reports = run_recipe(sections, given.out, say=lambda line: print(line, file=sys.stderr))
+    sections = read_recipe(given.recipe, [*overrides, *given.set])
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    reports = (
+        Comparison(sections, given.out).run(say) if "compare" in sections else run_recipe(sections, given.out, say=say)
+    )
     print(json.dumps(reports))
 
 

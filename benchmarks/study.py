@@ -73,13 +73,22 @@ class Point:
 class Study:
     """A study's file, the folder it works in and the results that there are."""
 
-    def __init__(self, path: Path, work: Path, results: Path, overrides: list[str] | tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        work: Path,
+        results: Path,
+        overrides: list[str] | tuple[str, ...] = (),
+        *,
+        keep_all: bool = False,
+    ) -> None:
         """
         Args:
             path: The YAML file: a recipe, and a section `study`.
             overrides: `section.key=value`, as `memlm run --set` takes them.
             work: Folder for corpora, targets and memories.
             results: JSON lines; those of this study are gone on with.
+            keep_all: Keep the memory of every point; else of an arm's and a seed's the best alone.
 
         Raises:
             ConfigError: The file does not fit.
@@ -93,7 +102,7 @@ class Study:
         except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(f"study {path} lacks {error}: it is a recipe and a section study") from None
         self.sections: dict[str, dict[str, Any]] = sections
-        self.name, self.work, self.results = path.stem, work / path.stem, results
+        self.name, self.work, self.results, self.keep_all = path.stem, work / path.stem, results, keep_all
         self.hash = digest([self.sections, self.general])[:12]
 
     # --- what is asked for ------------------------------------------------------------------------------------------
@@ -155,7 +164,7 @@ class Study:
         return self.work / f"point-{key}" / "memory"
 
     def train(self, point: Point) -> None:
-        """Train a point's memory and keep what validation said of it; of an arm's memories the best is kept."""
+        """Train a point's memory and keep what validation said of it."""
         recipe = self.recipe(point.settings)
         config, places = recipe.configs["train"], recipe.places["train"]
         there = self.folders(recipe, point.arm, targets=config.kl_weight > 0)
@@ -186,18 +195,19 @@ class Study:
             },
         )
         best = self.best(point.arm, point.seed)
-        for other in self.found("point"):
+        for other in [] if self.keep_all else self.found("point"):
             if (other["arm"], other["settings"]["train.seed"]) == (point.arm, point.seed) and other != best:
                 shutil.rmtree(self.memory_folder(other["key"]).parent, ignore_errors=True)
 
     def general_corpus(self, part: str, tokenizer: str) -> Path:
         """Corpus of general text whose test split is all of it, made of `study.general.fit` or `.test`."""
-        text = Path(data_path(self.general[part])).read_text(encoding="utf-8")
-        starts = [match.start() for match in _HEADING.finditer(text)]
-        articles = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
         lines = self.work / f"general-{part}.jsonl"
-        lines.parent.mkdir(parents=True, exist_ok=True)
-        lines.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles), encoding="utf-8")
+        if not lines.exists():
+            text = Path(data_path(self.general[part])).read_text(encoding="utf-8")
+            starts = [match.start() for match in _HEADING.finditer(text)]
+            articles = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+            lines.parent.mkdir(parents=True, exist_ok=True)
+            lines.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles), encoding="utf-8")
         sizes = {
             "max_test_tokens": self.general["tokens"],
             "block_size": self.sections["corpus"].get("block_size", 1024),
@@ -299,9 +309,15 @@ def quick_settings(study: Path, out: Path) -> list[str]:
     general = {"fit": str(out / "fit.txt"), "test": str(out / "test.txt"), "tokens": 3000}
     settings = read_recipe(study)["study"]
     search = {name: values[:1] for name, values in settings.get("search", {}).items()}
+    models = {"init", "teacher", "base"}
+    arms = {
+        arm: {key: str(out / "model") if key.partition(".")[2] in models else value for key, value in values.items()}
+        for arm, values in settings["arms"].items()
+    }
     return [
         *found,
         "corpus.validation_fraction=0.4",  # a head is fitted on four documents at least
+        f"study.arms={json.dumps(arms)}",
         f"study.general={json.dumps(general)}",
         f"study.search={json.dumps(search)}",
         f"study.live_k={[8] if settings.get('live_k') else []}",
@@ -375,6 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default 0")
     parser.add_argument("--minutes", type=float, help="start no point that would end later")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="another setting")
+    parser.add_argument("--keep-all", action="store_true", help="keep the memory of every point, not the best alone")
     parser.add_argument("--max-hours", type=float, help="refuse a study that is expected to take longer")
     parser.add_argument("--max-gib", type=float, help="refuse a study that is expected to keep more on disk")
     parser.add_argument("--quick", action="store_true", help="toy size, on random words with a random model")
@@ -384,7 +401,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         work = given.work.resolve()
         overrides = [*(quick_settings(given.study, work / "toy") if given.quick else []), *given.set]
-        study = Study(given.study, work, given.results, overrides)
+        study = Study(given.study, work, given.results, overrides, keep_all=given.keep_all)
         arms = given.arms or list(study.arms)
         if unknown := set(arms) - study.arms.keys():
             raise ConfigError(f"no arm is called {min(unknown)!r}; there are {', '.join(study.arms)}")

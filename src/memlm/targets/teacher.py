@@ -30,6 +30,7 @@ class Heard:
     keys: Tensor
     """`(P, D)` its activations at the tap."""
     log_probs: Float[Tensor, "P V"]
+    """On the teacher's device, for they are too many to be carried away; the rest is on the CPU."""
     labels: Tensor
     """`(P,)` the tokens that came."""
 
@@ -56,7 +57,7 @@ def hear(model: PreTrainedModel, tap: str, split: Split, blocks: NDArray[np.int6
         yield Heard(
             positions=np.concatenate([np.arange(block.positions.start, block.positions.stop) for block in read]),
             keys=keys[rows, places].float().cpu(),
-            log_probs=logits[rows, places, :vocab_size].float().log_softmax(-1).cpu(),
+            log_probs=logits[rows, places, :vocab_size].float().log_softmax(-1),
             labels=torch.from_numpy(tokens[rows, places + 1]),
         )
 
@@ -74,6 +75,8 @@ def with_teacher(
 ) -> SparseProbs:
     """`teacher_share * p_teacher + (1 - teacher_share) * p_neighbours`, of which the likeliest tokens are kept.
 
+    It is computed where `log_probs` are.
+
     Args:
         votes: Of the neighbours.
         log_probs: The teacher's.
@@ -81,8 +84,8 @@ def with_teacher(
         target_mass: The smallest set of tokens that holds so much is kept.
         max_support: But so many at most.
     """
-    mixed = teacher_share * log_probs.exp()
-    owner = torch.arange(len(votes.counts)).repeat_interleave(votes.counts)
+    mixed, votes = teacher_share * log_probs.exp(), votes.to(log_probs.device)
+    owner = torch.arange(len(votes.counts), device=log_probs.device).repeat_interleave(votes.counts)
     mixed.index_put_((owner, votes.ids.long()), (1 - teacher_share) * votes.probs, accumulate=True)
     probs, tokens = mixed.topk(min(max_support, mixed.shape[1]), dim=1)
     return likeliest(probs, tokens.int(), target_mass)
@@ -105,7 +108,7 @@ def mixed_targets(
     parts, places = [], []
     for part in heard:
         at = torch.from_numpy(part.positions - first)
-        parts.append(with_teacher(votes.take(at), part.log_probs, **settings))
+        parts.append(with_teacher(votes.take(at), part.log_probs, **settings).to(torch.device("cpu")))
         places.append(at)
         progress(len(at))
     return SparseProbs.concatenate(parts).take(torch.cat(places).argsort())
@@ -172,7 +175,8 @@ def judge(
         values = torch.from_numpy(np.where(ids >= 0, store.values[np.maximum(ids, 0)], -1))
         distances.append(torch.from_numpy(found))
         hits.append(values == heard.labels[:, None])
-        teacher.append(heard.log_probs.gather(1, heard.labels[:, None])[:, 0].exp())
+        labels = heard.labels[:, None].to(heard.log_probs.device)
+        teacher.append(heard.log_probs.gather(1, labels)[:, 0].exp().cpu())
     farther, hit = torch.cat(distances), torch.cat(hits)
     farther = farther - farther.amin(1, keepdim=True)
     grid = [temperature] if temperature is not None else _grid(farther)
