@@ -7,6 +7,7 @@ at once; a study that was stopped, or killed, goes on where it was.
 """
 
 import argparse
+import gc
 import itertools
 import json
 import re
@@ -179,6 +180,7 @@ class Study:
             config=config,
         )
         make_step(out, plan, _say)
+        gc.collect()  # a trainer refers to itself, and would keep its weights on an accelerator
         facts = read_manifest(out, "memory").facts
         self.keep(
             "point",

@@ -21,7 +21,7 @@ from torch import Tensor
 from memlm.models.heads import Head
 
 _CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product stays in the cache
-_DEVICE_LOGITS = 2**26
+_DEVICE_LOGITS = 2**28  # every tile is some hundred launches
 _FEWEST_POSITIONS = 128  # with fewer, adding up gradients of the head takes as long as the products
 _FEWEST_TOKENS = 384  # with fewer, adding up gradients of hidden states does
 _FEW_TILES = 8  # up to which every tile looks at the whole label instead of its part of it

@@ -205,7 +205,7 @@ class WindowedReader:
         wanted = torch.ones(mask.shape[1], dtype=torch.bool)
         if keep is not None:
             wanted[:] = False
-            wanted[keep] = True
+            wanted[keep.cpu() if isinstance(keep, Tensor) else keep] = True
         rows = [row[there] for row, there in zip(text, text_mask, strict=True)]  # without padding
         columns = [row.nonzero()[:, 0] for row in mask]  # of the new tokens
         before = known.tolist()

@@ -90,8 +90,15 @@ class FixedShare:
             start: Before the first.
             log_probs: What each explanation gave each token.
             heard: False where a token says nothing; None: all do. One that nothing explains says nothing either.
+
+        A prompt is followed on the CPU, where its hundreds of small steps take less time than launches elsewhere.
         """
         stay, go = _log(1 - self.switch), _log(self.switch)
+        device = log_probs.device
+        if device.type != "cpu" and log_probs.shape[1] > 1:
+            on_cpu = FixedShare(self.log_prior.cpu(), self.switch)
+            heard = None if heard is None else heard.cpu()
+            return on_cpu.along(start.cpu(), log_probs.cpu(), heard).to(device)
         now, out = start, []
         for at in range(log_probs.shape[1]):
             new = now + log_probs[:, at]

@@ -233,7 +233,7 @@ def fitted(heard: Sequence[Heard], *, seed: int = 0) -> dict[str, Any]:
         seed: Deals documents to the halves.
     """
     halves = [_halves(text, seed) for text in heard]
-    judged = {penalty: [_judged(heard, halves, penalty, text) for text in range(len(heard))] for penalty in _PENALTIES}
+    judged = {penalty: _judged(heard, halves, penalty) for penalty in _PENALTIES}
     best = min(judged, key=lambda penalty: float(np.mean([values.mean() for values in judged[penalty]])))
     weights, bias = _fit(heard, best)
     width = len(weights) - len(FEATURES)
@@ -261,20 +261,19 @@ def _halves(text: Heard, seed: int) -> NDArray[np.bool_]:
     return first[text.document]
 
 
-def _judged(
-    heard: Sequence[Heard], halves: Sequence[NDArray[np.bool_]], penalty: float, text: int
-) -> NDArray[np.float64]:
-    """Nats of every label of one text, by a head fitted on the halves that it is not in."""
-    nats = np.empty(len(heard[text].base))
+def _judged(heard: Sequence[Heard], halves: Sequence[NDArray[np.bool_]], penalty: float) -> list[NDArray[np.float64]]:
+    """Nats of every label of each text, by a head fitted on the halves that it is not in."""
+    found = [np.empty(len(text.base)) for text in heard]
     for inside in (True, False):
-        others = [_rows(t, half != inside) for t, half in zip(heard, halves, strict=True)]
+        others = [_rows(text, half != inside) for text, half in zip(heard, halves, strict=True)]
         weights, bias = _fit(others, penalty)
-        here = _rows(heard[text], halves[text] == inside)
-        confidence = here.inputs.astype(np.float64) @ weights + bias
-        nats[halves[text] == inside] = _nats(
-            torch.from_numpy(confidence), torch.from_numpy(here.base), torch.from_numpy(here.memory)
-        ).numpy()
-    return nats
+        for text, half, nats in zip(heard, halves, found, strict=True):
+            here = _rows(text, half == inside)
+            confidence = here.inputs.astype(np.float64) @ weights + bias
+            nats[half == inside] = _nats(
+                torch.from_numpy(confidence), torch.from_numpy(here.base), torch.from_numpy(here.memory)
+            ).numpy()
+    return found
 
 
 def _rows(text: Heard, rows: NDArray[np.bool_]) -> Heard:
@@ -292,13 +291,16 @@ def _fit(heard: Sequence[Heard], penalty: float) -> tuple[NDArray[np.float64], f
     pooled = np.concatenate([text.inputs for text in heard]).astype(np.float64)
     mean, spread = pooled.mean(0), pooled.std(0)
     spread = np.where(spread > 1e-6, spread, np.inf)  # what never changes tells nothing
+    device = default_device()
+    if device.type == "mps":  # has no float64
+        device = torch.device("cpu")
     texts = [
-        (torch.from_numpy((t.inputs - mean) / spread), torch.from_numpy(t.base), torch.from_numpy(t.memory))
+        [torch.from_numpy(array).to(device) for array in ((t.inputs - mean) / spread, t.base, t.memory)]
         for t in heard
         if len(t.base)
     ]
-    weights = torch.zeros(pooled.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    weights = torch.zeros(pooled.shape[1], dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights, bias], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
@@ -310,5 +312,5 @@ def _fit(heard: Sequence[Heard], penalty: float) -> tuple[NDArray[np.float64], f
 
     step: Callable[..., Any] = optimizer.step
     step(loss)
-    found = weights.detach().numpy() / spread
+    found = weights.detach().cpu().numpy() / spread
     return found, float(bias.detach()) - float(found @ mean)
