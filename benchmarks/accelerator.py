@@ -52,25 +52,11 @@ def _recipe(name: str, calls: int) -> list[Piece]:
     return [first, *(replace(first, name=f"{name}-call-{call}", quick=None) for call in range(2, calls + 1))]
 
 
-def _study(name: str, calls: int) -> list[Piece]:
-    """A study of a million tokens, as far as it comes in so many calls; each result is printed at once."""
-    here = ("-m", "benchmarks.study", f"benchmarks/studies/{name}.yaml", "--work", "{work}/study")
-    command = (*here, "--results", "{work}/study.jsonl", "--minutes", "7", "--seeds", "0", "1", "2")
-    smaller = (
-        "--set",
-        "corpus.max_tokens=1000000",
-        "--set",
-        "train.epochs=2",
-        "--set",
-        "study.search={train.learning_rate: [5.0e-4]}",
-    )
-    first = Piece(
-        name,
-        470,
-        (*command, *smaller),
-        (*here, "--results", "{work}/study.jsonl", "--quick", "--arms", "twin", "mixed"),
-    )
-    return [first, *(replace(first, name=f"{name}-call-{call}", quick=None) for call in range(2, calls + 1))]
+def _side_by_side(calls: int) -> list[Piece]:
+    """Two studies and a comparison of a million tokens, as far as they come in so many calls."""
+    command = ("-m", "benchmarks.side_by_side", "--work", "{work}/side-by-side", "--minutes")
+    first = Piece("studies", 470, (*command, "7.5"), (*command, "7.5", "--quick"))
+    return [first, *(replace(first, name=f"studies-call-{call}", quick=None) for call in range(2, calls + 1))]
 
 
 # the project's options would need plugins, and a warning of another version is no failure here
@@ -79,7 +65,7 @@ _TESTS = ("-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cac
 PIECES = (
     Piece("machine", 300, ("-m", "benchmarks.machine"), ("-m", "benchmarks.machine", "--quick")),
     Piece("tests", 300, _TESTS, (*_TESTS, "-k", "keys_and_values"), needs=("pytest",)),  # CI runs them all besides
-    *_study("medquad-whole", 2),
+    *_side_by_side(2),
     *_recipe("medquad", 3),
     *_recipe("medquad-mlp", 3),
     _benchmarks("training", 300, "distillation_loss", "training_step"),

@@ -201,6 +201,13 @@ class Study:
             if (other["arm"], other["settings"]["train.seed"]) == (point.arm, point.seed) and other != best:
                 shutil.rmtree(self.memory_folder(other["key"]).parent, ignore_errors=True)
 
+    def prepare(self) -> None:
+        """Make the corpora, so that several processes that share this folder find them there."""
+        recipe = self.recipe({})
+        self.folders(recipe, "twin", targets=False)
+        for part in ("fit", "test"):
+            self.general_corpus(part, recipe.places["corpus"]["tokenizer"])
+
     def general_corpus(self, part: str, tokenizer: str) -> Path:
         """Corpus of general text whose test split is all of it, made of `study.general.fit` or `.test`."""
         lines = self.work / f"general-{part}.jsonl"
@@ -397,6 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-hours", type=float, help="refuse a study that is expected to take longer")
     parser.add_argument("--max-gib", type=float, help="refuse a study that is expected to keep more on disk")
     parser.add_argument("--quick", action="store_true", help="toy size, on random words with a random model")
+    parser.add_argument("--prepare", action="store_true", help="make the corpora and no more")
     parser.add_argument("--table", action="store_true", help="print the arms that were judged, and run nothing")
     given = parser.parse_args(arguments)
     logging.disable_progress_bar()
@@ -409,6 +417,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"no arm is called {min(unknown)!r}; there are {', '.join(study.arms)}")
         if given.table:
             print(table(study))
+            return 0
+        if given.prepare:
+            study.prepare()
             return 0
         points, hours, gib = left_to_do(study, arms, given.seeds)
         _say(f"{points} memories to train, about {duration(3600 * hours)} and {gib:.1f} GiB")

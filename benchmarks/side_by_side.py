@@ -1,0 +1,119 @@
+"""Two studies and a comparison of a million tokens, together: `python -m benchmarks.side_by_side`.
+
+Steps of small models leave an accelerator waiting for its host, so that five processes take little longer than one.
+Each command starts when those it builds on have ended; what they find is in files below `--work` at once. The same call
+again goes on where the one before was cut off.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Event
+
+_ROOT = Path(__file__).parents[1]
+_MEDQUAD, _CONTRACTS = (f"benchmarks/studies/{name}-million.yaml" for name in ("medquad", "contracts"))
+_NO_LIVE = ("--set", "study.live_k=[]")
+_ONE_RATE = ("--set", 'study.search={"train.learning_rate": [5.0e-4]}')
+
+
+_QUICK = ("medquad-corpora", "medquad-mixed", "medquad-twin", "tuned-bases")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One process."""
+
+    name: str
+    arguments: tuple[str, ...]
+    """Of Python; `{work}` stands for the folder of runs."""
+    after: tuple[str, ...] = ()
+    """Commands that must have ended."""
+    ended: Event = field(default_factory=Event, compare=False)
+
+
+def _study(name: str, study: str, *arguments: str, after: tuple[str, ...] = ()) -> Command:
+    results = f"{{work}}/{Path(study).stem}.jsonl"
+    shared = ("--work", "{work}/study", "--results", results, "--keep-all")
+    return Command(name, ("-m", "benchmarks.study", study, *shared, *arguments), after)
+
+
+def _compare(name: str, *settings: str, after: tuple[str, ...]) -> Command:
+    recipe = "recipes/accelerator/medquad-compare.yaml"
+    given = [part for setting in settings for part in ("--set", setting)]
+    return Command(name, ("-m", "benchmarks.recipe", recipe, "--out", "{work}/study/compare", *given), after)
+
+
+def commands() -> list[Command]:
+    """All, in the order in which they are started where several could be."""
+    found = []
+    for corpus, study in (("medquad", _MEDQUAD), ("contracts", _CONTRACTS)):
+        ready = f"{corpus}-corpora"
+        found.append(_study(ready, study, "--prepare"))
+        for arms in (("mixed", "imitation"), ("twin", "mixture")):
+            found.append(_study(f"{corpus}-{arms[0]}", study, *_NO_LIVE, "--arms", *arms, after=(ready,)))
+        done = (f"{corpus}-mixed", f"{corpus}-twin")
+        together = ("--arms", "twin", "mixture", "mixed", "imitation")
+        found.append(_study(f"{corpus}-all", study, *together, after=done))
+        for arm in ("mixed", "twin"):
+            more = (*_NO_LIVE, *_ONE_RATE, "--arms", arm, "--seeds", "1", "2")
+            found.append(_study(f"{corpus}-{arm}-more-seeds", study, *more, after=(f"{corpus}-{arm}",)))
+    untimed = "compare.timed_tokens=0"
+    found.append(_compare("tuned-bases", "compare.rows=[dapt, lora]", untimed, after=("medquad-corpora",)))
+    found.append(_compare("mlp", "compare.rows=[mlp]", untimed, after=("medquad-mixed", "tuned-bases")))
+    found.append(_compare("compare", untimed, after=("mlp", "medquad-all")))
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all; the exit status is 1 where one failed or ran out of time."""
+    assert __doc__
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.side_by_side", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/side-by-side"), help="default runs/side-by-side")
+    parser.add_argument("--minutes", type=float, default=60.0, help="what is running then is ended; default 60")
+    parser.add_argument("--quick", action="store_true", help="toy size, on random words with a random model")
+    given = parser.parse_args(arguments)
+    work, end, began = given.work.resolve(), time.monotonic() + 60 * given.minutes, time.monotonic()
+    work.mkdir(parents=True, exist_ok=True)
+    there = [command for command in commands() if not given.quick or command.name in _QUICK]
+    by_name = {command.name: command for command in there}
+    threads = str(max(1, (os.cpu_count() or 1) // 4))
+    paths = os.pathsep.join([str(_ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    settings = {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "true"}
+
+    def run(command: Command) -> bool:
+        try:
+            for name in command.after:
+                by_name[name].ended.wait()
+            arguments = [part.replace("{work}", str(work)) for part in command.arguments]
+            log = work / f"{command.name}.log"
+            with log.open("a", encoding="utf-8") as printed:
+                whole = [sys.executable, *arguments, *(["--quick"] if given.quick else [])]
+                left = max(0.0, end - time.monotonic())
+                status = subprocess.run(
+                    whole, cwd=_ROOT, env=settings, stdout=printed, stderr=subprocess.STDOUT, timeout=left, check=False
+                ).returncode
+        except subprocess.TimeoutExpired:
+            status = -1
+        finally:
+            command.ended.set()
+        state = "ok" if status == 0 else f"failed, see {log}"
+        print(f"{time.monotonic() - began:6.0f} s  {command.name}: {state}", flush=True)
+        return status == 0
+
+    with ThreadPoolExecutor(len(there)) as pool:
+        bad = not all(list(pool.map(run, there)))
+    for results in sorted(work.glob("*.jsonl")):
+        print(results.read_text(encoding="utf-8"), end="")
+    if (report := work / "study" / "compare" / "report.json").is_file():
+        print(json.dumps(json.loads(report.read_text(encoding="utf-8"))))
+    return int(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
