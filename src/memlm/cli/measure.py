@@ -7,7 +7,18 @@ from typing import Annotated, Any
 import typer
 
 from memlm.cli.checks import check_folder, check_models
-from memlm.cli.options import Base, CorpusFolder, Json, Memories, MixWeights, alone, by_name, number, with_settings
+from memlm.cli.options import (
+    Base,
+    CorpusFolder,
+    Json,
+    Memories,
+    MixWeights,
+    alone,
+    by_name,
+    models_by_name,
+    number,
+    with_settings,
+)
 from memlm.cli.printing import next_line, print_result, quiet, say
 from memlm.config import MAX_COUNT, MAX_SEED
 from memlm.errors import InputError
@@ -75,12 +86,22 @@ def perplexity(
 
 @with_settings(GateConfig, into="gate", group="Gate")
 def tasks(
-    names: Annotated[list[str], typer.Argument(metavar="TASK...", help="Tasks or groups of lm-eval.")],
+    names: Annotated[
+        list[str],
+        typer.Argument(metavar="TASK...", help="Tasks or groups of lm-eval; papers:NAME for those of the papers."),
+    ],
     base: Base,
     memory: Memories,
     gate: GateConfig | None,
     mix_weight: MixWeights = None,
     include: Annotated[list[str] | None, typer.Option(help="Folder of further task files; may be repeated.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the papers' tasks; default they come from the hub.")
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="A further model that answers alone; may be repeated."),
+    ] = None,
     limit: Annotated[int | None, number(1, MAX_COUNT, "Items of each task at most; default all.")] = None,
     num_fewshot: Annotated[int | None, number(0, 1000, "Examples in front of each item; default the task's.")] = None,
     batch_size: Annotated[int, number(1, 1 << 16, "Requests in one forward pass.")] = 8,
@@ -93,12 +114,17 @@ def tasks(
     """Tasks of lm-eval for the base alone, with the fixed weight and with the gate, on the same items.
 
     Values are those of each task's first metric; changes are paired with the base, with 95% intervals. Tasks come from
-    the hub, or from files in a folder (--include).
+    the hub, or from files in a folder (--include). Of the papers there are papers:nine (sst2, mr, cr, rt, hyp, cb, rte,
+    agn, yahoo), papers:questions (nq, hotpotqa, webquestions, triviaqa) and papers:hallucination (truthfulqa, halueval,
+    strategyqa).
 
     Example: memlm evaluate tasks arc_easy sciq --base smollm2 --memory m/ --limit 200
+
+    Example: memlm evaluate tasks papers:nine papers:nq --data tasks/ --base smollm2 --memory m/ --other dapt=dapt/
     """
     memories, weights = by_name(memory, mix_weight)
-    check_models(base, *memories.values())
+    others = models_by_name(other or [])
+    check_models(base, *memories.values(), *others.values())
     quiet()
     from memlm.evaluate.tasks import evaluate_tasks, tasks_table
 
@@ -109,6 +135,8 @@ def tasks(
         mix_weight=None if weights is None else alone(weights),
         gate=gate,
         include=include or [],
+        data=data,
+        others=others,
         limit=limit,
         num_fewshot=num_fewshot,
         batch_size=batch_size,

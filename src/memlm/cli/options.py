@@ -127,6 +127,13 @@ def by_name(memories: list[str], weights: list[str] | None) -> tuple[dict[str, s
     return named, weights_by_name(weights, named)
 
 
+def models_by_name(values: list[str]) -> dict[str, str]:
+    """`--other` options by name."""
+    if bare := next((value for value in values if "=" not in value), None):
+        raise ConfigError(f"--other {bare!r}: write --other NAME=MODEL")
+    return _named(values, "--other", len(values))
+
+
 def alone(named: Mapping[str, _T]) -> _T | Mapping[str, _T]:
     """What a single memory without a name has, else everything by name."""
     return named[UNNAMED] if list(named) == [UNNAMED] else named

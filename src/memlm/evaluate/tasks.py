@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.errors import ConfigError, InputError, MemlmError
+from memlm.evaluate.judged import judged
+from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
 from memlm.mix.gate_config import GateConfig, GateName
 
 FIXED, BASE = "fixed", "base"
@@ -27,6 +29,8 @@ def evaluate_tasks(
     mix_weight: float | Mapping[str, float] | None = None,
     gate: GateName | GateConfig | None = None,
     include: Sequence[str | Path] = (),
+    data: str | Path | None = None,
+    others: Mapping[str, str | Path] | None = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 8,
@@ -39,30 +43,34 @@ def evaluate_tasks(
     """What base and mixture reach on tasks of lm-eval, with intervals, and the paired change.
 
     Args:
-        tasks: Names of tasks or groups of lm-eval, or of those in `include`.
+        tasks: Names of tasks or groups of lm-eval, or of those in `include`; with `papers:` in front, of the papers'
+            own (`memlm.evaluate.papers`).
         base: Path, hub id or packaged name.
         memory: Folder, hub id or loaded memory, or name to any of these.
         mix_weight: As `MixedLM.from_pretrained` takes it.
         gate: As there. Where a gate weighs the memories and fixed weights are known, those are evaluated beside it.
         include: Folders of further task files.
-        limit: Items of each task at most; its first ones.
-        num_fewshot: Examples in front of each item; as the task says if None.
+        data: Folder of the papers' tasks; None: the hub.
+        others: Name to a further model that answers alone, such as a base that was fine-tuned.
+        limit: Items of each task at most; its first ones, of a papers' task some drawn at random.
+        num_fewshot: Examples in front of each item; as the task says if None. The papers' tasks have theirs.
         batch_size: Requests in one forward pass.
         chat_template: Wrap every item as a chat turn.
         dtype: Precision of base and memories.
         seed: Draws examples and resamplings.
         bootstrap: Resamplings of items behind the 95% intervals.
         above: Task to what chance gives; tasks in which the base's interval is not above it are not pooled, for where
-            the base knows nothing a memory has nothing to harm.
+            the base knows nothing a memory has nothing to harm. Of a task with several metrics the first is pooled.
 
     Returns:
-        `tasks`: name to `metric`, `items`, `values` (way to `value` and `interval`; a way is `base`, `fixed`, or the
-        gate's name) and `change` (way to difference from the base, paired); `pooled`: the mean over tasks in the same
-        form, items resampled within each, or None where no task is pooled; `run`: what was asked for.
+        `tasks`: name to `metric`, `items`, `values` (way to `value` and `interval`; a way is `base`, `fixed`, the
+        gate's name, or one of `others`) and `change` (way to difference from the base, paired); `pooled`: the mean
+        over tasks in the same form, items resampled within each, or None where no task is pooled; `run`: what was
+        asked for.
 
     Raises:
         ConfigError: lm-eval is not installed, or a setting is out of range.
-        InputError: A task is unknown, or lm-eval cannot load it.
+        InputError: A task is unknown, its data is not there or faulty, or lm-eval cannot load it.
         ModelError: Base or memory cannot be reached.
     """
     check_lm_eval()
@@ -72,16 +80,24 @@ def evaluate_tasks(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for talker in ("lm_eval", "lm-eval"):
         logging.getLogger(talker).setLevel(logging.ERROR)
+    from lm_eval.models import huggingface
     from lm_eval.tasks import TaskManager
 
     from memlm.mix.mixed_lm import MixedLM
-    from memlm.models.loading import default_device, parse_dtype, resolve
+    from memlm.models.loading import default_device, load_causal_lm, parse_dtype, resolve
     from memlm.models.tokenizers import load_tokenizer
 
     if missing := next((place for place in include if not Path(place).is_dir()), None):
         raise InputError(f"{missing} is no folder of task files")
+    if taken := {BASE, FIXED, "posterior", "confidence", "both"} & set(others or ()):
+        raise ConfigError(f"{min(taken)} names a way of its own; call the further model something else")
+    ours, theirs = asked_tasks(tasks)
+    items = {name: read_items(name, data, limit=limit, seed=seed) for name in ours}
+    words = {name: label_words(name, data) for name in ours}
+    if chat_template and ours:
+        raise ConfigError(f"{PREFIX}{ours[0]} has a prompt of its own: leave out --chat-template")
     manager = TaskManager(include_path=[str(place) for place in include] or None)
-    if unknown := [task for task in tasks if task not in manager.all_tasks]:
+    if unknown := [task for task in theirs if task not in manager.all_tasks]:
         raise InputError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --include adds folders")
     device = default_device()
     model = MixedLM.from_pretrained(
@@ -90,24 +106,38 @@ def evaluate_tasks(
     model.to(device)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(resolve(str(base)))
     asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": chat_template}
-    name = model.gate.gate
+    name, weights = model.gate.gate, model.mix_weights
     ways: dict[str, Any] = {BASE: model.base}
+    others = others or {}
     if name == "none" or len(model.mix_weights) == len(model.memories):
         ways[FIXED] = model
     if name not in (None, "none"):
         ways[str(name)] = model
+    del model  # its place is needed once its ways have answered
     found: dict[str, dict[str, tuple[str, NDArray[np.float64]]]] = {}
-    for way, spoken in ways.items():
-        if way != BASE:
-            model.set_gate("none" if way == FIXED else gate)
+    for way in (*ways, *others):
         print(f"tasks with {_told(way)}", file=sys.stderr)
-        found[way] = _items(spoken, tokenizer, tasks, manager, batch_size, seed, asked)
+        if way in others:
+            ways.clear()
+            spoken: Any = load_causal_lm(str(others[way]), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
+        else:
+            spoken = ways[way]
+            if way != BASE:
+                spoken.set_gate("none" if way == FIXED else gate)
+        speaker = cast(Any, huggingface).HFLM(pretrained=spoken, tokenizer=tokenizer, batch_size=batch_size)
+        found[way] = _items(speaker, theirs, manager, seed, asked) if theirs else {}
+        for task in ours:
+            for metric, values in judged(task, items[task], speaker, words[task]).items():
+                first = metric == TASKS[task].metrics[0]
+                found[way][f"{PREFIX}{task}" if first else f"{PREFIX}{task} {metric}"] = metric, values
     report = _report(found, seed=seed, bootstrap=bootstrap, above=above or {})
     report["run"] = {
         "base": str(base),
         "memory": {n: str(m) for n, m in memory.items()} if isinstance(memory, Mapping) else str(memory),
         "gate": name,
-        "mix_weight": model.mix_weights,
+        "mix_weight": weights,
+        "others": {n: str(place) for n, place in others.items()},
+        "words": {PREFIX + task: found for task, found in words.items() if found},
         **asked,
         "seed": seed,
     }
@@ -125,28 +155,27 @@ def check_lm_eval() -> None:
 
 
 def _told(way: str) -> str:
-    return {BASE: "the base alone", FIXED: "the fixed weight"}.get(way, f"the gate {way}")
+    gates = {gate: f"the gate {gate}" for gate in ("posterior", "confidence", "both")}
+    return ({BASE: "the base alone", FIXED: "the fixed weight"} | gates).get(way, way)
 
 
 def _items(
-    model: Any,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    manager: Any,
-    batch_size: int,
-    seed: int,
-    asked: Mapping[str, Any],
+    speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: Mapping[str, Any]
 ) -> dict[str, tuple[str, NDArray[np.float64]]]:
     """Task to its first metric, and what that is for each item, in the order of items."""
     import lm_eval
-    from lm_eval.models import huggingface
 
-    library, models = cast(Any, lm_eval), cast(Any, huggingface)  # it keeps its signatures from type checkers
-    spoken = models.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    library = cast(Any, lm_eval)  # it keeps its signatures from type checkers
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     try:
         results = library.simple_evaluate(
-            model=spoken, tasks=list(tasks), task_manager=manager, bootstrap_iters=0, log_samples=True, **asked, **seeds
+            model=speaker,
+            tasks=list(tasks),
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=True,
+            **asked,
+            **seeds,
         )
     except (MemlmError, RuntimeError, MemoryError):
         raise
@@ -180,6 +209,8 @@ def _report(
         drawn = {way: value[draws].mean(1) for way, value in values.items()}
         means = {way: float(value.mean()) for way, value in values.items()}
         tasks[task] = {"metric": metric, "items": items, **_figures(means, drawn)}
+        if task.startswith(PREFIX) and " " in task:  # a further metric of a task
+            continue
         if task in above and not (bootstrap and np.quantile(drawn[BASE], 0.025) > above[task]):
             continue
         pooled_items += items

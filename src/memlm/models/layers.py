@@ -67,7 +67,8 @@ def keep_layers(model: PreTrainedModel, layers: int | Sequence[int]) -> PreTrain
     """
     name, blocks = block_list(model)
     chosen = chosen_layers(layers, len(blocks))
-    smaller = _cut_model(type(model), model.config, chosen, model.dtype).to(device_of(model))
+    smaller = _cut_model(type(model), model.config, chosen, model.dtype)
+    smaller.to(device_of(model))  # type: ignore[arg-type]
     kept = smaller.get_submodule(name)
     _check_same_blocks(kept, blocks, chosen)
     around = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(f"{name}.")}
