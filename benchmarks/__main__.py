@@ -17,6 +17,7 @@ NAMES = (
     "mlp_scoring",
     "mixture",
     "gate_decoding",
+    "drafting_exactness",
     "knn_decoding",
     "mlp_quality",
     "teacher_pass",

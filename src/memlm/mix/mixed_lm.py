@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,16 @@ from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
+from memlm.mix.drafting import (
+    Pace,
+    check_drafting,
+    decode_drafted,
+    decode_drawn,
+    strange_processor,
+    warn_plain,
+    why_not_drawn,
+    why_plain,
+)
 from memlm.mix.gate import Gate, GatedMemory, gate_config, places_of, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.loading import (
@@ -409,6 +419,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         mix_weight: MixWeight | Mapping[str, MixWeight] | None = None,
         evidence_mask: Tensor | None = None,
         taps: Iterable[str] = (),
+        read: Mapping[str, tuple[Any, Votes]] | None = None,
         use_cache: bool = False,
         **kwargs: Any,
     ) -> Components:
@@ -419,6 +430,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             mix_weight, evidence_mask, kwargs: As `forward` takes them.
             cache: Extended by `input_ids`; None: they are all there is.
             taps: Modules of the base whose inputs are kept, beside those that memories read.
+            read: Memories that have read `input_ids` already: their states there, and their votes at the places that
+                are kept.
             use_cache: Passed to the base.
         """
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
@@ -444,8 +457,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         unread = len(cache.unread) if cache is not None else 0
         length = input_ids.shape[1]
         if cache is not None and rule.asleep(state, past, unread, length):
-            read = {memory.tap for memory in memories.values() if memory.tap is not None}
-            cache.unread.add(input_ids, base.hidden, {tap: base.activations[tap] for tap in read})
+            heard = {memory.tap for memory in memories.values() if memory.tap is not None}
+            cache.unread.add(input_ids, base.hidden, {tap: base.activations[tap] for tap in heard})
             return Components(base, logits, normaliser, {}, [0.0] * len(memories))
         tokens = input_ids
         if cache is not None and unread:  # the memories wake, and read what they missed
@@ -456,6 +469,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             missed = None
         votes, states = {}, {}
         for name, memory in memories.items():
+            if read is not None and name in read:
+                states[name], votes[name] = read[name][0], cast(Any, read[name][1]).to(logits.device)
+                continue
             activations = base.activations[memory.tap] if memory.tap is not None else None
             if missed is not None and memory.tap is not None and activations is not None:
                 activations = missed.before_activations(memory.tap, activations)
@@ -553,10 +569,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             )
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        strange = {name: value for name, value in model_kwargs.items() if name not in self._voter.arguments}
+        check_drafting(model_kwargs.get("drafting"), bool(model_kwargs.get("drawing")), model_kwargs.get("warp"))
+        own = {*self._voter.arguments, "drafting", "drawing", "warp"}
+        strange = {name: value for name, value in model_kwargs.items() if name not in own}
         cast(Any, super())._validate_model_kwargs(strange)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if kwargs.get("drafting") is not None or kwargs.get("drawing"):
+            raise ConfigError("drafting and drawing are for greedy decoding and sampling, not for beams or assistants")
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         if inputs["input_ids"].shape[1] == 1:  # pictures and sounds belong to the prompt
             inputs = {n: value for n, value in inputs.items() if not n.startswith(("pixel_", "image_", "input_feat"))}
@@ -569,6 +589,35 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: Always.
         """
         raise NotImplementedError("a mixture cannot generate with paged caches (generate_batch): call generate")
+
+    def _sample(
+        self,
+        input_ids: Int[Tensor, "B N"],
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        drafting: int | Literal["auto"] | None = None,
+        drawing: bool = False,
+        warp: Literal["components"] | None = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
+        given = input_ids, logits_processor, stopping_criteria, generation_config
+        if drafting is not None or drawing:
+            why = why_plain(self, input_ids, generation_config, model_kwargs)
+            if drawing:
+                if refused := why_not_drawn(self, logits_processor, generation_config, warp, why):
+                    raise ConfigError(f"nothing can be drawn: {refused}")
+                return decode_drawn(self, *given, streamer, model_kwargs)
+            if why is None and (strange := strange_processor(logits_processor)):
+                why = f"{strange} may be more than a function of text and scores"
+            if why is None:
+                pace = Pace(fixed=None if drafting == "auto" else drafting)
+                return decode_drafted(self, *given, streamer, pace, model_kwargs)
+            warn_plain(why)
+        return cast(Any, super())._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Not for a mixed model: its base takes adapters.
@@ -588,7 +637,14 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
     if TYPE_CHECKING:  # GenerationMixin binds it to a protocol that type checkers do not find fulfilled
 
-        def generate(self, *args: Any, **kwargs: Any) -> Any: ...
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            """transformers' own, and three keywords more.
+
+            Args:
+                drafting: Tokens that the memory drafts at a time, or auto: what gives most tokens a second.
+                drawing: Sample by drawing a component for each token, of which only that one is read.
+                warp: components: processors may act on each component that is drawn, instead of the mixture.
+            """
 
     # --- loading and saving -------------------------------------------------------------------------------------
 
