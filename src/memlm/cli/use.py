@@ -32,10 +32,14 @@ from memlm.targets.config import RetrievalConfig
 
 _MOST_NEW = 1_000_000  # tokens
 _CHAT_PRIOR = 0.1
+_SAMPLED_DRAFT = 4
 _LOWEST_TEMPERATURE = 1e-6  # of sampling; at a lower one logits overflow, and it would be greedy anyway
 Temperature = Annotated[float, number(0, 1e6, "Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float, number(0, 1, "Nucleus of sampling.")]
 Seed = Annotated[int, number(0, MAX_SEED, "Of sampling.")]
+Drafting = Annotated[
+    str, typer.Option(help="Tokens that the memory drafts at a time; auto: what is fastest; off: none.")
+]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
@@ -53,11 +57,13 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = 0,
+    drafting: Drafting = "auto",
     chat_template: ChatTemplate = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
-    """Generate text with a base and one or more memories.
+    """Generate text with a base and one or more memories. A memory that reads tokens alone drafts ahead of the base;
+    what comes is the mixture's as without that.
 
     Example: memlm generate "What is asthma?" --base smollm2 --memory m/ --max-new-tokens 40
 
@@ -68,7 +74,8 @@ def generate(
     quiet()
     turn = _turn(prompt, chat_template)
     model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=chat_template)
-    text = generate_text(model, tokenizer, turn, max_new_tokens, temperature, top_p, seed, stream=not as_json)
+    draft = _drafts(model, drafting, temperature)
+    text = generate_text(model, tokenizer, turn, max_new_tokens, temperature, top_p, seed, draft, stream=not as_json)
     weighed = {"gate": model.gate.gate, "mix_weight": alone(model.mix_weights)}
     print_result({"prompt": prompt, "text": text, **weighed}, as_json)
 
@@ -200,6 +207,24 @@ def _mixed(
     return model, load_tokenizer(resolve(base))
 
 
+def _drafts(model: Any, drafting: str, temperature: float) -> int | str | None:
+    """What the option asks of the model: a fixed length where it samples, for the same seed is to give the same text.
+
+    Raises:
+        ConfigError: It is neither auto, off nor a number.
+    """
+    from memlm.mix.drafting import can_draft, check_drafting
+
+    if drafting == "off" or (drafting == "auto" and not can_draft(model)):
+        return None
+    if drafting == "auto":
+        return "auto" if temperature <= _LOWEST_TEMPERATURE else _SAMPLED_DRAFT
+    if not drafting.isdecimal():
+        raise ConfigError(f"--drafting {drafting}: give a number of tokens, auto or off")
+    check_drafting(int(drafting), False, None)
+    return int(drafting)
+
+
 def generate_text(
     model: Any,
     tokenizer: Any,
@@ -208,6 +233,7 @@ def generate_text(
     temperature: float,
     top_p: float,
     seed: int,
+    drafting: int | str | None = None,
     *,
     stream: bool,
 ) -> str:
@@ -230,6 +256,7 @@ def generate_text(
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
+        **({} if drafting is None else {"drafting": drafting}),
     )
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -246,6 +273,7 @@ def chat(
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     seed: Seed = 0,
+    drafting: Drafting = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Talk to a base and its memories. `/weight 0.3` (`/weight law=0.3 bio=0.1`) fixes mix_weight, `/gate posterior`
@@ -280,7 +308,10 @@ def chat(
             turns.append({"role": "user", "content": line})
             plain = "\n".join(turn["content"] for turn in turns) + "\n"
             prompt = turns if tokenizer.chat_template is not None else plain
-            answer = generate_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, stream=True)
+            draft = _drafts(model, drafting, temperature)
+            answer = generate_text(
+                model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, draft, stream=True
+            )
             turns.append({"role": "assistant", "content": answer})
 
 

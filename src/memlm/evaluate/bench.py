@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import BenchConfig
-from memlm.evaluate.decoding import decode_greedily
+from memlm.evaluate.decoding import decode
+from memlm.mix.drafting import Pace, can_draft
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import default_device, load_causal_lm, longest_context, parse_dtype, resolve
@@ -52,7 +53,10 @@ def bench(
     Returns:
         `base` and each memory's name, each with `tokens_per_s`, `ttft_ms` (time to the first token) and `peak_bytes`
         (its weights and what decoding needs on top; None where the system does not tell), and for memories `ratio`,
-        the time per token over the base's; `machine` with device, threads and load.
+        the time per token over the base's. One prompt at a time, a memory that can draft has two rows more:
+        `NAME drafted`, with `acceptance`, the share of drafted tokens that were accepted (None where none were
+        drafted), and, where its fixed weight is known, `NAME drawn`, which samples. `machine` has device, threads and
+        load.
 
     Raises:
         InputError: There is no prompt.
@@ -72,18 +76,26 @@ def bench(
     needed = max(batch.shape[1] for batch in batches) + config.new_tokens
     if longest is not None and needed > longest:
         raise ConfigError(f"{needed} tokens are more than the {longest} of the base: lower prompt_tokens or new_tokens")
-    ways: dict[str, Any] = {"base": model}
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {"base": (model, {})}
+    paces: dict[str, Pace] = {}
     for name, memory in memories.items():
         options = {"retrieval": retrieval} if retrieval is not None and isinstance(memory, str | Path) else {}
-        ways[name] = MixedLM.from_pretrained(model, memory={name: memory}, gate=gate, memory_kwargs=options)
-        ways[name].to(device)
+        mixed = MixedLM.from_pretrained(model, memory={name: memory}, gate=gate, memory_kwargs=options)
+        ways[name] = mixed.to(device), {}  # type: ignore[arg-type]
+        if config.batch_size > 1 or not can_draft(mixed):
+            continue
+        paces[f"{name} drafted"] = Pace()
+        ways[f"{name} drafted"] = mixed, {"drafting": paces[f"{name} drafted"]}
+        if mixed.mix_weights:
+            fixed = MixedLM(model, mixed.named_memories(), mixed.mix_weights)
+            ways[f"{name} drawn"] = fixed, {"sampled": True, "drawing": True}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     peaks: dict[str, list[int]] = {name: [] for name in ways}
     with progress_bar(config.rounds * len(ways), "timing", unit="run") as bar:
         for number in range(-1, config.rounds):  # the first round warms up
             batch = batches[number % len(batches)].to(device)
-            for name, way in ways.items():
-                first, whole, peak = _timed(way, batch, config, device)
+            for name, (way, asked) in ways.items():
+                first, whole, peak = _timed(way, batch, config, device, asked)
                 if number >= 0:
                     times[name].append((first, whole))
                     bar.update(1)
@@ -96,8 +108,12 @@ def bench(
             "ttft_ms": round(1e3 * median(first for first, _ in pairs), 2),
             "peak_bytes": max(peaks[name], default=None),
         }
-    for name in memories:
-        found[name]["ratio"] = round(found["base"]["tokens_per_s"] / found[name]["tokens_per_s"], 4)
+    for name in ways:
+        if name != "base":
+            found[name]["ratio"] = round(found["base"]["tokens_per_s"] / found[name]["tokens_per_s"], 4)
+    for name, pace in paces.items():
+        accepted = pace.accepted_tokens / pace.drafted_tokens if pace.drafted_tokens else None
+        found[name]["acceptance"] = None if accepted is None else round(accepted, 4)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found["machine"] = {"device": str(device), "threads": torch.get_num_threads(), "load_average": load}
     return found
@@ -107,11 +123,15 @@ def bench_table(report: Mapping[str, Any]) -> str:
     """The report as lines of text."""
     rows = {name: row for name, row in report.items() if name != "machine"}
     width = max(8, *(len(name) + 2 for name in rows))
-    lines = [f"{'':<{width}}{'tokens/s':>10}{'first token':>14}{'peak memory':>14}{'time / base':>13}"]
+    lines = [f"{'':<{width}}{'tokens/s':>10}{'first token':>14}{'peak memory':>14}{'time / base':>13}{'accepted':>10}"]
     for name, row in rows.items():
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "1"
         peak = "?" if row["peak_bytes"] is None else size(row["peak_bytes"])
-        lines.append(f"{name:<{width}}{row['tokens_per_s']:>10.1f}{row['ttft_ms']:>11.0f} ms{peak:>14}{ratio:>13}")
+        accepted = f"{row['acceptance']:.0%}" if row.get("acceptance") is not None else ""
+        line = (
+            f"{name:<{width}}{row['tokens_per_s']:>10.1f}{row['ttft_ms']:>11.0f} ms{peak:>14}{ratio:>13}{accepted:>10}"
+        )
+        lines.append(line.rstrip())
     machine = report["machine"]
     load = "" if machine["load_average"] is None else f", load {machine['load_average']:.1f} at the end"
     lines.append(f"{machine['device']}, {machine['threads']} threads{load}")
@@ -130,7 +150,9 @@ def _batches(tokenizer: Any, prompts: Sequence[str], config: BenchConfig) -> lis
     return found
 
 
-def _timed(way: Any, batch: Tensor, config: BenchConfig, device: torch.device) -> tuple[float, float, int | None]:
+def _timed(
+    way: Any, batch: Tensor, config: BenchConfig, device: torch.device, asked: Mapping[str, Any]
+) -> tuple[float, float, int | None]:
     """Seconds to the first token and to the last, and the peak of memory in bytes."""
     gc.collect()
     memory = _Peak(way, device)
@@ -147,13 +169,13 @@ def _timed(way: Any, batch: Tensor, config: BenchConfig, device: torch.device) -
             pass
 
     options: dict[str, Any] = {"streamer": Streamer()} if len(batch) == 1 else {}
-    decode_greedily(way, batch, config.new_tokens, **options)
+    decode(way, batch, config.new_tokens, **options, **asked)
     whole = clock() - began
     if len(batch) == 1:
         first = marks[1] - began  # the prompt itself comes before it
     else:
         began = clock()
-        decode_greedily(way, batch, 1)
+        decode(way, batch, 1, **asked)
         first = clock() - began
     return first, whole, memory.bytes
 

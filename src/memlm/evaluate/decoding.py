@@ -1,4 +1,4 @@
-"""Greedy decoding of a fixed number of tokens, as figures of speed and of what is said need it."""
+"""Decoding of a fixed number of tokens, as figures of speed and of what is said need it."""
 
 from typing import Any
 
@@ -8,8 +8,10 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 
-def decode_greedily(model: Any, prompts: Int[Tensor, "B T"], new_tokens: int, **options: Any) -> Int[Tensor, "B N"]:
-    """The likeliest tokens after prompts of one length; no text ends before `new_tokens` of them.
+def decode(
+    model: Any, prompts: Int[Tensor, "B T"], new_tokens: int, *, sampled: bool = False, **options: Any
+) -> Int[Tensor, "B N"]:
+    """Tokens after prompts of one length, the likeliest or sampled ones; no text ends before `new_tokens` of them.
 
     What a model's own generation settings ask for, such as penalties, is left out.
 
@@ -27,7 +29,8 @@ def decode_greedily(model: Any, prompts: Int[Tensor, "B T"], new_tokens: int, **
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
-            do_sample=False,
+            do_sample=sampled,
+            **({"top_k": 0} if sampled else {}),
             pad_token_id=0,
             **options,
         )

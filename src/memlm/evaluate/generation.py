@@ -13,7 +13,7 @@ from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus, Split
 from memlm.errors import InputError
 from memlm.evaluate.config import GenerationConfig
-from memlm.evaluate.decoding import decode_greedily
+from memlm.evaluate.decoding import decode
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -167,7 +167,7 @@ def _continued(
     found = []
     for start in range(0, len(prompts), config.batch_size):
         batch = torch.from_numpy(prompts[start : start + config.batch_size]).to(device)
-        found.append(decode_greedily(model, batch, config.new_tokens).cpu().numpy())
+        found.append(decode(model, batch, config.new_tokens).cpu().numpy())
         bar.update(len(batch))
     return np.concatenate(found).astype(np.int64)
 

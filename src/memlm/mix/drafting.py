@@ -67,6 +67,9 @@ class Pace:
     """Drafted tokens to (seconds, weight), older rounds counting less."""
     plain_left: int = 0
     """Plain steps to take before drafts are tried again."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    """Of them, in all."""
 
     _DECAY = 0.9
     _TRIED = (4, 0, 2)
@@ -89,6 +92,8 @@ class Pace:
 
     def saw(self, drafted: int, accepted: int, seconds: float) -> None:
         """Take a round into account."""
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
         self.accepted = self._DECAY * self.accepted + accepted
         self.refused = self._DECAY * self.refused + (accepted < drafted)
         before, weight = self.rounds.get(drafted, (0.0, 0.0))
@@ -119,22 +124,14 @@ class Pace:
         return max(self.rounds[a][0] + slope * (count - a), 1e-9)
 
 
-@dataclass
-class Drafted:
-    """What came of a decoding run."""
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    tokens: int = 0
-
-
 def check_drafting(drafting: Any, drawing: bool, warp: str | None) -> None:
     """Raise unless these are values that `MixedLM.generate` takes.
 
     Raises:
         ConfigError: They are not.
     """
+    if isinstance(drafting, Pace):
+        drafting = drafting.fixed
     if drafting not in (None, "auto") and (not isinstance(drafting, int) or isinstance(drafting, bool)):
         raise ConfigError(f"drafting = {drafting!r}: give a number of tokens, auto, or None")
     if isinstance(drafting, int) and not 1 <= drafting <= 64:
@@ -145,6 +142,11 @@ def check_drafting(drafting: Any, drawing: bool, warp: str | None) -> None:
         raise ConfigError("drafting and drawing are two ways to decode: ask for one of them")
     if warp is not None and not drawing:
         raise ConfigError("warp is for drawing: without it, processors see the mixture")
+
+
+def can_draft(mixed: "MixedLM") -> bool:
+    """Whether drafting is possible for a single text."""
+    return not mixed._is_stateful and drafter(mixed) is not None
 
 
 def why_plain(

@@ -598,7 +598,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         generation_config: GenerationConfig,
         synced_gpus: bool = False,
         streamer: Any = None,
-        drafting: int | Literal["auto"] | None = None,
+        drafting: int | Literal["auto"] | Pace | None = None,
         drawing: bool = False,
         warp: Literal["components"] | None = None,
         **model_kwargs: Any,
@@ -614,7 +614,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             if why is None and (strange := strange_processor(logits_processor)):
                 why = f"{strange} may be more than a function of text and scores"
             if why is None:
-                pace = Pace(fixed=None if drafting == "auto" else drafting)
+                pace = drafting if isinstance(drafting, Pace) else Pace(None if drafting == "auto" else drafting)
                 return decode_drafted(self, *given, streamer, pace, model_kwargs)
             warn_plain(why)
         return cast(Any, super())._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
@@ -641,7 +641,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             """transformers' own, and three keywords more.
 
             Args:
-                drafting: Tokens that the memory drafts at a time, or auto: what gives most tokens a second.
+                drafting: Tokens that the memory drafts at a time, or auto: what gives most tokens a second; or a
+                    `Pace`, which tells afterwards what was accepted.
                 drawing: Sample by drawing a component for each token, of which only that one is read.
                 warp: components: processors may act on each component that is drawn, instead of the mixture.
             """
