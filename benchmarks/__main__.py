@@ -18,6 +18,7 @@ NAMES = (
     "mixture",
     "gate_decoding",
     "drafting_exactness",
+    "drafted_decoding",
     "knn_decoding",
     "mlp_quality",
     "teacher_pass",

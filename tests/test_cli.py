@@ -402,6 +402,21 @@ def test_generate_streams_text_and_obeys_its_options(
         for seed in (0, 0, 1)
     ]
     assert sampled[0] == sampled[1] != sampled[2]
+    for drafting in ("off", "3", "auto"):
+        told = memlm("generate", "the memory", *both, *few, "--drafting", drafting, "--json")
+        assert ok(told)["text"] == as_json["text"]
+        assert told.err == ""
+    for wrong, why in (("often", "give a number of tokens, auto or off"), ("0", "must be from 1 to 64")):
+        told = memlm("generate", "the memory", *both, *few, "--drafting", wrong)
+        assert told.code != 0
+        assert why in told.err
+
+
+def test_a_memory_that_cannot_draft_says_nothing_of_it(
+    memlm: Callable[..., Result], model_folder: str, mlp_folder: Path
+) -> None:
+    told = memlm("generate", "the memory", "--base", model_folder, "--memory", mlp_folder, "--max-new-tokens", 4)
+    assert (told.code, told.err) == (0, "")
 
 
 def test_generate_mixes_several_memories_by_name(

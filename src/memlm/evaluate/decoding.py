@@ -13,24 +13,24 @@ def decode(
 ) -> Int[Tensor, "B N"]:
     """Tokens after prompts of one length, the likeliest or sampled ones; no text ends before `new_tokens` of them.
 
-    What a model's own generation settings ask for, such as penalties, is left out.
+    What a model's own generation settings ask for, such as penalties, is left out. Greedily the end of a text is never
+    chosen; where tokens are sampled it is one like others.
 
     Args:
         model: Any model of transformers, or a mixture.
         options: Further ones of `generate`.
     """
     own = model.generation_config
-    model.generation_config = GenerationConfig(
-        eos_token_id=own.eos_token_id
-    )  # no penalties, beams or sampling of its own
+    model.generation_config = GenerationConfig()  # no end, penalties, beams or sampling of its own
+    unending = {} if sampled else {"eos_token_id": own.eos_token_id, "min_new_tokens": new_tokens}
     try:
         found = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
             do_sample=sampled,
             **({"top_k": 0} if sampled else {}),
+            **unending,
             pad_token_id=0,
             **options,
         )

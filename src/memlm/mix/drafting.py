@@ -14,6 +14,7 @@ Source: speculative sampling, arXiv:2211.17192 and arXiv:2302.01318; drawing a c
 
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -284,8 +285,14 @@ def decode_drafted(
     streamer: Any,
     pace: Pace,
     model_kwargs: dict[str, Any],
+    judging: "Judge | None" = None,
 ) -> Any:
-    """Go on with a text, the memory drafting; arguments as `_sample` of transformers takes them."""
+    """Go on with a text, the memory drafting; arguments as `_sample` of transformers takes them.
+
+    Args:
+        judging: What decides which drafted tokens are accepted; `judge` if None.
+    """
+    judging = judging or judge
     cache = _cache_of(model_kwargs)
     assert isinstance(cache, MixedCache)
     name, text, processed = drafter(mixed), text_of(input_ids, criteria, config, streamer), Processed(processors)
@@ -323,7 +330,7 @@ def decode_drafted(
         logits = mixed._mix(parts)[0]
         _check_finite(parts)
         scores = processed(text.ids, chunk[:, 1:] if count else chunk[:, :0], logits)
-        accepted, last = _judge(scores, drafts, sampled)
+        accepted, last = judging(scores, drafts, sampled)
         tokens = [last] if drafts is None else [*drafts.tokens[0, :accepted, None], last]
         for place, token in enumerate(tokens):
             text.add(token, scores[place : place + 1], logits[place : place + 1])
@@ -338,7 +345,7 @@ def decode_drafted(
 
 
 @dataclass(frozen=True)
-class _Drafts:
+class Drafts:
     """What a memory drafted, and what it thought meanwhile."""
 
     tokens: Int[Tensor, "1 K"]
@@ -358,7 +365,7 @@ def _draft(
     count: int,
     processed: Processed,
     sampled: bool,
-) -> _Drafts:
+) -> Drafts:
     """Let a memory go on by itself for `count` tokens; it reads the last of them too."""
     token, tokens = fresh, ids[:, :0]
     states: list[Tensor] = []
@@ -378,10 +385,14 @@ def _draft(
         else:
             token = scores.argmax(-1, keepdim=True)
         tokens = torch.cat([tokens.to(token.device), token], 1)
-    return _Drafts(tokens, torch.cat(probs) if probs else None, torch.cat(states, 1), torch.cat(votes, 1))
+    return Drafts(tokens, torch.cat(probs) if probs else None, torch.cat(states, 1), torch.cat(votes, 1))
 
 
-def _judge(scores: Float[Tensor, "K+1 V"], drafts: _Drafts | None, sampled: bool) -> tuple[int, Int[Tensor, "1"]]:
+Judge = Callable[[Tensor, "Drafts | None", bool], tuple[int, Tensor]]
+"""As `judge`."""
+
+
+def judge(scores: Float[Tensor, "K+1 V"], drafts: Drafts | None, sampled: bool) -> tuple[int, Int[Tensor, "1"]]:
     """How many drafted tokens are accepted, and the token that comes after them."""
     if not sampled:
         likeliest = scores.argmax(-1)

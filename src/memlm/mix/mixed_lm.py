@@ -23,6 +23,7 @@ from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
 from memlm.mix.drafting import (
+    Judge,
     Pace,
     check_drafting,
     decode_drafted,
@@ -570,7 +571,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         check_drafting(model_kwargs.get("drafting"), bool(model_kwargs.get("drawing")), model_kwargs.get("warp"))
-        own = {*self._voter.arguments, "drafting", "drawing", "warp"}
+        own = {*self._voter.arguments, "drafting", "drawing", "warp", "draft_judge"}
         strange = {name: value for name, value in model_kwargs.items() if name not in own}
         cast(Any, super())._validate_model_kwargs(strange)
 
@@ -601,6 +602,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         drafting: int | Literal["auto"] | Pace | None = None,
         drawing: bool = False,
         warp: Literal["components"] | None = None,
+        draft_judge: Judge | None = None,
         **model_kwargs: Any,
     ) -> Any:
         """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
@@ -615,7 +617,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                 why = f"{strange} may be more than a function of text and scores"
             if why is None:
                 pace = drafting if isinstance(drafting, Pace) else Pace(None if drafting == "auto" else drafting)
-                return decode_drafted(self, *given, streamer, pace, model_kwargs)
+                return decode_drafted(self, *given, streamer, pace, model_kwargs, draft_judge)
             warn_plain(why)
         return cast(Any, super())._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
@@ -645,6 +647,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                     `Pace`, which tells afterwards what was accepted.
                 drawing: Sample by drawing a component for each token, of which only that one is read.
                 warp: components: processors may act on each component that is drawn, instead of the mixture.
+                draft_judge: Decides in place of `memlm.mix.drafting.judge` which drafted tokens are accepted, for
+                    measurements; the text is then not the mixture's.
             """
 
     # --- loading and saving -------------------------------------------------------------------------------------
