@@ -170,30 +170,16 @@ def test_bad_input_is_one_line(
         evaluate_tasks(["toy"], **asked)
 
 
-def test_tasks_of_general_ability_are_read_and_what_is_missing_is_left_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_tasks_of_general_ability_are_those_that_are_there(
+    tmp_path: Path, model_folder: str, memory_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, out = tmp_path / "tasks", tmp_path / "out"
-    for name in ("sst2", "mr", "cb"):
-        (source / name).mkdir(parents=True)
-    out.mkdir()
-    (source / "sst2" / "test.tsv").write_text("__label__5\tgood\n__label__3\tso so\n__label__1\tbad\n")
-    (source / "mr" / "test.csv").write_text('label,text\n0,"dull , very"\n1,fine\n')
-    rows = [{"premise": "A.", "hypothesis": "B.", "label": "neutral"}]
-    (source / "cb" / "dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chances = general_ability.write_tasks(source, out, limit=10, seed=0)
-    assert chances == {"memlm_sst2": 0.5, "memlm_mr": 0.5, "memlm_cb": pytest.approx(1 / 3)}
-    assert "rte: no folder" in capsys.readouterr().err
-    read = {
-        name: [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-        for name in ("sst2", "mr", "cb")
-    }
-    assert {(row["prompt"], row["right"]) for row in read["sst2"]} == {
-        ("Review: good\nSentiment:", 1),
-        ("Review: bad\nSentiment:", 0),
-    }
-    assert {row["right"] for row in read["mr"]} == {0, 1}
-    assert read["cb"][0]["answers"][read["cb"][0]["right"]] == " maybe"
-    (source / "cb" / "dev.jsonl").write_text('{"premise": "A."}\n')
-    with pytest.raises(InputError, match="is not as task cb has it: KeyError"):
-        general_ability.write_tasks(source, out, limit=10, seed=0)
+    given = ["--base", model_folder, "--memory", str(memory_folder), "--gate", "posterior"]
+    assert general_ability.main([str(tmp_path), *given]) == 1
+    assert "holds none of the tasks sst2, mr" in capsys.readouterr().err
+    (tmp_path / "mr").mkdir()
+    (tmp_path / "mr" / "test.csv").write_text("label,text\n0,dull\n1,fine\n")
+    assert general_ability.chances(tmp_path) == {"papers:mr": 0.5}
+    assert general_ability.main([str(tmp_path), *given, "--out", str(tmp_path / "report.json")]) == 0
+    assert "where the base alone is above chance" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["chance"] == {"papers:mr": 0.5}

@@ -9,9 +9,9 @@ import torch
 from families import family_model
 from memories import LONG_TEXT, Make, decoder_memory
 from test_gate import VOCAB, mixture, some_tokens
+from test_mixed_generation import Listener
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.drafting_exactness import chance_of, direct, places_among, processors_of, sampled
 from memlm.errors import ConfigError, ModelError
@@ -102,18 +102,6 @@ def test_a_weight_for_one_call_and_an_evidence_mask_are_kept() -> None:
         assert_same_but_for_ties(model, greedy(model, drafting=3, **options), greedy(model, **options), **options)
 
 
-class _Listener(BaseStreamer):
-    def __init__(self) -> None:
-        self.heard: list[int] = []
-        self.ended = False
-
-    def put(self, value: Tensor) -> None:
-        self.heard += value.flatten().tolist()
-
-    def end(self) -> None:
-        self.ended = True
-
-
 class _AfterToken(StoppingCriteria):
     def __init__(self, length: int) -> None:
         self.length = length
@@ -126,7 +114,7 @@ def test_a_text_ends_where_it_should_and_is_told_token_by_token() -> None:
     model = mixture(gate="none")
     whole = greedy(model)
     for length in range(PROMPT.shape[1] + 1, PROMPT.shape[1] + 9):
-        listener = _Listener()
+        listener = Listener()
         stop = StoppingCriteriaList([_AfterToken(length)])
         found = greedy(model, drafting=4, stopping_criteria=stop, streamer=listener)
         assert found.tolist() == whole[:, :length].tolist()
