@@ -186,6 +186,7 @@ def test_what_a_row_costs(whole: tuple[Path, dict, list[str]], model_folder: str
     assert rows_of(report, "knn")["fixed weight"]["added"]["parameters"] == 0  # its teacher is the base
     assert rows_of(report, "memory")["fixed weight"]["decoding"]["tokens_per_s"] > 0
     assert "decoding" not in rows_of(report, "memory+mlp")["fixed weight"]
+    assert rows_of(report, "memory")["fixed weight"]["drafted"]["tokens_per_s"] > 0
 
 
 def test_the_best_are_marked_within_their_interval(whole: tuple[Path, dict, list[str]]) -> None:
@@ -226,7 +227,9 @@ def test_a_second_run_makes_nothing_and_says_the_same(
     said: list[str] = []
     again = Comparison({**sections, "compare": {**sections["compare"], "timed_tokens": 0}}, out).run(said.append)
     assert all("found at" in line or line == "scoring" for line in said)
-    without = [{key: value for key, value in row.items() if key != "decoding"} for row in report["rows"]]
+    without = [
+        {key: value for key, value in row.items() if key not in ("decoding", "drafted")} for row in report["rows"]
+    ]
     assert json.loads(json.dumps(again["rows"])) == json.loads(json.dumps(without))
     plan = Comparison(sections, out).plan()
     assert {step.state for step in plan if step.step != "comparison"} == {"there"}

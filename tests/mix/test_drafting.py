@@ -12,6 +12,7 @@ from test_gate import VOCAB, mixture, some_tokens
 from test_mixed_generation import Listener
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.drafting_exactness import chance_of, direct, places_among, processors_of, sampled
 from memlm.errors import ConfigError, ModelError
@@ -141,6 +142,126 @@ def test_what_comes_back_is_what_a_plain_run_gives_and_can_be_gone_on_from(case:
         for text, known, drafting in ((found.sequences, cache, 3), (plain.sequences, plain.past_key_values, None))
     ]
     assert_same_but_for_ties(model, *more)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_a_base_with_sliding_windows_takes_tokens_back(family: str) -> None:
+    base = family_model(family, VOCAB, **({"sliding_window": 8} if family == "mistral" else {}))
+    model = MixedLM(base, decoder_memory(VOCAB, seed=7), 0.3)
+    model.generation_config.eos_token_id = None
+    for prompt in (PROMPT, some_tokens(1, 14)):
+        assert_same_but_for_ties(model, greedy(model, prompt, drafting=4), greedy(model, prompt))
+
+
+def test_a_prompt_is_read_in_chunks_where_asked() -> None:
+    model, prompt = mixture(gate="none"), some_tokens(1, 20)
+    expected = greedy(model, prompt)
+    read = counted(model)
+    assert greedy(model, prompt, drafting=4, prefill_chunk_size=6).tolist() == expected.tolist()
+    assert read["base"][:4] == [6, 6, 6, 2]
+
+
+class _Raises(BaseStreamer):
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def put(self, value: Tensor) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("case", [FIXED, {}], ids=str)
+@pytest.mark.parametrize("options", [{"drafting": 4}, {"drawing": True, "do_sample": True, "top_k": 0}], ids=str)
+def test_a_text_that_was_stopped_leaves_a_cache_to_go_on_from(case: dict[str, Any], options: dict[str, Any]) -> None:
+    if case == {} and "drawing" in options:
+        pytest.skip("a gate hears all")
+    for after in range(1, 9):
+        model = mixture(**case)
+        cache = model.new_cache(1)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(
+                PROMPT, past_key_values=cache, streamer=_Raises(after), max_new_tokens=NEW, pad_token_id=0, **options
+            )
+        known = cache.get_seq_length()
+        assert known <= PROMPT.shape[1] + after
+        text = torch.cat([PROMPT, some_tokens(1, 12, seed=9)], 1)  # goes on from what the cache knows of it
+        if known <= PROMPT.shape[1]:
+            found = model(text[:, known:], past_key_values=cache).logits
+            torch.testing.assert_close(found, model(text).logits[:, known:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_draft_that_is_interrupted_takes_back_what_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture(gate="none")
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        model(PROMPT[:, :-1], past_key_values=cache)
+    memory, steps = model.named_memories()["m0"], []
+    step = memory.step
+
+    def stops(*args: Any, **options: Any) -> Any:
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(*args, **options)
+
+    monkeypatch.setattr(memory, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        greedy(model, past_key_values=cache, drafting=4)
+    monkeypatch.undo()
+    found = model(PROMPT[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(found, model(PROMPT).logits[:, -1:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_drawn_text_goes_on_from_a_cache_whose_memory_slept() -> None:
+    model, text = mixture(sleep=8, sleep_below=1.0), some_tokens(1, 12)
+    cache = model.new_cache(1)
+    with torch.no_grad():
+        for at in range(text.shape[1] - 1):
+            model(text[:, at : at + 1], past_key_values=cache)
+    assert len(cache.unread)
+    model.set_mix_weight(1.0)
+    found = model.generate(
+        text, past_key_values=cache, do_sample=True, temperature=1e-3, top_k=0, drawing=True, warp="components",
+        max_new_tokens=6, pad_token_id=0,
+    )  # fmt: skip
+    assert_same_but_for_ties(model, found, model.generate(text, do_sample=False, max_new_tokens=6, pad_token_id=0))
+
+
+def test_stop_strings_end_a_drafted_text(make: Make, tokenizer: Any) -> None:
+    model = make({"law": 0.4})
+    prompt = tokenizer("the memory reads", return_tensors="pt")
+    plain = model.generate(**prompt, do_sample=False, max_new_tokens=16, pad_token_id=0)
+    word = tokenizer.decode(plain[0, prompt["input_ids"].shape[1] + 5 :][:2])
+    both = [
+        model.generate(
+            **prompt,
+            do_sample=False,
+            max_new_tokens=16,
+            pad_token_id=0,
+            stop_strings=[word],
+            tokenizer=tokenizer,
+            **how,
+        ).tolist()
+        for how in ({}, {"drafting": 4})
+    ]
+    assert both[0] == both[1]
+    assert len(both[0][0]) < plain.shape[1]
+
+
+class _HearsScores(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), len(scores) > 5)
+
+
+def test_criteria_hear_the_scores_that_are_kept() -> None:
+    asked = {"return_dict_in_generate": True, "output_scores": True}
+    stop = StoppingCriteriaList([_HearsScores()])
+    found = greedy(mixture(gate="none"), drafting=4, stopping_criteria=stop, **asked)
+    assert len(found.scores) == 6
 
 
 # --- what is read -----------------------------------------------------------------------------------------------------
@@ -293,14 +414,16 @@ def test_drafts_are_long_where_they_are_accepted_and_cheap_and_stop_where_they_a
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drafting": 0}, "drafting = 0: must be from 1 to 64"),
-        ({"drafting": 65}, "must be from 1 to 64"),
+        ({"drafting": 0}, "drafting = 0: must be from 1 to 32"),
+        ({"drafting": 33}, "must be from 1 to 32"),
         ({"drafting": "always"}, "drafting = 'always': give a number of tokens, auto, or None"),
         ({"drafting": True}, "drafting = True"),
         ({"drafting": 4, "drawing": True}, "two ways to decode"),
         ({"warp": "components"}, "warp is for drawing"),
         ({"drawing": True, "warp": "all"}, "warp = 'all'"),
         ({"drafting": 4, "num_beams": 2}, "not for beams"),
+        ({"drafting": 4, "assistant_model": family_model("llama", VOCAB)}, "an assistant drafts already"),
+        ({"drawing": True, "do_sample": True, "top_k": 0, "mix_weight": 7.0}, "must be in"),
         ({"drawing": True}, "nothing can be drawn: drawing samples"),
         ({"drawing": True, "do_sample": True, "top_k": 4}, "TopKLogitsWarper would act on each component"),
         (
@@ -320,8 +443,28 @@ def test_a_gate_or_a_reader_of_the_base_cannot_be_drawn(make: Make) -> None:
     sampling = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "pad_token_id": 0, "drawing": True}
     with pytest.raises(ConfigError, match="a gate has to hear all components"):
         mixture().generate(PROMPT, **sampling)
+    mixture().generate(PROMPT, mix_weight=0.5, **sampling)  # but for a call with a weight of its own
     with pytest.raises(ConfigError, match="no memory drafts"):
         make({"mlp": 0.5}).generate(PROMPT, **sampling)
+
+
+def test_a_weight_for_one_call_is_drawn_by() -> None:
+    model = mixture(gate="none")
+    asked = {"do_sample": True, "top_k": 0, "max_new_tokens": 12, "pad_token_id": 0, "drawing": True}
+    for weight, unread in ((0.0, "m0"), (1.0, "base")):
+        read = counted(model)
+        model.generate(PROMPT, mix_weight=weight, **asked)
+        assert len(read[unread]) == 1
+
+
+def test_what_the_base_cannot_read_is_refused_as_ever() -> None:
+    model = mixture(gate="none")
+    with pytest.raises(ConfigError, match="token id 99 is outside the 40"):
+        greedy(model, torch.tensor([[5, 99]]), drafting=4)
+    cache = model.new_cache(1)
+    model(PROMPT, past_key_values=cache)
+    with pytest.raises(ConfigError, match="the cache holds the whole prompt"):
+        greedy(model, past_key_values=cache, drafting=4)
 
 
 class _Odd(LogitsProcessor):
@@ -333,7 +476,8 @@ class _Odd(LogitsProcessor):
     ("case", "options", "message"),
     [
         ("batch", {}, "a batch is decoded step by step"),
-        ("mlp", {}, "one that reads the base's states cannot run ahead"),
+        ("mlp", {}, "only one that reads tokens can run ahead"),
+        ("fixed", {"cache_implementation": "static"}, "cannot take tokens back"),
         ("fixed", {"logits_processor": LogitsProcessorList([_Odd()])}, "_Odd may be more than a function"),
         ("fixed", {"use_cache": False}, "there is no cache"),
         ("fixed", {"return_dict_in_generate": True, "output_attentions": True}, "attentions or hidden states"),

@@ -26,15 +26,17 @@ from transformers.generation import logits_process as processors_of
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from memlm.errors import ConfigError, ModelError
-from memlm.memory.protocol import Memory, ParametricMemory
+from memlm.memory.protocol import Memory
 from memlm.mix.cache import MixedCache
-from memlm.mix.weights import FixedWeights
+from memlm.mix.sleep import Unread
+from memlm.mix.weights import FixedWeights, settle_weights
 from memlm.models.abilities import CACHE
 
 if TYPE_CHECKING:
     from memlm.mix.mixed_lm import MixedLM
 
 MOST_DRAFTED = 16
+_LONGEST = 32  # asked for; a gate keeps its votes at the latest 64 places, and all drafts may be refused
 _OF_SCORES_ALONE = tuple(
     getattr(processors_of, name)
     for name in (
@@ -72,6 +74,9 @@ class Pace:
     accepted_tokens: int = 0
     """Of them, in all."""
 
+    since: int = 0
+    """Rounds that were chosen by what is known."""
+
     _DECAY = 0.9
     _TRIED = (4, 0, 2)
     _PAUSE = 24
@@ -80,12 +85,16 @@ class Pace:
         """Tokens to draft now."""
         if self.fixed is not None:
             return self.fixed
-        if untried := [count for count in self._TRIED if count not in self.rounds]:
-            return untried[0]
+        if untried := [count for count in self._TRIED if self.rounds.get(count, (0.0, 0.0))[1] < 1.5]:
+            return untried[0]  # twice each, for the first of its kind is slow
         if self.plain_left:
             self.plain_left -= 1
             return 0
-        best = max(range(MOST_DRAFTED + 1), key=lambda count: self._expected(count) / self._seconds(count))
+        self.since += 1
+        if self.since % self._PAUSE == 0:  # what another length takes by now
+            return self._TRIED[self.since // self._PAUSE % len(self._TRIED)]
+        most = min(MOST_DRAFTED, 2 * max(self.rounds))
+        best = max(range(most + 1), key=lambda count: self._expected(count) / self._seconds(count))
         if best == 0:
             self.plain_left = self._PAUSE
             return 2  # so that it is seen when drafts begin to pay
@@ -97,9 +106,10 @@ class Pace:
         self.accepted_tokens += accepted
         self.accepted = self._DECAY * self.accepted + accepted
         self.refused = self._DECAY * self.refused + (accepted < drafted)
-        before, weight = self.rounds.get(drafted, (0.0, 0.0))
+        before, weight = self.rounds.get(drafted, (seconds, 0.0))
         new = weight * self._DECAY + 1
-        self.rounds[drafted] = (before + (seconds - before) / new, new)
+        mean = before + (seconds - before) / new
+        self.rounds[drafted] = (min(before, seconds) if 1 <= weight < 1.5 else mean, new)
 
     @property
     def acceptance(self) -> float:
@@ -135,8 +145,8 @@ def check_drafting(drafting: Any, drawing: bool, warp: str | None) -> None:
         drafting = drafting.fixed
     if drafting not in (None, "auto") and (not isinstance(drafting, int) or isinstance(drafting, bool)):
         raise ConfigError(f"drafting = {drafting!r}: give a number of tokens, auto, or None")
-    if isinstance(drafting, int) and not 1 <= drafting <= 64:
-        raise ConfigError(f"drafting = {drafting}: must be from 1 to 64 tokens")
+    if isinstance(drafting, int) and not 1 <= drafting <= _LONGEST:
+        raise ConfigError(f"drafting = {drafting}: must be from 1 to {_LONGEST} tokens")
     if warp not in (None, "components"):
         raise ConfigError(f"warp = {warp!r}: must be components, or None for the mixture's own distribution")
     if drawing and drafting is not None:
@@ -156,16 +166,17 @@ def why_plain(
     """Why a text can only be decoded step by step; None where drafts can be made."""
     if len(input_ids) > 1:
         return "a batch is decoded step by step so far"
-    if not isinstance(_cache_of(model_kwargs), MixedCache):
+    cache = _cache_of(model_kwargs)
+    if not isinstance(cache, MixedCache):
         return "there is no cache"
-    if mixed._is_stateful:
+    if mixed._is_stateful or not all(hasattr(layer, "crop") for layer in cache.layers):
         return f"{type(mixed.base).__name__} cannot take tokens back from its cache"
     if config.output_attentions or config.output_hidden_states:
         return "attentions or hidden states are asked for"
     if drafter(mixed) is None:
-        return "no memory drafts: one that reads the base's states cannot run ahead of it"
+        return "no memory drafts: only one that reads tokens can run ahead of the base"
     known = {CACHE, "past_key_values", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
-    known |= {"mix_weight", "evidence_mask", "cache_position"}
+    known |= {"mix_weight", "evidence_mask", "cache_position", "tokenizer"}
     places = model_kwargs.get("position_ids")
     mask = model_kwargs.get("attention_mask")
     length = input_ids.shape[1] if mask is None else int(mask.sum())
@@ -177,12 +188,8 @@ def why_plain(
 
 
 def drafter(mixed: "MixedLM") -> str | None:
-    """The memory that drafts: of those that read tokens alone the one with the largest weight."""
-    able = [
-        name
-        for name, memory in mixed.named_memories().items()
-        if memory.tap is None and isinstance(memory, ParametricMemory)
-    ]
+    """The memory that drafts: of those that can the one with the largest weight."""
+    able = [name for name, memory in mixed.named_memories().items() if memory.can_draft]
     return max(able, key=lambda name: mixed.mix_weights.get(name, 0.0), default=None)
 
 
@@ -222,12 +229,13 @@ class Text:
         """
         self.ids = torch.cat([self.ids, token[:, None].to(self.ids.device)], 1)
         if self.scores is not None:
-            self.scores.append(scores)
+            self.scores.append(scores.clone())  # of many that were made together
         if self.logits is not None:
-            self.logits.append(logits)
+            self.logits.append(logits.clone())
         if self.streamer is not None:
             self.streamer.put(token.cpu())
-        self.done = bool(cast(Any, self.criteria)(self.ids, None).all())
+        told = None if self.scores is None else tuple(self.scores)
+        self.done = bool(cast(Any, self.criteria)(self.ids, told).all())
 
     def result(self, cache: MixedCache) -> Any:
         if self.streamer is not None:
@@ -292,55 +300,59 @@ def decode_drafted(
     Args:
         judging: What decides which drafted tokens are accepted; `judge` if None.
     """
-    judging = judging or judge
-    cache = _cache_of(model_kwargs)
-    assert isinstance(cache, MixedCache)
+    judging, cache = judging or judge, _checked_cache(mixed, input_ids, model_kwargs)
     name, text, processed = drafter(mixed), text_of(input_ids, criteria, config, streamer), Processed(processors)
     assert name is not None
-    memory = mixed.named_memories()[name]
-    device, sampled = mixed.device, bool(config.do_sample)
+    memory, sampled = mixed.named_memories()[name], bool(config.do_sample)
     mask: Tensor | None = model_kwargs.get("attention_mask")
     given: dict[str, Any] = {key: model_kwargs.get(key) for key in ("mix_weight", "evidence_mask")}
-    while not text.done:
-        began = time.perf_counter()
-        known = cache.get_seq_length()
-        fresh = text.ids[:, known:].to(device)
-        if mask is not None:
-            mask = torch.nn.functional.pad(mask, (0, text.ids.shape[1] - mask.shape[1]), value=1)
-        count = min(pace.next(), text.room - 1) if known and fresh.shape[1] == 1 else 0
-        if count > 0 and (len(cache.unread) or mixed._rule.asleep(cache.rule, known, 0, 1)):
-            count = 0
-        drafts = (
-            _draft(name, memory, cache.of(name, memory), text.ids, fresh, count, processed, sampled) if count else None
-        )
-        chunk = fresh if drafts is None else torch.cat([fresh, drafts.tokens.to(device)], 1)
-        whole_mask = mask
-        if mask is not None:
-            whole_mask = torch.nn.functional.pad(mask, (0, known + chunk.shape[1] - mask.shape[1]), value=1)
-        parts = mixed.components(
-            chunk,
-            whole_mask,
-            None if whole_mask is None else (whole_mask.long().cumsum(1) - 1).clamp(min=0)[:, -chunk.shape[1] :],
+
+    def read(tokens: Tensor, drafts: "Drafts | None" = None) -> Any:
+        whole = _mask_for(mask, cache.get_seq_length() + tokens.shape[1])
+        return mixed.components(
+            tokens,
+            whole,
+            _positions(whole, tokens),
             cache,
-            logits_to_keep=count + 1,
+            logits_to_keep=1 if drafts is None else tokens.shape[1],
             read=None if drafts is None else {name: (drafts.state, drafts.votes)},
             use_cache=True,
             **given,
         )
-        logits = mixed._mix(parts)[0]
-        _check_finite(parts)
-        scores = processed(text.ids, chunk[:, 1:] if count else chunk[:, :0], logits)
-        accepted, last = judging(scores, drafts, sampled)
-        tokens = [last] if drafts is None else [*drafts.tokens[0, :accepted, None], last]
-        for place, token in enumerate(tokens):
-            text.add(token, scores[place : place + 1], logits[place : place + 1])
-            if text.done:
-                break
-        # what the caches know is all but the last token
-        if (surplus := cache.get_seq_length() - (text.ids.shape[1] - 1)) > 0:
-            cache.crop(-surplus)
+
+    for part in _first_chunks(text.ids[:, cache.get_seq_length() :], config):
+        read(part.to(mixed.device))
+    while not text.done:
+        began, known = time.perf_counter(), cache.get_seq_length()
+        fresh = text.ids[:, known:].to(mixed.device)
+        count = min(pace.next(), text.room - 1) if known and fresh.shape[1] == 1 else 0
+        if count > 0 and (len(cache.unread) or mixed._rule.asleep(cache.rule, known, 0, 1)):
+            count = 0
+        own = cache.of(name, memory)
+        drafts = _draft(name, memory, own, text.ids, fresh, count, processed, sampled) if count > 0 else None
+        chunk = fresh if drafts is None else torch.cat([fresh, drafts.tokens.to(fresh.device)], 1)
+        try:
+            parts = read(chunk, drafts)
+        except BaseException:
+            if drafts is not None and cache.get_seq_length() == known:
+                own.crop(chunk.shape[1])
+            raise
+        try:
+            _check_finite(parts)
+            logits = mixed._mix(parts)[0]
+            scores = processed(text.ids, chunk[:, 1:] if drafts is not None else chunk[:, :0], logits)
+            accepted, last = judging(scores, drafts, sampled)
+            for place, token in enumerate([*(drafts.tokens[0, :accepted, None] if drafts is not None else ()), last]):
+                text.add(token, scores[place : place + 1], logits[place : place + 1])
+                if text.done:
+                    break
+        finally:  # what the caches know is all but the last token, also where a streamer or a criterion raised
+            if (surplus := cache.get_seq_length() - max(known, text.ids.shape[1] - 1)) > 0:
+                cache.crop(-surplus)
         if known:
             pace.saw(count, accepted, time.perf_counter() - began)
+        else:
+            cache.activate_past_recording()  # so that sliding layers can take tokens back
     return text.result(cache)
 
 
@@ -371,20 +383,25 @@ def _draft(
     states: list[Tensor] = []
     votes: list[Tensor] = []
     probs: list[Tensor] = []
-    for place in range(count + 1):
-        states.append(memory.step(token, None, cache=cache))
-        votes.append(cast(Tensor, memory.votes(states[-1], slice(None))))
-        if bool(votes[-1][0, 0, 0].isnan()):
-            raise ModelError(f"memory {name!r} gives no finite scores")
-        if place == count:
-            break
-        scores = processed(torch.cat([ids, tokens.to(ids.device)], 1), tokens[:, :0], votes[-1][0])
-        if sampled:
-            probs.append(scores.softmax(-1))
-            token = torch.multinomial(probs[-1], 1)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        tokens = torch.cat([tokens.to(token.device), token], 1)
+    try:
+        for place in range(count + 1):
+            states.append(memory.step(token, None, cache=cache))
+            votes.append(cast(Tensor, memory.votes(states[-1], slice(None))))
+            if bool(votes[-1][0, 0, 0].isnan()):
+                raise ModelError(f"memory {name!r} gives no finite scores")
+            if place == count:
+                break
+            scores = processed(torch.cat([ids, tokens.to(ids.device)], 1), tokens[:, :0], votes[-1][0])
+            if sampled:
+                probs.append(scores.softmax(-1))
+                token = torch.multinomial(probs[-1], 1)
+            else:
+                token = scores.argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens.to(token.device), token], 1)
+    except BaseException:
+        if states:
+            cache.crop(len(states))
+        raise
     return Drafts(tokens, torch.cat(probs) if probs else None, torch.cat(states, 1), torch.cat(votes, 1))
 
 
@@ -425,61 +442,113 @@ def decode_drawn(
     model_kwargs: dict[str, Any],
 ) -> Any:
     """Sample a text, at each token only from the component that is drawn; arguments as `_sample` takes them."""
-    cache = _cache_of(model_kwargs)
-    assert isinstance(cache, MixedCache)
+    cache = _checked_cache(mixed, input_ids, model_kwargs)
     text, processed = text_of(input_ids, criteria, config, streamer), Processed(processors)
-    memories = mixed.named_memories()
-    names = ["", *memories]
-    weights = torch.tensor([1 - sum(mixed.mix_weights.values()), *mixed.mix_weights.values()]).clamp(min=0).double()
-    read = dict.fromkeys(names, cache.get_seq_length())
+    memories, weights = mixed.named_memories(), _fixed_weights(mixed, model_kwargs)
+    assert weights is not None
+    names, chances = ["", *memories], torch.tensor([max(0.0, 1 - sum(weights)), *weights]).double()
+    known = cache.get_seq_length()
+    read = {name: known - len(cache.unread) if name else known for name in names}
+    cache.unread = Unread()  # what the memories have not read is read from the text
     mask: Tensor | None = model_kwargs.get("attention_mask")
 
     def catch_up(name: str, length: int) -> Any:
         """What a component makes of the tokens up to `length` that it has not read."""
-        fresh, padding = text.ids[:, read[name] : length].to(mixed.device), None
-        if mask is not None:
-            padding = torch.nn.functional.pad(mask, (0, max(0, length - mask.shape[1])), value=1)[:, :length]
-        read[name] = length
+        fresh = text.ids[:, read[name] : length].to(mixed.device)
+        whole = _mask_for(mask, length)
+        own: Any = cache.of(name, memories[name]) if name else cache.of_base
         if name:
-            return memories[name].step(fresh, None, attention_mask=padding, cache=cache.of(name, memories[name]))
-        places = None if padding is None else (padding.long().cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
-        return mixed._voter.step(
-            fresh, attention_mask=padding, cache=cache.of_base, position_ids=places, use_cache=True
-        )
+            state = memories[name].step(fresh, None, attention_mask=whole, cache=own)
+        else:
+            given: dict[str, Any] = {"position_ids": _positions(whole, fresh), "use_cache": True}
+            state = mixed._voter.step(fresh, attention_mask=whole, cache=own, **given)
+        read[name] = length
+        return state
 
-    while not text.done:
-        name = names[int(torch.multinomial(weights, 1))]
-        voter: Any = memories[name] if name else mixed._voter
-        votes = voter.votes(catch_up(name, text.ids.shape[1]), slice(-1, None))[0]
-        if not bool(votes.isfinite().any()):
-            raise ModelError(f"{f'memory {name!r}' if name else 'the base'} gives no finite scores")
-        scores = processed(text.ids, text.ids[:, :0], votes)
-        text.add(torch.multinomial(scores.softmax(-1), 1)[0], scores, votes)
+    try:
+        while not text.done:
+            name = names[int(torch.multinomial(chances, 1))]
+            voter: Any = memories[name] if name else mixed._voter
+            votes = voter.votes(catch_up(name, text.ids.shape[1]), slice(-1, None))[0]
+            if bool(votes[..., 0].isnan().any()):
+                raise ModelError(f"{f'memory {name!r}' if name else 'the base'} gives no finite scores")
+            scores = processed(text.ids, text.ids[:, :0], votes)
+            text.add(torch.multinomial(scores.softmax(-1), 1)[0], scores, votes)
+    except BaseException:
+        for name in names:  # back to what all have read
+            own: Any = cache.of(name, memories[name]) if name else cache.of_base
+            if (ahead := read[name] - min(read.values())) > 0:
+                own.crop(ahead)
+        raise
     for name in names:  # so that the cache is one of all tokens but the last, as after any other decoding
         if read[name] < text.ids.shape[1] - 1:
             catch_up(name, text.ids.shape[1] - 1)
-    surplus = {name: read[name] - (text.ids.shape[1] - 1) for name in names}
-    for name, count in surplus.items():
-        if count > 0:
-            (cache.of(name, memories[name]) if name else cache.of_base).crop(count)
     return text.result(cache)
 
 
+def _checked_cache(mixed: "MixedLM", input_ids: Tensor, model_kwargs: dict[str, Any]) -> MixedCache:
+    """The cache of a text that is to be gone on with.
+
+    Raises:
+        ConfigError: Base or cache cannot go on with it.
+    """
+    cache = _cache_of(model_kwargs)
+    assert isinstance(cache, MixedCache)
+    known = cache.get_seq_length()
+    if known >= input_ids.shape[1]:
+        raise ConfigError("the cache holds the whole prompt, and its last token must be read: crop the cache by one")
+    if known:
+        cache.activate_past_recording()
+    mixed._check_ability(input_ids[:, known:], model_kwargs.get("attention_mask"), cache)
+    return cache
+
+
+def _first_chunks(fresh: Int[Tensor, "1 N"], config: GenerationConfig) -> list[Int[Tensor, "1 C"]]:
+    """What of a prompt is read before its last chunk, where it is to be read in chunks."""
+    size = getattr(config, "prefill_chunk_size", None)
+    return list(fresh.split(size, 1))[:-1] if size else []
+
+
+def _mask_for(mask: Int[Tensor, "1 N"] | None, length: int) -> Int[Tensor, "1 N2"] | None:
+    """The mask of a text of so many tokens, of which those beyond the prompt are no padding."""
+    if mask is None:
+        return None
+    return torch.nn.functional.pad(mask, (0, max(0, length - mask.shape[1])), value=1)[:, :length]
+
+
+def _positions(mask: Int[Tensor, "1 N"] | None, fresh: Int[Tensor, "1 T"]) -> Int[Tensor, "1 T"] | None:
+    """Positions of the latest tokens of a text with padding; None: the model counts."""
+    return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
+
+
+def _fixed_weights(mixed: "MixedLM", model_kwargs: dict[str, Any]) -> list[float] | None:
+    """Each memory's weight at every token of a text; None where a gate weighs them.
+
+    Raises:
+        ConfigError: A weight of this call is out of range.
+    """
+    asked = model_kwargs.get("mix_weight")
+    if asked is None and not isinstance(mixed._rule, FixedWeights):
+        return None
+    weights = settle_weights(mixed._weights, asked, per_row=True)
+    return [float(torch.as_tensor(weight).flatten()[0]) for weight in weights.values()]
+
+
 def why_not_drawn(
-    mixed: "MixedLM", processors: LogitsProcessorList, config: GenerationConfig, warp: str | None, plain: str | None
+    mixed: "MixedLM",
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    warp: str | None,
+    model_kwargs: dict[str, Any],
 ) -> str | None:
-    """Why components cannot be drawn for this text; None where they can."""
-    if plain is not None:
-        return plain
+    """Why components cannot be drawn for this text, other than `why_plain`; None where they can."""
     if not config.do_sample:
         return "drawing samples: pass do_sample=True, or decode with drafting"
     if config.output_scores or config.output_logits:
         return "the mixture's scores are not known where only one component is read: leave them out"
-    if not isinstance(mixed._rule, FixedWeights):
+    if _fixed_weights(mixed, model_kwargs) is None:
         return "a gate has to hear all components: fix the weights (gate='none' or mix_weight)"
-    if any(
-        memory.tap is not None or not isinstance(memory, ParametricMemory) for memory in mixed.named_memories().values()
-    ):
+    if not all(memory.can_draft for memory in mixed.named_memories().values()):
         return "a memory reads the base's states, so nothing is saved"
     if len(processors) and warp is None:
         return (
@@ -491,7 +560,7 @@ def why_not_drawn(
 
 def warn_plain(why: str) -> None:
     """Say once why a text is decoded step by step."""
-    warnings.warn(f"decoded step by step: {why}", stacklevel=4)
+    warnings.warn(f"decoded step by step: {why}", stacklevel=5)
 
 
 def _check_finite(parts: Any) -> None:

@@ -610,7 +610,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if drafting is not None or drawing:
             why = why_plain(self, input_ids, generation_config, model_kwargs)
             if drawing:
-                if refused := why_not_drawn(self, logits_processor, generation_config, warp, why):
+                refused = why or why_not_drawn(self, logits_processor, generation_config, warp, model_kwargs)
+                if refused:
                     raise ConfigError(f"nothing can be drawn: {refused}")
                 return decode_drawn(self, *given, streamer, model_kwargs)
             if why is None and (strange := strange_processor(logits_processor)):
@@ -634,6 +635,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         if kwargs["generation_config"].assistant_early_exit is not None:
             raise NotImplementedError("a mixture cannot draft by leaving its layers early: give an assistant_model")
+        if model_kwargs.get("drafting") is not None or model_kwargs.get("drawing"):
+            raise ConfigError("an assistant drafts already: leave out drafting and drawing")
         own = {n: value for n, value in model_kwargs.items() if n not in ("mix_weight", "evidence_mask")}
         return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 

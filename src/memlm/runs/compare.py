@@ -521,6 +521,8 @@ class Comparison:
             name = as_well.get(row["row"], row["row"])
             if name in found:
                 row["decoding"] = found[name]
+            if (drafted := f"{name} drafted") in found:
+                row["drafted"] = found[drafted]
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         added, decoding = row.get("added", {}), row.get("decoding", {})
         tried = [f"{key} {value}" for found in added.get("settings", {}).values() for key, value in found.items()]
         speed = f"{1e3 / decoding['tokens_per_s']:.0f} ms" if decoding else ""
+        speed += f"; drafted {1e3 / row['drafted']['tokens_per_s']:.0f} ms" if "drafted" in row else ""
         costs.append(
             [
                 row["title"],
