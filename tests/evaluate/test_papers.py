@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import save_model, sentences
+from tiny_tokenizers import sentencepiece_like
 
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.judged import contains, f1, normalised
 from memlm.evaluate.papers import (
     GROUPS,
@@ -146,6 +148,12 @@ def test_rows_of_each_format_become_items(
     assert read_items(name, tmp_path) == [expected]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_field(tmp_path: Path) -> None:
+    (tmp_path / "mr").mkdir()
+    (tmp_path / "mr" / "test.csv").write_text("label,text\n1,fine\n", encoding="utf-8-sig")
+    assert read_items("mr", tmp_path) == [Labelled("fine It was", 1)]
+
+
 def test_stars_in_the_middle_are_left_out_and_json_lines_may_be_called_json(tmp_path: Path) -> None:
     (tmp_path / "sst2").mkdir()
     (tmp_path / "sst2" / "test.tsv").write_text("__label__3\tso so\n__label__5\tfine\n__label__1\tdull\n")
@@ -166,6 +174,14 @@ def test_the_best_answer_comes_first_and_the_hubs_form_is_read(tmp_path: Path, d
     (found,) = (TASKS["truthfulqa"].read(row) for row in rows_of(path))
     assert isinstance(found, Candidates)
     assert (found.true, found.false) == (["x", "z"], ["y"])
+    for targets, message in (
+        ({"choices": ["x"]}, "field 'labels' of 'mc2_targets' must have one for each"),
+        ({"choices": ["x"], "labels": [1, 0]}, "must have one for each of its choices"),
+        ({"choices": ["x", "y"], "labels": [0, 0]}, "needs a true answer and a false one"),
+    ):
+        path = written(tmp_path / "faulty.jsonl", [{"question": "Q", "mc2_targets": targets}])
+        with pytest.raises(InputError, match=f"line 1: .*{message}"):
+            [TASKS["truthfulqa"].read(row) for row in rows_of(path)]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +199,8 @@ def test_the_best_answer_comes_first_and_the_hubs_form_is_read(tmp_path: Path, d
         ("nq_open/NQ-open.dev.jsonl", '"who"\n', "line 1: str where fields are expected"),
         ("nq_open/NQ-open.dev.jsonl", "", "has no rows"),
         ("mr/test.csv", "label,text\n1,fine\nperhaps,dull\n", "line 3: label 'perhaps' in 'label' is none of 0, 1"),
+        ("nq_open/NQ-open.dev.jsonl", "[" * 100_000, "line 1: no JSON"),
+        ("nq_open/NQ-open.dev.jsonl", '{"question": ' + "9" * 5000 + "}", "line 1: no JSON"),
     ],
 )
 def test_a_faulty_file_is_told_by_file_line_and_field(file: str, text: str, message: str, tmp_path: Path) -> None:
@@ -334,3 +352,11 @@ def test_a_template_or_a_taken_name_is_refused(data: Path, memory_folder: Path, 
         evaluate_tasks(["papers:mr"], chat_template=True, **given)
     with pytest.raises(ConfigError, match="fixed names a way of its own"):
         evaluate_tasks(["papers:mr"], others={"fixed": model_folder}, **given)
+
+
+def test_a_further_model_of_another_tokenizer_is_refused_at_once(
+    data: Path, memory_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    other = save_model(tmp_path / "other", sentencepiece_like(sentences(100, seed=3)), seed=5)
+    with pytest.raises(TokenizerMismatchError, match="all models are to answer in the same tokens"):
+        evaluate_tasks(["papers:mr"], base=model_folder, memory=memory_folder, data=data, others={"o": other})

@@ -27,7 +27,7 @@ from memlm.cli.options import (
 from memlm.cli.printing import print_result, quiet, say
 from memlm.config import MAX_SEED
 from memlm.errors import ConfigError, InputError
-from memlm.mix.gate_config import GateConfig
+from memlm.mix.gate_config import LONGEST_DRAFT, GateConfig
 from memlm.targets.config import RetrievalConfig
 
 _MOST_NEW = 1_000_000  # tokens
@@ -70,6 +70,7 @@ def generate(
     Example: memlm generate "The court" --base smollm2 --memory law=m1/ --memory bio=m2/ --mix-weight law=0.3
     --mix-weight bio=0.4
     """
+    _check_drafting(drafting)
     check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
     turn = _turn(prompt, chat_template)
@@ -207,21 +208,24 @@ def _mixed(
     return model, load_tokenizer(resolve(base))
 
 
-def _drafts(model: Any, drafting: str, temperature: float) -> int | str | None:
-    """What the option asks of the model: a fixed length where it samples, for the same seed is to give the same text.
+def _check_drafting(drafting: str) -> None:
+    """Raise unless the option is auto, off or a number of tokens.
 
     Raises:
-        ConfigError: It is neither auto, off nor a number.
+        ConfigError: It is not.
     """
-    from memlm.mix.drafting import can_draft, check_drafting
+    if drafting not in ("auto", "off") and not (drafting.isdecimal() and 1 <= int(drafting) <= LONGEST_DRAFT):
+        raise ConfigError(f"--drafting {drafting}: give a number of tokens from 1 to {LONGEST_DRAFT}, auto or off")
+
+
+def _drafts(model: Any, drafting: str, temperature: float) -> int | str | None:
+    """What the option asks of the model; a fixed length where it samples, so that a seed gives the same text again."""
+    from memlm.mix.drafting import can_draft
 
     if drafting == "off" or (drafting == "auto" and not can_draft(model)):
         return None
     if drafting == "auto":
         return "auto" if temperature <= _LOWEST_TEMPERATURE else _SAMPLED_DRAFT
-    if not drafting.isdecimal():
-        raise ConfigError(f"--drafting {drafting}: give a number of tokens, auto or off")
-    check_drafting(int(drafting), False, None)
     return int(drafting)
 
 
@@ -281,6 +285,7 @@ def chat(
 
     Example: memlm chat --base smollm2 --memory m/
     """
+    _check_drafting(drafting)
     check_models(base, *by_name(memory, mix_weight)[0].values())
     quiet()
     model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=True)

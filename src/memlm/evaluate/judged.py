@@ -1,7 +1,8 @@
 """How a model does on items of the papers' tasks; the model is one of lm-eval, which batches the requests.
 
 A label is judged by its words (fuzzy verbalisers): the mean of `log p(word | prompt) - log p(word | its end alone)`
-over those that are one token, so that a label which is likely anyway gains nothing (domain-conditional PMI). Questions
+over those that are one token, so that a label which is likely anyway gains nothing (domain-conditional PMI); a label
+that has none such is judged by its first word. Questions
 are answered greedily; exact match, F1 and whether a right answer stands in what was said are told apart.
 
 Source: Shi et al. 2022 (arXiv:2205.13792), whose code takes the sum; where labels have as many words, that ranks alike.

@@ -121,7 +121,7 @@ def rows_of(path: Path) -> Iterator[Row]:
         InputError: It cannot be read, or a row is none; the message names file and line.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             if file.read(1) == "[" and path.suffix == ".json":
                 file.seek(0)
                 yield from (Row(f"{path}, row {number}", values) for number, values in enumerate(json.load(file), 1))
@@ -140,9 +140,9 @@ def rows_of(path: Path) -> Iterator[Row]:
                         continue
                     try:
                         yield Row(f"{path}, line {number}", json.loads(line))
-                    except json.JSONDecodeError:
+                    except (ValueError, RecursionError):  # also numbers that are too long
                         raise InputError(f"{path}, line {number}: no JSON") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -249,14 +249,23 @@ def _truth(row: Row) -> Candidates:
     prompt = "".join(f"Q: {asked}\nA: {said}\n\n" for asked, said in _SIX) + f"Q: {question}\nA:"
     if "mc2_targets" in row.values:
         targets = Row(row.where, row.values["mc2_targets"])
-        pairs = list(zip(targets.texts("choices"), targets.values.get("labels", []), strict=True))
-        return Candidates(prompt, [text for text, true in pairs if true], [text for text, true in pairs if not true])
-    true, false = (
-        [part.strip() for part in row.text(name).split(";") if part.strip()]
-        for name in ("Correct Answers", "Incorrect Answers")
-    )
-    best = row.text("Best Answer").strip()
-    return Candidates(prompt, [best, *(part for part in true if part != best)], false)
+        choices, labels = targets.texts("choices"), targets.values.get("labels")
+        if not isinstance(labels, list) or len(labels) != len(choices):
+            raise InputError(f"{row.where}: field 'labels' of 'mc2_targets' must have one for each of its choices")
+        true, false = (
+            [text for text, label in zip(choices, labels, strict=True) if bool(label) == wanted]
+            for wanted in (True, False)
+        )
+    else:
+        true, false = (
+            [part.strip() for part in row.text(name).split(";") if part.strip()]
+            for name in ("Correct Answers", "Incorrect Answers")
+        )
+        best = row.text("Best Answer").strip()
+        true = [best, *(part for part in true if part != best)]
+    if not true or not false:
+        raise InputError(f"{row.where}: a question needs a true answer and a false one")
+    return Candidates(prompt, true, false)
 
 
 _ANSWER = ("exact_match", "f1", "contains")
@@ -413,11 +422,11 @@ def label_words(name: str, data: str | Path | None) -> list[list[str]]:
     task = TASKS[name]
     words = [list(label) for label in task.words]
     if data is not None and task.word_file and (file := Path(data) / task.word_file).is_file():
-        words = [
-            [word for word in line.strip().split(", ") if word]
-            for line in file.read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be read: {error}") from None
+        words = [[word for word in line.strip().split(", ") if word] for line in lines if line.strip()]
         if len(words) != len(task.words):
             raise InputError(f"{file} has {len(words)} lines, one for each of {len(task.words)} labels is expected")
         fewest = min(map(len, words))

@@ -18,6 +18,7 @@ from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_
 from memlm.mix.gate_config import GateConfig, GateName
 
 FIXED, BASE = "fixed", "base"
+_SAME = "all models are to answer in the same tokens"
 _CURE = "pip install 'memlm[tasks]' brings lm-eval"
 
 
@@ -85,13 +86,16 @@ def evaluate_tasks(
 
     from memlm.mix.mixed_lm import MixedLM
     from memlm.models.loading import default_device, load_causal_lm, parse_dtype, resolve
-    from memlm.models.tokenizers import load_tokenizer
+    from memlm.models.tokenizers import check_same, load_tokenizer
 
     if missing := next((place for place in include if not Path(place).is_dir()), None):
         raise InputError(f"{missing} is no folder of task files")
     if taken := {BASE, FIXED, "posterior", "confidence", "both"} & set(others or ()):
         raise ConfigError(f"{min(taken)} names a way of its own; call the further model something else")
     ours, theirs = asked_tasks(tasks)
+    tokenizer = load_tokenizer(resolve(str(base)))
+    for other, place in (others or {}).items():
+        check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
     items = {name: read_items(name, data, limit=limit, seed=seed) for name in ours}
     words = {name: label_words(name, data) for name in ours}
     if chat_template and ours:
@@ -104,10 +108,11 @@ def evaluate_tasks(
         base, memory=memory, mix_weight=mix_weight, gate=gate, dtype=parse_dtype(dtype, device)
     )
     model.to(device)  # type: ignore[arg-type]
-    tokenizer = load_tokenizer(resolve(str(base)))
     asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": chat_template}
     name, weights = model.gate.gate, model.mix_weights
     ways: dict[str, Any] = {BASE: model.base}
+    spoken: Any
+    speaker: Any
     others = others or {}
     if name == "none" or len(model.mix_weights) == len(model.memories):
         ways[FIXED] = model
@@ -117,9 +122,10 @@ def evaluate_tasks(
     found: dict[str, dict[str, tuple[str, NDArray[np.float64]]]] = {}
     for way in (*ways, *others):
         print(f"tasks with {_told(way)}", file=sys.stderr)
+        spoken = speaker = None  # a further model may need their place
         if way in others:
             ways.clear()
-            spoken: Any = load_causal_lm(str(others[way]), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
+            spoken = load_causal_lm(str(others[way]), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
         else:
             spoken = ways[way]
             if way != BASE:

@@ -28,6 +28,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from memlm.errors import ConfigError, ModelError
 from memlm.memory.protocol import Memory
 from memlm.mix.cache import MixedCache
+from memlm.mix.gate_config import LONGEST_DRAFT
 from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, settle_weights
 from memlm.models.abilities import CACHE
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from memlm.mix.mixed_lm import MixedLM
 
 MOST_DRAFTED = 16
-_LONGEST = 32  # asked for; a gate keeps its votes at the latest 64 places, and all drafts may be refused
 _OF_SCORES_ALONE = tuple(
     getattr(processors_of, name)
     for name in (
@@ -145,8 +145,8 @@ def check_drafting(drafting: Any, drawing: bool, warp: str | None) -> None:
         drafting = drafting.fixed
     if drafting not in (None, "auto") and (not isinstance(drafting, int) or isinstance(drafting, bool)):
         raise ConfigError(f"drafting = {drafting!r}: give a number of tokens, auto, or None")
-    if isinstance(drafting, int) and not 1 <= drafting <= _LONGEST:
-        raise ConfigError(f"drafting = {drafting}: must be from 1 to {_LONGEST} tokens")
+    if isinstance(drafting, int) and not 1 <= drafting <= LONGEST_DRAFT:
+        raise ConfigError(f"drafting = {drafting}: must be from 1 to {LONGEST_DRAFT} tokens")
     if warp not in (None, "components"):
         raise ConfigError(f"warp = {warp!r}: must be components, or None for the mixture's own distribution")
     if drawing and drafting is not None:

@@ -8,6 +8,8 @@ from memlm.config import MAX_COUNT, StageConfig
 
 GateName = Literal["posterior", "confidence", "both", "none"]
 """What weighs the memories: see `GateConfig.gate`."""
+LONGEST_DRAFT = 32
+"""Tokens that may be drafted at a time; all may be refused, and a gate keeps its votes at the latest 64 places."""
 
 
 class GateConfig(StageConfig):
