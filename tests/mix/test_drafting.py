@@ -149,8 +149,13 @@ def test_a_base_with_sliding_windows_takes_tokens_back(family: str) -> None:
     base = family_model(family, VOCAB, **({"sliding_window": 8} if family == "mistral" else {}))
     model = MixedLM(base, decoder_memory(VOCAB, seed=7), 0.3)
     model.generation_config.eos_token_id = None
-    for prompt in (PROMPT, some_tokens(1, 14)):
-        assert_same_but_for_ties(model, greedy(model, prompt, drafting=4), greedy(model, prompt))
+    for prompt in (PROMPT, some_tokens(1, 14), some_tokens(1, 1)):
+        expected = greedy(model, prompt)
+        for options in ({}, {"prefill_chunk_size": 3}):
+            assert_same_but_for_ties(model, greedy(model, prompt, drafting=4, **options), expected)
+    started = model.generate(PROMPT, do_sample=False, max_new_tokens=4, pad_token_id=0, return_dict_in_generate=True)
+    found = greedy(model, started.sequences, past_key_values=started.past_key_values, drafting=4)
+    assert_same_but_for_ties(model, found, greedy(model, started.sequences))
 
 
 def test_a_prompt_is_read_in_chunks_where_asked() -> None:
@@ -212,8 +217,10 @@ def test_a_draft_that_is_interrupted_takes_back_what_it_read(monkeypatch: pytest
     with pytest.raises(KeyboardInterrupt):
         greedy(model, past_key_values=cache, drafting=4)
     monkeypatch.undo()
-    found = model(PROMPT[:, -1:], past_key_values=cache).logits
-    torch.testing.assert_close(found, model(PROMPT).logits[:, -1:], rtol=1e-3, atol=1e-3)
+    assert cache.get_seq_length() == PROMPT.shape[1]
+    text = greedy(model)[:, : PROMPT.shape[1] + 1]
+    found = model(text[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(found, model(text).logits[:, -1:], rtol=1e-3, atol=1e-3)
 
 
 def test_a_drawn_text_goes_on_from_a_cache_whose_memory_slept() -> None:

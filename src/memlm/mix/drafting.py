@@ -305,6 +305,7 @@ def decode_drafted(
     assert name is not None
     memory, sampled = mixed.named_memories()[name], bool(config.do_sample)
     mask: Tensor | None = model_kwargs.get("attention_mask")
+    mask = None if mask is None else mask.to(mixed.device)
     given: dict[str, Any] = {key: model_kwargs.get(key) for key in ("mix_weight", "evidence_mask")}
 
     def read(tokens: Tensor, drafts: "Drafts | None" = None) -> Any:
@@ -322,10 +323,11 @@ def decode_drafted(
 
     for part in _first_chunks(text.ids[:, cache.get_seq_length() :], config):
         read(part.to(mixed.device))
+    prompt_is_read = False
     while not text.done:
         began, known = time.perf_counter(), cache.get_seq_length()
         fresh = text.ids[:, known:].to(mixed.device)
-        count = min(pace.next(), text.room - 1) if known and fresh.shape[1] == 1 else 0
+        count = min(pace.next(), text.room - 1) if prompt_is_read else 0
         if count > 0 and (len(cache.unread) or mixed._rule.asleep(cache.rule, known, 0, 1)):
             count = 0
         own = cache.of(name, memory)
@@ -349,10 +351,11 @@ def decode_drafted(
         finally:  # what the caches know is all but the last token, also where a streamer or a criterion raised
             if (surplus := cache.get_seq_length() - max(known, text.ids.shape[1] - 1)) > 0:
                 cache.crop(-surplus)
-        if known:
+        if prompt_is_read:
             pace.saw(count, accepted, time.perf_counter() - began)
         else:
-            cache.activate_past_recording()  # so that sliding layers can take tokens back
+            cache.activate_past_recording()  # from here on sliding layers are to keep what may be taken back
+            prompt_is_read = True
     return text.result(cache)
 
 
@@ -451,6 +454,7 @@ def decode_drawn(
     read = {name: known - len(cache.unread) if name else known for name in names}
     cache.unread = Unread()  # what the memories have not read is read from the text
     mask: Tensor | None = model_kwargs.get("attention_mask")
+    mask = None if mask is None else mask.to(mixed.device)
 
     def catch_up(name: str, length: int) -> Any:
         """What a component makes of the tokens up to `length` that it has not read."""
@@ -497,8 +501,6 @@ def _checked_cache(mixed: "MixedLM", input_ids: Tensor, model_kwargs: dict[str, 
     known = cache.get_seq_length()
     if known >= input_ids.shape[1]:
         raise ConfigError("the cache holds the whole prompt, and its last token must be read: crop the cache by one")
-    if known:
-        cache.activate_past_recording()
     mixed._check_ability(input_ids[:, known:], model_kwargs.get("attention_mask"), cache)
     return cache
 
