@@ -139,9 +139,12 @@ def rows_of(path: Path) -> Iterator[Row]:
                         yield Row(f"{path}, line {number}", {"label": label, "text": text})
                         continue
                     try:
-                        yield Row(f"{path}, line {number}", json.loads(line))
+                        values = json.loads(line)
                     except (ValueError, RecursionError):  # also numbers that are too long
                         raise InputError(f"{path}, line {number}: no JSON") from None
+                    yield Row(f"{path}, line {number}", values)
+    except InputError:
+        raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
 
