@@ -10,6 +10,7 @@ from memlm.cli.checks import check_folder, check_models
 from memlm.cli.options import (
     Base,
     CorpusFolder,
+    Dtype,
     Json,
     Memories,
     MixWeights,
@@ -26,8 +27,6 @@ from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig
 from memlm.files import write_json
 from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig
-
-Dtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16, float16, or auto.")]
 
 
 @with_settings(EvaluateConfig, leave_out=("mix_weight",))

@@ -30,6 +30,7 @@ def _not_nan(value: Any) -> Any:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Dtype = Annotated[str, typer.Option(help="Precision: float32, bfloat16, float16, or auto.")]
 Out = Annotated[Path, typer.Option(help="Folder to write.")]
 CorpusFolder = Annotated[str, typer.Argument(metavar="CORPUS", help="Folder that memlm corpus wrote.")]
 Model = "path, hub id, or a packaged name such as smollm2"

@@ -15,6 +15,7 @@ from memlm.cli.checks import check_models
 from memlm.cli.options import (
     UNNAMED,
     Base,
+    Dtype,
     Json,
     Memories,
     MixWeights,
@@ -41,7 +42,6 @@ Drafting = Annotated[
     str, typer.Option(help="Tokens that the memory drafts at a time; auto: what is fastest; off: none.")
 ]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto.")]
 
 
 @with_settings(GateConfig, into="gate", group="Gate")
