@@ -1,6 +1,6 @@
 """Two studies and a comparison of a million tokens, together: `python -m benchmarks.side_by_side`.
 
-Steps of small models leave an accelerator waiting for its host, so that five processes take little longer than one.
+Steps of small models leave an accelerator waiting for its host, which several processes may fill; not yet measured.
 Each command starts when those it builds on have ended; what they find is in files below `--work` at once. The same call
 again goes on where the one before was cut off.
 """

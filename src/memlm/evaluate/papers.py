@@ -173,7 +173,7 @@ _PARTISAN = "\n neutral or partisan? Answer:"
 
 
 def _partisan(row: Row) -> Labelled:
-    return Labelled(row.text("text").strip() + _PARTISAN, row.label(_TWO | {False: 0, True: 1}, "label"))
+    return Labelled(row.text("text").strip() + _PARTISAN, row.label(_TWO, "label"))
 
 
 _TRUE_OR_FALSE = " true or false?\n answer:"

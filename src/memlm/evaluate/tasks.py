@@ -4,10 +4,10 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_
 from memlm.mix.gate_config import GateConfig, GateName
 
 FIXED, BASE = "fixed", "base"
+_GATES = {name: f"the gate {name}" for name in get_args(GateName) if name != "none"}
 _SAME = "all models are to answer in the same tokens"
 _CURE = "pip install 'memlm[tasks]' brings lm-eval"
 
@@ -90,11 +91,12 @@ def evaluate_tasks(
 
     if missing := next((place for place in include if not Path(place).is_dir()), None):
         raise InputError(f"{missing} is no folder of task files")
-    if taken := {BASE, FIXED, "posterior", "confidence", "both"} & set(others or ()):
+    others = others or {}
+    if taken := {BASE, FIXED, *_GATES} & others.keys():
         raise ConfigError(f"{min(taken)} names a way of its own; call the further model something else")
     ours, theirs = asked_tasks(tasks)
     tokenizer = load_tokenizer(resolve(str(base)))
-    for other, place in (others or {}).items():
+    for other, place in others.items():
         check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
     items = {name: read_items(name, data, limit=limit, seed=seed) for name in ours}
     words = {name: label_words(name, data) for name in ours}
@@ -113,12 +115,12 @@ def evaluate_tasks(
     ways: dict[str, Any] = {BASE: model.base}
     spoken: Any
     speaker: Any
-    others = others or {}
     if name == "none" or len(model.mix_weights) == len(model.memories):
         ways[FIXED] = model
     if name not in (None, "none"):
         ways[str(name)] = model
     del model  # its place is needed once its ways have answered
+    further = {f"{PREFIX}{task} {metric}" for task in ours for metric in TASKS[task].metrics[1:]}
     found: dict[str, dict[str, tuple[str, NDArray[np.float64]]]] = {}
     for way in (*ways, *others):
         print(f"tasks with {_told(way)}", file=sys.stderr)
@@ -134,9 +136,9 @@ def evaluate_tasks(
         found[way] = _items(speaker, theirs, manager, seed, asked) if theirs else {}
         for task in ours:
             for metric, values in judged(task, items[task], speaker, words[task]).items():
-                first = metric == TASKS[task].metrics[0]
-                found[way][f"{PREFIX}{task}" if first else f"{PREFIX}{task} {metric}"] = metric, values
-    report = _report(found, seed=seed, bootstrap=bootstrap, above=above or {})
+                row = f"{PREFIX}{task} {metric}"
+                found[way][row if row in further else f"{PREFIX}{task}"] = metric, values
+    report = _report(found, seed=seed, bootstrap=bootstrap, above=above or {}, further=further)
     report["run"] = {
         "base": str(base),
         "memory": {n: str(m) for n, m in memory.items()} if isinstance(memory, Mapping) else str(memory),
@@ -161,8 +163,7 @@ def check_lm_eval() -> None:
 
 
 def _told(way: str) -> str:
-    gates = {gate: f"the gate {gate}" for gate in ("posterior", "confidence", "both")}
-    return ({BASE: "the base alone", FIXED: "the fixed weight"} | gates).get(way, way)
+    return {BASE: "the base alone", FIXED: "the fixed weight", **_GATES}.get(way, way)
 
 
 def _items(
@@ -204,8 +205,9 @@ def _report(
     seed: int,
     bootstrap: int,
     above: Mapping[str, float],
+    further: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Values and paired changes, per task and pooled; all ways share the draws."""
+    """Values and paired changes, per task and pooled, but for rows of `further` metrics; all ways share the draws."""
     rng = np.random.default_rng(seed)
     tasks, pooled, drawn_pooled, pooled_items = {}, {}, {}, 0
     for task, (metric, of_base) in found[BASE].items():
@@ -215,7 +217,7 @@ def _report(
         drawn = {way: value[draws].mean(1) for way, value in values.items()}
         means = {way: float(value.mean()) for way, value in values.items()}
         tasks[task] = {"metric": metric, "items": items, **_figures(means, drawn)}
-        if task.startswith(PREFIX) and " " in task:  # a further metric of a task
+        if task in further:
             continue
         if task in above and not (bootstrap and np.quantile(drawn[BASE], 0.025) > above[task]):
             continue

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from memlm.mix.mixed_lm import MixedLM
 
 MOST_DRAFTED = 16
+_CACHE_NAMES = (CACHE, "past_key_values", "cache")
 _OF_SCORES_ALONE = tuple(
     getattr(processors_of, name)
     for name in (
@@ -175,7 +176,7 @@ def why_plain(
         return "attentions or hidden states are asked for"
     if drafter(mixed) is None:
         return "no memory drafts: only one that reads tokens can run ahead of the base"
-    known = {CACHE, "past_key_values", "cache", "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
+    known = {*_CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"mix_weight", "evidence_mask", "cache_position", "tokenizer"}
     places = model_kwargs.get("position_ids")
     mask = model_kwargs.get("attention_mask")
@@ -574,4 +575,4 @@ def _check_finite(parts: Any) -> None:
 
 
 def _cache_of(model_kwargs: dict[str, Any]) -> Any:
-    return next((model_kwargs[n] for n in (CACHE, "past_key_values", "cache") if model_kwargs.get(n) is not None), None)
+    return next((model_kwargs[name] for name in _CACHE_NAMES if model_kwargs.get(name) is not None), None)
