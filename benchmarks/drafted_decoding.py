@@ -23,8 +23,8 @@ from memlm.evaluate.decoding import decode
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
 from memlm.mix import drafting
-from memlm.mix.drafting import Pace
 from memlm.mix.mixed_lm import MixedLM
+from memlm.mix.pace import Pace
 from memlm.models.loading import default_device, default_dtype
 
 ACCEPTED = Path(__file__).with_name("results") / "accepted.json"
@@ -90,11 +90,11 @@ def measure(base: Any, part: Any, decisions: dict[str, list[bool]], *, new: int,
 def _replayed(mixed: MixedLM, prompt: Tensor, new: int, decided: Iterator[bool], pace: Pace) -> Callable[[], object]:
     """Decoding in which drafted tokens are accepted as they were recorded; all else is done as ever."""
 
-    def judge(scores: Tensor, drafts: Any, sampled: bool) -> tuple[int, Tensor]:
+    def judge(scores: Tensor, drafts: Any, sampled: bool) -> tuple[list[int], Tensor]:
         count = 0 if drafts is None else drafts.tokens.shape[1]
         accepted = next((place for place in range(count) if not next(decided)), count)
         drafting.judge(scores, drafts, sampled)  # takes its time
-        return accepted, scores[accepted].argmax()[None]
+        return [accepted], scores[:, accepted].argmax(-1)
 
     return lambda: decode(mixed, prompt, new, drafting=pace, draft_judge=judge)
 
@@ -115,10 +115,10 @@ def record(base: str, memory: str, corpus: str, *, documents: int = 12, new: int
 
             def judge(
                 scores: Tensor, drafts: Any, is_sampled: bool, decided: list[bool] = decided
-            ) -> tuple[int, Tensor]:
+            ) -> tuple[list[int], Tensor]:
                 accepted, last = drafting.judge(scores, drafts, is_sampled)
                 if drafts is not None:
-                    decided += [True] * accepted + [False] * (accepted < drafts.tokens.shape[1])
+                    decided += [True] * accepted[0] + [False] * (accepted[0] < drafts.tokens.shape[1])
                 return accepted, last
 
             torch.manual_seed(0)

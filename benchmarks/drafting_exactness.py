@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import (
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,6 +27,7 @@ VOCABULARY = 40
 _NEW = 16
 _TIE = 1e-4
 _MAKES = {
+    "suppress_tokens": SuppressTokensLogitsProcessor,
     "repetition_penalty": RepetitionPenaltyLogitsProcessor,
     "temperature": TemperatureLogitsWarper,
     "top_k": TopKLogitsWarper,
@@ -40,8 +42,12 @@ SETTINGS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("posterior", {"drafting": 4}),
     ("posterior", {"drafting": 2, "temperature": 0.8, "top_p": 0.9}),
     ("none", {"drawing": True}),
+    ("none", {"drafting": 4, "rows": 8}),
+    ("posterior", {"drafting": 3, "temperature": 0.7, "rows": 8}),
+    ("none", {"drafting": 4, "looked_up": True}),
 )
-"""Gate, and options of `generate`."""
+"""Gate, and options of `generate`; `rows`: texts at a time; `looked_up`: no memory drafts, and only four tokens may
+come, so that some of what is looked up is right."""
 
 Scores = Callable[[Int[Tensor, "B T"]], Float[Tensor, "B T V"]]
 """What a mixture thinks after every place of some texts."""
@@ -53,12 +59,17 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     """
     texts = 4 if quick else 20_000 // _NEW
     for gate, options in SETTINGS:
+        options, told = dict(options), {"gate": gate, **options}
         model = sharp_mixture(gate)
+        if options.pop("looked_up", False):
+            for memory in model.named_memories().values():
+                memory.can_draft = False  # type: ignore[misc]
+            options["suppress_tokens"] = list(range(4, VOCABULARY))
         torch.manual_seed(1)
         prompt = random_tokens(1, 7, VOCABULARY, torch.device("cpu"))
         found = places_among(model, direct(model, processors_of(options)), sampled(model, prompt, texts, **options), 7)
-        told = {"gate": gate, **options, "tokens": len(found)}
-        name = "drafting_exactness/" + "-".join([gate, *(f"{key}-{value}" for key, value in options.items())])
+        name = "drafting_exactness/" + "-".join(f"{key}-{value}" for key, value in told.items()).removeprefix("gate-")
+        told["tokens"] = len(found)
         yield bar_line(name, chance_of(found), at_least=0.01 / len(SETTINGS), judged=not quick, **told)
     yield bar_line("drafting_exactness/greedy", *_greedy(4 if quick else 400), at_most=0.0, judged=not quick)
 
@@ -81,11 +92,14 @@ def processors_of(options: dict[str, Any]) -> list[Any]:
     return [make(options[name]) for name, make in _MAKES.items() if name in options]
 
 
-def sampled(model: MixedLM, prompt: Int[Tensor, "1 T"], count: int, **options: Any) -> Int[Tensor, "B T2"]:
-    """So many texts after a prompt, of one length."""
-    asked: dict[str, Any] = {"top_k": 0, "attention_mask": torch.ones_like(prompt)} | options
-    texts = [model.generate(prompt, do_sample=True, max_new_tokens=_NEW, pad_token_id=0, **asked) for _ in range(count)]
-    return torch.cat(texts)
+def sampled(
+    model: MixedLM, prompt: Int[Tensor, "1 T"], count: int, *, rows: int = 1, **options: Any
+) -> Int[Tensor, "B T2"]:
+    """So many texts after a prompt, of one length, made `rows` at a time."""
+    prompts = prompt.expand(rows, -1)
+    asked: dict[str, Any] = {"top_k": 0, "attention_mask": torch.ones_like(prompts)} | options
+    asked |= {"do_sample": True, "max_new_tokens": _NEW, "pad_token_id": 0}
+    return torch.cat([model.generate(prompts, **asked) for _ in range(-(-count // rows))])
 
 
 @torch.no_grad()
@@ -138,14 +152,15 @@ def direct(model: MixedLM, processors: list[Any] | None = None) -> Scores:
 
 @torch.no_grad()
 def _greedy(texts: int) -> tuple[float]:
-    """The share of greedy drafted tokens that are not the likeliest of the mixture computed directly."""
+    """The share of greedy drafted tokens that are not the likeliest of the mixture computed directly; every third of
+    the prompts is four of them, read together."""
     wrong, tokens = 0, 0
     for seed in range(texts):
         model = sharp_mixture(("none", "posterior")[seed % 2])
-        prompt = random_tokens(1, 7, VOCABULARY, torch.device("cpu"), seed=seed)
+        prompt = random_tokens(1 if seed % 3 else 4, 7, VOCABULARY, torch.device("cpu"), seed=seed)
         asked: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "drafting": 1 + seed % 6}
-        text = model.generate(prompt, do_sample=False, max_new_tokens=_NEW, pad_token_id=0, **asked)
-        logits = direct(model)(text)[0, 6:-1]
-        off = logits.amax(-1) - logits.gather(-1, text[0, 7:, None])[:, 0]
-        wrong, tokens = wrong + int((off > _TIE).sum()), tokens + len(off)
+        texts = model.generate(prompt, do_sample=False, max_new_tokens=_NEW, pad_token_id=0, **asked)
+        logits = direct(model)(texts)[:, 6:-1]
+        off = logits.amax(-1) - logits.gather(-1, texts[:, 7:, None])[..., 0]
+        wrong, tokens = wrong + int((off > _TIE).sum()), tokens + off.numel()
     return (wrong / tokens,)

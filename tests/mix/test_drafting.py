@@ -16,8 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.drafting_exactness import chance_of, direct, places_among, processors_of, sampled
 from memlm.errors import ConfigError, ModelError
-from memlm.mix.drafting import MOST_DRAFTED, Pace
 from memlm.mix.mixed_lm import MixedLM
+from memlm.mix.pace import MOST_DRAFTED, Pace
 
 PROMPT = some_tokens(1, 7)
 NEW = 24
@@ -404,7 +404,7 @@ def paced(accepts: float, memory: float, base: float, more: float, rounds: int =
         count = pace.next()
         wins = rng.random(count) < accepts
         accepted = count if wins.all() else int(wins.argmin())
-        pace.saw(count, accepted, memory * (count + 1) + base + more * count)
+        pace.saw(count, [(count, accepted)], memory * (count + 1) + base + more * count)
         lengths.append(count)
     return lengths
 
@@ -453,7 +453,7 @@ def test_a_gate_or_a_reader_of_the_base_cannot_be_drawn(make: Make) -> None:
     with pytest.raises(ConfigError, match="a gate has to hear all components"):
         mixture().generate(PROMPT, **sampling)
     mixture().generate(PROMPT, mix_weight=0.5, **sampling)  # but for a call with a weight of its own
-    with pytest.raises(ConfigError, match="no memory drafts"):
+    with pytest.raises(ConfigError, match="a memory reads the base's states"):
         make({"mlp": 0.5}).generate(PROMPT, **sampling)
 
 
@@ -484,8 +484,6 @@ class _Odd(LogitsProcessor):
 @pytest.mark.parametrize(
     ("case", "options", "message"),
     [
-        ("batch", {}, "a batch is decoded step by step"),
-        ("mlp", {}, "only one that reads tokens can run ahead"),
         ("fixed", {"cache_implementation": "static"}, "cannot take tokens back"),
         ("fixed", {"logits_processor": LogitsProcessorList([_Odd()])}, "_Odd may be more than a function"),
         ("fixed", {"use_cache": False}, "there is no cache"),

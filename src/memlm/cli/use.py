@@ -219,14 +219,17 @@ def _check_drafting(drafting: str) -> None:
 
 
 def _drafts(model: Any, drafting: str, temperature: float) -> int | str | None:
-    """What the option asks of the model; a fixed length where it samples, so that a seed gives the same text again."""
-    from memlm.mix.drafting import can_draft
+    """What the option asks of the model; a fixed length where it samples, so that a seed gives the same text again, and
+    then only of a memory that drafts itself: what is looked up is seldom what is sampled."""
+    from memlm.mix.drafting import can_draft, drafts_itself
 
     if drafting == "off" or (drafting == "auto" and not can_draft(model)):
         return None
-    if drafting == "auto":
-        return "auto" if temperature <= _LOWEST_TEMPERATURE else _SAMPLED_DRAFT
-    return int(drafting)
+    if drafting != "auto":
+        return int(drafting)
+    if temperature <= _LOWEST_TEMPERATURE:
+        return "auto"
+    return _SAMPLED_DRAFT if drafts_itself(model) else None
 
 
 def generate_text(

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import BenchConfig
 from memlm.evaluate.decoding import decode
-from memlm.mix.drafting import Pace, can_draft
+from memlm.mix.drafting import can_draft, drafts_itself
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
+from memlm.mix.pace import Pace
 from memlm.models.loading import default_device, load_causal_lm, longest_context, parse_dtype, resolve
 from memlm.models.tokenizers import encode_prompt, load_tokenizer
 from memlm.progress import progress_bar
@@ -53,9 +54,9 @@ def bench(
     Returns:
         `base` and each memory's name, each with `tokens_per_s`, `ttft_ms` (time to the first token) and `peak_bytes`
         (its weights and what decoding needs on top; None where the system does not tell), and for memories `ratio`,
-        the time per token over the base's. One prompt at a time, a memory that can draft has two rows more:
-        `NAME drafted`, with `acceptance`, the share of drafted tokens that were accepted (None where none were
-        drafted), and, where its fixed weight is known, `NAME drawn`, which samples. `machine` has device, threads and
+        the time per token over the base's. `NAME drafted` is the same by drafts, with `acceptance`, the share of
+        drafted tokens that were accepted (None where none were drafted); one prompt at a time, a memory that reads
+        tokens and whose fixed weight is known has `NAME drawn` too, which samples. `machine` has device, threads and
         load.
 
     Raises:
@@ -82,11 +83,11 @@ def bench(
         options = {"retrieval": retrieval} if retrieval is not None and isinstance(memory, str | Path) else {}
         mixed = MixedLM.from_pretrained(model, memory={name: memory}, gate=gate, memory_kwargs=options)
         ways[name] = mixed.to(device), {}  # type: ignore[arg-type]
-        if config.batch_size > 1 or not can_draft(mixed):
+        if not can_draft(mixed):
             continue
         paces[f"{name} drafted"] = Pace()
         ways[f"{name} drafted"] = mixed, {"drafting": paces[f"{name} drafted"]}
-        if mixed.mix_weights:
+        if mixed.mix_weights and config.batch_size == 1 and drafts_itself(mixed):
             fixed = MixedLM(model, mixed.named_memories(), mixed.mix_weights)
             ways[f"{name} drawn"] = fixed, {"sampled": True, "drawing": True}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}

@@ -75,6 +75,8 @@ class Memory(nn.Module, Voter):
     """Whether every such memory has a tap."""
     can_draft: ClassVar[bool] = False
     """Whether it can propose tokens without the base."""
+    can_quote: ClassVar[bool] = False
+    """Whether it holds text that can be proposed, see `quote`."""
     reader: WindowedReader | GivenActivations
     """Gives the states, one vector per token; a memory that overrides `step` and `new_cache` has none."""
 
@@ -155,6 +157,15 @@ class Memory(nn.Module, Voter):
         if self.confidence_head is None or seen is None:
             return torch.zeros((), device=self.device)
         return self.confidence_head.of_state(seen)
+
+    def quote(self, states: Any, tokens: Int[Tensor, "R"], count: int) -> list[list[int]]:
+        """Up to `count` tokens of held text for each of some states: where the nearest that said a token goes on.
+
+        Args:
+            states: From `step`, one place each.
+            tokens: The token that came after each.
+        """
+        raise NotImplementedError
 
     def columns(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         found = super().columns(state, labels)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.errors import ModelError
-from memlm.memory.voter import NoCache, VoterCache
+from memlm.memory.voter import NoCache, VoterCache, moved
 from memlm.models.abilities import CACHE, abilities, cache_argument
 from memlm.models.loading import device_of
 
@@ -54,6 +54,33 @@ class TokenCache(VoterCache):
         else:
             self.inner.crop(-tokens)
             self.inner_mask = self.inner_mask[:, :-tokens]
+
+    def take_back(self, surplus: Sequence[int], columns: int) -> None:
+        by = [count - columns for count in surplus]
+        if not any(by):
+            return self.crop(columns)
+        self.tokens, whole = (moved(part, by, 1) for part in (self.tokens, self.mask))
+        places = torch.arange(whole.shape[1], device=whole.device)
+        shift = torch.tensor(by, device=whole.device)[:, None]
+        whole &= (places >= shift) & (places < whole.shape[1] + shift)
+        kept = whole.shape[1] - columns
+        self.tokens, self.mask = self.tokens[:, :kept], whole[:, :kept]
+        if self.inner is None:
+            return
+        width = self.inner_mask.shape[1]
+        ends = self.inner_mask.flip(1).long().cumsum(1).tolist()  # tokens from each place on, counted from the end
+        there = all(
+            0 < count < width and end[count - 1] == count for end, count in zip(ends, surplus, strict=True) if count
+        )
+        if not there or any(self.inner.is_sliding):  # a window moved meanwhile, or what is before it is gone
+            return self.drop_inner()
+        layers: Any = self.inner.layers
+        for layer in layers:
+            layer.keys, layer.values = (moved(part, surplus, 2) for part in (layer.keys, layer.values))
+        places = torch.arange(width, device=whole.device)
+        self.inner_mask = moved(self.inner_mask, surplus, 1)
+        self.inner_mask &= places >= torch.tensor(surplus, device=whole.device)[:, None]
+        self.is_whole = False
 
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         self.tokens, self.mask = self.tokens[rows], self.mask[rows]

@@ -29,6 +29,8 @@ from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs, retrieve, search_neighbors
 
 _POSITIONS_AT_ONCE = 4096
+_QUOTED_NEIGHBORS = 64
+"""Nearest entries of which one that said the right token is taken."""
 
 
 class RetrievalSettings(MemorySettings):
@@ -114,6 +116,7 @@ class RetrievalMemory(Memory):
     """
 
     kind = "retrieval"
+    can_quote = True
     settings_class = RetrievalSettings
     settings: RetrievalSettings
 
@@ -208,6 +211,20 @@ class RetrievalMemory(Memory):
 
     def evidence(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... D"]:
         return state[places]  # the queries: where they are, it is seen whether neighbours can be trusted
+
+    def quote(self, states: Float[Tensor, "R D"], tokens: Int[Tensor, "R"], count: int) -> list[list[int]]:
+        values, split = self.store.values, self.store.corpus.split("train")
+        found: list[list[int]] = []
+        for entries, token in zip(self.neighbors(states, _QUOTED_NEIGHBORS)[1], tokens.tolist(), strict=True):
+            quoted: list[int] = []
+            for entry in entries[(entries >= 0) & (values[entries] == token)]:
+                after = np.arange(entry, min(entry + 1 + count, len(values)))
+                documents = split.documents_of(after)
+                quoted = values[after[documents == documents[0]][1:]].tolist()
+                if quoted:
+                    break
+            found.append(quoted)
+        return found
 
     # --- the search -----------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What votes on the next token: a base, or any memory beside it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -23,6 +24,16 @@ class VoterCache(ABC):
         """Forget the last `tokens` tokens."""
 
     @abstractmethod
+    def take_back(self, surplus: Sequence[int], columns: int) -> None:
+        """Forget the last tokens of each row, and move rows so that all end together.
+
+        Args:
+            surplus: Per row, how many; a negative number moves a row to the left, and padding stands behind it.
+            columns: By how many columns the whole gets shorter. A row moves `surplus - columns` to the right; what
+                comes in on its left is padding.
+        """
+
+    @abstractmethod
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         """Keep these rows of the batch, in this order; a row may come several times."""
 
@@ -35,10 +46,30 @@ class VoterCache(ABC):
         """Forget all tokens."""
 
 
+def moved(part: Tensor, by: Sequence[int], dim: int, width: int | None = None) -> Tensor:
+    """Rows of a batch moved along an axis; where nothing comes in stands what was nearest.
+
+    Args:
+        part: `(B, ...)`.
+        by: Per row, places to the right.
+        dim: The axis, after the first.
+        width: Places of it that are kept, from the left; None: all.
+    """
+    length, inner = part.shape[dim], part.shape[1:dim].numel()
+    places = torch.arange(length if width is None else width, device=part.device)
+    places = (places - torch.tensor(by, device=part.device)[:, None]).clamp(0, length - 1)
+    starts = torch.arange(len(part) * inner, device=part.device)[:, None] * length
+    flat = part.flatten(0, dim).index_select(0, (starts + places.repeat_interleave(inner, 0)).flatten())
+    return flat.view(*part.shape[:dim], places.shape[1], *part.shape[dim + 1 :])
+
+
 class NoCache(VoterCache):
     """The cache of a part whose state depends on no earlier token."""
 
     def crop(self, tokens: int) -> None:
+        pass
+
+    def take_back(self, surplus: Sequence[int], columns: int) -> None:
         pass
 
     def select(self, rows: Int[Tensor, "B2"]) -> None:

@@ -3,7 +3,7 @@
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from memlm.memory.voter import HeadVoter, VoterCache
+from memlm.memory.voter import HeadVoter, VoterCache, moved
 from memlm.models.abilities import CACHE, Abilities, abilities, cache_argument, check_causal
 from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
@@ -28,6 +28,15 @@ class BaseCache(VoterCache):
 
     def crop(self, tokens: int) -> None:
         self.inner.crop(-tokens)
+
+    def take_back(self, surplus: Sequence[int], columns: int) -> None:
+        by = [count - columns for count in surplus]
+        if not any(by):
+            return self.crop(columns) if columns else None
+        layers: Any = self.inner.layers
+        for layer in layers:
+            width = layer.keys.shape[2] - columns
+            layer.keys, layer.values = (moved(part, by, 2, width) for part in (layer.keys, layer.values))
 
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         self.inner.batch_select_indices(rows)

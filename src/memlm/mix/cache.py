@@ -1,7 +1,7 @@
 """One cache for a mixture: the base's, every memory's and the weight rule's, moved together."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from transformers import Cache
@@ -76,6 +76,13 @@ class MixedCache(Cache):
         tokens -= self.unread.crop(tokens)
         for part in (*self.memories.values(), self.rule):
             part.crop(tokens)
+
+    def take_back(self, surplus: Sequence[int], columns: int) -> None:
+        """Forget the last tokens of each row, and move rows so that all end together; see `VoterCache.take_back`."""
+        if all(count == columns for count in surplus):
+            return self.crop(-columns) if columns else None
+        for part in self._parts():
+            part.take_back(surplus, columns)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.base.reorder_cache(beam_idx)  # static caches know this one alone

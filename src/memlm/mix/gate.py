@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from memlm.errors import ConfigError
 from memlm.memory.confidence import Columns, ConfidenceHead
-from memlm.memory.voter import VoterCache, Votes
+from memlm.memory.voter import VoterCache, Votes, moved
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.posterior import Explanations, FixedShare
 from memlm.mix.sleep import Sleep
@@ -289,6 +290,37 @@ class _Pending:
         """What each explanation gave the token after the last place."""
         return self.taken(places=torch.tensor([self.base.shape[1] - 1])).of_each(token[:, None])[:, 0]
 
+    def without(self, surplus: Sequence[int], before: "_Pending | None") -> "_Pending":
+        """The votes but for those at the last places of each row; what is left ends where it did.
+
+        Args:
+            surplus: Per row, how many places.
+            before: Votes at the places before these, for a row of which none is left.
+        """
+        rows, length = self.base.shape[:2]
+        before = before if max(surplus) >= length else None
+        older = 0 if before is None else before.base.shape[1]
+        places = torch.arange(older, older + length) - torch.tensor(surplus)[:, None]
+        places = places.clamp(min=0)  # of both, the older ones first
+        row = torch.arange(rows)[:, None]
+        flat = torch.where(places < older, row * older + places, rows * older + row * length + places - older).flatten()
+
+        def left(new: Votes, old: Votes | None) -> Any:
+            if isinstance(new, SparseProbs):
+                both = new if old is None else SparseProbs.concatenate([cast(SparseProbs, old), new])
+                return both.take(flat.to(both.counts.device))
+            parts = [new] if old is None else [cast(Tensor, old), new]
+            found = torch.cat([part.flatten(0, 1) for part in parts])[flat.to(new.device)]
+            return found.view(rows, length, -1)
+
+        return _Pending(
+            left(self.base, before and before.base),
+            left(self.normaliser, before and before.normaliser),
+            [left(v, before and before.memories[number]) for number, v in enumerate(self.memories)],
+            None if self.own is None else left(self.own, before and before.own),
+            self.explanations,
+        )
+
     def taken(self, *, rows: Tensor | None = None, places: Tensor | None = None) -> "_Pending":
         """The votes of some rows, or at some places, in this order."""
         count, length = self.base.shape[:2]
@@ -320,6 +352,8 @@ class GateCache(VoterCache):
         """Places that the memories are to sleep after each token; None: they never do."""
         self.pending: _Pending | None = None
         """Votes at the latest places, as far as they were kept."""
+        self.before: _Pending | None = None
+        """Those that were pending before the latest step, where there are several rows."""
 
     def goes_on(self, past: int, kinds: int) -> bool:
         """Whether it knows the `past` tokens before a step, by as many kinds of explanations; False where another rule
@@ -347,11 +381,13 @@ class GateCache(VoterCache):
         elif past:  # what another rule has weighed counts for nothing here
             along = torch.cat([along[:, :1].expand(-1, past, -1), along], 1)
             left = None if left is None else torch.nn.functional.pad(left, (past, 0))
+        self.before = self.pending if len(along) > 1 else None
         self.history, self.left, self.pending, self.tokens = along, left, pending, along.shape[1]
 
     def crop(self, tokens: int) -> None:
         if tokens <= 0 or self.history is None:
             return
+        self.before = None
         self.tokens = max(0, self.tokens - tokens)
         self.history = self.history[:, : self.tokens] if self.tokens else None
         self.left = self.left[:, : self.tokens] if self.tokens and self.left is not None else None
@@ -361,7 +397,18 @@ class GateCache(VoterCache):
         else:
             self.pending = None
 
+    def take_back(self, surplus: Sequence[int], columns: int) -> None:
+        by = [count - columns for count in surplus]
+        if not any(by) or self.history is None:
+            return self.crop(columns)
+        self.tokens -= columns
+        self.history = moved(self.history, by, 1, self.tokens)
+        self.left = None if self.left is None else moved(self.left, by, 1, self.tokens)
+        self.pending = None if self.pending is None else self.pending.without(surplus, self.before)
+        self.before = None
+
     def select(self, rows: Int[Tensor, "B2"]) -> None:
+        self.before = None
         if self.history is not None:
             rows = rows.to(self.history.device)
             self.history = self.history[rows]
@@ -376,4 +423,4 @@ class GateCache(VoterCache):
             self.select(rows.repeat_interleave(times))
 
     def reset(self) -> None:
-        self.tokens, self.history, self.left, self.pending = 0, None, None, None
+        self.tokens, self.history, self.left, self.pending, self.before = 0, None, None, None, None

@@ -22,17 +22,9 @@ from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
-from memlm.mix.drafting import (
-    Judge,
-    Pace,
-    check_drafting,
-    decode_drafted,
-    decode_drawn,
-    strange_processor,
-    warn_plain,
-    why_not_drawn,
-    why_plain,
-)
+from memlm.mix.decoding import strange_processor
+from memlm.mix.drafting import Judge, check_drafting, decode_drafted, warn_plain, why_plain
+from memlm.mix.drawing import decode_drawn, why_not_drawn
 from memlm.mix.gate import Gate, GatedMemory, gate_config, places_of, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.loading import (
@@ -45,6 +37,7 @@ from memlm.mix.loading import (
     settings_of,
 )
 from memlm.mix.mixture import mix_log_probs
+from memlm.mix.pace import Pace
 from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, MixWeight, Step, Weight, WeightRule, settle_weights
 from memlm.models.abilities import CACHE
@@ -66,6 +59,8 @@ class Components:
     """Per memory; none where all sleep."""
     weights: list[Weight]
     """Per memory, as the rule weighs them here."""
+    states: dict[str, Any]
+    """Per memory, what it made of the tokens, and of those before that it had not read; none where all sleep."""
 
 
 class MixedLM(PreTrainedModel, GenerationMixin):
@@ -460,7 +455,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if cache is not None and rule.asleep(state, past, unread, length):
             heard = {memory.tap for memory in memories.values() if memory.tap is not None}
             cache.unread.add(input_ids, base.hidden, {tap: base.activations[tap] for tap in heard})
-            return Components(base, logits, normaliser, {}, [0.0] * len(memories))
+            return Components(base, logits, normaliser, {}, [0.0] * len(memories), {})
         tokens = input_ids
         if cache is not None and unread:  # the memories wake, and read what they missed
             missed, cache.unread = cache.unread, Unread()
@@ -502,7 +497,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             unread,
             columns,
         )
-        return Components(base, logits, normaliser, votes, rule.weights(step, state))
+        return Components(base, logits, normaliser, votes, rule.weights(step, state), states)
 
     def _mix(self, parts: Components) -> Tensor:
         logits, weights = parts.logits, parts.weights
@@ -608,13 +603,16 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
         given = input_ids, logits_processor, stopping_criteria, generation_config
         if drafting is not None or drawing:
-            why = why_plain(self, input_ids, generation_config, model_kwargs)
+            why = why_plain(self, input_ids, streamer, generation_config, model_kwargs)
             if drawing:
-                refused = why or why_not_drawn(self, logits_processor, generation_config, warp, model_kwargs)
+                one_text = None if len(input_ids) == 1 else "components are drawn for one text at a time"
+                refused = (
+                    one_text or why or why_not_drawn(self, logits_processor, generation_config, warp, model_kwargs)
+                )
                 if refused:
                     raise ConfigError(f"nothing can be drawn: {refused}")
                 return decode_drawn(self, *given, streamer, model_kwargs)
-            if why is None and (strange := strange_processor(logits_processor)):
+            if why is None and (strange := strange_processor(logits_processor, len(input_ids))):
                 why = f"{strange} may be more than a function of text and scores"
             if why is None:
                 pace = drafting if isinstance(drafting, Pace) else Pace(None if drafting == "auto" else drafting)

@@ -1,6 +1,6 @@
 """Memories that sleep: where they count for little they are not read at all, and look up now and then."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,6 +87,11 @@ class Unread(VoterCache):
             whole = torch.cat(parts, 1)[:, :kept] if parts else None
             parts[:] = [] if whole is None or not kept else [whole]
         return count - kept
+
+    def take_back(self, surplus: Sequence[int], columns: int) -> None:
+        if len(self) and any(count != columns for count in surplus):
+            raise NotImplementedError("rows with unread tokens end together")
+        self.crop(columns)
 
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         for parts in self._parts():

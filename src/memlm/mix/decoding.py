@@ -1,0 +1,230 @@
+"""What drafted and drawn decoding share: texts under way, their scores after the processors, the cache and masks."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import logits_process as processors_of
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from memlm.errors import ConfigError, ModelError
+from memlm.mix.cache import MixedCache
+from memlm.mix.pace import MOST_DRAFTED
+from memlm.models.abilities import CACHE
+
+if TYPE_CHECKING:
+    from memlm.mix.mixed_lm import Components, MixedLM
+
+CACHE_NAMES = (CACHE, "past_key_values", "cache")
+_OF_SCORES_ALONE = tuple(
+    getattr(processors_of, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "TopHLogitsWarper",
+        "LogitNormalization",
+        "SuppressTokensLogitsProcessor",
+    )
+    if hasattr(processors_of, name)
+)
+"""What they do to a distribution does not depend on the text."""
+_WITH_MEMORY = ("SynthIDTextWatermark", "UnbatchedClassifierFreeGuidance", "ClassifierFreeGuidance", "Whisper", "Dia")
+"""Beginnings of transformers' processors that keep something from step to step, or belong to other models."""
+_BY_ROW = ("PrefixConstrained", "EncoderRepetition", "EncoderNoRepeat")
+"""Beginnings of those that know the rows of a batch by number."""
+
+
+def strange_processor(processors: LogitsProcessorList, rows: int = 1) -> str | None:
+    """The name of one that may be more than a function of a text and its scores."""
+    for processor in processors:
+        kind = type(processor)
+        known = (*_WITH_MEMORY, *_BY_ROW) if rows > 1 else _WITH_MEMORY
+        if not kind.__module__.startswith("transformers.") or kind.__name__.startswith(known):
+            return kind.__name__
+    return None
+
+
+@dataclass
+class Text:
+    """A text under way, and what ends it."""
+
+    ids: Int[Tensor, "1 N"]
+    criteria: StoppingCriteriaList
+    streamer: Any
+    config: GenerationConfig
+    scores: list[Tensor] | None
+    logits: list[Tensor] | None
+    """`(1, V)` of every new token, where they are asked for."""
+    done: bool = False
+
+    @classmethod
+    def of(
+        cls, ids: Int[Tensor, "1 N"], criteria: StoppingCriteriaList, config: GenerationConfig, streamer: Any
+    ) -> "Text":
+        """A text to be gone on with, that keeps what the settings ask for."""
+        told = config.return_dict_in_generate
+        scores: list[Tensor] | None = [] if told and config.output_scores else None
+        return cls(ids, criteria, streamer, config, scores, [] if told and config.output_logits else None)
+
+    def __len__(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def room(self) -> int:
+        """Tokens that may still come."""
+        longest = getattr(self.criteria, "max_length", None) or self.config.max_length
+        return int(longest) - len(self) if longest else MOST_DRAFTED + 1
+
+    def add(self, token: Tensor, scores: Tensor, logits: Tensor) -> None:
+        """Put a token at the end.
+
+        Args:
+            token: `(1,)`.
+            scores, logits: `(1, V)`, what it was chosen by.
+        """
+        self.ids = torch.cat([self.ids, token[:, None].to(self.ids.device)], 1)
+        if self.scores is not None:
+            self.scores.append(scores.clone())  # of many that were made together
+        if self.logits is not None:
+            self.logits.append(logits.clone())
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        told = None if self.scores is None else tuple(self.scores)
+        self.done = bool(cast(Any, self.criteria)(self.ids, told).all())
+
+
+def result(texts: list[Text], cache: MixedCache) -> Any:
+    """What `generate` gives: all texts, filled up on the right, and what was asked for beside them."""
+    config, longest = texts[0].config, max(map(len, texts))
+    fill = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    ids = [torch.nn.functional.pad(text.ids, (0, longest - len(text)), value=fill) for text in texts]
+    if texts[0].streamer is not None:
+        texts[0].streamer.end()
+    if not config.return_dict_in_generate:
+        return torch.cat(ids)
+
+    def together(of_each: list[list[Tensor] | None]) -> tuple[Tensor, ...] | None:
+        """Per place those of all texts; of one that has ended, its last."""
+        kept = [steps for steps in of_each if steps is not None]
+        count = max((len(steps) for steps in kept), default=0)
+        if not kept:
+            return None
+        return tuple(torch.cat([steps[min(at, len(steps) - 1)] for steps in kept]) for at in range(count))
+
+    return GenerateDecoderOnlyOutput(
+        sequences=cast(Any, torch.cat(ids)),
+        scores=cast(Any, together([text.scores for text in texts])),
+        logits=cast(Any, together([text.logits for text in texts])),
+        past_key_values=cache if config.use_cache else None,
+    )
+
+
+class Processed:
+    """Scores after the processors: all places at once where these look at scores alone."""
+
+    def __init__(self, processors: LogitsProcessorList, rows: int = 1) -> None:
+        self._processors = processors
+        self._of_row = [
+            LogitsProcessorList([_of_row(processor, row) for processor in processors]) for row in range(rows)
+        ]
+        self.of_scores_alone = all(isinstance(processor, _OF_SCORES_ALONE) for processor in processors)
+
+    def __call__(
+        self, texts: Sequence[Int[Tensor, "1 N"]], drafted: Int[Tensor, "B K"], scores: Float[Tensor, "B P V"]
+    ) -> Float[Tensor, "B P V"]:
+        """Place i of a row comes after its text and the first i of its drafted tokens."""
+        scores = scores.float()
+        if not self._processors:
+            return scores
+        if self.of_scores_alone:
+            flat = scores.flatten(0, 1)
+            return self._processors(cast(Any, texts[0].expand(len(flat), -1)), cast(Any, flat)).view_as(scores)
+        found = torch.empty_like(scores)
+        for row, ids in enumerate(texts):
+            for place in range(scores.shape[1]):
+                text = torch.cat([ids, drafted[row : row + 1, :place].to(ids.device)], 1)
+                here = scores[row, place : place + 1].clone()
+                found[row, place] = self._of_row[row](cast(Any, text), cast(Any, here))[0]
+        return found
+
+
+def _of_row(processor: Any, row: int) -> Any:
+    """A processor of a batch, for one of its texts alone."""
+    lengths = getattr(processor, "prompt_ignore_length", None)  # of the padding before each text
+    if not isinstance(lengths, Tensor):
+        return processor
+    part = copy.copy(processor)
+    part.prompt_ignore_length = lengths[row : row + 1]
+    return part
+
+
+def checked_cache(mixed: "MixedLM", input_ids: Tensor, model_kwargs: dict[str, Any]) -> MixedCache:
+    """The cache of a text that is to be gone on with.
+
+    Raises:
+        ConfigError: Base or cache cannot go on with it.
+    """
+    cache = cache_of(model_kwargs)
+    assert isinstance(cache, MixedCache)
+    known = cache.get_seq_length()
+    if known >= input_ids.shape[1]:
+        raise ConfigError("the cache holds the whole prompt, and its last token must be read: crop the cache by one")
+    mixed._check_ability(input_ids[:, known:], model_kwargs.get("attention_mask"), cache)
+    return cache
+
+
+def first_chunks(fresh: Int[Tensor, "B N"], config: GenerationConfig) -> list[Int[Tensor, "B C"]]:
+    """What of a prompt is read before its last chunk, where it is to be read in chunks."""
+    size = getattr(config, "prefill_chunk_size", None)
+    return list(fresh.split(size, 1))[:-1] if size else []
+
+
+def mask_for(
+    mask: Int[Tensor, "B N"] | None, length: int, before: Sequence[int] | None = None
+) -> Int[Tensor, "B N2"] | None:
+    """The mask of so many columns of texts, of which those beyond the prompt are no padding.
+
+    Args:
+        mask: Of the prompts; None: there is no padding.
+        before: Columns before each prompt, which are padding; None: none.
+    """
+    if mask is None:
+        return None
+    if before is not None and any(before):
+        pad = torch.nn.functional.pad
+        rows = [pad(pad(row, (b, 0)), (0, max(before) - b), value=1) for row, b in zip(mask, before, strict=True)]
+        mask = torch.stack(rows)
+    return torch.nn.functional.pad(mask, (0, max(0, length - mask.shape[1])), value=1)[:, :length]
+
+
+def positions(mask: Int[Tensor, "B N"] | None, fresh: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
+    """Positions of the latest tokens of texts with padding; None: the model counts."""
+    return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
+
+
+def check_finite(parts: "Components") -> None:
+    """Raise unless base and memories gave finite scores, as far as their first tells.
+
+    Raises:
+        ModelError: One did not; it is named.
+    """
+    if bool(parts.normaliser.isnan().any()):
+        raise ModelError("the base gives no finite scores")
+    for name, votes in parts.votes.items():
+        if isinstance(votes, Tensor) and bool(votes[..., 0].isnan().any()):
+            raise ModelError(f"memory {name!r} gives no finite scores")
+
+
+def cache_of(model_kwargs: dict[str, Any]) -> Any:
+    """The cache that `generate` made or was given, by whatever name."""
+    return next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)

@@ -1,0 +1,115 @@
+"""Sampling from a mixture by reading, at each token, only the component that is drawn.
+
+`p = sum(w_i p_i)` is sampled by drawing the component first; the others catch up in one chunk when they are drawn
+themselves. Exact for fixed weights and sampling without processors; with them it is the mixture of components that are
+each processed, which is another distribution.
+
+Source: arXiv:2605.00419.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+
+from memlm.errors import ModelError
+from memlm.mix.decoding import Processed, Text, checked_cache, mask_for, positions, result
+from memlm.mix.sleep import Unread
+from memlm.mix.weights import FixedWeights, settle_weights
+
+if TYPE_CHECKING:
+    from memlm.mix.mixed_lm import MixedLM
+
+
+def decode_drawn(
+    mixed: "MixedLM",
+    input_ids: Int[Tensor, "1 N"],
+    processors: LogitsProcessorList,
+    criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> Any:
+    """Sample a text, at each token only from the component that is drawn; arguments as `_sample` takes them."""
+    cache = checked_cache(mixed, input_ids, model_kwargs)
+    text, processed = Text.of(input_ids, criteria, config, streamer), Processed(processors)
+    memories, weights = mixed.named_memories(), _fixed_weights(mixed, model_kwargs)
+    assert weights is not None
+    names, chances = ["", *memories], torch.tensor([max(0.0, 1 - sum(weights)), *weights]).double()
+    known = cache.get_seq_length()
+    read = {name: known - len(cache.unread) if name else known for name in names}
+    cache.unread = Unread()  # what the memories have not read is read from the text
+    mask: Tensor | None = model_kwargs.get("attention_mask")
+    mask = None if mask is None else mask.to(mixed.device)
+
+    def catch_up(name: str, length: int) -> Any:
+        """What a component makes of the tokens up to `length` that it has not read."""
+        fresh = text.ids[:, read[name] : length].to(mixed.device)
+        whole = mask_for(mask, length)
+        own: Any = cache.of(name, memories[name]) if name else cache.of_base
+        if name:
+            state = memories[name].step(fresh, None, attention_mask=whole, cache=own)
+        else:
+            given: dict[str, Any] = {"position_ids": positions(whole, fresh), "use_cache": True}
+            state = mixed._voter.step(fresh, attention_mask=whole, cache=own, **given)
+        read[name] = length
+        return state
+
+    try:
+        while not text.done:
+            name = names[int(torch.multinomial(chances, 1))]
+            voter: Any = memories[name] if name else mixed._voter
+            votes = voter.votes(catch_up(name, len(text)), slice(-1, None))
+            if bool(votes[..., 0].isnan().any()):
+                raise ModelError(f"{f'memory {name!r}' if name else 'the base'} gives no finite scores")
+            scores = processed([text.ids], text.ids[:, :0], votes)[0]
+            text.add(torch.multinomial(scores.softmax(-1), 1)[0], scores, votes[0])
+    except BaseException:
+        for name in names:  # back to what all have read
+            own: Any = cache.of(name, memories[name]) if name else cache.of_base
+            if (ahead := read[name] - min(read.values())) > 0:
+                own.crop(ahead)
+        raise
+    for name in names:  # so that the cache is one of all tokens but the last, as after any other decoding
+        if read[name] < len(text) - 1:
+            catch_up(name, len(text) - 1)
+    return result([text], cache)
+
+
+def _fixed_weights(mixed: "MixedLM", model_kwargs: dict[str, Any]) -> list[float] | None:
+    """Each memory's weight at every token of a text; None where a gate weighs them.
+
+    Raises:
+        ConfigError: A weight of this call is out of range.
+    """
+    asked = model_kwargs.get("mix_weight")
+    if asked is None and not isinstance(mixed._rule, FixedWeights):
+        return None
+    weights = settle_weights(mixed._weights, asked, per_row=True)
+    return [float(torch.as_tensor(weight).flatten()[0]) for weight in weights.values()]
+
+
+def why_not_drawn(
+    mixed: "MixedLM",
+    processors: LogitsProcessorList,
+    config: GenerationConfig,
+    warp: str | None,
+    model_kwargs: dict[str, Any],
+) -> str | None:
+    """Why components cannot be drawn for this text, other than `why_plain`; None where they can."""
+    if not config.do_sample:
+        return "drawing samples: pass do_sample=True, or decode with drafting"
+    if config.output_scores or config.output_logits:
+        return "the mixture's scores are not known where only one component is read: leave them out"
+    if _fixed_weights(mixed, model_kwargs) is None:
+        return "a gate has to hear all components: fix the weights (gate='none' or mix_weight)"
+    if not all(memory.can_draft for memory in mixed.named_memories().values()):
+        return "a memory reads the base's states, so nothing is saved"
+    if len(processors) and warp is None:
+        return (
+            f"{type(processors[0]).__name__} would act on each component instead of the mixture: sample at temperature"
+            " 1 without top-k and top-p, or accept that with warp='components'"
+        )
+    return None
