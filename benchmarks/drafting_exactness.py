@@ -159,8 +159,8 @@ def _greedy(texts: int) -> tuple[float]:
         model = sharp_mixture(("none", "posterior")[seed % 2])
         prompt = random_tokens(1 if seed % 3 else 4, 7, VOCABULARY, torch.device("cpu"), seed=seed)
         asked: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "drafting": 1 + seed % 6}
-        texts = model.generate(prompt, do_sample=False, max_new_tokens=_NEW, pad_token_id=0, **asked)
-        logits = direct(model)(texts)[:, 6:-1]
-        off = logits.amax(-1) - logits.gather(-1, texts[:, 7:, None])[..., 0]
+        made = model.generate(prompt, do_sample=False, max_new_tokens=_NEW, pad_token_id=0, **asked)
+        logits = direct(model)(made)[:, 6:-1]
+        off = logits.amax(-1) - logits.gather(-1, made[:, 7:, None])[..., 0]
         wrong, tokens = wrong + int((off > _TIE).sum()), tokens + off.numel()
     return (wrong / tokens,)
