@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.corpus.build import build_corpus, corpus_notes, plan_corpus
 from memlm.corpus.config import CorpusConfig
-from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
+from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, OutputExistsError
 from memlm.manifest import Manifest, read_manifest
 from memlm.stage import run_stage
 
@@ -387,3 +387,87 @@ def test_facts_that_no_corpus_has_are_one_line(folder: Path, model_folder: str, 
     with pytest.raises(ArtifactError, match=rf"facts\.{name}") as caught:
         corpus_notes(made.model_copy(update={"facts": made.facts | {name: value}}))
     assert len(str(caught.value).splitlines()) == 1
+
+
+def given_files(tmp_path: Path, **texts: list[str]) -> dict[str, list[str]]:
+    """A file of documents per split."""
+    paths = {}
+    for split, documents in texts.items():
+        paths[split] = [str(tmp_path / f"{split}.txt")]
+        Path(paths[split][0]).write_text("\n\n".join(documents), encoding="utf-8")
+    return paths
+
+
+def test_a_split_may_be_given(tmp_path: Path, model_folder: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = sentences(60, seed=3)
+    places = given_files(tmp_path, train=texts[:40], validation=texts[40:50], test=texts[50:])
+    held = {f"{split}_documents": places[split] for split in ("validation", "test")}
+    out = tmp_path / "c"
+    manifest = build_corpus(places["train"], tokenizer=model_folder, out=out, **held, document_separator="\n\n")
+
+    def told(folder: Path) -> dict[str, list[str]]:
+        return {
+            split: [tokenizer.decode(document, skip_special_tokens=True) for document in documents]
+            for split, documents in contents(folder).items()
+        }
+
+    assert told(out) == {"train": texts[:40], "validation": texts[40:50], "test": texts[50:]}
+    assert manifest.sources["test_documents"] == places["test"][0]
+    other = tmp_path / "d"
+    build_corpus(
+        places["train"], tokenizer=model_folder, out=other, test_documents=places["test"], document_separator="\n\n"
+    )
+    found = told(other)
+    assert found["test"] == texts[50:]
+    assert found["validation"]
+    assert sorted(found["train"] + found["validation"]) == sorted(texts[:40])
+    Path(places["test"][0]).write_text("another text", encoding="utf-8")
+    with pytest.raises(OutputExistsError, match="test_documents"):
+        build_corpus(places["train"], tokenizer=model_folder, out=out, **held, document_separator="\n\n")
+
+
+def test_a_given_split_that_shares_documents_is_refused_unless_told_otherwise(
+    tmp_path: Path, model_folder: str
+) -> None:
+    texts = sentences(40, seed=3)
+    places = given_files(tmp_path, train=[*texts[:30], texts[0]], validation=texts[29:33], test=[*texts[32:], texts[5]])
+    asked = {
+        "tokenizer": model_folder,
+        "validation_documents": places["validation"],
+        "test_documents": places["test"],
+        "document_separator": "\n\n",
+    }
+    message = r"1 of 4 documents of the validation split stand in another split too \(validation.txt#0\)"
+    with pytest.raises(InputError, match=message):
+        build_corpus(places["train"], out=tmp_path / "c", **asked)
+    dropped = build_corpus(places["train"], out=tmp_path / "c", shared_documents="drop", **asked)
+    assert {split: len(found) for split, found in contents(tmp_path / "c").items()} == {
+        "train": 30,
+        "validation": 3,
+        "test": 7,
+    }
+    assert dropped.facts["documents_shared"] == 3
+    assert dropped.facts["documents_repeated"] == 1
+    assert any("stand in another: 3 documents" in line for line in corpus_notes(dropped))
+    build_corpus(places["train"], out=tmp_path / "d", shared_documents="keep", **asked)
+    assert {split: len(found) for split, found in contents(tmp_path / "d").items()} == {
+        "train": 30,
+        "validation": 4,
+        "test": 9,
+    }
+
+
+def test_a_corpus_with_given_splits_goes_on_after_a_stop(tmp_path: Path, model_folder: str) -> None:
+    texts = sentences(60, seed=3)
+    places = given_files(tmp_path, train=texts[:40], validation=texts[40:50], test=texts[50:])
+    given = {split: places[split] for split in ("validation", "test")}
+
+    def make(out: Path) -> Manifest:
+        config = CorpusConfig(document_separator="\n\n")
+        plan = plan_corpus(places["train"], tokenizer=model_folder, given=given, config=config, shard_characters=200)
+        return run_stage(out, *plan)
+
+    whole = make(tmp_path / "whole")
+    with files_written("raw/*.npy", most=7):
+        make(tmp_path / "stopped")
+    assert make(tmp_path / "stopped").hash == whole.hash

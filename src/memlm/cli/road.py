@@ -58,6 +58,12 @@ def corpus(
     out: Out,
     tokenizer: Annotated[str, typer.Option(help=f"Tokenizer of the bases to serve: {Model}.")],
     config: CorpusConfig | None,
+    validation_documents: Annotated[
+        list[str] | None, typer.Option(help="Documents of the validation split, where it is given; may be repeated.")
+    ] = None,
+    test_documents: Annotated[
+        list[str] | None, typer.Option(help="Documents of the test split, where it is given; may be repeated.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn documents into token blocks, split into train, validation and test by document.
@@ -67,13 +73,20 @@ def corpus(
 
     Example: memlm corpus medquad.txt --document-separator '\\n\\n' --tokenizer smollm2 --max-tokens 400000 --out c/
     """
-    check_documents(documents)
+    check_documents([*documents, *(validation_documents or []), *(test_documents or [])])
     check_models(tokenizer)
     quiet()
     from memlm.corpus.blocks import CorpusFacts
     from memlm.corpus.build import ReadingFacts, build_corpus, corpus_notes
 
-    manifest = build_corpus(documents, tokenizer=tokenizer, out=out, config=config)
+    manifest = build_corpus(
+        documents,
+        tokenizer=tokenizer,
+        out=out,
+        validation_documents=validation_documents,
+        test_documents=test_documents,
+        config=config,
+    )
     read, splits = ReadingFacts.of(out, manifest), CorpusFacts.of(out, manifest).splits
     lines = [
         f"{read.documents_read:,} documents read, {read.documents_empty:,} empty and"

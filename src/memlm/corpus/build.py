@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,10 +30,18 @@ from memlm.stage import Plan, Stage, StageSpec, run_stage
 
 _NAMED = 10  # skipped files that a manifest names
 _BACKSLASHED = r"\\\1"
+_INPUTS = {"train": "documents", "validation": "validation_documents", "test": "test_documents"}
 
 
 def build_corpus(
-    documents: list[str], *, tokenizer: str, out: str | Path, config: CorpusConfig | None = None, **settings: Any
+    documents: list[str],
+    *,
+    tokenizer: str,
+    out: str | Path,
+    validation_documents: list[str] | None = None,
+    test_documents: list[str] | None = None,
+    config: CorpusConfig | None = None,
+    **settings: Any,
 ) -> Manifest:
     """Tokenise documents and write `out` with a train, validation and test split.
 
@@ -44,42 +52,60 @@ def build_corpus(
         documents: Files, folders, dataset folders or dataset names (`name[:config[:split]]`).
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
+        validation_documents, test_documents: Where that split is given; none of `documents` goes to it then.
         config: Default settings if None; or give them as keywords.
 
     Raises:
-        InputError: Nothing usable is in the documents, or they cannot be read.
+        InputError: Nothing usable is in the documents, they cannot be read, or a given split shares some with another.
         ConfigError: The tokenizer lacks a token that the settings name.
     """
     config = settings_from(CorpusConfig, config, settings)
-    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, config=config))
+    given = {"validation": validation_documents or [], "test": test_documents or []}
+    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, given=given, config=config))
 
 
 def plan_corpus(
-    documents: list[str], *, tokenizer: str, config: CorpusConfig | None = None, shard_characters: int = 4 << 20
+    documents: list[str],
+    *,
+    tokenizer: str,
+    given: Mapping[str, list[str]] | None = None,
+    config: CorpusConfig | None = None,
+    shard_characters: int = 4 << 20,
 ) -> Plan:
     """What `build_corpus` with these arguments is to make, and the work; raises what it raises before any work.
 
-    `shard_characters` are tokenised at a time, and done once if the stage is interrupted.
+    `given` are the documents of held-out splits, where they are not taken from the others; `shard_characters` are
+    tokenised at a time, and done once if the stage is interrupted.
     """
     config = config or CorpusConfig()
-    files = find_sources(documents)
+    places = {"train": documents, **{split: found for split, found in (given or {}).items() if found}}
+    files = {split: find_sources(found) for split, found in places.items()}
     loaded = load_tokenizer(resolve(tokenizer))
     tokenizer_id = fingerprint(loaded)
     around = [special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token")]
     spec = StageSpec(
         "corpus",
         config=config.deciding,
-        inputs={"documents": source_digest(files)},
+        inputs={_INPUTS[split]: source_digest(found) for split, found in files.items()},
         tokenizer=tokenizer_id,
-        sources={"documents": "; ".join(documents), "tokenizer": tokenizer},
+        sources={**{_INPUTS[split]: "; ".join(found) for split, found in places.items()}, "tokenizer": tokenizer},
         intermediate=("raw",),
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        met = Met(files.found, list(files.skipped))
-        shards = _shards(read_documents(files, config, met), shard_characters)
+        met = Met(set().union(*(found.found for found in files.values())))
+        met.skipped += itertools.chain.from_iterable(found.skipped for found in files.values())
+        shards = (
+            (split, shard)
+            for split, found in files.items()
+            for shard in _shards(read_documents(found, config, met), shard_characters)
+        )
         _tokenize(stage, shards, loaded, around, config)
-        facts = {**_told(met, config), **_compile(stage, config, met)}
+        try:
+            facts = {**_told(met, config), **_compile(stage, config, met, [*files][1:])}
+        except InputError:  # other settings are needed, which what is there would be in the way of
+            stage.remove("raw")
+            raise
         loaded.save_pretrained(stage.path / "tokenizer")
         return {**facts, "vocab_size": vocabulary_size(loaded)}
 
@@ -117,18 +143,19 @@ def special_id(tokenizer: PreTrainedTokenizerBase, setting: str, role: str) -> i
 
 def _tokenize(
     stage: Stage,
-    shards: Iterator[list[Document]],
+    shards: Iterator[tuple[str, list[Document]]],
     tokenizer: PreTrainedTokenizerBase,
     around: list[int | None],
     config: CorpusConfig,
 ) -> None:
-    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each; `around` are first and last id."""
+    """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each, and the number of the split that
+    they are given for, if it is a held-out one; `around` are first and last id."""
     start, end = around
     special = re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
     encode = TextEncoder(tokenizer, special_tokens=config.special_tokens)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
-        for number, shard in enumerate(shards):
+        for number, (split, shard) in enumerate(shards):
             if stage.has(f"raw/{number:05d}.names.txt"):  # written last
                 bar.update(len(np.load(stage.path / f"raw/{number:05d}.tokens.npy", mmap_mode="r")))
                 continue
@@ -137,6 +164,8 @@ def _tokenize(
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
             hashes = np.array([document_hash(d.text, config.seed) for d in shard])
             stage.save_array(f"raw/{number:05d}.hashes.npy", hashes)
+            if split != "train":
+                stage.save_array(f"raw/{number:05d}.given.npy", np.full(len(shard), SPLITS.index(split), np.int8))
             met = Counter(match.group() for d in shard for match in special.finditer(d.text))
             stage.save_text(f"raw/{number:05d}.special.json", json.dumps(met))
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
@@ -185,6 +214,14 @@ class _Raw:
         self.names = list(
             itertools.chain.from_iterable((folder / f"{n}.names.txt").read_text("utf-8").splitlines() for n in numbers)
         )
+        self.given = np.concatenate(
+            [np.empty(0, np.int8)]
+            + [
+                np.load(path) if (path := folder / f"{n}.given.npy").exists() else np.zeros(len(lengths[at]), np.int8)
+                for at, n in enumerate(numbers)
+            ]
+        )
+        """The number of the held-out split that each was given for; 0: none."""
         special = sum((Counter(read_json(folder / f"{n}.special.json")) for n in numbers), Counter())
         self.special = dict(sorted(special.items()))
         self._shard = np.repeat(np.arange(len(numbers)), [len(x) for x in lengths])
@@ -211,6 +248,7 @@ class ReadingFacts(Facts):
     documents_too_short: int = 0
     documents_repeated: int = 0
     documents_near_duplicate: int = 0
+    documents_shared: int = 0
     files_skipped: int = 0
     files_skipped_first: list[str] = Field(default_factory=list)
     separators_found: int | None = None
@@ -228,23 +266,27 @@ def _told(met: Met, config: CorpusConfig) -> dict[str, Any]:
     }
 
 
-def _compile(stage: Stage, config: CorpusConfig, met: Met) -> dict:
-    """Choose each split's documents and write them."""
+def _compile(stage: Stage, config: CorpusConfig, met: Met, given: list[str]) -> dict:
+    """Choose each split's documents and write them; `given` are the splits that have documents of their own."""
     raw = _Raw(stage.path / "raw")
     usable = raw.lengths >= 2
-    _, distinct = np.unique(raw.hashes, return_index=True)  # the first of each text, in the order of hashes
+    config = config.model_copy(update={f"{split}_fraction": 0.0 for split in given})
     share = raw.hashes / 2.0**64
     bounds = (config.validation_fraction, config.validation_fraction + config.test_fraction)
     split_of = np.where(share < bounds[0], 1, np.where(share < bounds[1], 2, 0))
-    parts = {
-        split: [_Part(int(d), 0, int(raw.lengths[d])) for d in distinct if split_of[d] == number and usable[d]]
-        for number, split in enumerate(SPLITS)
-    }
+    split_of = np.where(raw.given > 0, raw.given, split_of)
+    wanted = usable & ~_shared(raw, usable, split_of, config)
+    parts = {}
+    for number, split in enumerate(SPLITS):
+        here = np.flatnonzero(wanted & (split_of == number))
+        _, first = np.unique(raw.hashes[here], return_index=True)  # the first of each text, in the order of hashes
+        parts[split] = [_Part(int(d), 0, int(raw.lengths[d])) for d in here[first]]
     facts: dict = {
         "documents_read": len(raw.lengths),
         "documents_too_short": int((~usable).sum()),
-        "documents_repeated": int(usable.sum() - usable[distinct].sum()),
+        "documents_repeated": int(wanted.sum()) - sum(map(len, parts.values())),
         "documents_near_duplicate": 0,
+        **({"documents_shared": int(usable.sum() - wanted.sum())} if given else {}),
         "special_tokens_spelled": raw.special,
         "held_out_inside_documents": _hold_out_inside(parts, config),
         "splits": {},
@@ -263,6 +305,30 @@ def _compile(stage: Stage, config: CorpusConfig, met: Met) -> dict:
         tokens, documents = _write_split(stage, raw, split, chosen[split])
         facts["splits"][split] = {"documents": documents, "tokens": tokens, "positions": tokens - documents}
     return facts
+
+
+def _shared(
+    raw: _Raw, usable: NDArray[np.bool_], split_of: NDArray[np.int_], config: CorpusConfig
+) -> NDArray[np.bool_]:
+    """Which given documents are left out because they stand in a split before theirs.
+
+    Raises:
+        InputError: There are some, and the settings do not say what to do with them.
+    """
+    left_out, seen = np.zeros(len(usable), bool), np.empty(0, np.uint64)
+    for number, split in enumerate(SPLITS):
+        here = usable & (split_of == number)
+        again = here & (raw.given > 0) & np.isin(raw.hashes, seen)
+        if again.any() and config.shared_documents == "refuse":
+            first = ", ".join(raw.names[document] for document in np.flatnonzero(again)[:3])
+            raise InputError(
+                f"{int(again.sum()):,} of {int(here.sum()):,} documents of the {split} split stand in another split too"
+                f" ({first}{', …' if again.sum() > 3 else ''}): what a model has read says little about it; leave them"
+                " out with shared_documents drop, or keep them with keep"
+            )
+        left_out |= again & (config.shared_documents == "drop")
+        seen = np.union1d(seen, raw.hashes[here])
+    return left_out
 
 
 def _hold_out_inside(parts: dict[str, list[_Part]], config: CorpusConfig) -> list[str]:
@@ -324,6 +390,10 @@ def corpus_notes(manifest: Manifest) -> list[str]:
         lines.append(
             f"too few documents to hold any out whole: the last part of each training document is held out instead"
             f" ({shares}); {_more_documents(config, facts)}"
+        )
+    if facts.documents_shared:
+        lines.append(
+            f"left out of the held-out splits, for they stand in another: {facts.documents_shared:,} documents"
         )
     for name in ("validation", "test"):
         if getattr(config, f"{name}_fraction") and not sizes[name].positions:

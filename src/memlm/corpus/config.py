@@ -1,6 +1,6 @@
 """Settings of the corpus stage."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -42,6 +42,9 @@ class CorpusConfig(StageConfig):
     """Validation tokens kept at most; default a tenth of max_tokens where that is given."""
     max_test_tokens: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Test tokens kept at most; default a tenth of max_tokens where that is given."""
+    shared_documents: Literal["refuse", "drop", "keep"] = "refuse"
+    """Documents given for validation or test that stand in another split's too: an error, left out of the held-out one,
+    or kept."""
     near_duplicate_ngram: int = Field(default=0, ge=0, le=256)
     """Length in tokens of the n-grams that betray near-duplicates across splits; 0 leaves them in."""
     near_duplicate_overlap: float = Field(default=0.0, ge=0, lt=1)
@@ -56,7 +59,8 @@ class CorpusConfig(StageConfig):
     @property
     def deciding(self) -> dict[str, Any]:
         """The settings that decide what a corpus holds."""
-        return self.model_dump(exclude={"max_document_characters"})
+        dull = {"max_document_characters"} | ({"shared_documents"} if self.shared_documents == "refuse" else set())
+        return self.model_dump(exclude=dull)
 
     @model_validator(mode="after")
     def _ranges(self) -> Self:

@@ -59,7 +59,7 @@ def step_costs(
         trained: Step name to the section that it follows and its settings; the memory and its twin if None.
     """
     places, configs = recipe.places, recipe.configs
-    read, splits = corpus_tokens(configs["corpus"], recipe.documents, corpus)
+    read, splits = corpus_tokens(configs["corpus"], recipe.documents, corpus, recipe.given)
     if splits is None:
         return {}
     train, validation, held = splits["train"], splits["validation"], splits["validation"] + splits["test"]
@@ -102,23 +102,34 @@ def step_costs(
     return costs
 
 
-def corpus_tokens(config: CorpusConfig, documents: list[str], corpus: Path | None) -> tuple[int, dict[str, int] | None]:
+def corpus_tokens(
+    config: CorpusConfig,
+    documents: list[str],
+    corpus: Path | None,
+    given: Mapping[str, list[str]] | None = None,
+) -> tuple[int, dict[str, int] | None]:
     """Tokens of all documents, and of each split: counted where the folder is there, else guessed from sizes."""
     if corpus is not None:
         splits = {name: split["tokens"] for name, split in Corpus(corpus).manifest.facts["splits"].items()}
         return sum(splits.values()), splits
-    files = [Path(source) for source in find_sources(documents)]
-    known = all(file.is_file() for file in files)
-    total = sum(file.stat().st_size for file in files) // _CHARACTERS if known else None
+    given = {split: places for split, places in (given or {}).items() if places}
+    sizes = {split: _tokens_in(places) for split, places in (("", documents), *given.items())}
+    total = None if None in sizes.values() else sum(size for size in sizes.values() if size is not None)
     if total is None and config.max_tokens is None:
         return 0, None
-    shares = {"validation": config.validation_fraction, "test": config.test_fraction}
+    shares = {"validation": config.validation_fraction, "test": config.test_fraction} | dict.fromkeys(given, 0.0)
     shares["train"] = 1 - sum(shares.values())
     splits = {}
     for name in SPLITS:
-        budget, whole = config.budget(name), None if total is None else int(shares[name] * total)
-        splits[name] = min(size for size in (budget, whole) if size is not None)
+        whole = sizes[name] if name in given else None if (rest := sizes[""]) is None else int(shares[name] * rest)
+        splits[name] = min((size for size in (config.budget(name), whole) if size is not None), default=0)
     return total if total is not None else sum(splits.values()), splits
+
+
+def _tokens_in(documents: list[str]) -> int | None:
+    """About how many tokens files hold; None where the size of one is unknown."""
+    files = [Path(source) for source in find_sources(documents)]
+    return sum(file.stat().st_size for file in files) // _CHARACTERS if all(f.is_file() for f in files) else None
 
 
 def datastore_bytes(config: DatastoreConfig, entries: int, width: int) -> int:

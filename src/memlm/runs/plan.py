@@ -47,7 +47,8 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
             check_trainer_fields(configs[name], f"{name}.")
     given = places["datastore"].get("teacher")
     tokenizer = places["corpus"]["tokenizer"]
-    steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, tokenizer=tokenizer, config=configs["corpus"]))]
+    corpus = {"tokenizer": tokenizer, "given": recipe.given, "config": configs["corpus"]}
+    steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, **corpus))]
     if "teacher" in configs:
         tune = {"init": places["teacher"]["init"], "config": configs["teacher"]}
         steps.append(Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], **tune)))

@@ -13,7 +13,15 @@ from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 
 SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
-    "corpus": (CorpusConfig, {"documents": "files below $MEMLM_DATA, or dataset names", "tokenizer": "of which model"}),
+    "corpus": (
+        CorpusConfig,
+        {
+            "documents": "files below $MEMLM_DATA, or dataset names",
+            "validation_documents": "of that split, where it is given",
+            "test_documents": "of that split, where it is given",
+            "tokenizer": "of which model",
+        },
+    ),
     "teacher": (TrainConfig, {"init": "start model; the section fine-tunes a teacher, kl_weight is 0"}),
     "datastore": (DatastoreConfig, {"teacher": "model; default the teacher section's"}),
     "targets": (TargetsConfig, {}),
@@ -51,7 +59,7 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
 
 _SHARED = ("epochs", "max_steps", "batch_size", "accumulation", "validations", "dtype", "seed", "trainer")
 """What fine-tuning of the base takes from the train section."""
-_SEVERAL = ("documents", "general", "general_fit", "bases")
+_SEVERAL = ("documents", "validation_documents", "test_documents", "general", "general_fit", "bases")
 
 
 class Recipe:
@@ -114,6 +122,11 @@ class Recipe:
     def documents(self) -> list[str]:
         """Where the documents are."""
         return self.paths("corpus", "documents")
+
+    @property
+    def given(self) -> dict[str, list[str]]:
+        """Where the documents of held-out splits are that are not taken from the others."""
+        return {split: self.paths("corpus", f"{split}_documents") for split in ("validation", "test")}
 
     def paths(self, section: str, key: str) -> list[str]:
         """Where the documents of a key are; none where it is not given."""
