@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 from memlm.cli import app
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, ModelError
+from memlm.evaluate.config import IN_CONTEXT
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
 from memlm.runs.comparison import comparison_text
 
-ROWS = ["in-context", "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory"]
+ROWS = [*IN_CONTEXT, "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory"]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def sections(documents: str, model_folder: str, tmp_path_factory: pytest.TempPat
         "general_separator": "\n\n",
         "general_tokens": 400,
         "search": {"dapt.learning_rate": [1e-3, 1e-2]},
-        "in_context": {"positions": 40, "passage_tokens": 8, "context": 40},
+        "in_context": {"positions": 40, "passage_tokens": 8, "context": 40, "encoder": model_folder},
         "timed_tokens": 2,
     }
     return found
@@ -69,7 +70,8 @@ def test_every_row_is_there_and_every_way_to_weigh_it(whole: tuple[Path, dict, l
         **dict.fromkeys(("dapt+memory", "lora+memory", "twin", "memory", "mlp", "memory+mlp"), "both"),
     }
     assert found == {
-        *(("base", "alone"), ("dapt", "alone"), ("lora", "alone"), ("in-context", "part of the text")),
+        *(("base", "alone"), ("dapt", "alone"), ("lora", "alone")),
+        *((name, "part of the text") for name in IN_CONTEXT),
         *((name, "fixed weight") for name in mixed),
         *((name, f"gate {gate}") for name, gate in mixed.items()),
     }
@@ -214,9 +216,20 @@ def test_one_memory_beside_other_bases(
 
 
 def test_in_context_retrieval_is_judged_beside_the_base_on_the_same_part(whole: tuple[Path, dict, list[str]]) -> None:
-    part = rows_of(whole[1], "in-context")["part of the text"]["part"]
-    assert 30 <= part["tokens"] <= 40
-    assert part["ratio"]["perplexity"] == pytest.approx(part["perplexity"] / part["base"]["perplexity"], rel=1e-3)
+    for name in IN_CONTEXT:
+        part = rows_of(whole[1], name)["part of the text"]["part"]
+        assert 30 <= part["tokens"] <= 40
+        assert part["ratio"]["perplexity"] == pytest.approx(part["perplexity"] / part["base"]["perplexity"], rel=1e-3)
+
+
+def test_a_dense_search_is_a_row_where_it_is_asked_for(sections: dict[str, Any], tmp_path: Path) -> None:
+    plain = {key: value for key, value in sections["compare"].items() if key != "in_context"}
+    assert "in-context-dense" not in Comparison({**sections, "compare": plain}, tmp_path).rows
+    asked = Comparison({**sections, "compare": {**plain, "rows": ["in-context-dense", "memory"]}}, tmp_path)
+    assert asked.rows == ["in-context-dense", "memory"]
+    missing = changed(sections, "compare", in_context={**sections["compare"]["in_context"], "encoder": "nobody/x"})
+    with pytest.raises(ModelError, match="nobody/x"):
+        Comparison(missing, tmp_path / "a").run()
 
 
 def test_a_second_run_makes_nothing_and_says_the_same(
@@ -264,7 +277,7 @@ def test_rows_are_chosen_and_only_what_they_need_is_made(sections: dict[str, Any
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rows": ["mlps"]}, "compare.rows = .*'mlps' is none of in-context, knn, "),
+        ({"rows": ["mlps"]}, "compare.rows = .*'mlps' is none of in-context, in-context-dense, knn, "),
         ({"search": {"corpus.k": [1]}}, "'corpus.k' is no SECTION.KEY of train, twin, mlp, dapt or lora"),
         ({"search": {"dapt.learning_rat": [1]}}, "learning_rat"),
         ({"search": {"dapt.learning_rate": []}}, "has no values"),

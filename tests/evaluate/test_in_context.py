@@ -10,10 +10,11 @@ import torch
 
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus
-from memlm.errors import ConfigError
+from memlm.errors import ConfigError, ModelError
 from memlm.evaluate import in_context
 from memlm.evaluate.in_context import InContextConfig, in_context_blocks, in_context_label_log_probs, passages_of
 from memlm.models.loading import load_causal_lm
+from memlm.models.tokenizers import load_tokenizer
 
 SMALL: dict[str, Any] = {"positions": 40, "query_tokens": 6, "passage_tokens": 8, "context": 24, "stride": 4}
 
@@ -49,7 +50,7 @@ def test_each_block_is_a_passage_and_the_text_before_what_it_predicts(corpus_fol
 
 def test_the_passage_is_the_one_with_the_words_of_the_query() -> None:
     passages = ["the cat sat on a mat", "dogs bark at night", "a court of law", "night and day"]
-    assert in_context._search(passages, ["bark dogs", "law", "", "zebra", "day night"]) == [1, 2, 0, 0, 3]
+    assert in_context.by_words(passages, ["bark dogs", "law", "", "zebra", "day night"]) == [1, 2, 0, 0, 3]
 
 
 def test_a_passage_ends_before_the_end_token_and_begins_after_bos(corpus_folder: Path) -> None:
@@ -110,3 +111,27 @@ def test_what_cannot_be_is_one_line(corpus_folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(in_context, "find_spec", lambda name: None if name == "bm25s" else find(name))
     with pytest.raises(ConfigError, match=r"needs bm25s: pip install 'memlm\[compare\]'"):
         in_context_blocks(Corpus(corpus_folder), "test", InContextConfig(**SMALL))
+
+
+def test_a_dense_search_finds_the_nearest_mean_of_states(model_folder: str) -> None:
+    passages = ["the cat sat on a mat", "dogs bark at night", "a court of law, and what it says", "night and day"]
+    queries = ["dogs bark at night", "night and day", "the cat sat on a"]
+    assert in_context.by_meaning(passages, queries[:2], model_folder, batch_size=2) == [1, 3]
+    model, tokenizer = load_causal_lm(model_folder, dtype=torch.float32), load_tokenizer(model_folder)
+    with torch.no_grad():
+        means = [
+            model.base_model(torch.tensor([tokenizer(text)["input_ids"]]))[0][0].mean(0) for text in passages + queries
+        ]
+    keys, wanted = torch.stack(means[:4]), torch.stack(means[4:])
+    near = torch.nn.functional.cosine_similarity(wanted[:, None], keys[None], dim=-1)
+    assert in_context.by_meaning(passages, queries, model_folder, batch_size=3) == near.argmax(1).tolist()
+
+
+def test_an_encoder_puts_other_passages_in_front(corpus_folder: Path, model_folder: str) -> None:
+    corpus, words = Corpus(corpus_folder), InContextConfig(**SMALL)
+    dense = InContextConfig(**SMALL, encoder=model_folder)
+    found = [in_context_label_log_probs(corpus, model_folder, config, dtype="float32") for config in (words, dense)]
+    assert found[0][0].tolist() == found[1][0].tolist()
+    assert (found[0][1] != found[1][1]).any()
+    with pytest.raises(ModelError, match="nobody/nothing"):
+        in_context_blocks(corpus, "test", InContextConfig(**SMALL, encoder="nobody/nothing"))

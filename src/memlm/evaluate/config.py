@@ -45,6 +45,9 @@ class InContextConfig(StageConfig):
     context: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Tokens read at a time at most, the passage included; what is furthest back is left out; default what the base
     reads without a passage, and the passage."""
+    encoder: str | None = None
+    """Model of transformers whose last hidden states, averaged, find the passage; default BM25, and the base where a
+    comparison asks for in-context-dense."""
 
 
 class BenchConfig(StageConfig):
@@ -82,7 +85,9 @@ class GenerationConfig(StageConfig):
     """Precision: float32, bfloat16, float16, or auto."""
 
 
-ROWS = ("in-context", "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory")
+IN_CONTEXT = ("in-context", "in-context-dense")
+"""Rows that are judged on a part of the text."""
+ROWS = (*IN_CONTEXT, "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory")
 """What a comparison can have beside the base alone."""
 
 
@@ -90,8 +95,8 @@ class CompareConfig(StageConfig):
     """What is compared, and what is searched."""
 
     rows: list[str] | None = None
-    """Of in-context, knn, dapt, lora, twin, memory, mlp, memory+mlp, dapt+memory and lora+memory; default all that the
-    recipe can."""
+    """Of in-context, in-context-dense, knn, dapt, lora, twin, memory, mlp, memory+mlp, dapt+memory and lora+memory;
+    default all that the recipe can, in-context-dense where in_context.encoder is given."""
     search: dict[str, list[Any]] = Field(default_factory=dict)
     """SECTION.KEY of train, twin, mlp, dapt or lora to values; every combination within a section is trained, and the
     best on validation text counts. DAPT and LoRA are tried at two learning rates each unless theirs is given."""

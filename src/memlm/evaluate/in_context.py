@@ -9,17 +9,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from memlm.corpus.blocks import Block, Corpus, Split
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import InContextConfig
 from memlm.files import digest
-from memlm.models.loading import load_config, longest_context
+from memlm.models.identity import model_identity
+from memlm.models.loading import default_device, load_config, load_encoder, longest_context, parse_dtype, resolve
+from memlm.models.tokenizers import load_tokenizer
+from memlm.progress import progress_bar
 from memlm.scores.table import BASE, Scorers, Text
 
+_LONGEST_READ = 8192  # tokens of a text that an encoder reads
 _BETWEEN = 4  # tokens at most beside passage and text: a BOS, and what parts them
 
 
@@ -65,12 +73,13 @@ def passages_of(split: Split, tokens: int, bos: int | None = None, eos: int | No
 def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> InContext:
     """The blocks that in-context retrieval reads to predict some positions of a split.
 
-    Each is what the base would read there without retrieval, with the passage of the training split that BM25 finds for
+    Each is what the base would read there without retrieval, with the passage of the training split that is found for
     the latest tokens in front; a BOS stays first. What does not fit into the context is left out at the far end.
 
     Raises:
         ConfigError: bm25s is not installed, or passage and text do not fit the context.
         InputError: The training split is empty.
+        ModelError: The encoder cannot be reached.
     """
     context = config.context or corpus.config.block_size + config.passage_tokens + _BETWEEN
     check_in_context(config, context)
@@ -83,9 +92,8 @@ def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> In
     queries = [block.input_ids[max(0, at - config.query_tokens) : at] for block, at in windows]
     between = np.array(tokenizer("\n\n", add_special_tokens=False)["input_ids"], np.int32)
     between = between if tokenizer.decode(between) == "\n\n" and len(between) <= _BETWEEN - 1 else between[:0]
-    best = _search(
-        *([str(tokenizer.decode(t, skip_special_tokens=True)) for t in part] for part in (passages, queries))
-    )
+    known, asked = ([str(tokenizer.decode(t, skip_special_tokens=True)) for t in part] for part in (passages, queries))
+    best = by_words(known, asked) if config.encoder is None else by_meaning(known, asked, config.encoder)
     blocks, positions, first = [], [], 0
     for (block, at), number in zip(windows, best, strict=True):
         predicted = np.flatnonzero(block.predicted)
@@ -132,7 +140,7 @@ def check_in_context(config: InContextConfig, context: int) -> None:
             f"in_context.passage_tokens = {config.passage_tokens}: leaves no room for text in a context of {context};"
             " lower it"
         )
-    if find_spec("bm25s") is None:
+    if config.encoder is None and find_spec("bm25s") is None:
         raise ConfigError("in-context retrieval needs bm25s: pip install 'memlm[compare]'")
 
 
@@ -151,14 +159,13 @@ def in_context_label_log_probs(
     Raises:
         ConfigError: bm25s is not installed; passage and text do not fit the context, or this not the base.
     """
-    from memlm.models.loading import default_device, parse_dtype
-
     config = config.model_copy(update={"context": context_of(config, corpus.config.block_size, base)})
     found = in_context_blocks(corpus, split, config)
     scorers = Scorers(
         base, {}, vocab_size=corpus.vocab_size, dtype=parse_dtype(dtype, default_device()), batch_tokens=batch_tokens
     )
-    name = digest([corpus.manifest.hash, config.model_dump(), "bm25"])
+    how = "bm25" if config.encoder is None else model_identity(config.encoder)
+    name = digest([corpus.manifest.hash, config.model_dump(exclude={"encoder"}), how])
     text = Text(name, split, found, corpus.manifest.tokenizer, str(corpus.folder))
     return found.positions, scorers.score(text)[BASE].label.astype(np.float64)
 
@@ -178,7 +185,7 @@ def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
     return found
 
 
-def _search(passages: list[str], queries: list[str]) -> list[int]:
+def by_words(passages: list[str], queries: list[str]) -> list[int]:
     """The passage that BM25 likes best for each query; the first where none has a word of it."""
     import bm25s
 
@@ -191,3 +198,38 @@ def _search(passages: list[str], queries: list[str]) -> list[int]:
             known = [str(token) for token in query if token in index.vocab_dict]
             best.append(int(index.get_scores(known).argmax()) if known else 0)
     return best
+
+
+@torch.no_grad()
+def by_meaning(passages: list[str], queries: list[str], encoder: str, *, batch_size: int = 32) -> list[int]:
+    """The passage that is nearest to each query: cosine of averaged last hidden states.
+
+    Args:
+        encoder: Path, hub id or packaged name of a model of transformers.
+
+    Raises:
+        ModelError: It cannot be reached.
+    """
+    device = default_device()
+    model, tokenizer = load_encoder(encoder), load_tokenizer(resolve(encoder))
+    model.to(device)  # type: ignore[arg-type]
+    longest = min(longest_context(model.config) or _LONGEST_READ, _LONGEST_READ)
+
+    def embedded(texts: list[str], bar: Any) -> Tensor:
+        ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] or [0] for text in texts]
+        order, found = sorted(range(len(ids)), key=lambda number: len(ids[number])), [torch.empty(0)] * len(ids)
+        for start in range(0, len(order), batch_size):
+            part = order[start : start + batch_size]
+            tokens = pad_sequence([torch.tensor(ids[number]) for number in part], batch_first=True).to(device)
+            lengths = torch.tensor([len(ids[number]) for number in part], device=device)[:, None]
+            mask = torch.arange(tokens.shape[1], device=device) < lengths
+            states = model(input_ids=tokens, attention_mask=mask.long())[0].float()
+            means = (states * mask[..., None]).sum(1) / lengths
+            for number, mean in zip(part, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
+                found[number] = mean
+            bar.update(len(part))
+        return torch.stack(found)
+
+    with progress_bar(len(passages) + len(queries), "embedding", unit="text") as bar:
+        keys = embedded(passages, bar)
+        return [int(number) for part in embedded(queries, bar).split(1024) for number in (part @ keys.T).argmax(1)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
 from memlm.files import read_json
@@ -126,6 +126,19 @@ def load_causal_lm(
                 " of its config"
             )
     return model.eval()
+
+
+def load_encoder(name: str) -> PreTrainedModel:
+    """The body of any model of transformers, in evaluation mode and float32.
+
+    Raises:
+        ModelError: It cannot be reached.
+    """
+    source = resolve(name)
+    try:
+        return AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        raise _unreachable(name, source, error) from None
 
 
 def _check_decoder(folder: Path) -> None:

@@ -19,7 +19,7 @@ from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, InputError, MemlmError
 from memlm.evaluate.bench import bench
-from memlm.evaluate.config import ROWS, BenchConfig, CompareConfig, EvaluateConfig
+from memlm.evaluate.config import IN_CONTEXT, ROWS, BenchConfig, CompareConfig, EvaluateConfig, InContextConfig
 from memlm.evaluate.in_context import context_of, in_context_label_log_probs
 from memlm.evaluate.intervals import Resampled
 from memlm.evaluate.perplexity import by_label_frequency
@@ -57,6 +57,7 @@ _SECTIONS = {"twin": "twin", "memory": "train", "mlp": "mlp", "dapt": "dapt", "l
 _TITLES = {
     "base": "base alone",
     "in-context": "in-context retrieval (BM25)",
+    "in-context-dense": "in-context retrieval (dense)",
     "knn": "live kNN-LM",
     "dapt": "base fine-tuned (DAPT)",
     "lora": "base fine-tuned by LoRA",
@@ -109,7 +110,8 @@ class Comparison:
         if impossible := [row for row in asked.rows or [] if row not in able]:
             needs = "a memory that reads tokens" if impossible[0].endswith("+memory") else "a section mlp"
             raise ConfigError(f"compare.rows: {impossible[0]} needs {needs}")
-        self.rows = [row for row in able if asked.rows is None or row in asked.rows]
+        usual = [row for row in able if row != "in-context-dense" or asked.in_context.encoder]
+        self.rows = usual if asked.rows is None else [row for row in able if row in asked.rows]
         others = filled.get("compare", {}).get("bases", [])
         self.other_bases: list[str] = [others] if isinstance(others, str) else list(others)
         if self.other_bases and "memory" not in self.rows:
@@ -222,8 +224,10 @@ class Comparison:
             load_config(place)
         if "lora" in self.points:
             check_peft()
-        if "in-context" in self.rows:
-            context_of(self.config.in_context, self.recipe.configs["corpus"].block_size, self.base)
+        if "in-context-dense" in self.rows:
+            load_config(self.config.in_context.encoder or self.base)
+        for row in set(IN_CONTEXT) & set(self.rows):
+            context_of(self._in_context_config(row), self.recipe.configs["corpus"].block_size, self.base)
 
     def _check_corpus(self, corpus: Corpus) -> None:
         """Raise unless all bases read the corpus, and it has text to choose on and to judge on.
@@ -321,8 +325,7 @@ class Comparison:
             if name == "test":
                 named = {f"{row['row']}|{row['way']}": part for row, part in zip(rows, parts.values(), strict=True)}
                 report["by_label_frequency"] = by_label_frequency(table.label_count, named)
-        if "in-context" in self.rows:
-            rows.append(self._in_context(corpus, tables["test"]))
+        rows += [self._in_context(row, corpus, tables["test"]) for row in IN_CONTEXT if row in self.rows]
         report["bases"] = self._other_bases(corpus, folders, heads)
         report["searched"] = self._searched(best, there)
         report["run"] = {
@@ -371,7 +374,7 @@ class Comparison:
     def _ways(self, validation: ScoreTable, heads: Mapping[str, ConfidenceHead | None]) -> "Iterator[Way]":
         """Every row that all of the test text is scored for, with what validation text chose for it."""
         yield Way("base", BASE, (), None)
-        for row in (row for row in self.rows if row != "in-context"):
+        for row in (row for row in self.rows if row not in IN_CONTEXT):
             if row in ("dapt", "lora"):
                 yield Way(row, row, (), None)
                 continue
@@ -434,22 +437,32 @@ class Comparison:
                 rows.append({"base": place, "parameters": model_size(place), **way.told, "test": figures})
         return rows
 
-    def _in_context(self, corpus: Corpus, test: ScoreTable) -> dict[str, Any]:
-        """The row of in-context retrieval, with the base's figure on the same part of the text."""
+    def _in_context_config(self, row: str) -> InContextConfig:
+        encoder = (self.config.in_context.encoder or self.base) if row == "in-context-dense" else None
+        return self.config.in_context.model_copy(update={"encoder": encoder})
+
+    def _in_context(self, row: str, corpus: Corpus, test: ScoreTable) -> dict[str, Any]:
+        """A row of in-context retrieval, with the base's figure on the same part of the text."""
+        config = self._in_context_config(row)
         positions, found = in_context_label_log_probs(
             corpus,
             self.base,
-            self.config.in_context,
+            config,
             dtype=self.evaluate.dtype,
             batch_tokens=self.evaluate.batch_tokens,
         )
-        parts = {"in-context": found, BASE: test.voters[BASE].label[positions].astype(np.float64)}
+        parts = {row: found, BASE: test.voters[BASE].label[positions].astype(np.float64)}
         documents = np.unique(test.document[positions], return_inverse=True)[1]
         resampled = Resampled(documents, parts, self.evaluate)
-        figures = {**resampled.perplexity("in-context"), "ratio": resampled.ratio("in-context", BASE)}
+        figures = {**resampled.perplexity(row), "ratio": resampled.ratio(row, BASE)}
         part = {"tokens": len(positions), "base": resampled.perplexity(BASE)}
-        tuned = "nothing: the paper's setting"
-        told = {"row": "in-context", "title": _TITLES["in-context"], "way": "part of the text", "tuned": tuned}
+        by = f"; found by {config.encoder}" if config.encoder else ""
+        told = {
+            "row": row,
+            "title": _TITLES[row],
+            "way": "part of the text",
+            "tuned": f"nothing: the paper's setting{by}",
+        }
         return {**told, "added": {}, "part": {**figures, **part}}
 
     def _added(self, row: str, best: Mapping[str, Point], there: Mapping[str, Path]) -> dict[str, Any]:
