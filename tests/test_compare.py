@@ -16,13 +16,11 @@ from typer.testing import CliRunner
 from memlm.cli import app
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, ModelError
-from memlm.evaluate.config import IN_CONTEXT
+from memlm.evaluate.config import IN_CONTEXT, ROWS
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
 from memlm.runs.comparison import comparison_text
-
-ROWS = [*IN_CONTEXT, "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory"]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def rows_of(report: dict[str, Any], name: str) -> dict[str, dict[str, Any]]:
 def test_every_row_is_there_and_every_way_to_weigh_it(whole: tuple[Path, dict, list[str]]) -> None:
     found = {(row["row"], row["way"]) for row in whole[1]["rows"]}
     mixed = {
-        "knn": "posterior",
+        **dict.fromkeys(("knn", "dapt+knn"), "posterior"),
         **dict.fromkeys(("dapt+memory", "lora+memory", "twin", "memory", "mlp", "memory+mlp"), "both"),
     }
     assert found == {

@@ -87,7 +87,10 @@ class GenerationConfig(StageConfig):
 
 IN_CONTEXT = ("in-context", "in-context-dense")
 """Rows that are judged on a part of the text."""
-ROWS = (*IN_CONTEXT, "knn", "dapt", "lora", "twin", "memory", "mlp", "memory+mlp", "dapt+memory", "lora+memory")
+ROWS = (
+    *(*IN_CONTEXT, "knn", "dapt", "dapt+knn", "lora", "twin", "memory", "mlp"),
+    *("memory+mlp", "dapt+memory", "lora+memory"),
+)
 """What a comparison can have beside the base alone."""
 
 
@@ -95,8 +98,8 @@ class CompareConfig(StageConfig):
     """What is compared, and what is searched."""
 
     rows: list[str] | None = None
-    """Of in-context, in-context-dense, knn, dapt, lora, twin, memory, mlp, memory+mlp, dapt+memory and lora+memory;
-    default all that the recipe can, in-context-dense where in_context.encoder is given."""
+    """Of in-context, in-context-dense, knn, dapt, dapt+knn, lora, twin, memory, mlp, memory+mlp, dapt+memory and
+    lora+memory; default all that the recipe can, in-context-dense where in_context.encoder is given."""
     search: dict[str, list[Any]] = Field(default_factory=dict)
     """SECTION.KEY of train, twin, mlp, dapt or lora to values; every combination within a section is trained, and the
     best on validation text counts. DAPT and LoRA are tried at two learning rates each unless theirs is given."""

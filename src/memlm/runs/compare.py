@@ -60,6 +60,7 @@ _TITLES = {
     "in-context-dense": "in-context retrieval (dense)",
     "knn": "live kNN-LM",
     "dapt": "base fine-tuned (DAPT)",
+    "dapt+knn": "DAPT base + live kNN-LM",
     "lora": "base fine-tuned by LoRA",
     "twin": "base + twin",
     "memory": "base + Memory Decoder",
@@ -133,7 +134,8 @@ class Comparison:
         self.base = base_of(self.recipe)
         self._temperature: float | None = None  # of live kNN-LM, once it is chosen
         self.evaluate: EvaluateConfig = self.recipe.configs.get("evaluate") or EvaluateConfig()
-        self.points = {row: self._points(row) for row in _SECTIONS if any(row in part.split("+") for part in self.rows)}
+        self.parts = {part for row in self.rows for part in row.split("+")}
+        self.points = {row: self._points(row) for row in _SECTIONS if row in self.parts}
 
     def _points(self, row: str) -> list[Point]:
         """What is trained for a row: every combination of the settings that are searched."""
@@ -152,7 +154,7 @@ class Comparison:
     @cached_property
     def steps(self) -> list[Step]:
         """All that has to be made, in order."""
-        needs = {"corpus"} | ({"datastore"} if "knn" in self.rows else set())
+        needs = {"corpus"} | ({"datastore"} if "knn" in self.parts else set())
         training = [
             training_step(self.recipe, point.name, point.section, point.config)
             for points in self.points.values()
@@ -196,7 +198,7 @@ class Comparison:
                     say(f"note: {line}")
         best = {row: self._best(points, there) for row, points in self.points.items()}
         folders = {row: there[point.name] for row, point in best.items()}
-        if "knn" in self.rows:
+        if "knn" in self.parts:
             folders["knn"] = there["datastore"]
         corpus = Corpus(there["corpus"])
         trained = dict(folders)
@@ -341,7 +343,7 @@ class Comparison:
     def _retrieval(self, there: Mapping[str, Path]) -> RetrievalConfig | None:
         """How the datastore is searched: as the section retrieval says; where it does not say, with the targets' k, and
         the temperature that is best on validation text beside the teacher."""
-        if "knn" not in self.rows:
+        if "knn" not in self.parts:
             return None
         given: RetrievalConfig = self.recipe.configs.get("retrieval") or RetrievalConfig()
         k = given.k if "k" in given.model_fields_set else self.recipe.configs["targets"].k
@@ -530,6 +532,7 @@ class Comparison:
             config=BenchConfig(new_tokens=new, prompt_tokens=read, dtype=self.evaluate.dtype),
         )
         as_well = {"dapt": "base", "lora": "base", "twin": "memory", "dapt+memory": "memory", "lora+memory": "memory"}
+        as_well["dapt+knn"] = "knn"
         for row in rows:
             name = as_well.get(row["row"], row["row"])
             if name in found:
