@@ -1,6 +1,9 @@
 """Drafted batches, each text accepted for itself, and drafts that are looked up."""
 
+import contextlib
+import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from benchmarks.drafting_exactness import chance_of, direct, places_among, proce
 from memlm.errors import ModelError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.retrieval import RetrievalMemory
+from memlm.mix.decoding import Text
 from memlm.mix.drafts import earlier
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
@@ -83,6 +87,76 @@ def test_texts_that_end_early_wait_for_the_others() -> None:
             assert found.tolist() == texts_of(model, inputs, eos_token_id=end).tolist()
 
 
+@pytest.mark.parametrize("case", [FIXED, {}, {"gate": "both", "memories": 2}], ids=str)
+@pytest.mark.parametrize("first", [{"drafting": 4}, {}], ids=str)
+def test_a_batch_whose_texts_ended_apart_can_be_gone_on_from(case: dict[str, Any], first: dict[str, Any]) -> None:
+    model, inputs, start = mixture(**case), padded(), max(LENGTHS)
+    whole, more = texts_of(model, inputs), some_tokens(3, 3, seed=77)
+    for place in (2, 9, 16):
+        end = int(whole[1, start + place])
+        made = texts_of(model, inputs, eos_token_id=end, return_dict_in_generate=True, **first)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, made.sequences.shape[1] - start), value=1)
+        for row, text in enumerate(made.sequences):
+            ends = (text[start:] == end).nonzero()
+            mask[row, start + int(ends[0]) + 1 if len(ends) else len(text) :] = 0
+        after = torch.cat([made.sequences, more], 1)
+        real = torch.cat([mask, torch.ones_like(more)], 1)
+        asked = {"max_new_tokens": 6, "eos_token_id": None}
+        for how in ({}, {"drafting": 3}):
+            cache = copy.deepcopy(made.past_key_values)
+            found = texts_of(model, {"input_ids": after, "attention_mask": real}, past_key_values=cache, **asked, **how)
+            for row, text in enumerate(after):
+                alone = text[real[row].bool()][None]
+                expected = texts_of(model, {"input_ids": alone, "attention_mask": torch.ones_like(alone)}, **asked)
+                if case == FIXED:  # a gate hears all that was read as text
+                    assert found[row, -6:].tolist() == expected[0, -6:].tolist()
+
+
+def test_texts_that_ended_are_filled_up_as_ever() -> None:
+    model, inputs = mixture(gate="none"), padded()
+    end = int(texts_of(model, inputs)[1, max(LENGTHS) + 5])
+    asked = {"eos_token_id": end, "pad_token_id": None}
+    assert texts_of(model, inputs, drafting=4, **asked).tolist() == texts_of(model, inputs, **asked).tolist()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_texts_may_be_as_long_as_the_base_has_positions(family: str) -> None:
+    base = family_model(family, VOCAB)
+    longest = base.config.max_position_embeddings
+    model = MixedLM(base, decoder_memory(VOCAB, seed=7), 0.6)
+    model.generation_config.eos_token_id = None
+    inputs = {"input_ids": some_tokens(4, 11, seed=3), "attention_mask": torch.ones(4, 11, dtype=torch.long)}
+    expected = texts_of(model, inputs, max_new_tokens=longest - 11)
+    for drafting in (1, 4, 32):
+        assert texts_of(model, inputs, max_new_tokens=longest - 11, drafting=drafting).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_base_that_reads_long_texts_otherwise_is_not_read_across_the_turn(rows: int) -> None:
+    turn = 16
+    longer = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "factor": 4.0}
+    longer |= {"original_max_position_embeddings": turn, "rope_theta": 10000.0}
+    base = family_model("llama", VOCAB, rope_parameters=longer)
+    model = MixedLM(base, decoder_memory(VOCAB, seed=7), 0.4)
+    model.generation_config.eos_token_id = None
+    prompt = some_tokens(rows, 7)
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = texts_of(model, inputs)
+        for drafting in (2, 4, 7):
+            assert texts_of(model, inputs, drafting=drafting).tolist() == expected.tolist()
+
+
+def test_keys_of_tokens_that_were_refused_are_not_kept() -> None:
+    model, inputs = mixture(gate="none"), padded()
+    found = texts_of(model, inputs, drafting=8, max_new_tokens=60, return_dict_in_generate=True)
+    cache = found.past_key_values.memories["m0"]
+    longest = max(LENGTHS) + 60
+    assert cache.inner.get_seq_length() <= longest
+    assert found.past_key_values.get_seq_length() == longest - 1
+
+
 @pytest.mark.parametrize("options", PROCESSED, ids=str)
 def test_processors_see_each_text(options: dict[str, Any]) -> None:
     model, inputs = mixture(gate="none"), padded()
@@ -138,15 +212,20 @@ def test_each_text_keeps_what_it_accepted() -> None:
     assert pace.accepted_tokens == pace.drafted_tokens == 3 * 18
 
 
-class _Raises(StoppingCriteria):
-    def __init__(self, after: int) -> None:
-        self.left = after
+@contextlib.contextmanager
+def stopped_after(tokens: int) -> Iterator[None]:
+    """Decoding is interrupted when so many tokens were added to texts."""
+    add, left = Text.add, [tokens]
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.left -= 1
-        if self.left < 0:
+    def stops(self: Text, *args: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
             raise KeyboardInterrupt
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        add(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        patch.setattr(Text, "add", stops)
+        yield
 
 
 @pytest.mark.parametrize("case", [FIXED, {}], ids=str)
@@ -155,9 +234,29 @@ def test_a_batch_that_was_stopped_leaves_an_empty_cache(case: dict[str, Any]) ->
     for after in range(0, 24, 5):
         model = mixture(**case)
         cache, expected = model.new_cache(3), texts_of(model, inputs)
-        stop = StoppingCriteriaList([_Raises(after)])
+        with stopped_after(after):
+            texts_of(model, inputs, drafting=4, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        assert texts_of(model, inputs, drafting=4, past_key_values=cache).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("case", [FIXED, {}], ids=str)
+def test_a_prompt_that_was_interrupted_leaves_an_empty_cache(case: dict[str, Any]) -> None:
+    model, inputs, left = mixture(**case), padded(), [0]
+
+    def stop(*args: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    expected = texts_of(model, inputs)
+    for after in (3, 10, 25, 40):
+        cache, left[0] = model.new_cache(3), after
+        hooks = [part.register_forward_hook(stop) for part in model.modules() if isinstance(part, torch.nn.Linear)]
         with pytest.raises(KeyboardInterrupt):
-            texts_of(model, inputs, drafting=4, past_key_values=cache, stopping_criteria=stop)
+            texts_of(model, inputs, drafting=4, past_key_values=cache, prefill_chunk_size=4)
+        for hook in hooks:
+            hook.remove()
         assert cache.get_seq_length() == 0
         assert texts_of(model, inputs, drafting=4, past_key_values=cache).tolist() == expected.tolist()
 
@@ -254,6 +353,11 @@ def test_a_datastore_is_quoted(make: Make) -> None:
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 
+class _Long(StoppingCriteria):
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        return torch.full((len(input_ids),), len(input_ids) == 3 and input_ids.shape[1] > 20)
+
+
 class _Hears:
     def put(self, value: Tensor) -> None:
         pass
@@ -268,6 +372,8 @@ class _Hears:
         ("sleepy", {}, "its memories sleep"),
         ("sliding", {}, "keeps a window"),
         ("fixed", {"streamer": _Hears()}, "a streamer hears all texts at once"),
+        ("fixed", {"stopping_criteria": StoppingCriteriaList([_Long()])}, "_Long may look at all texts"),
+        ("fixed", {"evidence_mask": torch.ones(3, 20, dtype=torch.long)}, "the evidence mask is longer"),
         (
             "fixed",
             {"prefix_allowed_tokens_fn": lambda row, _: [5, 6, row]},

@@ -42,6 +42,15 @@ class TokenCache(VoterCache):
         """Forget keys and values; the next step makes them again."""
         self.inner, self.starts = None, None
 
+    def heed(self, mask: Tensor) -> None:
+        """Take tokens for padding that were read as text, as what `generate` puts behind a text that has ended."""
+        if mask.shape != self.mask.shape:
+            return
+        heard = self.mask & mask.to(self.mask.device).bool()
+        if not torch.equal(heard, self.mask):
+            self.mask = heard
+            self.drop_inner()
+
     def crop(self, tokens: int) -> None:
         if tokens <= 0:
             return
@@ -74,13 +83,13 @@ class TokenCache(VoterCache):
         )
         if not there or any(self.inner.is_sliding):  # a window moved meanwhile, or what is before it is gone
             return self.drop_inner()
+        places = torch.arange(width, device=whole.device)
+        left = moved(self.inner_mask, surplus, 1) & (places >= torch.tensor(surplus, device=whole.device)[:, None])
+        first = int(left.any(0).int().argmax())  # columns before it are padding in all rows
         layers: Any = self.inner.layers
         for layer in layers:
-            layer.keys, layer.values = (moved(part, surplus, 2) for part in (layer.keys, layer.values))
-        places = torch.arange(width, device=whole.device)
-        self.inner_mask = moved(self.inner_mask, surplus, 1)
-        self.inner_mask &= places >= torch.tensor(surplus, device=whole.device)[:, None]
-        self.is_whole = False
+            layer.keys, layer.values = (moved(part, surplus, 2)[:, :, first:] for part in (layer.keys, layer.values))
+        self.inner_mask, self.is_whole = left[:, first:], False
 
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         self.tokens, self.mask = self.tokens[rows], self.mask[rows]
@@ -192,6 +201,8 @@ class WindowedReader:
             if attention_mask is None
             else attention_mask[:, -tokens.shape[1] :].to(tokens.device).bool()
         )
+        if attention_mask is not None and tokens.shape[1] > 1:
+            cache.heed(attention_mask[:, : -tokens.shape[1]])
         if self.keeps_keys and not cache.tokens.shape[1]:
             cache.inner, cache.inner_mask = self._empty(), mask[:, :0]
             cache.starts = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)

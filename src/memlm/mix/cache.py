@@ -100,3 +100,9 @@ class MixedCache(Cache):
     def reset(self) -> None:
         for part in self._parts():
             part.reset()
+
+    def empty(self) -> None:
+        """Forget all tokens, whatever an interrupted step has left of them."""
+        self.of_base.crop(max((layer.get_seq_length() for layer in self.layers), default=0))
+        for part in (*self.memories.values(), self.rule, self.unread):
+            part.reset()

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 from transformers.generation import logits_process as processors_of
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -52,6 +60,17 @@ def strange_processor(processors: LogitsProcessorList, rows: int = 1) -> str | N
         if not kind.__module__.startswith("transformers.") or kind.__name__.startswith(known):
             return kind.__name__
     return None
+
+
+def strange_criterion(criteria: StoppingCriteriaList) -> str | None:
+    """The name of one that may look at more than a text of a batch by itself, or ends one that goes on being written.
+
+    transformers puts padding behind a text that has ended only where an end token may have ended it.
+    """
+    known = [MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria]
+    if any(isinstance(criterion, EosTokenCriteria) for criterion in criteria):
+        known.append(StopStringCriteria)
+    return next((type(criterion).__name__ for criterion in criteria if type(criterion) not in known), None)
 
 
 @dataclass
@@ -106,7 +125,8 @@ class Text:
 def result(texts: list[Text], cache: MixedCache) -> Any:
     """What `generate` gives: all texts, filled up on the right, and what was asked for beside them."""
     config, longest = texts[0].config, max(map(len, texts))
-    fill = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    given = getattr(config, "_pad_token_tensor", None)  # as `generate` settled it, where the settings have none
+    fill = 0 if given is None else int(given)
     ids = [torch.nn.functional.pad(text.ids, (0, longest - len(text)), value=fill) for text in texts]
     if texts[0].streamer is not None:
         texts[0].streamer.end()

@@ -36,10 +36,12 @@ from memlm.mix.decoding import (
     mask_for,
     positions,
     result,
+    strange_criterion,
 )
 from memlm.mix.drafts import Drafts, drafter_of
 from memlm.mix.gate_config import LONGEST_DRAFT
 from memlm.mix.pace import Pace
+from memlm.models.loading import longest_context
 
 if TYPE_CHECKING:
     from memlm.mix.mixed_lm import MixedLM
@@ -76,7 +78,12 @@ def drafts_itself(mixed: "MixedLM") -> bool:
 
 
 def why_plain(
-    mixed: "MixedLM", input_ids: Tensor, streamer: Any, config: GenerationConfig, model_kwargs: dict[str, Any]
+    mixed: "MixedLM",
+    input_ids: Int[Tensor, "B N"],
+    criteria: StoppingCriteriaList,
+    streamer: Any,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
 ) -> str | None:
     """Why texts can only be decoded step by step; None where drafts can be made."""
     base, cache = type(mixed.base).__name__, cache_of(model_kwargs)
@@ -86,12 +93,14 @@ def why_plain(
         return f"{base} cannot take tokens back from its cache"
     if config.output_attentions or config.output_hidden_states:
         return "attentions or hidden states are asked for"
-    if len(input_ids) > 1 and (why := _why_one_text(mixed, cache, streamer)):
-        return why
+    if len(input_ids) > 1 and (why := _why_one_text(mixed, input_ids, cache, criteria, streamer, config, model_kwargs)):
+        return f"a batch, and {why}"
     known = {*CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"mix_weight", "evidence_mask", "cache_position", "tokenizer"}
     places, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     lengths = torch.tensor(input_ids.shape[1]) if mask is None else mask.sum(1)
+    if mask is not None and not bool(mask[:, -1].all()):
+        return "there is padding on the right"
     if places is not None and bool((places[:, -1].to(lengths.device) != lengths - 1).any()):
         return "positions are given"
     if strange := [name for name, value in model_kwargs.items() if name not in known and value is not None]:
@@ -99,18 +108,53 @@ def why_plain(
     return None
 
 
-def _why_one_text(mixed: "MixedLM", cache: MixedCache, streamer: Any) -> str | None:
+def _why_one_text(
+    mixed: "MixedLM",
+    input_ids: Int[Tensor, "B N"],
+    cache: MixedCache,
+    criteria: StoppingCriteriaList,
+    streamer: Any,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+) -> str | None:
     """Why drafts can be made for one text at a time only; None where they can be for a batch."""
-    base = type(mixed.base).__name__
+    base, heard = type(mixed.base).__name__, model_kwargs.get("evidence_mask")
     if not mixed._voter.abilities.padding:
-        return f"a batch, and {base} reads padding as text"
+        return f"{base} reads padding as text"
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
-        return f"a batch, and the cache of {base} keeps a window or another form of its past"
+        return f"the cache of {base} keeps a window or another form of its past"
     if mixed.gate.sleep and mixed.gate.gate != "none":
-        return "a batch, and its memories sleep"
+        return "its memories sleep"
     if streamer is not None:
-        return "a batch, and a streamer hears all texts at once"
+        return "a streamer hears all texts at once"
+    if strange := strange_criterion(criteria):
+        return f"{strange} may look at all texts at once"
+    if heard is not None and heard.shape[1] > input_ids.shape[1]:
+        return "the evidence mask is longer than the prompts"
+    if (turn := _turn(mixed)) is not None and (config.max_length or turn + 1) > turn:
+        return f"{base} reads all texts otherwise once one has {turn} tokens"
     return None
+
+
+def _turn(mixed: "MixedLM") -> int | None:
+    """The length from which on the base reads all of a text otherwise, as with LongRoPE; None: none."""
+    config = mixed.base.config.get_text_config(decoder=True)
+    rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("rope_type", rope.get("type")) != "longrope":
+        return None
+    found = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    return None if found is None else int(found)
+
+
+def _most(mixed: "MixedLM", texts: list[Text]) -> int:
+    """Tokens that may be drafted for all texts at most."""
+    longest = max(map(len, texts))
+    most, context, turn = max(text.room for text in texts) - 1, longest_context(mixed.base.config), _turn(mixed)
+    if context is not None and len(texts) > 1:  # texts that wait or run ahead are read as far as the others
+        most = min(most, context - longest)
+    if turn is not None and longest <= turn:  # what is read at once is read in one way
+        most = min(most, turn - longest)
+    return most
 
 
 def decode_drafted(
@@ -159,16 +203,16 @@ def decode_drafted(
         cache.take_back([held - b - length for b, length in zip(before, lengths, strict=True)], held - longest)
         before[:] = [longest - length for length in lengths]
 
-    for part in first_chunks(input_ids[:, cache.get_seq_length() :], config):
-        read(part.to(mixed.device))
     prompt_is_read = False
     try:
+        for part in first_chunks(input_ids[:, cache.get_seq_length() :], config):
+            read(part.to(mixed.device))
         while not all(text.done for text in texts):
             began, known = time.perf_counter(), cache.get_seq_length()
             live, ids = [not text.done for text in texts], [text.ids for text in texts]
             fresh = torch.cat([row[:, -1:] for row in ids]) if prompt_is_read else input_ids[:, known:]
-            fresh, room = fresh.to(mixed.device), max(text.room for text in texts)
-            count = min(pace.next(), room - 1) if prompt_is_read else 0
+            fresh = fresh.to(mixed.device)
+            count = min(pace.next(), _most(mixed, texts)) if prompt_is_read else 0
             if count > 0 and (len(cache.unread) or mixed._rule.asleep(cache.rule, known, 0, 1)):
                 count = 0
             drafts = drafter.draft(ids, fresh, cache, count) if count > 0 else None
@@ -201,11 +245,12 @@ def decode_drafted(
                 cache.activate_past_recording()  # from here on sliding layers are to keep what may be taken back
                 prompt_is_read = True
     except BaseException:
-        if len(texts) > 1 and cache.get_seq_length():  # nobody knows how far each text came
-            cache.crop(-cache.get_seq_length())
+        if len(texts) > 1:  # nobody knows how far each text came
+            cache.empty()
         raise
-    if any(before):
-        cache.take_back([-b for b in before], 0)  # as `generate` gives the texts: what is missing is on the right
+    if any(before):  # as plain steps leave it: the end token of a shorter text is read, and what is missing is behind
+        read(torch.cat([text.ids[:, -1:] for text in texts]).to(mixed.device))
+        cache.take_back([1 - b for b in before], 1)
     return result(texts, cache)
 
 

@@ -301,7 +301,7 @@ class _Pending:
         before = before if max(surplus) >= length else None
         older = 0 if before is None else before.base.shape[1]
         places = torch.arange(older, older + length) - torch.tensor(surplus)[:, None]
-        places = places.clamp(min=0)  # of both, the older ones first
+        places = places.clamp(0, older + length - 1)  # of both, the older ones first
         row = torch.arange(rows)[:, None]
         flat = torch.where(places < older, row * older + places, rows * older + row * length + places - older).flatten()
 

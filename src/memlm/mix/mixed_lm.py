@@ -603,7 +603,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
         given = input_ids, logits_processor, stopping_criteria, generation_config
         if drafting is not None or drawing:
-            why = why_plain(self, input_ids, streamer, generation_config, model_kwargs)
+            why = why_plain(self, input_ids, stopping_criteria, streamer, generation_config, model_kwargs)
             if drawing:
                 one_text = None if len(input_ids) == 1 else "components are drawn for one text at a time"
                 refused = (

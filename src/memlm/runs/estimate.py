@@ -32,6 +32,7 @@ _TOKENISED = 200_000  # tokens a second
 _MODEL_SHARE = 0.3  # of a matrix product's rate that a model's passes reach; 0.25 to 0.4 with SmolLM2 on two cores
 _ENTRY_BYTES = 60  # of a tokenizer's files, an entry of the vocabulary
 _REPORT_BYTES = 60_000
+_LIBRARIES = 600_000_000  # bytes of a process that has loaded torch and transformers
 
 
 class Cost(NamedTuple):
@@ -42,6 +43,10 @@ class Cost(NamedTuple):
     seconds: float | None = None
     bytes: int | None = None
     """Left on disk at the end; checkpoints of training come and go beside it."""
+    memory: int | None = None
+    """Bytes held at most, on the CPU in float32; on an accelerator less by half, the libraries' beside it."""
+    operations: float | None = None
+    """Floating-point operations of models."""
 
 
 def step_costs(
@@ -66,40 +71,60 @@ def step_costs(
     teacher = places["datastore"].get("teacher") or places["teacher"]["init"]
     width = load_config(teacher).get_text_config().hidden_size
     vocabulary = load_config(base).get_text_config().vocab_size
-    flops = _MODEL_SHARE * product_rate()
+    rate, search = _MODEL_SHARE * product_rate(), datastore_bytes(configs["datastore"], train, width)
 
-    def passes(parameters: int, tokens: float) -> float:
-        return 2 * parameters * tokens / flops
+    def passing(parameters: int, tokens: float) -> float:
+        return 2 * parameters * tokens
+
+    def cost(
+        tokens: int, operations: float, disk: int, held: int, batch: int, parameters: int, passes: int = 1
+    ) -> Cost:
+        kept = batch * _activations(parameters, width) * (1 if passes > 1 else 0.2)
+        return Cost(tokens, operations / rate, disk, int(_LIBRARIES + held + kept), operations)
 
     def training(config: TrainConfig, size: int, read_beside: int = 0) -> Cost:
-        step = config.batch_size * config.accumulation * configs["corpus"].block_size
+        batch = config.batch_size * configs["corpus"].block_size
+        step = batch * config.accumulation
         tokens = config.max_steps * step if config.max_steps else int(config.epochs * train)
-        seconds = 3 * passes(size, tokens) + passes(size, config.epochs * validation)
-        return Cost(tokens, seconds + passes(read_beside, tokens), 4 * size + _ENTRY_BYTES * vocabulary)
+        operations = (
+            3 * passing(size, tokens) + passing(size, config.epochs * validation) + passing(read_beside, tokens)
+        )
+        disk, held = 4 * size + _ENTRY_BYTES * vocabulary, 16 * size + 4 * beside  # weights, gradients, two moments
+        return cost(tokens, operations, disk, held, batch, size, passes=3)
 
-    corpus_bytes = 4 * sum(splits.values()) + _ENTRY_BYTES * vocabulary
-    reading = passes(model_size(teacher), train)
-    entry_bytes = datastore_bytes(configs["datastore"], train, width)
+    corpus_bytes, teacher_size = 4 * sum(splits.values()) + _ENTRY_BYTES * vocabulary, model_size(teacher)
+    reading, batch, beside = passing(teacher_size, train), configs["datastore"].batch_tokens, model_size(base)
+    target_bytes = train * _target_bytes(configs["targets"].k) + _ENTRY_BYTES * vocabulary
     costs = {
-        "corpus": Cost(read, read / _TOKENISED, corpus_bytes),
-        "datastore": Cost(train, reading, corpus_bytes + entry_bytes),
-        "targets": Cost(train, reading, train * _target_bytes(configs["targets"].k) + _ENTRY_BYTES * vocabulary),
+        "corpus": Cost(read, read / _TOKENISED, corpus_bytes, _LIBRARIES, 0.0),
+        "datastore": cost(train, reading, corpus_bytes + search, 4 * teacher_size + search, batch, teacher_size),
+        "targets": cost(train, reading, target_bytes, search, 0, 0),  # a search is about a pass
     }
     if "teacher" in configs:
         start = places["teacher"]["init"]
         costs["teacher"] = training(configs["teacher"], memory_size(configs["teacher"], start, start))
-    beside = model_size(base)
     if trained is None:
         pairs = (("memory", "train"), ("twin", "twin"))
         trained = {name: (section, configs[section]) for name, section in pairs if section in configs}
+
+    def judging(size: int, tokens: int) -> Cost:
+        whole = beside + size
+        return cost(tokens, passing(whole, tokens), _REPORT_BYTES, 4 * whole, 4096, whole)
+
     for name, (section, config) in trained.items():
         given = {"init": base} if section in ("dapt", "lora") else places["mlp" if section == "mlp" else "train"]
         size = memory_size(config, given.get("init"), base)
         online = memory_class(config.start.kind).reads_base and "activations" not in given
         costs[name] = training(config, size, beside if online else 0)
-        costs[f"evaluation-{name}"] = Cost(held, passes(beside + size, held), _REPORT_BYTES)
-    costs["evaluation-retrieval"] = Cost(held, passes(beside, 2 * held), _REPORT_BYTES)  # a search is about a pass
+        costs[f"evaluation-{name}"] = judging(size, held)
+    costs["evaluation-retrieval"] = judging(0, held)._replace(operations=passing(beside, 2 * held))
+    costs["evaluation-retrieval"] = costs["evaluation-retrieval"]._replace(seconds=passing(beside, 2 * held) / rate)
     return costs
+
+
+def _activations(parameters: int, width: int) -> float:
+    """Bytes a token that a backward pass finds kept, in float32: about 34 values a layer of 12 width^2 weights."""
+    return 2 * 34 / 12 * parameters / width
 
 
 def corpus_tokens(

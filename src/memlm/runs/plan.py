@@ -175,6 +175,10 @@ def make_step(out: Path, plan: Plan, say: Callable[[str], None]) -> Path:
     return found
 
 
+ACCELERATOR_RATE = 3e14
+"""Floating-point operations a second by which a plan tells hours on an accelerator; assumed, not measured."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """A step of a run, as `plan_recipe` finds it."""
@@ -189,6 +193,10 @@ class Planned:
     """What its last run took where it is finished, else about what it will take."""
     bytes: int | None
     """On disk: as it is where it is finished, else about what it will be."""
+    memory: int | None = None
+    """Bytes that it holds at most, about."""
+    operations: float | None = None
+    """Floating-point operations of models, about."""
 
     @property
     def is_made(self) -> bool:
@@ -237,7 +245,7 @@ def planned(names: Iterable[str], there: Mapping[str, Path], costs: Mapping[str,
         if found is not None:
             size = sum(file.bytes for file in read_manifest(found).payload.values())
             took = times.seconds_last_run if (times := times_of(found)) else None
-            cost, state = Cost(cost.tokens, took, size), "there" if found == folder else "found"
+            cost, state = cost._replace(seconds=took, bytes=size), "there" if found == folder else "found"
         else:
             state = "unfinished" if is_begun(folder) else "to be made"
         found_all.append(Planned(name, state, str(found or folder), *cost))
@@ -282,18 +290,28 @@ def run_folder(recipe: str | Path) -> Path:
 def plan_table(steps: list[Planned]) -> str:
     """A plan as lines of text, with the totals of what is left to do."""
     left = [step for step in steps if not step.is_made]
-    rows = [("step", "", "tokens", "time", "disk", "folder")]
-    rows += [(s.step, s.state, *_figures(s.tokens, s.seconds, s.bytes, s.is_made), s.folder) for s in steps]
+    rows = [("step", "", "tokens", "time", "disk", "memory", "folder")]
+    for step in steps:
+        memory = "" if step.is_made else "?" if step.memory is None else f"about {size(step.memory)}"
+        rows.append(
+            (step.step, step.state, *_figures(step.tokens, step.seconds, step.bytes, step.is_made), memory, step.folder)
+        )
 
     def total(name: str) -> Any:
         values = [getattr(step, name) for step in left]
         return None if None in values else sum(values)
 
-    rows.append(
-        ("to do", f"{len(left)} steps", *_figures(total("tokens"), total("seconds"), total("bytes"), False), "")
-    )
+    most = max((step.memory for step in left if step.memory is not None), default=None)
+    figures = _figures(total("tokens"), total("seconds"), total("bytes"), False)
+    rows.append(("to do", f"{len(left)} steps", *figures, "?" if most is None else f"about {size(most)}", ""))
     first, state = (max(len(row[i]) for row in rows) for i in (0, 1))
-    return "\n".join(f"{r[0]:<{first}}  {r[1]:<{state}}{r[2]:>15}{r[3]:>15}{r[4]:>15}  {r[5]}".rstrip() for r in rows)
+    lines = [f"{r[0]:<{first}}  {r[1]:<{state}}{r[2]:>15}{r[3]:>15}{r[4]:>15}{r[5]:>15}  {r[6]}".rstrip() for r in rows]
+    if operations := total("operations"):
+        lines.append(
+            f"models compute about {operations:.1e} operations: {duration(operations / ACCELERATOR_RATE)} on an"
+            f" accelerator that reaches {ACCELERATOR_RATE:.0e} a second, about a third of an H100's bfloat16 (assumed)"
+        )
+    return "\n".join(lines)
 
 
 def _figures(tokens: int | None, seconds: float | None, disk: int | None, known: bool) -> tuple[str, str, str]:
