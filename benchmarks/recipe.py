@@ -59,11 +59,15 @@ def quick_overrides(recipe: str, out: Path) -> list[str]:
         backwards = "\n".join(" ".join(reversed(line.split())) for line in lines)
         (out / "general.txt").write_text(backwards, encoding="utf-8")
         (out / "general-fit.txt").write_text(backwards.replace(" ", "  "), encoding="utf-8")
+        for split, is_last_first in (("validation", False), ("test", True)):
+            part = [" ".join(sorted(line.split(), reverse=is_last_first)) for line in lines[: len(lines) // 8]]
+            (out / f"{split}.txt").write_text("\n".join(part), encoding="utf-8")
     found = []
     for name, section in read_recipe(recipe).items():
         given: dict[str, Any] = {key: str(model) for key in section if key in ("tokenizer", "init", "teacher", "base")}
         given |= {"bases": str(model)} if "bases" in section else {}
         texts = {"general": "general.txt", "general_fit": "general-fit.txt"}
+        texts |= {f"{split}_documents": f"{split}.txt" for split in ("validation", "test")}
         given |= {key: str((out / file).resolve()) for key, file in texts.items() if key in section}
         given |= {"documents": str(documents.resolve())} if name == "corpus" else {}
         for key, value in (given | _QUICK.get(name, {})).items():

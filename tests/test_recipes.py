@@ -1,6 +1,7 @@
 """Recipes: every one in the repository parses; stages run once; settings are checked with the nearest known name."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -339,7 +340,20 @@ def test_a_dataset_of_unknown_size_is_planned_without_figures(model_folder: str,
         {"train": 1000, "validation": 100, "test": 100},
     )
     table = plan_table([Planned("corpus", "to be made", "runs/a/corpus", None, None, None)])
-    assert table.splitlines()[-1].split() == ["to", "do", "1", "steps", "?", "?", "?"]
+    assert table.splitlines()[-1].split() == ["to", "do", "1", "steps", "?", "?", "?", "?"]
+
+
+def test_a_plan_tells_memory_and_operations(documents: str, model_folder: str, tmp_path: Path) -> None:
+    steps = plan_recipe(tiny(documents, model_folder), tmp_path / "runs" / "r")
+    assert all(step.memory and step.operations is not None for step in steps)
+    by_name = {step.step: step for step in steps}
+    assert by_name["memory"].memory == by_name["twin"].memory
+    assert by_name["memory"].operations == by_name["twin"].operations
+    for name in ("datastore", "evaluation-memory"):
+        share = by_name["memory"].operations / by_name[name].operations
+        assert by_name["memory"].seconds / by_name[name].seconds == pytest.approx(share, rel=1e-3)
+    last = plan_table(steps).splitlines()[-1]
+    assert re.search(r"models compute about \S+ operations: .* on an accelerator", last)
 
 
 def test_a_stopped_run_is_planned_as_unfinished_and_goes_on_where_it_was(

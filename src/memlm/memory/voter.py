@@ -23,15 +23,16 @@ class VoterCache(ABC):
     def crop(self, tokens: int) -> None:
         """Forget the last `tokens` tokens."""
 
-    @abstractmethod
     def take_back(self, surplus: Sequence[int], columns: int) -> None:
-        """Forget the last tokens of each row, and move rows so that all end together.
+        """Forget the last tokens of each row, and move rows so that all end together. A cache that cannot leaves this
+        as it is, and batches are then not drafted.
 
         Args:
             surplus: Per row, how many; a negative number moves a row to the left, and padding stands behind it.
             columns: By how many columns the whole gets shorter. A row moves `surplus - columns` to the right; what
                 comes in on its left is padding.
         """
+        raise NotImplementedError
 
     @abstractmethod
     def select(self, rows: Int[Tensor, "B2"]) -> None:

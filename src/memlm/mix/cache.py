@@ -77,6 +77,11 @@ class MixedCache(Cache):
         for part in (*self.memories.values(), self.rule):
             part.crop(tokens)
 
+    @property
+    def takes_back_rows(self) -> bool:
+        """Whether all parts can take back from each row another number of tokens."""
+        return all(type(part).take_back is not VoterCache.take_back for part in self._parts())
+
     def take_back(self, surplus: Sequence[int], columns: int) -> None:
         """Forget the last tokens of each row, and move rows so that all end together; see `VoterCache.take_back`."""
         if all(count == columns for count in surplus):

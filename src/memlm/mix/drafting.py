@@ -123,6 +123,8 @@ def _why_one_text(
         return f"{base} reads padding as text"
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
         return f"the cache of {base} keeps a window or another form of its past"
+    if not cache.takes_back_rows:
+        return "what a part keeps of texts cannot be moved row by row"
     if mixed.gate.sleep and mixed.gate.gate != "none":
         return "its memories sleep"
     if streamer is not None:
