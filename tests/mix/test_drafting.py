@@ -333,7 +333,7 @@ def test_a_drawn_texts_cache_can_be_gone_on_from() -> None:
 
 # --- sampled ----------------------------------------------------------------------------------------------------------
 
-TEXTS = 32
+TEXTS = 16
 """Of 16 tokens, a setting; `python -m benchmarks drafting_exactness` takes 20,000 tokens."""
 
 
@@ -365,7 +365,7 @@ def test_a_distribution_that_is_a_little_off_is_seen() -> None:
     """The same statistic where tokens come from a mixture of another weight."""
     torch.manual_seed(1)
     model = mixture(gate="none")
-    texts = sampled(model, PROMPT, 48, drafting=4, mix_weight=0.6)  # instead of 0.3
+    texts = sampled(model, PROMPT, 48, rows=8, drafting=4, mix_weight=0.6)  # instead of 0.3
     found = places_among(model, direct(model), texts, PROMPT.shape[1])
     assert chance_of(found) < 1e-4
 
