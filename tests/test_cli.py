@@ -436,7 +436,7 @@ def test_generate_mixes_several_memories_by_name(
 
 
 def test_explain_shows_passages_of_a_file(
-    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, tmp_path: Path
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, datastore_folder: Path, tmp_path: Path
 ) -> None:
     file, page = tmp_path / "cases.txt", tmp_path / "cases.html"
     file.write_text("the memory\nof doctors\n\n \npatients say that\n", encoding="utf-8")
@@ -445,6 +445,8 @@ def test_explain_shows_passages_of_a_file(
     assert told.code == 0, told
     assert told.out.count("helped most: ") == told.out.count("hurt most: ") == 2
     assert page.read_text(encoding="utf-8").count("for the base alone") == 2
+    assert "by how often the training text has the token" not in told.out
+    assert "the long tail" in memlm(*command, "--datastore", datastore_folder).out
     found = ok(memlm(*command, "--json"))["passages"]
     assert len(found) == 2
     assert "give a prompt to go on from, or --passages" in memlm(*command, "the memory").err

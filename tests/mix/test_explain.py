@@ -24,7 +24,7 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ArtifactError, ConfigError, InputError, TokenizerMismatchError
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.mix.explain import explain_passage
-from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor, explanation_text, moved_text
+from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor, explanation_text, frequency_text, moved_text
 from memlm.models.taps import TapReader
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
@@ -406,6 +406,30 @@ def test_a_passage_is_explained_token_by_token(
         assert token.mixture_prob == pytest.approx(float(mixed[ids[place]]), **CLOSE)
         assert token.base_prob == pytest.approx(float(base[ids[place]]), **CLOSE)
         assert len(token.neighbors) == 2
+    said = Datastore(datastore_folder).values.tolist()
+    assert found.corpus_positions == len(said)
+    assert [token.corpus_count for token in found.tokens] == [said.count(token) for token in ids[1:]]
+
+
+def test_the_long_tail_is_told_apart_from_function_words() -> None:
+    def token(count: int | None, base: float, mixture: float) -> ExplainedToken:
+        return ExplainedToken("x", 0, base, {"m": 0.5}, mixture, "x", 0.5, [], corpus_count=count)
+
+    def told(*tokens: ExplainedToken, positions: int | None = 20_000) -> str | None:
+        return frequency_text([Explanation("the", "", {}, [part], "", corpus_positions=positions) for part in tokens])
+
+    common = token(20, 0.5, 0.5)
+    lines = told(common, token(19, 0.2, 0.4), token(9, 0.01, 0.04), token(1, 0.04, 0.01), common)
+    assert lines is not None
+    cells = [" ".join(line.split()) for line in lines.splitlines()]
+    assert cells[1:] == [
+        "every 1,000th token or more: function words, marks 2 tokens, perplexity 2.00 -> 2.00",
+        "less often 1 tokens, perplexity 5.00 -> 2.50",
+        "fewer than 10 times: the long tail 2 tokens, perplexity 50.00 -> 50.00",
+        "never 0 tokens, none here",
+    ]
+    assert told(token(None, 0.5, 0.5)) is None
+    assert told(token(3, 0.5, 0.5), positions=None) is None
 
 
 def test_where_memories_helped_and_hurt_most() -> None:

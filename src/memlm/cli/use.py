@@ -96,7 +96,10 @@ def explain(
     ] = None,
     passages: Annotated[
         Path | None,
-        typer.Option(help="Text file whose passages, blank lines between them, are explained instead of an answer."),
+        typer.Option(
+            help="Text file whose passages, blank lines between them, are explained instead of an answer; with a"
+            " datastore also function words against the long tail."
+        ),
     ] = None,
     mix_weight: MixWeights = None,
     max_new_tokens: Annotated[int, number(1, _MOST_NEW, "Tokens to generate at most.")] = 20,
@@ -122,7 +125,7 @@ def explain(
     check_models(base, *by_name(memory, mix_weight)[0].values(), datastore)
     quiet()
     from memlm.mix.explain import check_datastore, explain, explain_passage
-    from memlm.mix.explanation import explanation_html, explanation_text, moved_text, passage_line
+    from memlm.mix.explanation import explanation_html, explanation_text, frequency_text, moved_text, passage_line
     from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
 
@@ -151,6 +154,8 @@ def explain(
         print_result(asdict(found[0]), as_json, explanation_text(found[0], colour=colour), styled=True)
     else:
         told = "\n\n".join(moved_text(part, colour=colour) for part in found)
+        if by_frequency := frequency_text(found):
+            told += f"\n\n{by_frequency}"
         print_result({"passages": [asdict(part) for part in found]}, as_json, told, styled=True)
 
 

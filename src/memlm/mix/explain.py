@@ -139,6 +139,10 @@ def _explained(
         states = memory.step(sequence[:, :-1], parts.base.activations.get(memory.tap or ""))
         near = _neighbors(memory, tokenizer, states[0, read - 1 :], neighbors, snippet_tokens)
 
+    counts: list[int | None] = [None] * len(answer)
+    if memory is not None:
+        said = np.bincount(memory.store.values, minlength=int(answer.max()) + 1)
+        counts = said[answer.cpu().numpy()].tolist()
     texts = _texts(tokenizer, sequence[0, :read].tolist(), *answer[:, None].tolist())[1:]
     tokens = [
         ExplainedToken(
@@ -152,6 +156,7 @@ def _explained(
             neighbors=near[i],
             memory_choices={name: choices[i] for name, choices in favourites.items() if choices[i]},
             weights={name: found[i] for name, found in weights.items()},
+            corpus_count=counts[i],
         )
         for i, token_id in enumerate(answer.tolist())
     ]
@@ -162,6 +167,7 @@ def _explained(
         tokens=tokens,
         note=EVIDENCE if memory is not None else NO_SNIPPETS,
         gate=model.gate.gate or "none",
+        corpus_positions=None if memory is None else memory.store.n_entries,
     )
 
 

@@ -4,6 +4,7 @@ import html
 import math
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from memlm.text import printable
@@ -11,6 +12,13 @@ from memlm.text import printable
 _WIDTH = 100
 _TOKEN, _DOCUMENT = 20, 24
 _GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[0m"
+_COMMON, _RARE = 1000, 10
+_GROUPS = (
+    f"every {_COMMON:,}th token or more: function words, marks",
+    "less often",
+    f"fewer than {_RARE} times: the long tail",
+    "never",
+)
 _LIFTED = math.log(1.25)  # mixture over base from which on a token has a colour
 
 
@@ -53,6 +61,8 @@ class ExplainedToken:
     """The likeliest token of each memory; none where a retriever found nothing."""
     weights: dict[str, float] = field(default_factory=dict)
     """What each memory counted here."""
+    corpus_count: int | None = None
+    """How often it is predicted in the training text of the datastore; None: there is none."""
 
     @property
     def lift(self) -> float:
@@ -75,6 +85,8 @@ class Explanation:
     """How to read the neighbours, or how to get them."""
     gate: str = "none"
     """What weighed the memories; `none`: their weights were fixed."""
+    corpus_positions: int | None = None
+    """Predicted tokens of the datastore's training text; None: there is none."""
 
     @property
     def names(self) -> list[str]:
@@ -190,11 +202,37 @@ def moved_text(explanation: Explanation, *, count: int = 5, colour: bool = False
 def passage_line(explanation: Explanation) -> str:
     """Perplexity of a passage for the base alone and for the mixture."""
     tokens = explanation.tokens
+    base, mixture = _perplexities(tokens)
+    return f"{len(tokens)} tokens, perplexity {base:.2f} for the base alone, {mixture:.2f} with the memories"
+
+
+def frequency_text(explanations: Sequence[Explanation]) -> str | None:
+    """Perplexity of all passages by how often the training text has a token: function words and marks against the long
+    tail, as lines of text; None where no datastore tells.
+    """
+    groups: dict[str, list[ExplainedToken]] = {name: [] for name in _GROUPS}
+    often, between, seldom, never = groups.values()
+    for explanation in explanations:
+        for token in explanation.tokens:
+            if token.corpus_count is None or not explanation.corpus_positions:
+                return None
+            is_common = token.corpus_count * _COMMON >= explanation.corpus_positions
+            rare = never if not token.corpus_count else seldom if token.corpus_count < _RARE else between
+            (often if is_common else rare).append(token)
+    lines = ["by how often the training text has the token:"]
+    for name, tokens in groups.items():
+        told = "none here" if not tokens else "perplexity {:.2f} -> {:.2f}".format(*_perplexities(tokens))
+        lines.append(f"  {name:<50}{len(tokens):>6} tokens, {told}")
+    return "\n".join(lines)
+
+
+def _perplexities(tokens: Sequence[ExplainedToken]) -> tuple[float, float]:
+    """Of some tokens, for the base alone and for the mixture."""
     base, mixture = (
         math.exp(-sum(math.log(max(getattr(token, name), 1e-30)) for token in tokens) / len(tokens))
         for name in ("base_prob", "mixture_prob")
     )
-    return f"{len(tokens)} tokens, perplexity {base:.2f} for the base alone, {mixture:.2f} with the memories"
+    return base, mixture
 
 
 # --- as HTML ----------------------------------------------------------------------------------------------------------
