@@ -368,12 +368,13 @@ def test_a_plan_is_a_table_or_one_object(
         "memory",
         "evaluation-memory",
         "to",
+        "models",
     ]
     assert lines[1][1:4] == ["to", "be", "made"]
     assert lines[1][-1] == str(out / "corpus")
     steps = json.loads(memlm("run", recipe, "--out", out, "--plan", "--json").out)["steps"]
     assert {step["state"] for step in steps} == {"to be made"}
-    assert steps[0].keys() == {"step", "state", "folder", "tokens", "seconds", "bytes"}
+    assert steps[0].keys() == {"step", "state", "folder", "tokens", "seconds", "bytes", "memory", "operations"}
     assert not out.parent.exists()
 
 

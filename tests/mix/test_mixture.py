@@ -220,7 +220,7 @@ def test_logits_are_mixed_as_the_slow_way_through_log_probs_and_no_less_exactly(
     expected = (total + rest.clamp(min=0) * (exact - exact_normaliser).exp()).log() + exact_normaliser
     there = expected.exp() > 1e-6  # a rest of 1e-8, which float32 weights leave, is no error of the mixture
     ours, slow = ((found.double() - expected)[there].abs().max() for found in (mixed, through_log_probs))
-    assert ours <= slow + 2**-20  # a step of float32 at 8
+    assert ours <= slow + 2**-19  # a step of float32 at 16, where logits may lie
 
 
 def test_gradients_flow_to_logits_votes_and_weights_as_through_the_probabilities() -> None:

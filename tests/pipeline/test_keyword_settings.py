@@ -70,8 +70,8 @@ STAGES: dict[str, tuple[type[StageConfig], Call, dict[str, Any]]] = {
 }
 
 
-UNRECORDED = {"max_document_characters"}
-"""What decides nothing of what a folder holds."""
+UNRECORDED = {"max_document_characters", "shared_documents"}
+"""What decides nothing of what a folder holds, the latter where it is not asked for."""
 BESIDE = {"gate"}
 """Settings of another class."""
 
