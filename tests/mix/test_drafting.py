@@ -417,6 +417,52 @@ def test_drafts_are_long_where_they_are_accepted_and_cheap_and_stop_where_they_a
     assert max(lengths) <= MOST_DRAFTED
 
 
+def test_drafts_that_cannot_pay_are_not_tried() -> None:
+    for likely, share, tried in ((0.3, 0.3, False), (0.3, 0.1, True), (0.9, 0.3, True), (0.0, 0.0, False)):
+        pace, lengths = Pace(share=share), []
+        for _ in range(40):
+            count = pace.next()
+            accepted = count if likely > 0.5 else 0
+            lengths.append(count)
+            seconds = 1 + count * share
+            pace.saw(count, [(count, accepted)] if count else [], seconds, None if count else likely)
+        assert (max(lengths) > 0) == tried, (likely, share)
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 0, "temperature": 0.7}], ids=str
+)
+def test_plain_steps_tell_how_often_drafts_would_be_accepted(sampling: dict[str, Any]) -> None:
+    model, pace = mixture(gate="none"), Pace()
+    rounds: list[tuple[int, float | None]] = []
+    saw = pace.saw
+
+    def noted(drafted: int, judged: Any, seconds: float, likely: float | None = None) -> None:
+        rounds.append((drafted, likely))
+        saw(drafted, judged, seconds, likely)
+
+    pace.saw = noted  # type: ignore[method-assign]
+    text = model.generate(PROMPT, max_new_tokens=NEW, pad_token_id=0, drafting=pace, **sampling)
+    assert pace.share == pytest.approx(0.5, abs=0.1)
+    memory = model.named_memories()["m0"]
+    with torch.no_grad():
+        votes = memory.votes(memory.step(text), slice(None))[0]
+        logits = model(text).logits[0]
+    at = PROMPT.shape[1]  # the first new token comes with the prompt
+    for drafted, likely in rounds:
+        if drafted == 0:
+            place = at
+            if sampling["do_sample"]:
+                p, q = ((scores[place] / 0.7).softmax(-1) for scores in (logits, votes))
+                expected = float(torch.minimum(p, q).sum())
+            else:
+                expected = float(logits[place].argmax() == votes[place].argmax())
+            assert likely == pytest.approx(expected, abs=1e-3)
+            at += 1
+            continue
+        break
+
+
 # --- what cannot be ---------------------------------------------------------------------------------------------------
 
 

@@ -179,6 +179,7 @@ def decode_drafted(
     processed, sampled = Processed(processors, len(input_ids)), bool(config.do_sample)
     texts = [Text.of(row[None], criteria, config, streamer) for row in input_ids]
     drafter = drafter_of(mixed, processed, sampled=sampled)
+    pace.share = drafter.share
     mask: Tensor | None = model_kwargs.get("attention_mask")
     if mask is None and len(texts) > 1:
         mask = torch.ones_like(input_ids)
@@ -242,7 +243,11 @@ def decode_drafted(
             if prompt_is_read:
                 lengths = [0] * len(texts) if drafts is None else drafts.lengths
                 judged = [pair for pair, alive in zip(zip(lengths, accepted, strict=True), live, strict=True) if alive]
-                pace.saw(chunk.shape[1] - 1, judged, time.perf_counter() - began)
+                likely = None
+                if drafts is None and pace.fixed is None and judging is judge:
+                    likely = drafter.agreement(ids, parts.votes, scores[:, -1])
+                    likely = None if likely is None else float(likely[torch.tensor(live)].mean())
+                pace.saw(chunk.shape[1] - 1, judged if drafts is not None else [], time.perf_counter() - began, likely)
             else:
                 cache.activate_past_recording()  # from here on sliding layers are to keep what may be taken back
                 prompt_is_read = True

@@ -52,6 +52,23 @@ class Drafter(Protocol):
         """
         ...
 
+    @property
+    def share(self) -> float:
+        """What drafting one token costs, of a plain step, about."""
+        ...
+
+    def agreement(
+        self, texts: Sequence[Int[Tensor, "1 N"]], votes: Mapping[str, Votes], scores: Float[Tensor, "B V"]
+    ) -> Float[Tensor, "B"] | None:
+        """The chance that a token drafted for a plain step would have been accepted; None where that is not known.
+
+        Args:
+            texts: Before the token.
+            votes: By memory, at the last place.
+            scores: The mixture's there, after the processors.
+        """
+        ...
+
     def saw(self, states: Mapping[str, Any], places: Sequence[int], count: int) -> None:
         """Hear what the memories made of a round.
 
@@ -68,7 +85,9 @@ def drafter_of(mixed: "MixedLM", processed: Processed, *, sampled: bool) -> Draf
     able = [name for name, memory in memories.items() if memory.can_draft]
     if able:
         name = max(able, key=lambda name: mixed.mix_weights.get(name, 0.0))
-        return MemoryDrafter(name, memories[name], processed, sampled=sampled)
+        sizes = {part: sum(p.numel() for p in memory.parameters()) for part, memory in memories.items()}
+        whole = sum(p.numel() for p in mixed.base.parameters()) + sum(sizes.values())
+        return MemoryDrafter(name, memories[name], processed, sampled, sizes[name] / max(1, whole))
     return Lookup({name: memory for name, memory in memories.items() if memory.can_quote}, mixed.vocab_size)
 
 
@@ -80,6 +99,17 @@ class MemoryDrafter:
     memory: Memory
     processed: Processed
     sampled: bool
+    share: float
+
+    def agreement(
+        self, texts: Sequence[Int[Tensor, "1 N"]], votes: Mapping[str, Votes], scores: Float[Tensor, "B V"]
+    ) -> Float[Tensor, "B"] | None:
+        if self.name not in votes:
+            return None
+        own = self.processed(texts, torch.empty(len(texts), 0, dtype=torch.long), cast(Tensor, votes[self.name]))[:, -1]
+        if self.sampled:
+            return torch.minimum(own.softmax(-1), scores.softmax(-1)).sum(-1)
+        return (own.argmax(-1) == scores.argmax(-1)).float()
 
     def draft(
         self, texts: Sequence[Int[Tensor, "1 N"]], fresh: Int[Tensor, "B 1"], cache: MixedCache, count: int
@@ -124,6 +154,7 @@ class Lookup:
     quoting: Mapping[str, Memory]
     """Memories that can tell how such a text goes on."""
     vocab_size: int
+    share: float = 0.0
     states: dict[str, Any] = field(default_factory=dict)
     """By memory, those after which the last token of each text came."""
 
@@ -144,6 +175,11 @@ class Lookup:
         longest = max(lengths)
         rows = [tokens + [0] * (longest - len(tokens)) for tokens in found]
         return Drafts(torch.tensor(rows, device=fresh.device), lengths)
+
+    def agreement(
+        self, texts: Sequence[Int[Tensor, "1 N"]], votes: Mapping[str, Votes], scores: Float[Tensor, "B V"]
+    ) -> None:
+        return None
 
     def saw(self, states: Mapping[str, Any], places: Sequence[int], count: int) -> None:
         self.states = {

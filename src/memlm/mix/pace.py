@@ -23,6 +23,10 @@ class Pace:
     """Of them, in all."""
     since: int = 0
     """Rounds that were chosen by what is known."""
+    share: float = 0.0
+    """What drafting one token costs at least, of a plain step: a memory's part of it; 0 for a lookup."""
+    observed: bool = False
+    """Whether plain steps tell how often drafts would be accepted."""
 
     _DECAY = 0.9
     _TRIED = (0, 2)
@@ -32,8 +36,9 @@ class Pace:
         """Tokens to draft now."""
         if self.fixed is not None:
             return self.fixed
-        if untried := [count for count in self._TRIED if self.rounds.get(count, (0.0, 0.0))[1] < 1.5]:
-            return untried[0]  # twice each, for the first of its kind is slow
+        for count in self._TRIED:  # twice each, for the first of its kind is slow
+            if self.rounds.get(count, (0.0, 0.0))[1] < 1.5:
+                return count if self._may_pay() else 0
         if self.plain_left:
             self.plain_left -= 1
             return 0
@@ -44,22 +49,26 @@ class Pace:
         best = max(range(most + 1), key=lambda count: self._expected(count) / self._seconds(count))
         if best == 0:
             self.plain_left = self._PAUSE
-            return 2  # so that it is seen when drafts begin to pay
+            return 0 if self.observed else 2  # so that it is seen when drafts begin to pay
         return best
 
-    def saw(self, drafted: int, judged: Sequence[tuple[int, int]], seconds: float) -> None:
+    def saw(self, drafted: int, judged: Sequence[tuple[int, int]], seconds: float, likely: float | None = None) -> None:
         """Take a round into account.
 
         Args:
             drafted: Tokens that were read at once, beside those that were there.
             judged: Per text, how many were drafted for it and how many of them accepted.
             seconds: What the round took.
+            likely: Chance that a token drafted for a plain step would have been accepted; None: not known.
         """
         rows = max(1, len(judged))
         self.drafted_tokens += sum(count for count, _ in judged)
         self.accepted_tokens += sum(accepted for _, accepted in judged)
         self.accepted = self._DECAY * self.accepted + sum(accepted for _, accepted in judged) / rows
         self.refused = self._DECAY * self.refused + sum(accepted < count for count, accepted in judged) / rows
+        if likely is not None:
+            self.observed = True
+            self.accepted, self.refused = self.accepted + likely, self.refused + 1 - likely
         before, weight = self.rounds.get(drafted, (seconds, 0.0))
         new = weight * self._DECAY + 1
         mean = before + (seconds - before) / new
@@ -70,6 +79,12 @@ class Pace:
         """Share of drafted tokens that were accepted, of those that were judged."""
         judged = self.accepted + self.refused
         return self.accepted / judged if judged else 0.5
+
+    def _may_pay(self) -> bool:
+        """Whether drafts would save time if the base read all of them in the time of one token."""
+        if not self.observed:
+            return True
+        return any(self._expected(count) > 1 + count * self.share for count in range(1, MOST_DRAFTED + 1))
 
     def _expected(self, count: int) -> float:
         """Tokens that a round with so many drafted ones gives."""
