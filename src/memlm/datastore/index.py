@@ -28,7 +28,7 @@ _CENTRED = 4096  # keys whose common part is taken for that of all
 class Keys:
     """The `(N, D)` float16 keys of a datastore, in shards."""
 
-    def __init__(self, shards: Sequence[NDArray[np.float16]], places: Ints | None = None) -> None:
+    def __init__(self, shards: Sequence[NDArray[np.float16]], places: NDArray[np.signedinteger[Any]] | None = None) -> None:
         """
         Args:
             shards: One after another, memory-mapped or in memory.
@@ -79,8 +79,10 @@ class Keys:
 def keys_in_lists(path: Path, facts: IndexFacts, shape: tuple[int, int]) -> Keys:
     """The keys that the file of an ivf-flat index holds, memory-mapped; arguments and errors as in `Index.load`."""
     codes, ids = zip(*IndexLayout(path).check(facts, shape), strict=True)
-    places = np.empty(shape[0], np.int64)
-    places[np.concatenate(ids)] = np.arange(shape[0])
+    places, first = np.empty(shape[0], np.int32 if shape[0] < 2**31 else np.int64), 0
+    for part in ids:  # list by list: all ids at once would take three times the room of the places
+        places[part] = np.arange(first, first + len(part), dtype=places.dtype)
+        first += len(part)
     return Keys([part.view(np.float16).reshape(-1, shape[1]) for part in codes], places)
 
 

@@ -169,6 +169,8 @@ class Processed:
         if self.of_scores_alone:
             flat = scores.flatten(0, 1)
             return self._processors(cast(Any, texts[0].expand(len(flat), -1)), cast(Any, flat)).view_as(scores)
+        if scores.shape[1] == 1 and len({ids.shape[1] for ids in texts}) == 1:  # as plain steps have them
+            return self._processors(cast(Any, torch.cat(list(texts))), cast(Any, scores[:, 0].clone()))[:, None]
         found = torch.empty_like(scores)
         for row, ids in enumerate(texts):
             for place in range(scores.shape[1]):
