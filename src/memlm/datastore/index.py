@@ -28,7 +28,9 @@ _CENTRED = 4096  # keys whose common part is taken for that of all
 class Keys:
     """The `(N, D)` float16 keys of a datastore, in shards."""
 
-    def __init__(self, shards: Sequence[NDArray[np.float16]], places: NDArray[np.signedinteger[Any]] | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[NDArray[np.float16]], places: NDArray[np.signedinteger[Any]] | None = None
+    ) -> None:
         """
         Args:
             shards: One after another, memory-mapped or in memory.
