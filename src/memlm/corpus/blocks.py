@@ -215,6 +215,11 @@ class Corpus:
         for tokens in (self.split(name).tokens for name in SPLITS):
             yield from (np.asarray(tokens[start : start + _SOME]) for start in range(0, len(tokens), _SOME))
 
+    @cached_property
+    def label_counts(self) -> NDArray[np.int64]:
+        """`(vocab_size,)` how often each token is predicted in the training split."""
+        return np.bincount(self.split("train").labels(), minlength=self.vocab_size)
+
     @property
     def longest_block(self) -> int:
         """Tokens of its longest block."""

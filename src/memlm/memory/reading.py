@@ -68,12 +68,8 @@ class TokenCache(VoterCache):
         by = [count - columns for count in surplus]
         if not any(by):
             return self.crop(columns)
-        self.tokens, whole = (moved(part, by, 1) for part in (self.tokens, self.mask))
-        places = torch.arange(whole.shape[1], device=whole.device)
-        shift = torch.tensor(by, device=whole.device)[:, None]
-        whole &= (places >= shift) & (places < whole.shape[1] + shift)
-        kept = whole.shape[1] - columns
-        self.tokens, self.mask = self.tokens[:, :kept], whole[:, :kept]
+        kept = self.mask.shape[1] - columns
+        self.tokens, self.mask = moved(self.tokens, by, 1)[:, :kept], _moved_mask(self.mask, by)[:, :kept]
         if self.inner is None:
             return
         width = self.inner_mask.shape[1]
@@ -83,8 +79,7 @@ class TokenCache(VoterCache):
         )
         if not there or any(self.inner.is_sliding):  # a window moved meanwhile, or what is before it is gone
             return self.drop_inner()
-        places = torch.arange(width, device=whole.device)
-        left = moved(self.inner_mask, surplus, 1) & (places >= torch.tensor(surplus, device=whole.device)[:, None])
+        left = _moved_mask(self.inner_mask, surplus)
         first = int(left.any(0).int().argmax())  # columns before it are padding in all rows
         layers: Any = self.inner.layers
         for layer in layers:
@@ -103,6 +98,12 @@ class TokenCache(VoterCache):
     def reset(self) -> None:
         self.tokens, self.mask = self.tokens[:, :0], self.mask[:, :0]
         self.drop_inner()
+
+
+def _moved_mask(mask: Bool[Tensor, "B L"], by: Sequence[int]) -> Bool[Tensor, "B L"]:
+    """Rows moved to the right; what comes in is padding."""
+    places, shift = torch.arange(mask.shape[1], device=mask.device), torch.tensor(by, device=mask.device)[:, None]
+    return moved(mask, by, 1) & (places >= shift) & (places < mask.shape[1] + shift)
 
 
 class GivenActivations:

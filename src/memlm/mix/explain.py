@@ -141,8 +141,8 @@ def _explained(
 
     counts: list[int | None] = [None] * len(answer)
     if memory is not None:
-        said = np.bincount(memory.store.values, minlength=int(answer.max()) + 1)
-        counts = said[answer.cpu().numpy()].tolist()
+        said = memory.store.corpus.label_counts
+        counts = [int(said[token]) if token < len(said) else 0 for token in answer.tolist()]
     texts = _texts(tokenizer, sequence[0, :read].tolist(), *answer[:, None].tolist())[1:]
     tokens = [
         ExplainedToken(

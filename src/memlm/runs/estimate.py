@@ -77,9 +77,9 @@ def step_costs(
         return 2 * parameters * tokens
 
     def cost(
-        tokens: int, operations: float, disk: int, held: int, batch: int, parameters: int, passes: int = 1
+        tokens: int, operations: float, disk: int, held: int, batch: int, parameters: int, trains: bool = False
     ) -> Cost:
-        kept = batch * _activations(parameters, width) * (1 if passes > 1 else 0.2)
+        kept = batch * _activations(parameters, width) * (1 if trains else 0.2)
         return Cost(tokens, operations / rate, disk, int(_LIBRARIES + held + kept), operations)
 
     def training(config: TrainConfig, size: int, read_beside: int = 0) -> Cost:
@@ -90,7 +90,7 @@ def step_costs(
             3 * passing(size, tokens) + passing(size, config.epochs * validation) + passing(read_beside, tokens)
         )
         disk, held = 4 * size + _ENTRY_BYTES * vocabulary, 16 * size + 4 * beside  # weights, gradients, two moments
-        return cost(tokens, operations, disk, held, batch, size, passes=3)
+        return cost(tokens, operations, disk, held, batch, size, trains=True)
 
     corpus_bytes, teacher_size = 4 * sum(splits.values()) + _ENTRY_BYTES * vocabulary, model_size(teacher)
     reading, batch, beside = passing(teacher_size, train), configs["datastore"].batch_tokens, model_size(base)
@@ -117,8 +117,8 @@ def step_costs(
         online = memory_class(config.start.kind).reads_base and "activations" not in given
         costs[name] = training(config, size, beside if online else 0)
         costs[f"evaluation-{name}"] = judging(size, held)
-    costs["evaluation-retrieval"] = judging(0, held)._replace(operations=passing(beside, 2 * held))
-    costs["evaluation-retrieval"] = costs["evaluation-retrieval"]._replace(seconds=passing(beside, 2 * held) / rate)
+    searched = passing(beside, 2 * held)
+    costs["evaluation-retrieval"] = judging(0, held)._replace(operations=searched, seconds=searched / rate)
     return costs
 
 

@@ -264,7 +264,7 @@ def score_corpus(
         retrieval=retrieval,
     )
     tables = {}
-    counts = np.bincount(corpus.split("train").labels(), minlength=corpus.vocab_size)
+    counts = corpus.label_counts
     for name in SCORED_SPLITS:
         split = corpus.split(name)
         if not split.n_positions:
