@@ -1,20 +1,27 @@
 """What memlm does with each architecture; `python tests/architecture_table.py` prints docs/architectures.md."""
 
+import itertools
+import math
+import random
 import re
 import tempfile
 import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from architectures import ARCHITECTURES, VOCABULARY, tiny_config, tiny_model
 from families import family_model, token_ids
 from memories import decoder_memory
+from tiny_tokenizers import words
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import memlm
 from memlm import MixedLM
 from memlm.errors import MemlmError
 from memlm.memory.decoder import MemoryDecoder
@@ -131,6 +138,60 @@ def with_two_layers(model: PreTrainedModel) -> str:
     return "works"
 
 
+@cache
+def corpus() -> Path:
+    """A corpus of random words, each text within a block; it lies in a temporary folder until the end."""
+    folder, draw = Path(_kept().name), random.Random(0)
+    texts = [" ".join(draw.choices(_WORDS, k=draw.randint(5, 14))) for _ in range(40)]
+    (folder / "documents.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    words(_WORDS).save_pretrained(folder / "tokenizer")
+    split = {"document_separator": "\n\n", "block_size": 16, "validation_fraction": 0.2, "test_fraction": 0.2}
+    out = folder / "corpus"
+    memlm.build_corpus([f"{folder}/documents.txt"], tokenizer=f"{folder}/tokenizer", out=out, **split)
+    return out
+
+
+@cache
+def _kept() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory()
+
+
+def as_decoder(model: PreTrainedModel) -> str:
+    return _through_the_stages(model, "decoder")
+
+
+def as_mlp(model: PreTrainedModel) -> str:
+    return _through_the_stages(model, "mlp")
+
+
+def _through_the_stages(model: PreTrainedModel, kind: str) -> str:
+    """Keys of the model, targets, a memory trained beside it, evaluation; its perplexities are counted by hand."""
+    with tempfile.TemporaryDirectory() as folder:
+        base, datastore, targets, trained = (f"{folder}/{name}" for name in ("base", "datastore", "targets", "trained"))
+        model.save_pretrained(base)
+        words(_WORDS).save_pretrained(base)
+        memlm.build_datastore(corpus(), teacher=base, out=datastore, dtype="float32")
+        memlm.build_targets(datastore, out=targets, k=8, target_temperature=4.0)
+        init = base if kind == "decoder" else None
+        quick: dict[str, Any] = {"dtype": "float32", "batch_size": 8, "learning_rate": 1e-3}
+        memlm.train_memory(targets, init=init, base=base, out=trained, kind=kind, epochs=1, **quick)
+        report = memlm.evaluate_perplexity(corpus(), base=base, memory=trained, dtype="float32")
+        memory, fixed = memlm.load_memory(trained), report["mixture"]["fixed"]
+    expected = {"base": (0.0, report["base"]), "memory": (1.0, report["memory"]), "both": (fixed["mix_weight"], fixed)}
+    for name, (weight, said) in expected.items():
+        assert math.isclose(said["perplexity"], perplexity(MixedLM(model, memory, weight)), rel_tol=1e-3), name
+    return "works"
+
+
+@torch.no_grad()
+def perplexity(model: MixedLM) -> float:
+    """Of the corpus's test documents, each read alone."""
+    tokens, ends = (torch.from_numpy(np.load(corpus() / f"test.{name}.npy")).long() for name in ("tokens", "offsets"))
+    rows = [tokens[start:end] for start, end in itertools.pairwise(ends)]
+    log_probs = [model(row[None]).logits[0, :-1].log_softmax(-1).gather(-1, row[1:, None]) for row in rows]
+    return math.exp(-float(torch.cat(log_probs).mean()))
+
+
 COLUMNS: dict[str, Callable[[PreTrainedModel], str]] = {
     "base": as_base,
     "padding": with_padding,
@@ -140,6 +201,8 @@ COLUMNS: dict[str, Callable[[PreTrainedModel], str]] = {
     "memory": as_memory,
     "tap": find_tap,
     "2 layers": with_two_layers,
+    "stages, decoder": as_decoder,
+    "stages, MLP": as_mlp,
 }
 
 
@@ -202,6 +265,7 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
     return _PAGE.format(version=transformers.__version__, **{name: "\n".join(part) for name, part in parts.items()})
 
 
+_WORDS = [f"w{number}" for number in range(VOCABULARY - 4)]
 _LARGEST = 20_000_000
 _NUMBER = r"\.\d+\."
 _CLASS = r"\b[A-Za-z]\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder|ForConditionalGeneration)\b"

@@ -1,4 +1,4 @@
-"""Tiny tokenizers: byte-level, in sentencepiece's spelling, and the same tokens under other ids."""
+"""Tiny tokenizers: byte-level, in sentencepiece's spelling, of words, and the same tokens under other ids."""
 
 import json
 from collections.abc import Iterable
@@ -45,6 +45,15 @@ def sentencepiece_like(texts: Iterable[str], *, vocab_size: int = 400) -> PreTra
 
 def _normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+
+
+def words(known: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words between spaces; four special tokens before them, padding the first."""
+    vocabulary = {token: id_ for id_, token in enumerate(["<pad>", *SPECIAL, *known])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **roles)
 
 
 def permuted(tokenizer: PreTrainedTokenizerFast, seed: int) -> tuple[PreTrainedTokenizerFast, np.ndarray]:
