@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError
+from memlm.files import lasting_name
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter, narrowed
@@ -114,7 +115,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         size = int(base.config.get_text_config().vocab_size)
         size = size if vocab_size is None else min(size, vocab_size)
         config = MixedLMConfig(
-            base=_absolute(base_name or base.config.name_or_path or ""),
+            base=lasting_name(base_name or base.config.name_or_path or ""),
             vocab_size=size,
             memory_window=memory_window,
         )
@@ -724,11 +725,6 @@ def _from(mask: Tensor | None, past: int, tokens: Int[Tensor, "B T"]) -> Tensor 
         return None
     here = mask[:, past : past + tokens.shape[1]].bool()
     return nn.functional.pad(here, (0, tokens.shape[1] - here.shape[1]), value=True).to(tokens.device)
-
-
-def _absolute(name: str) -> str:
-    """A folder's full path, so that a saved reference holds in another working folder; a hub id as it is."""
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
 
 
 register()
