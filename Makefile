@@ -22,7 +22,7 @@ accelerator-report: .venv/ready
 	PYTHONPATH=src $(BIN)/python -m benchmarks.accelerator
 
 quick: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not assets"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not assets and not table"
 
 test: lint types pytest
 check: test

@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import re
+import string
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import transformers
 from architectures import ARCHITECTURES, VOCABULARY, tiny_config, tiny_model
 from families import family_model, token_ids
 from memories import decoder_memory
-from tiny_tokenizers import words
+from tiny_tokenizers import letters
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -30,6 +31,7 @@ from memlm.models.loading import load_causal_lm, reason_of
 from memlm.models.taps import find_tap
 
 STEPS = 3
+_NEAR = {"rtol": 1e-2, "atol": 0}  # where two experts or keys come near each other, rounding may choose the other
 CLOSE = {"rtol": 1e-3, "atol": 1e-3}  # float32 sums in another order, logits of order 1
 
 
@@ -138,32 +140,19 @@ def with_two_layers(model: PreTrainedModel) -> str:
     return "works"
 
 
-@cache
-def kept() -> "tempfile.TemporaryDirectory[str]":
-    """Where `corpus` lies until the end."""
-    return tempfile.TemporaryDirectory()
-
-
-@cache
-def corpus() -> str:
-    """A corpus of random words, each text within a block."""
-    folder, draw = kept().name, random.Random(0)
-    texts = [" ".join(draw.choices(_WORDS, k=draw.randint(5, 14))) for _ in range(40)]
-    Path(folder, "documents.txt").write_text("\n\n".join(texts), encoding="utf-8")
-    words(_WORDS).save_pretrained(f"{folder}/tokenizer")
-    split = {"document_separator": "\n\n", "block_size": 16, "validation_fraction": 0.2, "test_fraction": 0.2}
-    memlm.build_corpus([f"{folder}/documents.txt"], tokenizer=f"{folder}/tokenizer", out=f"{folder}/corpus", **split)
-    return f"{folder}/corpus"
-
-
 @lru_cache(1)
 def imitated(model: PreTrainedModel) -> "tempfile.TemporaryDirectory[str]":
-    """A folder with the model, and targets of a datastore of its keys."""
+    """A folder: the model, a corpus of random letters, each text within a block, and targets of the model's keys."""
     work = tempfile.TemporaryDirectory()
-    model.save_pretrained(f"{work.name}/model")
-    words(_WORDS).save_pretrained(f"{work.name}/model")
-    memlm.build_datastore(corpus(), teacher=f"{work.name}/model", out=f"{work.name}/datastore", dtype="float32")
-    memlm.build_targets(f"{work.name}/datastore", out=f"{work.name}/targets", k=8, target_temperature=4.0)
+    folder, draw = work.name, random.Random(0)
+    model.save_pretrained(f"{folder}/model")
+    letters(VOCABULARY).save_pretrained(f"{folder}/model")
+    texts = ["".join(draw.choices(string.ascii_letters, k=draw.randint(5, 14))) for _ in range(40)]
+    Path(folder, "documents.txt").write_text("\n\n".join(texts), encoding="utf-8")
+    split = {"document_separator": "\n\n", "block_size": 16, "validation_fraction": 0.2, "test_fraction": 0.2}
+    memlm.build_corpus([f"{folder}/documents.txt"], tokenizer=f"{folder}/model", out=f"{folder}/corpus", **split)
+    memlm.build_datastore(f"{folder}/corpus", teacher=f"{folder}/model", out=f"{folder}/datastore", dtype="float32")
+    memlm.build_targets(f"{folder}/datastore", out=f"{folder}/targets", k=8, target_temperature=4.0)
     return work
 
 
@@ -182,19 +171,20 @@ def through_the_stages(model: PreTrainedModel, kind: str) -> str:
     quick: dict[str, Any] = {"dtype": "float32", "batch_size": 8, "learning_rate": 1e-3, "epochs": 1}
     init = base if kind == "decoder" else None
     memlm.train_memory(f"{folder}/targets", init=init, base=base, out=trained, kind=kind, **quick)
-    report = memlm.evaluate_perplexity(corpus(), base=base, memory=trained, dtype="float32", bootstrap=10)
+    report = memlm.evaluate_perplexity(f"{folder}/corpus", base=base, memory=trained, dtype="float32", bootstrap=10)
+    tokens, ends = (torch.from_numpy(np.load(f"{folder}/corpus/test.{name}.npy")).long() for name in _SPLIT)
+    documents = [tokens[start:end] for start, end in itertools.pairwise(ends)]
     memory, fixed = memlm.load_memory(trained), report["mixture"]["fixed"]
     for weight, said in (0.0, report["base"]), (1.0, report["memory"]), (fixed["mix_weight"], fixed):
-        torch.testing.assert_close(said["perplexity"], perplexity(MixedLM(model, memory, weight)), rtol=1e-3, atol=0)
+        found = perplexity(MixedLM(model, memory, weight), documents)
+        torch.testing.assert_close(said["perplexity"], found, **_NEAR)
     return "works"
 
 
 @torch.no_grad()
-def perplexity(model: MixedLM) -> float:
-    """Of the corpus's test documents, each read alone."""
-    tokens, ends = (torch.from_numpy(np.load(f"{corpus()}/test.{name}.npy")).long() for name in ("tokens", "offsets"))
-    rows = [tokens[start:end] for start, end in itertools.pairwise(ends)]
-    log_probs = [model(row[None]).logits[0, :-1].log_softmax(-1).gather(-1, row[1:, None]) for row in rows]
+def perplexity(model: MixedLM, documents: list[Tensor]) -> float:
+    """Each read alone."""
+    log_probs = [model(ids[None]).logits[0, :-1].log_softmax(-1).gather(-1, ids[1:, None]) for ids in documents]
     return math.exp(-float(torch.cat(log_probs).mean()))
 
 
@@ -207,9 +197,9 @@ COLUMNS: dict[str, Callable[[PreTrainedModel], str]] = {
     "memory": as_memory,
     "tap": find_tap,
     "2 layers": with_two_layers,
-    "decoder": as_pupil,
-    "MLP": beside_mlp,
 }
+STAGES: dict[str, Callable[[PreTrainedModel], str]] = {"decoder": as_pupil, "MLP": beside_mlp}
+"""Checks that take seconds each, all stages of memlm."""
 
 
 def outcome(check: Callable[[PreTrainedModel], str], model: PreTrainedModel) -> str:
@@ -224,7 +214,7 @@ def outcome(check: Callable[[PreTrainedModel], str], model: PreTrainedModel) -> 
         return f"WRONG: {type(error).__name__} {reason_of(error)}"
 
 
-def row(architecture: str) -> dict[str, str]:
+def row(architecture: str, *, stages: bool = True) -> dict[str, str]:
     """Column to outcome; only `base` where no tiny model can be made."""
     try:
         with torch.device("meta"):
@@ -235,7 +225,8 @@ def row(architecture: str) -> dict[str, str]:
         model(input_ids=prompt())
     except Exception as error:
         return {"base": f"cannot be made tiny here: {reason_of(error)}"}
-    return {name: outcome(check, model) for name, check in COLUMNS.items()}
+    columns = COLUMNS | STAGES if stages else COLUMNS
+    return {name: outcome(check, model) for name, check in columns.items()}
 
 
 def code(outcomes: dict[str, str]) -> str:
@@ -243,7 +234,7 @@ def code(outcomes: dict[str, str]) -> str:
     if len(outcomes) == 1:
         return "cannot be made"
     letters = {"works": "w", "works, reads all text anew": "a", "works, reads its window anew": "a"}
-    said = [(name, outcomes[name]) for name in COLUMNS if name != "tap"]
+    said = [(name, what) for name, what in outcomes.items() if name != "tap"]
     short = [letters.get(what, "r" if what.startswith("refused") else f"({name} {what})") for name, what in said]
     tap = outcomes["tap"]
     return f"{''.join(short)} {'none' if tap.startswith('refused') else re.split(_NUMBER, tap, maxsplit=1)[-1]}"
@@ -252,7 +243,8 @@ def code(outcomes: dict[str, str]) -> str:
 def markdown(rows: dict[str, dict[str, str]]) -> str:
     """The page docs/architectures.md, from the `row` of each architecture."""
     lines: dict[str, int] = {}
-    table = [f"| architecture | {' | '.join(COLUMNS)} |", "|---" * (1 + len(COLUMNS)) + "|"]
+    columns = ["architecture", *COLUMNS, *STAGES]
+    table = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     cannot = []
     short = {"works": "yes", "works, reads all text anew": "anew", "works, reads its window anew": "anew"}
     for architecture, outcomes in sorted(rows.items()):
@@ -262,7 +254,7 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
         cells = []
         for name, said in outcomes.items():
             if said.startswith("refused: "):
-                line = re.sub(_CLASS, "BASE", said.removeprefix("refused: "))
+                line = re.sub(_FOLDER, "FOLDER", re.sub(_CLASS, "BASE", said.removeprefix("refused: ")))
                 cells.append(f"no [{lines.setdefault(line, len(lines) + 1)}]")
             else:
                 cells.append(short.get(said, f"`{said}`" if name == "tap" else said))
@@ -271,10 +263,11 @@ def markdown(rows: dict[str, dict[str, str]]) -> str:
     return _PAGE.format(version=transformers.__version__, **{name: "\n".join(part) for name, part in parts.items()})
 
 
-_WORDS = [f"w{number}" for number in range(VOCABULARY - 4)]
+_SPLIT = "tokens", "offsets"
 _LARGEST = 20_000_000
 _NUMBER = r"\.\d+\."
 _CLASS = r"\b[A-Za-z]\w+(ForCausalLM|LMHeadModel|ModelWithLMHead|GenerationDecoder|ForConditionalGeneration)\b"
+_FOLDER = r"/[^\s']*/(model|decoder|mlp|targets|datastore|corpus)\b"
 _PAGE = """# Architectures
 
 What memlm does with each architecture for which transformers {version} has a causal language model, tried on a tiny
@@ -291,13 +284,15 @@ is first used.
 - memory: it stands beside a base as a Memory Decoder, greedily, padded and with beams. *anew*: it reads its window
   for every token.
 - tap: the module whose input is read with `--tap auto`. 2 layers: what `--layers 2` makes, saved and loaded.
+- decoder, MLP: such a memory from the model alone, through all stages: keys of the model, targets, training (of a
+  decoder, from the model itself), evaluation, whose perplexities are those that each document gives alone.
 - no [n]: refused in one line, below.
 
 {table}
 
 ## What is said where something is refused
 
-`BASE` stands for the model's class.
+`BASE` stands for the model's class, `FOLDER` for a folder.
 
 {said}
 

@@ -1,6 +1,7 @@
-"""Tiny tokenizers: byte-level, in sentencepiece's spelling, of words, and the same tokens under other ids."""
+"""Tiny tokenizers: byte-level, in sentencepiece's spelling, of letters, and the same tokens under other ids."""
 
 import json
+import string
 from collections.abc import Iterable
 
 import numpy as np
@@ -47,11 +48,12 @@ def _normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
 
 
-def words(known: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words between spaces; four special tokens before them, padding the first."""
-    vocabulary = {token: id_ for id_, token in enumerate(["<pad>", *SPECIAL, *known])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def letters(vocab_size: int) -> PreTrainedTokenizerFast:
+    """A tokenizer of single letters and digits, 66 at most with the four special tokens; also as Qwen's own class."""
+    tokens = ["<pad>", *SPECIAL, *string.ascii_letters, *string.digits][:vocab_size]
+    core = Tokenizer(models.BPE({token: id_ for id_, token in enumerate(tokens)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
     roles = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, **roles)
 

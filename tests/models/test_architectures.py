@@ -3,8 +3,8 @@
 import warnings
 
 import pytest
-from architecture_table import code, row
-from architectures import ARCHITECTURES
+from architecture_table import STAGES, code, outcome, row
+from architectures import ARCHITECTURES, tiny_model
 
 EXPECTED = {
     "wwwwwww mlp": """
@@ -136,7 +136,7 @@ FEW = ["llama", "mamba", "bert", "deepseek_v3", "qwen3_next"]  # those that the 
 def check(architecture: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own, of kernels and caches
-        found = row(architecture)
+        found = row(architecture, stages=False)
     expected = next((outcome for outcome, names in EXPECTED.items() if architecture in names.split()), None)
     assert code(found) == expected, found
 
@@ -150,6 +150,44 @@ def test_some_architectures_do_what_the_table_says(architecture: str) -> None:
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in FEW])
 def test_every_architecture_does_what_the_table_says(architecture: str) -> None:
     check(architecture)
+
+
+STAGED = {
+    "rr": """
+        bert bert-generation big_bird camembert cpmant data2vec-text electra ernie megatron-bert prophetnet rembert
+        roberta roberta-prelayernorm roc_bert roformer xlm xlm-roberta xlm-roberta-xl xlnet xmod
+        falcon_mamba hrm_text mamba mamba2 rwkv zamba zamba2
+        emu3 mllama
+    """,
+    "rw": """
+        inkling_text llama4 llama4_text minicpm3 modernbert-decoder reformer
+    """,
+}
+"""Architectures of which no Memory Decoder, or no MLP Memory either, can be made through all stages."""
+FEW_STAGED = ["llama", "gpt2", "bart", "mamba", "llama4", "deepseek_v4", "falcon_h1", "gemma3", "qwen2", "reformer"]
+
+
+def check_stages(architecture: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = tiny_model(architecture)
+        found = {name: outcome(check, model) for name, check in STAGES.items()}
+    expected = next((letters for letters, names in STAGED.items() if architecture in names.split()), "ww")
+    assert code(found | {"tap": ""}).strip() == expected, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", FEW_STAGED)
+def test_some_architectures_go_through_all_stages(architecture: str) -> None:
+    check_stages(architecture)
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name not in FEW_STAGED])
+def test_every_architecture_goes_through_all_stages(architecture: str) -> None:
+    if architecture in EXPECTED["cannot be made"].split():
+        pytest.skip("no tiny model of it can be made here")
+    check_stages(architecture)
 
 
 def test_the_table_names_every_architecture_once() -> None:

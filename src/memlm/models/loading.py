@@ -149,14 +149,17 @@ def _check_decoder(folder: Path) -> None:
     """
     manifest = read_manifest(folder, "memory")
     check_payload(folder, manifest)
-    config, held = load_config(str(folder)), tensor_shapes(payload_file(folder, manifest, WEIGHTS_FILE))
+    config, weights = load_config(str(folder)), payload_file(folder, manifest, WEIGHTS_FILE)
+    held, types = _header(weights)
     if (layers := config.get_text_config().num_hidden_layers) > len(held):
         raise ArtifactError(f"{folder}/config.json: num_hidden_layers = {layers}, but there are {len(held)} tensors")
     try:
         with torch.device("meta"):  # takes no memory for weights
-            wanted = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # a model's own code, given a config it was not written for
         raise ArtifactError(f"{folder}/config.json describes no model: {reason_of(error)}") from None
+    _check_types(weights, {n: types[n] for n, t in model.state_dict().items() if n in types and t.is_floating_point()})
+    wanted = sum(p.numel() for p in model.parameters())
     if wanted > (there := sum(map(math.prod, held.values()))):
         raise ArtifactError(f"{folder}/config.json asks for {wanted:,} parameters, {WEIGHTS_FILE} holds {there:,}")
 
@@ -223,16 +226,29 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         ArtifactError: It is damaged, or holds anything but floating-point tensors.
     """
+    shapes, types = _header(path)
+    _check_types(path, types)
+    return shapes
+
+
+def _header(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Name to shape, and to type, of the tensors in a safetensors file.
+
+    Raises:
+        ArtifactError: It is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            types = {part.get_dtype() for part in slices.values()}
             shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            return shapes, {name: part.get_dtype() for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {reason_of(error)}") from None
-    if odd := sorted(types - {"F64", "F32", "F16", "BF16"}):
+
+
+def _check_types(path: Path, types: dict[str, str]) -> None:
+    if odd := sorted({*types.values()} - {"F64", "F32", "F16", "BF16"}):
         raise ArtifactError(f"{path} holds tensors of type {odd[0]}, expected floating-point ones")
-    return shapes
 
 
 def find_file(source: str, name: str, **where: Any) -> Path | None:

@@ -211,7 +211,10 @@ class MemoryTrainer(Trainer):
         if self._online is not None:
             activations = self._online.read(inputs["input_ids"]).flatten(0, 1)[inputs["places"]]
             inputs = inputs | {"activations": activations}
-        found = model(**inputs, kl_weight=self._kl_weight, mixture_share=self._mixture_share)
+        try:
+            found = model(**inputs, kl_weight=self._kl_weight, mixture_share=self._mixture_share)
+        except (ValueError, TypeError, LookupError, AttributeError, NotImplementedError) as error:  # a model's own code
+            raise TrainingError(f"the memory cannot be trained on such rows: {reason_of(error)}") from error
         positions = len(inputs["places"])
         self._bar.advance(positions)
         loss = found.loss / (num_items_in_batch if num_items_in_batch is not None else positions)
