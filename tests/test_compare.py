@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate.config import IN_CONTEXT, ROWS
 from memlm.evaluate.perplexity import evaluate_perplexity
+from memlm.evaluate.tasks import evaluate_tasks
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
 from memlm.runs.comparison import comparison_text
@@ -43,8 +45,21 @@ def sections(documents: str, model_folder: str, tmp_path_factory: pytest.TempPat
         "search": {"dapt.learning_rate": [1e-3, 1e-2]},
         "in_context": {"positions": 40, "passage_tokens": 8, "context": 40, "encoder": model_folder},
         "timed_tokens": 2,
+        "tasks": ["papers:mr", "papers:cr"],
+        "task_data": str(written_tasks(tmp_path_factory.mktemp("tasks"))),
+        "task_limit": 5,
     }
     return found
+
+
+def written_tasks(folder: Path) -> Path:
+    """Rows of two of the papers' tasks, so short that a tiny memory's window holds them."""
+    for name, seed in (("mr", 21), ("cr", 22)):
+        texts = [" ".join(text.split()[:3]) for text in sentences(16, seed=seed)]
+        rows = [f'{number % 2},"{text}"' for number, text in enumerate(texts)]
+        (folder / name).mkdir()
+        (folder / name / "test.csv").write_text("\n".join(["label,text", *rows]), encoding="utf-8")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +115,54 @@ def test_figures_are_those_of_an_evaluation(
     assert fixed["test"]["perplexity"] == pytest.approx(expected["mixture"]["fixed"]["perplexity"], abs=2e-4)
     assert fixed["mix_weight"] == {name: expected["mixture"]["fixed"]["mix_weight"]}
     assert report["rows"][0]["test"]["perplexity"] == pytest.approx(expected["base"]["perplexity"], abs=2e-4)
+
+
+def test_every_row_is_put_to_the_tasks_as_an_evaluation_of_tasks_would(
+    whole: tuple[Path, dict, list[str]], sections: dict[str, Any], model_folder: str
+) -> None:
+    out, report, said = whole
+    found, folders = report["tasks"], report["run"]["folders"]
+    rows = ["base", *(name for name in ROWS if name not in IN_CONTEXT)]
+    assert list(found["titles"]) == rows
+    assert [line for line in said if line.startswith("tasks with")] == [
+        f"tasks with {found['titles'][r]}" for r in rows
+    ]
+    expected = evaluate_tasks(
+        ["papers:mr", "papers:cr"],
+        base=model_folder,
+        memory=next((out / "heads").glob("memory-*")),
+        gate="both",
+        data=sections["compare"]["task_data"],
+        limit=5,
+        others={"dapt": folders["dapt"], "lora": folders["lora"]},
+        dtype="float32",
+        bootstrap=10,
+    )
+    for name, task in expected["tasks"].items():
+        assert found["tasks"][name]["items"] == task["items"] == 5
+        for way, row in (("base", "base"), ("both", "memory"), ("dapt", "dapt"), ("lora", "lora")):
+            assert found["tasks"][name]["values"][row]["value"] == task["values"][way]["value"], (name, way)
+    assert found["pooled"]["change"]["memory"]["value"] == expected["pooled"]["change"]["both"]["value"]
+    assert "mr: accuracy" in (out / "report.md").read_text(encoding="utf-8")
+
+
+def test_answers_are_kept_and_no_model_is_asked_twice(
+    whole: tuple[Path, dict, list[str]],
+    sections: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, report, _ = whole
+    monkeypatch.setenv("MEMLM_HOME", str(out.parent / "home"))
+    (tmp_path / "compared").mkdir()
+    shutil.copytree(out, tmp_path / "compared" / "out")
+    said: list[str] = []
+    fewer = changed(sections, "compare", rows=["memory", "knn"], timed_tokens=0)
+    again = Comparison(fewer, tmp_path / "compared" / "out").run(said.append)
+    assert not [line for line in said if line.startswith("tasks with")]
+    for row in ("base", "knn", "memory"):
+        values = [made["tasks"]["tasks"]["papers:mr"]["values"][row]["value"] for made in (again, report)]
+        assert values[0] == values[1]
 
 
 def test_a_fine_tuned_base_counts_alone_and_as_the_base_of_a_mixture(whole: tuple[Path, dict, list[str]]) -> None:

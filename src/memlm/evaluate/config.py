@@ -109,6 +109,10 @@ class CompareConfig(StageConfig):
     """Text that separates documents of general text; default one document per file."""
     in_context: InContextConfig = InContextConfig()
     """How in-context retrieval is done, on a part of the test text."""
+    tasks: list[str] = Field(default_factory=list)
+    """Tasks that each row is put to as well, gated where there is a memory, as `memlm evaluate tasks` names them."""
+    task_limit: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    """Items of each task at most; default all."""
     timed_tokens: int = Field(default=32, ge=0, le=MAX_COUNT)
     """Tokens that each way decodes to be timed; 0: none is timed."""
 

@@ -1,6 +1,7 @@
 """Tasks of lm-eval for a base and for its mixture with memories: the same items, so that differences are paired."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -15,11 +16,13 @@ from numpy.typing import NDArray
 from memlm.errors import ConfigError, InputError, MemlmError
 from memlm.evaluate.judged import judged
 from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
+from memlm.files import digest
 from memlm.mix.gate_config import GateConfig, GateName
 
 FIXED, BASE = "fixed", "base"
 _GATES = {name: f"the gate {name}" for name in get_args(GateName) if name != "none"}
 _SAME = "all models are to answer in the same tokens"
+Answers = dict[str, tuple[str, NDArray[np.float64]]]
 _CURE = "pip install 'memlm[tasks]' brings lm-eval"
 
 
@@ -75,81 +78,134 @@ def evaluate_tasks(
         InputError: A task is unknown, its data is not there or faulty, or lm-eval cannot load it.
         ModelError: Base or memory cannot be reached.
     """
-    check_lm_eval()
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{name} = {value}: must be 1 or more")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for talker in ("lm_eval", "lm-eval"):
-        logging.getLogger(talker).setLevel(logging.ERROR)
-    from lm_eval.models import huggingface
-    from lm_eval.tasks import TaskManager
-
+    if taken := {BASE, FIXED, *_GATES} & (others or {}).keys():
+        raise ConfigError(f"{min(taken)} names a way of its own; call the further model something else")
+    asked = TaskSet(
+        tasks,
+        include=include,
+        data=data,
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        chat_template=chat_template,
+        seed=seed,
+    )
     from memlm.mix.mixed_lm import MixedLM
     from memlm.models.loading import default_device, load_causal_lm, parse_dtype, resolve
     from memlm.models.tokenizers import check_same, load_tokenizer
 
-    if missing := next((place for place in include if not Path(place).is_dir()), None):
-        raise InputError(f"{missing} is no folder of task files")
     others = others or {}
-    if taken := {BASE, FIXED, *_GATES} & others.keys():
-        raise ConfigError(f"{min(taken)} names a way of its own; call the further model something else")
-    ours, theirs = asked_tasks(tasks)
     tokenizer = load_tokenizer(resolve(str(base)))
     for other, place in others.items():
         check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
-    items = {name: read_items(name, data, limit=limit, seed=seed) for name in ours}
-    words = {name: label_words(name, data) for name in ours}
-    if chat_template and ours:
-        raise ConfigError(f"{PREFIX}{ours[0]} has a prompt of its own: leave out --chat-template")
-    manager = TaskManager(include_path=[str(place) for place in include] or None)
-    if unknown := [task for task in theirs if task not in manager.all_tasks]:
-        raise InputError(f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --include adds folders")
     device = default_device()
     model = MixedLM.from_pretrained(
         base, memory=memory, mix_weight=mix_weight, gate=gate, dtype=parse_dtype(dtype, device)
     )
     model.to(device)  # type: ignore[arg-type]
-    asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": chat_template}
     name, weights = model.gate.gate, model.mix_weights
     ways: dict[str, Any] = {BASE: model.base}
-    spoken: Any
-    speaker: Any
     if name == "none" or len(model.mix_weights) == len(model.memories):
         ways[FIXED] = model
     if name not in (None, "none"):
         ways[str(name)] = model
     del model  # its place is needed once its ways have answered
-    further = {f"{PREFIX}{task} {metric}" for task in ours for metric in TASKS[task].metrics[1:]}
-    found: dict[str, dict[str, tuple[str, NDArray[np.float64]]]] = {}
-    for way in (*ways, *others):
+    found = {}
+    for way in [*ways, *others]:
         print(f"tasks with {_told(way)}", file=sys.stderr)
-        spoken = speaker = None  # a further model may need their place
         if way in others:
             ways.clear()
-            spoken = load_causal_lm(str(others[way]), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
+            speaker: Any = load_causal_lm(str(others[way]), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
         else:
-            spoken = ways[way]
+            speaker = ways[way]
             if way != BASE:
-                spoken.set_gate("none" if way == FIXED else gate)
-        speaker = cast(Any, huggingface).HFLM(pretrained=spoken, tokenizer=tokenizer, batch_size=batch_size)
-        found[way] = _items(speaker, theirs, manager, seed, asked) if theirs else {}
-        for task in ours:
-            for metric, values in judged(task, items[task], speaker, words[task]).items():
-                row = f"{PREFIX}{task} {metric}"
-                found[way][row if row in further else f"{PREFIX}{task}"] = metric, values
-    report = _report(found, seed=seed, bootstrap=bootstrap, above=above or {}, further=further)
+                speaker.set_gate("none" if way == FIXED else gate)
+        found[way] = asked.answers(speaker, tokenizer)
+        del speaker  # the next may need its place
+    report = paired_report(found, seed=seed, bootstrap=bootstrap, above=above or {}, further=asked.further)
     report["run"] = {
         "base": str(base),
         "memory": {n: str(m) for n, m in memory.items()} if isinstance(memory, Mapping) else str(memory),
         "gate": name,
         "mix_weight": weights,
         "others": {n: str(place) for n, place in others.items()},
-        "words": {PREFIX + task: found for task, found in words.items() if found},
-        **asked,
-        "seed": seed,
+        **asked.told,
     }
     return report
+
+
+class TaskSet:
+    """Tasks whose items are at hand, to be put to any number of models of one tokenizer."""
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        *,
+        include: Sequence[str | Path] = (),
+        data: str | Path | None = None,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+        batch_size: int = 8,
+        chat_template: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args, Raises:
+            As for `evaluate_tasks`.
+        """
+        check_lm_eval()
+        for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: must be 1 or more")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        for talker in ("lm_eval", "lm-eval"):
+            logging.getLogger(talker).setLevel(logging.ERROR)
+        from lm_eval.tasks import TaskManager
+
+        if missing := next((place for place in include if not Path(place).is_dir()), None):
+            raise InputError(f"{missing} is no folder of task files")
+        ours, self._theirs = asked_tasks(tasks)
+        self._items = {name: read_items(name, data, limit=limit, seed=seed) for name in ours}
+        self._words = {name: label_words(name, data) for name in ours}
+        if chat_template and ours:
+            raise ConfigError(f"{PREFIX}{ours[0]} has a prompt of its own: leave out --chat-template")
+        self._manager = TaskManager(include_path=[str(place) for place in include] or None)
+        if unknown := [task for task in self._theirs if task not in self._manager.all_tasks]:
+            raise InputError(
+                f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --include adds folders"
+            )
+        self._asked = {"num_fewshot": num_fewshot, "limit": limit, "apply_chat_template": chat_template}
+        self._seed, self._batch_size = seed, batch_size
+        self.further = {f"{PREFIX}{task} {metric}" for task in ours for metric in TASKS[task].metrics[1:]}
+        """Rows of what is told of a task beside its first metric."""
+        self.told = {
+            "words": {PREFIX + task: found for task, found in self._words.items() if found},
+            **self._asked,
+            "seed": seed,
+        }
+        """What a report says of it."""
+
+    @property
+    def key(self) -> str:
+        """Equal where the same is asked; of lm-eval's own tasks the names are known alone."""
+        items = {task: [dataclasses.asdict(item) for item in items] for task, items in self._items.items()}
+        return digest([self._theirs, items, self._words, self._asked, self._seed])
+
+    def answers(self, model: Any, tokenizer: Any) -> "Answers":
+        """What a model answers: task to the name of its metric, and what that is for each item.
+
+        Raises:
+            InputError: lm-eval cannot run a task.
+        """
+        from lm_eval.models import huggingface
+
+        speaker = cast(Any, huggingface).HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
+        found = _items(speaker, self._theirs, self._manager, self._seed, self._asked) if self._theirs else {}
+        for task, items in self._items.items():
+            for metric, values in judged(task, items, speaker, self._words[task]).items():
+                row = f"{PREFIX}{task} {metric}"
+                found[row if row in self.further else f"{PREFIX}{task}"] = metric, values
+        return found
 
 
 def check_lm_eval() -> None:
@@ -166,9 +222,7 @@ def _told(way: str) -> str:
     return {BASE: "the base alone", FIXED: "the fixed weight", **_GATES}.get(way, way)
 
 
-def _items(
-    speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: Mapping[str, Any]
-) -> dict[str, tuple[str, NDArray[np.float64]]]:
+def _items(speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: Mapping[str, Any]) -> Answers:
     """Task to its first metric, and what that is for each item, in the order of items."""
     import lm_eval
 
@@ -199,15 +253,25 @@ def _items(
     return found
 
 
-def _report(
-    found: Mapping[str, Mapping[str, tuple[str, NDArray[np.float64]]]],
+def paired_report(
+    found: Mapping[str, Answers],
     *,
     seed: int,
     bootstrap: int,
-    above: Mapping[str, float],
+    above: Mapping[str, float] | None = None,
     further: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Values and paired changes, per task and pooled, but for rows of `further` metrics; all ways share the draws."""
+    """Values and paired changes, per task and pooled, but for rows of `further` metrics; all ways share the draws.
+
+    Args:
+        found: Way to its answers; `base` is one of them.
+        seed, bootstrap, above: As for `evaluate_tasks`.
+        further: Rows that are not pooled.
+
+    Returns:
+        `tasks` and `pooled`, as `evaluate_tasks` gives them.
+    """
+    above = above or {}
     rng = np.random.default_rng(seed)
     tasks, pooled, drawn_pooled, pooled_items = {}, {}, {}, 0
     for task, (metric, of_base) in found[BASE].items():

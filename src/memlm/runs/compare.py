@@ -3,7 +3,7 @@
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedModel
 
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus, corpus_notes
@@ -23,14 +24,17 @@ from memlm.evaluate.config import IN_CONTEXT, ROWS, BenchConfig, CompareConfig, 
 from memlm.evaluate.in_context import context_of, in_context_label_log_probs
 from memlm.evaluate.intervals import Resampled
 from memlm.evaluate.perplexity import by_label_frequency
-from memlm.files import digest
+from memlm.evaluate.tasks import Answers, TaskSet, paired_report
+from memlm.files import digest, read_json, write_json
 from memlm.manifest import GATE_FILE, library_versions, read_manifest, times_of
 from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
+from memlm.mix.mixed_lm import MixedLM
 from memlm.models.adapters import check_peft
 from memlm.models.identity import model_identity
 from memlm.models.layers import model_size
-from memlm.models.loading import load_config
+from memlm.models.loading import default_device, load_causal_lm, load_config, parse_dtype, resolve
+from memlm.models.tokenizers import load_tokenizer
 from memlm.runs.comparison import write_comparison
 from memlm.runs.estimate import Cost, step_costs
 from memlm.runs.plan import (
@@ -43,7 +47,7 @@ from memlm.runs.plan import (
     recipe_steps,
     training_step,
 )
-from memlm.runs.recipe import Recipe
+from memlm.runs.recipe import Recipe, data_path
 from memlm.scores.gated import gated_label_log_probs
 from memlm.scores.mixtures import best_mix_weight, best_mix_weights, mixture_label_log_probs
 from memlm.scores.table import BASE, ScoreTable, score_corpus
@@ -133,6 +137,7 @@ class Comparison:
             )
         self.base = base_of(self.recipe)
         self._temperature: float | None = None  # of live kNN-LM, once it is chosen
+        self.tasks: TaskSet | None = None  # once their data is read
         self.evaluate: EvaluateConfig = self.recipe.configs.get("evaluate") or EvaluateConfig()
         self.parts = {part for row in self.rows for part in row.split("+")}
         self.points = {row: self._points(row) for row in _SECTIONS if row in self.parts}
@@ -204,9 +209,12 @@ class Comparison:
         trained = dict(folders)
         folders |= self._with_heads(folders, corpus, say)
         say("scoring")
-        report = self._report(corpus, folders, best, there)
+        report, ways = self._report(corpus, folders, best, there)
         report["run"]["folders"] = {row: str(folder) for row, folder in trained.items()}
         write_comparison(report, self.out)
+        if self.tasks is not None:
+            report["tasks"] = self._on_tasks(self.tasks, ways, folders, self._retrieval(there), say)
+            write_comparison(report, self.out)
         if self.config.timed_tokens:
             try:
                 self._time(report["rows"], folders, corpus, self._retrieval(there))
@@ -219,13 +227,18 @@ class Comparison:
         """Raise now what would be raised after hours.
 
         Raises:
-            ConfigError: peft or bm25s is missing, or passage and text do not fit the base's context.
+            ConfigError: peft, bm25s or lm-eval is missing, or passage and text do not fit the base's context.
+            InputError: A task is unknown, or its data is not there or faulty.
             ModelError: A base cannot be reached.
         """
         for place in (self.base, *self.other_bases):
             load_config(place)
         if "lora" in self.points:
             check_peft()
+        if self.config.tasks:
+            data = self.recipe.places["compare"].get("task_data")
+            where = None if data is None else data_path(data)
+            self.tasks = TaskSet(self.config.tasks, data=where, limit=self.config.task_limit)
         if "in-context-dense" in self.rows:
             load_config(self.config.in_context.encoder or self.base)
         for row in set(IN_CONTEXT) & set(self.rows):
@@ -292,7 +305,8 @@ class Comparison:
 
     def _report(
         self, corpus: Corpus, folders: Mapping[str, Path], best: Mapping[str, Point], there: Mapping[str, Path]
-    ) -> dict[str, Any]:
+    ) -> "tuple[dict[str, Any], list[Way]]":
+        """The report but for tasks and times, and the rows that all of the test text was scored for."""
         retrieval = self._retrieval(there)
         voters = {row: str(folder) for row, folder in folders.items()}
         shared = {"dtype": self.evaluate.dtype, "batch_tokens": self.evaluate.batch_tokens, "retrieval": retrieval}
@@ -338,7 +352,7 @@ class Comparison:
             "dtype": self.evaluate.dtype,
             "versions": library_versions(),
         }
-        return report
+        return report, ways
 
     def _retrieval(self, there: Mapping[str, Path]) -> RetrievalConfig | None:
         """How the datastore is searched: as the section retrieval says; where it does not say, with the targets' k, and
@@ -508,6 +522,65 @@ class Comparison:
             }
         return added
 
+    def _on_tasks(
+        self,
+        tasks: TaskSet,
+        ways: "Iterable[Way]",
+        folders: Mapping[str, Path],
+        retrieval: RetrievalConfig | None,
+        say: Callable[[str], None],
+    ) -> dict[str, Any]:
+        """What each row reaches on the tasks, paired with the base; of memories that under the gate.
+
+        Answers are kept, so that a comparison that was stopped asks no model twice.
+        """
+        found: dict[str, Answers] = {}
+        tokenizer = load_tokenizer(resolve(self.base))
+        for way in ways:
+            if way.weights is not None and way.rule is None:
+                continue
+            under = self.base if way.base == BASE else str(folders[way.base])
+            memories = {name: str(folders[name]) for name in way.memories}
+            searched = retrieval if "knn" in memories else None
+            known = () if way.rule is None else way.rule.memories.values()
+            key = digest(
+                [
+                    [tasks.key, self.evaluate.dtype, library_versions()],
+                    [model_identity(under), *(read_manifest(folder).hash for folder in memories.values())],
+                    None if searched is None else searched.model_dump(mode="json"),
+                    None if way.rule is None else way.rule.config.model_dump(),
+                    [_told(memory) for memory in known],
+                ]
+            )
+            path = self.out / "answers" / f"{way.row}-{key[:12]}.json"
+            if not path.exists():
+                say(f"tasks with {_TITLES[way.row]}")
+                answers = tasks.answers(self._spoken(way, under, memories, searched), tokenizer)
+                write_json(path, {task: (metric, values.tolist()) for task, (metric, values) in answers.items()})
+            kept = read_json(path, limit=1 << 30)
+            found[way.row] = {task: (metric, np.array(values)) for task, (metric, values) in kept.items()}
+        report = paired_report(found, seed=0, bootstrap=self.evaluate.bootstrap, further=tasks.further)
+        return report | {"titles": {row: _TITLES[row] for row in found}, "run": tasks.told}
+
+    def _spoken(
+        self,
+        way: "Way",
+        under: str,
+        memories: Mapping[str, str],
+        retrieval: RetrievalConfig | None,
+    ) -> PreTrainedModel:
+        """A row's model, loaded."""
+        device = default_device()
+        base = load_causal_lm(under, dtype=parse_dtype(self.evaluate.dtype, device)).to(device)  # type: ignore[arg-type]
+        if way.rule is None:
+            return base
+        weights = {name: part.mix_weight for name, part in way.rule.memories.items() if part.mix_weight is not None}
+        options = {} if retrieval is None else {"retrieval": retrieval}
+        mixed = MixedLM.from_pretrained(
+            base, memory=memories, mix_weight=weights, gate=way.rule.config, memory_kwargs=options
+        )
+        return mixed.to(device)  # type: ignore[return-value]
+
     def _time(
         self,
         rows: list[dict[str, Any]],
@@ -577,6 +650,11 @@ class Way:
             return mixture_label_log_probs(base.label, [part.label for part in parts.values()], self.weights)
         seen = ScoreTable({BASE: base, **parts}, table.document, table.label_count)
         return gated_label_log_probs(seen, self.rule)[0]
+
+
+def _told(memory: GatedMemory) -> list[Any]:
+    """What the gate knows of a memory, to be hashed."""
+    return [memory.mix_weight, None if memory.head is None else memory.head.model_dump(mode="json")]
 
 
 def _text_bytes(corpus: Corpus, split: str) -> int:

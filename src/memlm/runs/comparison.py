@@ -160,6 +160,8 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
             cells += [_interval(found["interval"], 2), _number(found["ratio"]["perplexity"], 4)]
             beside.append([*cells, _interval(found["ratio"]["interval"], 4)])
         tables.append(("One memory beside other bases", beside))
+    if report.get("tasks"):
+        tables.append(("Tasks", _tasks(report["tasks"])))
     tables.append(("What it costs", costs))
     if report.get("searched"):
         tried = [["row", "settings", "validation perplexity", ""]]
@@ -192,6 +194,27 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         ]
         tables.append(("Perplexity by how often training had the token", [head, tokens, *lines]))
     return tables
+
+
+def _tasks(found: Mapping[str, Any]) -> list[list[str]]:
+    """Ways as rows, tasks as columns; a memory stands under the gate."""
+    tasks, pooled = found["tasks"], found["pooled"]
+    head = [
+        "method",
+        *(f"{name.removeprefix('papers:')}: {task['metric']}" for name, task in tasks.items()),
+        "mean",
+        "over base in points",
+        "95% interval",
+    ]
+    items = ["items", *(f"{task['items']:,}" for task in tasks.values()), f"{pooled['items']:,}", "", ""]
+    lines = [head, items]
+    for row, title in found["titles"].items():
+        cells = [f"{task['values'][row]['value']:.3f}" for task in tasks.values()]
+        change = pooled["change"].get(row)
+        points = "" if change is None else f"{100 * change['value']:+.1f}"
+        interval = None if change is None or change["interval"] is None else [100 * x for x in change["interval"]]
+        lines.append([title, *cells, f"{pooled['values'][row]['value']:.3f}", points, _interval(interval, 1)])
+    return lines
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -51,6 +51,7 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
             "general": "text that no method was made for, judged alone: files below $MEMLM_DATA, or dataset names",
             "general_fit": "other such text, that heads are fitted with",
             "bases": "further models of the tokenizer that the memory is put beside",
+            "task_data": "folder of the papers' tasks; default they come from the hub",
         },
     ),
 }
