@@ -101,7 +101,7 @@ def test_a_way_that_answers_alike_has_changed_nothing_with_certainty() -> None:
         "fixed": {"a": ("acc", worse), "b": ("acc", right)},
         "both": {"a": ("acc", right), "b": ("acc", right)},
     }
-    report = tasks_module._report(found, seed=0, bootstrap=500, above={})
+    report = tasks_module.paired_report(found, seed=0, bootstrap=500, above={})
     assert report["pooled"]["change"]["both"] == {"value": 0.0, "interval": [0.0, 0.0]}
     assert report["pooled"]["items"] == 80
     lost = report["pooled"]["change"]["fixed"]
@@ -115,10 +115,10 @@ def test_a_way_that_answers_alike_has_changed_nothing_with_certainty() -> None:
 def test_tasks_in_which_the_base_is_not_above_chance_are_not_pooled() -> None:
     knows, guesses = np.ones(30), np.tile([0.0, 1.0], 15)
     found = {way: {"knows": ("acc", knows), "guesses": ("acc", guesses)} for way in ("base", "fixed")}
-    report = tasks_module._report(found, seed=0, bootstrap=200, above={"knows": 0.5, "guesses": 0.5})
+    report = tasks_module.paired_report(found, seed=0, bootstrap=200, above={"knows": 0.5, "guesses": 0.5})
     assert report["pooled"]["items"] == 30
     none = {way: {"guesses": ("acc", guesses)} for way in ("base", "fixed")}
-    report = tasks_module._report(none, seed=0, bootstrap=200, above={"guesses": 0.5})
+    report = tasks_module.paired_report(none, seed=0, bootstrap=200, above={"guesses": 0.5})
     assert report["pooled"] is None
     assert "pooled" not in tasks_table(report)
 
