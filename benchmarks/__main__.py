@@ -16,6 +16,7 @@ NAMES = (
     "mlp_decoding",
     "mlp_scoring",
     "mixture",
+    "mixture_decoding",
     "gate_decoding",
     "drafting_exactness",
     "drafted_decoding",

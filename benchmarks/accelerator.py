@@ -69,7 +69,7 @@ PIECES = (
     *_recipe("medquad", 3),
     *_recipe("medquad-mlp", 3),
     _benchmarks("training", 300, "distillation_loss", "training_step"),
-    _benchmarks("decoding", 300, "mixture", "mlp_decoding", "mlp_scoring", "gate_decoding"),
+    _benchmarks("decoding", 300, "mixture", "mixture_decoding", "mlp_decoding", "mlp_scoring", "gate_decoding"),
     _benchmarks("drafting", 300, "drafted_decoding", "drafting_exactness"),
     _benchmarks("teacher", 300, "teacher_pass", "votes_to_targets"),
     _benchmarks("retrieval", 470, "knn_decoding"),

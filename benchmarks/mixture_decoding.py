@@ -1,0 +1,163 @@
+"""A base and a Memory Decoder cost together what each costs by itself: decoding, scoring, reading a prompt."""
+
+import statistics
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.decoding import decoder, prove_mixture
+from benchmarks.models import parameter_count, random_model, random_tokens, tiny_config
+from benchmarks.report import bar_line, prove
+from benchmarks.timing import Timing, interleave
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.protocol import MemorySettings
+from memlm.mix.mixed_lm import MixedLM
+from memlm.mix.pace import Pace
+from memlm.models.layers import keep_layers
+from memlm.models.loading import default_device, default_dtype, load_causal_lm
+
+BATCHES = (1, 8)
+BAR = 1.03
+PREFILL_BAR = 1.0
+LOOP_BAR = 1.0
+_TOLERANCE = 1e-4
+"""Nats, of sums of some 1e5 terms in float32."""
+
+
+class _Never(Pace):
+    """Plain steps only."""
+
+    def next(self) -> int:
+        return 0
+
+
+def run(quick: bool) -> Iterator[dict[str, Any]]:
+    """SmolLM2 and a memory of half its blocks, over the sum of both models' own times in the same round.
+
+    Lines for a decoding step and for scoring a text at batches of 1 and 8; one for a prompt of 2,048 tokens of which
+    the memory's window of 512 sees a part; and two for the loop that drafts, told to draft nothing, over transformers'
+    own loop around the same mixture.
+    """
+    device = default_device()
+    dtype = default_dtype(device)
+    if quick:
+        base = random_model(tiny_config(), dtype=dtype, device=device)
+        part = random_model(tiny_config(), dtype=dtype, device=device)
+        sizes: dict[str, Any] = {"context": 8, "steps": 2, "text": 12, "rounds": 1}
+        prompt, window = 24, 8
+    else:
+        base = load_causal_lm("smollm2", dtype=dtype).to(device)  # type: ignore[arg-type]
+        part = keep_layers(load_causal_lm("smollm2", dtype=dtype), base.config.num_hidden_layers // 2).to(device)  # type: ignore[arg-type]
+        sizes, prompt, window = {}, 2048, 512
+    for batch in BATCHES:
+        for name, (bar, found) in measure(base, part, batch=batch, **sizes).items():
+            line = f"mixture_decoding/{name}/batch-{batch}"
+            yield bar_line(line, found.pop("ratio"), at_most=bar, judged=not quick, **found)
+    found = prefill(base, part, prompt=prompt, window=window, rounds=1 if quick else 5)
+    yield bar_line("mixture_decoding/prefill", found.pop("ratio"), at_most=PREFILL_BAR, judged=not quick, **found)
+
+
+def measure(
+    base: PreTrainedModel,
+    part: PreTrainedModel,
+    *,
+    batch: int,
+    context: int = 128,
+    steps: int = 8,
+    text: int = 256,
+    rounds: int = 9,
+) -> dict[str, tuple[float, dict[str, Any]]]:
+    """Decoding, scoring and the loop: each its bar and what was found.
+
+    Args:
+        part: What the memory is.
+        batch: Texts at a time.
+        context: Tokens in the cache.
+        steps: Tokens decoded per round.
+        text: Tokens of a text that is scored.
+        rounds: How often each side is timed.
+
+    Raises:
+        WrongAnswerError: The mixture is not the sum of its parts, or the loops give different tokens.
+    """
+    mixed = MixedLM(base, MemoryDecoder(part), 0.4)
+    tokens = random_tokens(batch, context + steps, mixed.vocab_size, base.device)
+    before, after = tokens[:, :context], tokens[:, context:]
+    prove_mixture(mixed, before, after)
+    models = {"mixed": mixed, "base": base, "memory": part}
+    told = {
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "base_parameters": parameter_count(base),
+        "memory_parameters": parameter_count(part),
+        "rounds": rounds,
+    }
+    timing = interleave(
+        {name: decoder(model, before, after) for name, model in models.items()}, device=base.device, rounds=rounds
+    )
+    decoding = _over_sum(timing) | {f"{n}_step_ms": round(1e3 * timing.median(n) / steps, 3) for n in models} | told
+
+    long = random_tokens(batch, text, mixed.vocab_size, base.device)
+    prove_scores(mixed, base, part, long[:1, :16])
+    timing = interleave(
+        {name: _reads(model, long) for name, model in models.items()}, device=base.device, rounds=max(1, rounds // 2)
+    )
+    scoring = _over_sum(timing) | {"text": text, "mixed_ms": round(1e3 * timing.median("mixed"), 1)} | told
+    return {"step": (BAR, decoding), "scoring": (BAR, scoring), "loop": (LOOP_BAR, loops(mixed, before, steps, rounds))}
+
+
+def _reads(model: Any, tokens: torch.Tensor, **options: Any) -> Callable[[], Any]:
+    return lambda: model(tokens, **{"use_cache": False, **options}).logits
+
+
+def _over_sum(timing: Timing) -> dict[str, Any]:
+    """The mixture's time over the sum of the parts' in the same round: median, lowest and highest."""
+    rounds = zip(*(timing.seconds[side] for side in ("mixed", "base", "memory")), strict=True)
+    ratios = sorted(both / (of_base + of_memory) for both, of_base, of_memory in rounds)
+    return {
+        "ratio": round(statistics.median(ratios), 4),
+        "ratio_spread": [round(ratios[0], 4), round(ratios[-1], 4)],
+        "over_base": round(timing.ratio("mixed", "base"), 4),
+    }
+
+
+@torch.inference_mode()
+def prove_scores(mixed: MixedLM, base: PreTrainedModel, part: PreTrainedModel, tokens: torch.Tensor) -> None:
+    """Prove that the mixture's logits at every place are what both models' own give in float64.
+
+    Raises:
+        WrongAnswerError: They are not.
+    """
+    (weight,) = mixed.mix_weights.values()
+    said = [model(tokens, use_cache=False).logits[..., : mixed.vocab_size].double() for model in (base, part)]
+    of_base, of_memory = (logits.softmax(-1) for logits in said)
+    expected = ((1 - weight) * of_base + weight * of_memory).log()
+    found = mixed(tokens, use_cache=False).logits.double().log_softmax(-1)
+    prove(float((found - expected).abs().max()), _TOLERANCE, "scores of the mixture against its parts")
+
+
+def loops(mixed: MixedLM, before: torch.Tensor, steps: int, rounds: int) -> dict[str, Any]:
+    """The loop that drafts, told to draft nothing, over transformers' own, greedily around the same mixture."""
+    asked = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    mask = torch.ones_like(before)
+
+    def generates(**options: Any) -> Callable[[], Any]:
+        return lambda: mixed.generate(before, attention_mask=mask, **asked, **options)
+
+    sides = {"ours": generates(drafting=_Never()), "theirs": generates()}
+    same = bool((sides["ours"]() == sides["theirs"]()).all())
+    prove(0.0 if same else 1.0, 0.5, "tokens of both loops")
+    timing = interleave(sides, device=before.device, rounds=rounds)
+    return {"ratio": round(timing.ratio("ours", "theirs"), 4), "ratio_spread": timing.spread("ours", "theirs")}
+
+
+def prefill(base: PreTrainedModel, part: PreTrainedModel, *, prompt: int, window: int, rounds: int) -> dict[str, Any]:
+    """A prompt read by the mixture, whose memory sees its window, over both models' own reading of all of it."""
+    settings = MemorySettings(kind="decoder", vocab_size=base.config.vocab_size, context_length=window)
+    mixed = MixedLM(base, MemoryDecoder(part, settings), 0.4)
+    tokens = random_tokens(1, prompt, mixed.vocab_size, base.device)
+    models = {"mixed": mixed, "base": base, "memory": part}
+    sides = {name: _reads(model, tokens, use_cache=True, logits_to_keep=1) for name, model in models.items()}
+    timing = interleave(sides, device=base.device, rounds=rounds, warmup=1)
+    return _over_sum(timing) | {"prompt": prompt, "window": window, "rounds": rounds}
