@@ -1,11 +1,14 @@
 """The study of what a memory is trained on, at toy size."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from benchmarks import study
+from benchmarks import scaling, study
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "studies" / "medquad-small.yaml"
 
@@ -88,3 +91,43 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "bare.yaml").write_text("corpus: {documents: a.txt, tokenizer: smollm2}\n")
     assert study.main([str(tmp_path / "bare.yaml"), "--work", str(tmp_path), "--results", str(tmp_path / "r")]) == 1
     assert "lacks 'study'" in capsys.readouterr().err
+
+
+def test_the_law_of_size_is_found_with_an_interval_that_holds_it() -> None:
+    sizes = [1e6, 3e6, 1e7, 5e7]
+    exact = scaling.fitted(sizes, [(2e-12 * size) ** -0.25 for size in sizes])
+    assert exact["exponent"] == pytest.approx(-0.25, abs=1e-4)
+    assert math.exp(exact["log_scale"]) == pytest.approx(2e-12, rel=1e-3)
+    noise = [1.02, 0.98, 1.01, 0.99]
+    rough = scaling.fitted(sizes, [(2e-12 * size) ** -0.25 * by for size, by in zip(sizes, noise, strict=True)])
+    low, high = rough["interval"]
+    assert low < -0.25 < high < 0
+    assert high - low > 10 * (exact["interval"][1] - exact["interval"][0])
+    # the slope's interval as scipy's linregress tells it: stderr times Student's quantile of two degrees
+    slope = stats.linregress(
+        np.log(sizes), np.log([(2e-12 * s) ** -0.25 * by for s, by in zip(sizes, noise, strict=True)])
+    )
+    assert high - low == pytest.approx(2 * stats.t.ppf(0.975, 2) * slope.stderr, rel=1e-3)
+    with pytest.raises(ValueError, match="2 sizes tell no law"):
+        scaling.fitted([1e6, 2e6], [3.0, 2.0])
+
+
+def test_sizes_of_a_study_are_fitted_from_its_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = tmp_path / "results.jsonl"
+    command = [str(STUDY.with_name("medquad-scaling-mlp.yaml")), "--quick", "--work", str(tmp_path / "work")]
+    command += [
+        "--results",
+        str(results),
+        "--set",
+        'study.arms={"one": {"train.layers": 1}, "two": {"train.layers": 2}, "three": {"train.layers": 3}}',
+    ]
+    assert study.main([*command, "--set", "study.against=one"]) == 0
+    capsys.readouterr()
+    assert scaling.main([str(results), "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out).values()
+    points = [line for line in lines_of(results) if line["what"] == "point"]
+    assert [point["parameters"] for point in found["points"]] == [point["parameters"] for point in points]
+    assert found["law"].keys() == set(scaling.WAYS)
+    assert scaling.main([str(results)]) == 0
+    assert "PPL = (b N)^g" in capsys.readouterr().out
+    assert scaling.main([str(tmp_path / "nothing.jsonl")]) == 1
