@@ -55,7 +55,8 @@ Scores = Callable[[Int[Tensor, "B T"]], Float[Tensor, "B T V"]]
 
 def run(quick: bool) -> Iterator[dict[str, Any]]:
     """A line per sampled setting, the chance of as uneven a spread (bar 0.01 over their number); one for greedy
-    texts, the share of tokens that are not the likeliest, ties within 1e-4 left out.
+    texts, the share of tokens that are not the likeliest, ties within 1e-4 left out; and that in bfloat16, where tokens
+    read together are rounded otherwise than tokens read one by one, beside what plain steps have of it.
     """
     texts = 4 if quick else 20_000 // _NEW
     for gate, options in SETTINGS:
@@ -71,16 +72,20 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
         name = "drafting_exactness/" + "-".join(f"{key}-{value}" for key, value in told.items()).removeprefix("gate-")
         told["tokens"] = len(found)
         yield bar_line(name, chance_of(found), at_least=0.01 / len(SETTINGS), judged=not quick, **told)
-    yield bar_line("drafting_exactness/greedy", *_greedy(4 if quick else 400), at_most=0.0, judged=not quick)
+    texts = 4 if quick else 400
+    yield bar_line("drafting_exactness/greedy", *_greedy(texts), at_most=0.0, judged=not quick)
+    half = {"dtype": torch.bfloat16}
+    plain = _greedy(texts, drafted=False, **half)[0]
+    yield bar_line("drafting_exactness/greedy-bfloat16", *_greedy(texts, **half), judged=False, undrafted=plain)
 
 
-def sharp_mixture(gate: str, *, weight: float = 0.3) -> MixedLM:
+def sharp_mixture(gate: str, *, weight: float = 0.3, dtype: torch.dtype = torch.float32) -> MixedLM:
     """Tiny random models that think differently, and are sure of what they think."""
     parts = []
     for seed in (0, 7):
         config = llama_config(32, 2, 4, kv_heads=2, vocab_size=VOCABULARY)
         config.initializer_range = 0.4
-        parts.append(random_model(config, dtype=torch.float32, device=torch.device("cpu"), seed=seed))
+        parts.append(random_model(config, dtype=dtype, device=torch.device("cpu"), seed=seed))
     memory = MemoryDecoder(parts[1], MemorySettings(kind="decoder", vocab_size=VOCABULARY, mix_weight=weight))
     model = MixedLM(parts[0], memory, gate=GateConfig(gate=gate))  # type: ignore[arg-type]
     model.generation_config.eos_token_id = None
@@ -151,14 +156,15 @@ def direct(model: MixedLM, processors: list[Any] | None = None) -> Scores:
 
 
 @torch.no_grad()
-def _greedy(texts: int) -> tuple[float]:
+def _greedy(texts: int, *, dtype: torch.dtype = torch.float32, drafted: bool = True) -> tuple[float]:
     """The share of greedy drafted tokens that are not the likeliest of the mixture computed directly; every third of
     the prompts is four of them, read together."""
     wrong, tokens = 0, 0
     for seed in range(texts):
-        model = sharp_mixture(("none", "posterior")[seed % 2])
+        model = sharp_mixture(("none", "posterior")[seed % 2], dtype=dtype)
         prompt = random_tokens(1 if seed % 3 else 4, 7, VOCABULARY, torch.device("cpu"), seed=seed)
-        asked: dict[str, Any] = {"attention_mask": torch.ones_like(prompt), "drafting": 1 + seed % 6}
+        asked: dict[str, Any] = {"attention_mask": torch.ones_like(prompt)}
+        asked |= {"drafting": 1 + seed % 6} if drafted else {}
         made = model.generate(prompt, do_sample=False, max_new_tokens=_NEW, pad_token_id=0, **asked)
         logits = direct(model)(made)[:, 6:-1]
         off = logits.amax(-1) - logits.gather(-1, made[:, 7:, None])[..., 0]
