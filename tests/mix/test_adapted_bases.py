@@ -3,17 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from memories import decoder_memory
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, VeraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from memlm import MixedLM
+from memlm import MixedLM, train_memory
 from memlm.errors import ConfigError, ModelError
+from memlm.memory.decoder import MemoryDecoder
+from memlm.memory.retrieval import RetrievalMemory
 from memlm.models import loading
 from memlm.models.identity import model_identity
 from memlm.models.loading import load_causal_lm, load_config
@@ -162,3 +164,125 @@ def test_a_mixture_leaves_what_trains_as_it_is(model_folder: str) -> None:
     assert any(before.values())
     mixture(base)
     assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == before
+
+
+def without_a_block(base: Any) -> None:
+    del base.model.layers[1]
+    base.config.num_hidden_layers = 1
+
+
+def with_a_block_twice(base: Any) -> None:
+    base.model.layers[1] = base.model.layers[0]
+
+
+def with_another_epsilon(base: Any) -> None:
+    base.model.norm.variance_epsilon = 0.5
+
+
+def with_another_config(base: Any) -> None:
+    base.config.rms_norm_eps = 0.5
+
+
+def with_other_positions(base: Any) -> None:
+    base.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [without_a_block, with_a_block_twice, with_another_epsilon, with_another_config, with_other_positions],
+    ids=lambda edit: edit.__name__,
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_base_whose_parts_were_edited_is_not_saved_by_name(
+    model_folder: str, adapter_folder: str, tmp_path: Path, edit: Callable[[Any], None], adapted: bool
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    if adapted:
+        base.load_adapter(adapter_folder)
+    edit(base)
+    with pytest.raises(ConfigError, match="it was merged, trained or edited"):
+        mixture(base.eval()).save_pretrained(tmp_path / "mixed")
+
+
+def test_an_adapter_that_was_scaled_anew_is_not_saved(model_folder: str, adapter_folder: str, tmp_path: Path) -> None:
+    base = by_transformers(model_folder, adapter_folder)
+    for module in base.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= 2.0
+    for options in ({}, {"include_base": True}):
+        with pytest.raises(ConfigError, match="scales what it adds otherwise than its config says"):
+            mixture(base).save_pretrained(tmp_path / "mixed", **options)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, use_dora=True, target_modules="all-linear", init_lora_weights=False),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3]),
+    ],
+    ids=["dora", "vera", "tokens"],
+)
+def test_an_adapter_that_transformers_does_not_find_again_is_refused(
+    model_folder: str, tmp_path: Path, config: Any
+) -> None:
+    base = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config).eval()
+    with pytest.raises(ConfigError, match="cannot be saved beside it; merge"):
+        mixture(base).save_pretrained(tmp_path / "mixed", include_base=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{}, {"layers": 1}, {"lora_rank": 2}], ids=["whole", "layers", "lora"])
+def test_training_goes_out_from_an_adapter_folder(
+    corpus_folder: Path, adapter_folder: str, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    quick: dict[str, Any] = {"kl_weight": 0, "dtype": "float32", "batch_size": 4, "learning_rate": 1e-9}
+    train_memory(corpus_folder, init=adapter_folder, out=tmp_path / "m", max_steps=1, **quick, **settings)
+    found = load_causal_lm(str(tmp_path / "m"))
+    assert not hasattr(found, "peft_config")
+    if not settings.get("layers"):
+        torch.testing.assert_close(logits(found), logits(load_causal_lm(adapter_folder)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("adapted", [by_peft, by_transformers, by_memlm], ids=lambda adapted: adapted.__name__)
+def test_a_model_with_an_adapter_is_a_memory_whose_folder_stands_alone(
+    model_folder: str, adapter_folder: str, tmp_path: Path, adapted: Callable[[str, str], PreTrainedModel]
+) -> None:
+    decoder = adapted(model_folder, adapter_folder)
+    with torch.no_grad():
+        next(iter(decoder.parameters())).add_(0.01)  # what no name stands for
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    model = MixedLM(base, MemoryDecoder(decoder), 0.7, vocab_size=len(load_tokenizer(model_folder)))
+    expected = logits(model)
+    model.save_pretrained(tmp_path / "mixed")
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)  # what was saved stays as it was
+    found = MixedLM.from_pretrained(tmp_path / "mixed")
+    torch.testing.assert_close(logits(found), expected, rtol=0, atol=1e-4)
+
+
+def test_a_prompt_is_no_memory(model_folder: str) -> None:
+    prompted: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder),
+        PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    )
+    with pytest.raises(ConfigError, match="whose adapter is a prompt cannot be a memory"):
+        MemoryDecoder(prompted)
+
+
+@pytest.mark.parametrize("change", ["edited", "adapted"])
+def test_a_base_that_was_changed_is_not_taken_for_the_teacher_of_a_datastore(
+    model_folder: str, adapter_folder: str, datastore_folder: Path, change: str
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    true = MixedLM(base, datastore_folder, 0.999999)
+    assert cast(RetrievalMemory, true.named_memories()["memory"]).teacher is None  # the base is the teacher
+    expected = logits(true)
+    other = AutoModelForCausalLM.from_pretrained(model_folder)
+    if change == "edited":
+        with torch.no_grad():
+            other.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    else:
+        other.load_adapter(adapter_folder)
+    mixed = MixedLM(other.eval(), datastore_folder, 0.999999)
+    memory = cast(RetrievalMemory, mixed.named_memories()["memory"])
+    assert memory.teacher is not None
+    torch.testing.assert_close(logits(mixed).softmax(-1), expected.softmax(-1), rtol=0, atol=1e-3)

@@ -1,5 +1,6 @@
 """Memory Decoder: a small causal LM that imitates a retriever."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +15,7 @@ from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import WindowedReader
 from memlm.models.abilities import check_causal
-from memlm.models.adapters import beside_all_linear, check_peft
+from memlm.models.adapters import beside_all_linear, check_peft, has_layers_of_peft, unwrapped, without_layers_of_peft
 from memlm.models.heads import find_head
 from memlm.models.layers import check_layers, chosen_layers, depth, fresh_model, keep_layers, layered_config, model_size
 from memlm.models.loading import load_causal_lm, load_config, longest_context
@@ -38,8 +39,11 @@ class MemoryDecoder(ParametricMemory):
 
         Raises:
             ModelError: Tokens of the decoder see those to come, or its head does not split off.
-            ConfigError: It has fewer positions than the settings say.
+            ConfigError: It has fewer positions than the settings say, or an adapter that changes no weights.
         """
+        if any(config.is_prompt_learning for config in getattr(decoder, "peft_config", {}).values()):
+            raise ConfigError("a decoder whose adapter is a prompt cannot be a memory; merge what it is to keep first")
+        decoder = unwrapped(decoder)
         check_causal(decoder)
         rows, longest = decoder.config.get_text_config(decoder=True).vocab_size, longest_context(decoder.config)
         settings = settings or MemorySettings(kind=self.kind, vocab_size=rows, context_length=longest)
@@ -61,7 +65,12 @@ class MemoryDecoder(ParametricMemory):
         return cls(load_causal_lm(source, exact=True, **kwargs), settings).eval()
 
     def save_weights(self, folder: Path) -> None:
-        self.decoder.save_pretrained(folder)
+        whole = self.decoder
+        if (
+            has_layers_of_peft(whole) and not self._adapters
+        ):  # one that it was loaded with; a memory's folder stands alone
+            whole = without_layers_of_peft(copy.deepcopy(whole))
+        whole.save_pretrained(folder)
 
     # --- training -----------------------------------------------------------------------------------------------
 
@@ -90,7 +99,7 @@ class MemoryDecoder(ParametricMemory):
         assert init is not None
         if config.fresh:
             return cls(fresh_model(load_config(init), config.layers, seed), settings)
-        model = load_causal_lm(init, dtype=torch.float32)
+        model = without_layers_of_peft(load_causal_lm(init, dtype=torch.float32))
         memory = cls(model if config.layers is None else keep_layers(model, config.layers), settings)
         if config.lora_rank is not None:
             memory._adapters = [beside_all_linear(memory.decoder, config.lora_rank)]

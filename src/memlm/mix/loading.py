@@ -5,7 +5,7 @@ import copy
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,7 +23,7 @@ from memlm.mix.config import MixedLMConfig
 from memlm.mix.gate import GatedMemory, gate_config, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.weights import settle_weights
-from memlm.models.adapters import active_adapters, save_adapter, save_without_adapter
+from memlm.models.adapters import active_adapters, has_adapter, save_adapter, save_without_adapter
 from memlm.models.identity import commit_of, is_what_is_stored
 from memlm.models.loading import adapted_base, device_of, load_causal_lm, load_config, resolve, where_from
 from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
@@ -118,16 +118,33 @@ def load_beside(
     name = name or base.config.name_or_path or None
     if name is not None and find_tokenizer(name, **(where or {})) is not None:
         check_tokenizers(name, sources, where, memory_kwargs)
-    return _load_memories(base, name, sources, memory_kwargs or {})
+    return _load_memories(base, name, sources, memory_kwargs or {}, lambda: _is_named(base, name, where or {}))
+
+
+def _is_named(base: PreTrainedModel, name: str | None, where: Mapping[str, Any]) -> bool:
+    """Whether a loaded base is what its name stands for, adapters and all."""
+    return name is not None and not has_adapter(base) and is_what_is_stored(base, name, **where)
 
 
 def _load_memories(
-    base: PreTrainedModel, name: str | None, sources: Mapping[str, MemorySource], kwargs: Mapping[str, Any]
+    base: PreTrainedModel,
+    name: str | None,
+    sources: Mapping[str, MemorySource],
+    kwargs: Mapping[str, Any],
+    is_named: Callable[[], bool] = lambda: True,
 ) -> dict[str, Memory]:
-    """Folders and hub ids are loaded in the base's precision; all stand where the base is, unless told otherwise."""
+    """Folders and hub ids are loaded in the base's precision; all stand where the base is, unless told otherwise.
+
+    A datastore reads the base's activations only where that is its teacher by more than its name (`is_named`).
+    """
     options = {"dtype": base.dtype, **kwargs}
+
+    def reads(source: MemorySource) -> str | None:
+        searches = not isinstance(source, Memory) and isinstance(settings_of(source, kwargs), RetrievalSettings)
+        return None if searches and not is_named() else name
+
     found = {
-        label: source if isinstance(source, Memory) else _load(source, name, options)
+        label: source if isinstance(source, Memory) else _load(source, reads(source), options)
         for label, source in sources.items()
     }
     return found if "device_map" in kwargs else {label: part.to(device_of(base)) for label, part in found.items()}

@@ -1,19 +1,25 @@
 """Adapters of PEFT, such as LoRA, inside a loaded model: which are there, and the model without them."""
 
 import copy
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import safetensors.torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from memlm.errors import ConfigError
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_LOST = ("VERA", "TRAINABLE_TOKENS")
+"""What transformers does not load as it was saved."""
+_KEPT = {"base_layer", "original_module"}
+"""Where PEFT puts what it wraps."""
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
@@ -66,20 +72,82 @@ def beside_all_linear(model: PreTrainedModel, rank: int) -> Any:
     return LoraModel(model, config, "default")
 
 
+def without_layers_of_peft(model: PreTrainedModel) -> PreTrainedModel:
+    """The model of transformers with what its active adapters do put into its weights, and no layer of PEFT left.
+
+    It is changed itself, and all of its weights can be trained; a model without adapters is given back as it is.
+
+    Raises:
+        ConfigError: One is no change of weights.
+    """
+    inner = unwrapped(model)
+    if not has_layers_of_peft(inner):
+        return inner
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+    for name, module in list(inner.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if not module.disable_adapters:
+                module.merge(safe_merge=True)
+            plain = module.get_base_layer()
+        elif isinstance(module, ModulesToSaveWrapper):
+            own = (
+                []
+                if module.disable_adapters
+                else [part for part in module.active_adapters if part in module.modules_to_save]
+            )
+            plain = module.modules_to_save[own[0]] if own else module.original_module
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            raise ConfigError(f"{name} is trained in a way that cannot be merged here; merge it with PEFT first")
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(inner.get_submodule(parent), child, plain)
+    inner._hf_peft_config_loaded = False
+    if hasattr(inner, "peft_config"):
+        del inner.peft_config
+    if hasattr(inner, "_weight_conversions"):  # in which loading an adapter puts the adapter's names
+        inner._weight_conversions = get_model_conversion_mapping(inner)
+    return inner.requires_grad_(True)
+
+
+def has_layers_of_peft(model: nn.Module) -> bool:
+    """Whether some of a model's modules stand inside layers of PEFT."""
+    return bool(_wrappers(model))
+
+
 def plain_state(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights that a model has apart from its adapters, by the names that they have in a model without any."""
     inner = unwrapped(model)
-    kept = {"base_layer", "original_module"}  # where PEFT puts what it wraps
-    wrappers = {name for name, module in inner.named_modules() if kept & dict(module.named_children()).keys()}
-    state = {}
-    for key, tensor in inner.state_dict().items():
-        *path, last = key.split(".")
-        owner = next((i for i in range(len(path)) if ".".join(path[:i]) in wrappers), None)
-        if owner is None:
-            state[key] = tensor
-        elif path[owner] in kept:
-            state[".".join([*path[:owner], *path[owner + 1 :], last])] = tensor
-    return state
+    wrappers = _wrappers(inner)
+    named = ((_plain_name(key.split("."), wrappers), tensor) for key, tensor in inner.state_dict().items())
+    return {name: tensor for name, tensor in named if name is not None}
+
+
+def plain_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules that a model has apart from its adapters, by the names that they have in a model without any."""
+    inner = unwrapped(model)
+    wrappers = _wrappers(inner)
+    named = (
+        (_plain_name(name.split("."), wrappers), module)
+        for name, module in inner.named_modules()
+        if name not in wrappers or not name
+    )
+    return {name: module for name, module in named if name is not None}
+
+
+def _wrappers(model: nn.Module) -> set[str]:
+    """Names of PEFT's layers around another."""
+    return {name for name, module in model.named_modules() if _KEPT & dict(module.named_children()).keys()}
+
+
+def _plain_name(path: list[str], wrappers: set[str]) -> str | None:
+    """What stands at a path in a model without adapters; None where it is a part of one."""
+    owner = next((i for i in range(len(path)) if ".".join(path[:i]) in wrappers), None)
+    if owner is None:
+        return ".".join(path)
+    return ".".join([*path[:owner], *path[owner + 1 :]]) if path[owner] in _KEPT else None
 
 
 def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
@@ -91,15 +159,19 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
         base: Path or hub id of the model that the adapter belongs to.
 
     Raises:
-        ConfigError: Several adapters are active, or the adapter is no change of weights.
+        ConfigError: Several adapters are active, or the adapter is no change of weights, one that transformers does not
+            find again, or scaled otherwise than its config says.
     """
     from peft import get_peft_model_state_dict
 
     active = active_adapters(model)
     config: Any = copy.deepcopy(model.peft_config[active[0]])  # type: ignore[index]
-    if len(active) > 1 or config.is_prompt_learning:
-        what = f"adapters {', '.join(active)}" if len(active) > 1 else f"adapter of type {config.peft_type.value}"
+    lost = config.peft_type.value in _LOST or getattr(config, "use_dora", False) or _trains_tokens(config)
+    if len(active) > 1 or config.is_prompt_learning or lost:
+        kind = "DORA" if getattr(config, "use_dora", False) else config.peft_type.value
+        what = f"adapters {', '.join(active)}" if len(active) > 1 else f"adapter of type {kind}"
         raise ConfigError(f"the base's {what} cannot be saved beside it; merge what it is to keep first")
+    _check_scaling(model, active[0], config)
     state = get_peft_model_state_dict(model, adapter_name=active[0])
     prefix = "base_model.model." if isinstance(model, PreTrainedModel) else ""  # PEFT's own model has it already
     config.base_model_name_or_path, config.inference_mode = base, True
@@ -110,6 +182,26 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
+
+
+def _trains_tokens(config: Any) -> bool:
+    return getattr(config, "trainable_token_indices", None) is not None
+
+
+def _check_scaling(model: PreTrainedModel, name: str, config: Any) -> None:
+    """Raise a ConfigError where a LoRA adapter was scaled anew, which is written nowhere."""
+    if config.peft_type.value != "LORA":
+        return
+    for module in model.modules():
+        scaling, rank = getattr(module, "scaling", {}), getattr(module, "r", {})
+        if not isinstance(scaling, dict) or name not in scaling:
+            continue
+        alpha = module.lora_alpha[name]  # type: ignore[index]
+        told = alpha / (math.sqrt(rank[name]) if config.use_rslora else rank[name])  # type: ignore[index]
+        if not math.isclose(scaling[name], told, rel_tol=1e-6):
+            raise ConfigError(
+                "the base's adapter scales what it adds otherwise than its config says; merge what it is to keep first"
+            )
 
 
 def save_without_adapter(model: PreTrainedModel, folder: Path) -> None:

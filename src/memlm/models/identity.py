@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ModelError
 from memlm.files import cache_dir, digest, file_digest, file_error, read_json, replacing
 from memlm.manifest import is_artifact, read_manifest
-from memlm.models.adapters import ADAPTER_CONFIG, plain_state
-from memlm.models.loading import WEIGHTS_FILE, adapted_base, find_file, load_causal_lm, resolve
+from memlm.models.adapters import ADAPTER_CONFIG, plain_modules, plain_state
+from memlm.models.layers import plain_attributes
+from memlm.models.loading import WEIGHTS_FILE, adapted_base, find_file, load_causal_lm, load_config, resolve
 
+_OF_LOADING = {"_name_or_path", "architectures", "dtype", "quantization_config", "transformers_version", "use_cache"}
 _UNSETTLED_NS = 2_000_000_000  # a file written this shortly ago may change again without another time
 
 
@@ -83,7 +86,7 @@ def known_digest(path: Path) -> str:
 
 
 def is_what_is_stored(model: PreTrainedModel, name: str, **where: Any) -> bool:
-    """Whether loading `name` gives the weights and the config that `model` has apart from its adapters.
+    """Whether loading `name` gives the weights, the parts and the config that `model` has apart from its adapters.
 
     The checkpoint's tensors are read one by one; only where they do not stand under the model's own names, the
     checkpoint is loaded beside it. Weights that were quantised in loading cannot be compared and count as the same.
@@ -94,6 +97,8 @@ def is_what_is_stored(model: PreTrainedModel, name: str, **where: Any) -> bool:
     ours = {key: tensor for key, tensor in plain_state(model).items() if not tensor.is_meta}
     if getattr(model, "hf_quantizer", None) is not None:
         return True
+    if not _is_built_as_stored(model, name, **where):
+        return False
     seen: set[tuple] = set()
     for key, stored in _stored_tensors(name, **where):
         if key in ours and _same(ours[key], stored):
@@ -102,6 +107,41 @@ def is_what_is_stored(model: PreTrainedModel, name: str, **where: Any) -> bool:
         return True
     theirs = load_causal_lm(name, dtype=model.dtype, **where).state_dict()
     return ours.keys() == theirs.keys() and all(_same(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+def _is_built_as_stored(model: PreTrainedModel, name: str, **where: Any) -> bool:
+    """Whether a model of the stored config has the same parts, and they the same numbers beside their weights.
+
+    Where no such model can be made, as with code of its own, that cannot be told and counts as the same.
+    """
+    try:
+        config = load_config(name, **where)
+        with init_empty_weights(include_buffers=False):  # buffers are small, and some are stored nowhere
+            stored = AutoModelForCausalLM.from_config(config)
+    except Exception:  # a model's own code
+        return True
+    if _compared(config) != _compared(model.config):
+        return False
+    ours, theirs = plain_modules(model), plain_modules(stored)
+    if {n: type(m) for n, m in ours.items()} != {n: type(m) for n, m in theirs.items()}:
+        return False
+    for place, module in ours.items():
+        if not isinstance(module, PreTrainedModel):  # which keeps where it came from, and what it did last
+            now, then = dict(plain_attributes(module)), dict(plain_attributes(theirs[place]))
+            if any(now[key] != then[key] for key in now.keys() & then.keys()):  # states are tensors by now
+                return False
+        for key in module._non_persistent_buffers_set:
+            buffer, stored_buffer = module._buffers[key], theirs[place]._buffers.get(key)
+            if buffer is None or buffer.is_meta or stored_buffer is None:
+                continue
+            if buffer.shape == stored_buffer.shape and not _same(buffer, stored_buffer.to(buffer.dtype)):
+                return False
+    return True
+
+
+def _compared(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config's settings, but for those that say how it was loaded."""
+    return {key: value for key, value in config.to_dict().items() if key not in _OF_LOADING}
 
 
 def _storage(tensor: Tensor) -> tuple:

@@ -137,9 +137,7 @@ def _described(
     """What a block is made of, but for its weights and its number, by name; of lists of all layers the chosen."""
     for name, module in block.named_modules():
         yield f"{name} is", type(module).__name__
-        for key, value in vars(module).items():
-            if key.startswith("_") or key == "training" or not isinstance(value, _PLAIN):
-                continue
+        for key, value in plain_attributes(module):
             if type(value) is int and value in (number, number + 1) and "layer" in key:
                 yield f"{name}.{key}", "its number"
             elif isinstance(value, list | tuple):
@@ -149,6 +147,13 @@ def _described(
                 yield f"{name}.{key}", value
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             yield f"{name}.{key}", None if tensor is None else tuple(tensor.shape)
+
+
+def plain_attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module itself keeps beside weights, parts and its mode: numbers, texts, and lists of them."""
+    for key, value in vars(module).items():
+        if not key.startswith("_") and key != "training" and isinstance(value, _PLAIN):
+            yield key, value
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ WEIGHTS_FILE = "model.safetensors"
 _CONFIG_BYTES = 1 << 24
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers")
 _MANY_LAYERS = 1000
+_MANY_LABELS = 100_000
 _PARAMETERS_PER_BYTE = 8  # of weights in a single bit
 _OF_FILES = ("revision", "subfolder", "cache_dir", "token", "local_files_only")
 _INFLATED = ("num_labels", "auto_map", "quantization_config")  # they ask for a table of any size, code, another loader
@@ -164,22 +165,27 @@ def _check_decoder(folder: Path) -> None:
         raise ArtifactError(f"{folder}/config.json asks for {wanted:,} parameters, {WEIGHTS_FILE} holds {there:,}")
 
 
-def _depths(values: Any) -> Iterator[tuple[str, float]]:
-    """The settings that say how many layers there are, in a config and those inside it."""
+def _numbers(values: Any, names: Collection[str]) -> Iterator[tuple[str, float]]:
+    """The settings of these names that are numbers, in a config and those inside it."""
     for name, value in values.items() if isinstance(values, dict) else ():
-        if name in _LAYERS and isinstance(value, int | float):
+        if name in names and isinstance(value, int | float):
             yield name, value
-        yield from _depths(value)
+        yield from _numbers(value, names)
 
 
 def _check_depth(folder: Path) -> None:
-    """Raise where a config asks for many more layers than there are tensors: even reading it would take hours then.
+    """Raise where a config asks for many more layers than there are tensors, or for a name for each of a great many
+    labels: even reading it would take minutes or hours then.
 
     Raises:
         ModelError: It does.
     """
     config = folder / "config.json"
-    for name, layers in _depths(read_json(config, limit=_CONFIG_BYTES)) if config.is_file() else ():
+    values = read_json(config, limit=_CONFIG_BYTES) if config.is_file() else {}
+    for name, labels in _numbers(values, ("num_labels",)):
+        if not labels <= _MANY_LABELS:
+            raise ModelError(f"{config}: {name} = {labels}, more than the {_MANY_LABELS:,} that memlm reads names for")
+    for name, layers in _numbers(values, _LAYERS):
         if not layers <= _MANY_LAYERS and not layers <= (tensors := _count_tensors(folder)):  # also where it is NaN
             raise ModelError(f"{config}: {name} = {layers}, but there are {tensors} tensors")
 
