@@ -5,13 +5,13 @@ Run: python examples/explain.py BASE MEMORY DATASTORE "What is asthma?"
 
 import sys
 
+from transformers import AutoTokenizer
+
 from memlm import MixedLM, explain
-from memlm.models.loading import resolve
-from memlm.models.tokenizers import load_tokenizer
 
 base, memory, datastore, prompt = sys.argv[1:5]
 model = MixedLM.from_pretrained(base, memory=memory)
-explanation = explain(model, load_tokenizer(resolve(base)), prompt, datastore=datastore)
+explanation = explain(model, AutoTokenizer.from_pretrained(memory), prompt, datastore=datastore)
 
 for token in explanation.tokens:
     gain = token.mixture_prob - token.base_prob

@@ -6,15 +6,14 @@ Run: python examples/three_lines.py BASE MEMORY "What is asthma?"
 import sys
 
 import torch
+from transformers import AutoTokenizer
 
 from memlm import MixedLM
-from memlm.models.loading import resolve
-from memlm.models.tokenizers import load_tokenizer
 
 base, memory, prompt = sys.argv[1:4]
 model = MixedLM.from_pretrained(base, memory=memory)
 
-tokenizer = load_tokenizer(resolve(base))
+tokenizer = AutoTokenizer.from_pretrained(memory)
 inputs = tokenizer(prompt, return_tensors="pt")
 for weight in (0.0, *model.mix_weights.values()):
     model.set_mix_weight(weight)

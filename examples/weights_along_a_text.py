@@ -8,14 +8,13 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from transformers import AutoTokenizer
 
 from memlm import MixedLM
-from memlm.models.loading import resolve
-from memlm.models.tokenizers import load_tokenizer
 
 base, memory, text, picture = sys.argv[1:5]
 model = MixedLM.from_pretrained(base, memory=memory)
-tokenizer = load_tokenizer(resolve(base))
+tokenizer = AutoTokenizer.from_pretrained(memory)
 ids = tokenizer(Path(text).read_text(encoding="utf-8"), return_tensors="pt").input_ids
 with torch.inference_mode():
     weights = torch.as_tensor(model.components(ids).weights[0])[0]  # after each token, for the one to come

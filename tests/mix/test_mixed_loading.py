@@ -525,3 +525,25 @@ def test_a_base_with_code_of_its_own_is_loaded_where_that_is_trusted(
     model.save_pretrained(tmp_path / "saved")
     again = MixedLM.from_pretrained(tmp_path / "saved", trust_remote_code=True)
     torch.testing.assert_close(logits(again), logits(model))
+
+
+def test_keywords_that_are_nearly_ours_are_named_wherever_they_are_given(
+    model_folder: str, memory_folder: Path, mlp_folder: Path, datastore_folder: Path, tmp_path: Path
+) -> None:
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.3)
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ConfigError, match="mix_weights is no setting here; did you mean mix_weight"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "saved", mix_weights=0.5)
+    with pytest.raises(ConfigError, match="weight is no setting here; did you mean mix_weight"):
+        MixedLM.from_pretrained(model_folder, memory=memory_folder, weight=0.5)
+    with pytest.raises(ConfigError, match="mix_weigth is no setting here; did you mean mix_weight"):
+        model(torch.tensor([[5, 6]]), mix_weigth=1.0)
+    for folder in (memory_folder, mlp_folder, datastore_folder):
+        with pytest.raises(ConfigError, match="dtyp is no setting for loading a memory; did you mean dtype"):
+            load_memory(folder, dtyp="float32")
+        with pytest.raises(ConfigError, match="dtyp is no setting for loading a memory"):
+            model.add_memory("more", folder, 0.1, dtyp="float32")
+    with pytest.raises(ConfigError, match="attn_implementation: a memory of kind mlp is not loaded with it"):
+        MixedLM.from_pretrained(
+            model_folder, memory=mlp_folder, mix_weight=0.1, memory_kwargs={"attn_implementation": "eager"}
+        )

@@ -157,3 +157,14 @@ def test_a_plain_config_beyond_the_weights_is_refused_before_the_model_is_made(
 def test_a_plain_model_whose_weights_fit_loads_as_before(model_folder: str, tmp_path: Path) -> None:
     model = load_causal_lm(str(plain(model_folder, tmp_path / "plain")))
     assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_a_config_that_asks_for_a_name_for_each_of_a_great_many_labels_is_refused(
+    model_folder: str, tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"num_labels": 10_000_000}))
+    for load in (load_config, load_causal_lm):
+        with pytest.raises(ModelError, match="num_labels = 10000000, more than the 100,000"):
+            load(str(tmp_path / "model"))

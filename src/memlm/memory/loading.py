@@ -1,5 +1,7 @@
 """Memories from a folder or the hub, whatever their kind."""
 
+import difflib
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from memlm.memory.released import is_released_mlp
 from memlm.memory.retrieval import RetrievalSettings, datastore_settings
 from memlm.models.loading import find_file, load_config, resolve, where_from
 from memlm.targets.config import RetrievalConfig
+
+_KEYWORDS = {"dtype", "torch_dtype", "device_map", "base", "retrieval", "gguf_file", "trust_remote_code"}
+_KEYWORDS |= {"revision", "subfolder", "cache_dir", "token", "local_files_only"}
 
 
 def memory_class(kind: str) -> type[Memory]:
@@ -36,10 +41,12 @@ def load_memory(
 
     Raises:
         ModelError: It cannot be reached, has to be converted first, or has weights that are not finite.
+        ConfigError: A keyword is misspelt, or the kind takes none of that name.
         ArtifactError: The folder is damaged, or of a kind that is no memory.
     """
     where = where_from(kwargs)
     settings = read_settings(source, **where)
+    _check_keywords(kwargs, settings.kind if settings else "decoder")
     if isinstance(settings, RetrievalSettings):
         settings = settings.searched_by(retrieval)
     if settings is None and is_released_mlp(str(source), **where):
@@ -51,6 +58,16 @@ def load_memory(
     check_finite(memory, f"memory {source}")
     memory.confidence_head = read_head(source, settings, **where)
     return memory
+
+
+def _check_keywords(kwargs: Mapping[str, Any], kind: str) -> None:
+    """Raise a ConfigError for a keyword that is nearly one of ours, and for any other that only a decoder takes."""
+    for name in kwargs.keys() - _KEYWORDS:
+        near = difflib.get_close_matches(name, _KEYWORDS - {"torch_dtype"}, n=1, cutoff=0.85)
+        if near:
+            raise ConfigError(f"{name} is no setting for loading a memory; did you mean {near[0]}?")
+        if kind != "decoder":
+            raise ConfigError(f"{name}: a memory of kind {kind} is not loaded with it; leave it out")
 
 
 def read_head(source: str | Path, settings: MemorySettings | None, **where: Any) -> ConfidenceHead | None:

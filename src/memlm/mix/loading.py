@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -213,10 +214,20 @@ def _head_of(
 
 def _check_spelling(base_kwargs: Mapping[str, Any]) -> None:
     """Raise a ConfigError for a keyword that is nearly one of our own; transformers would take it for its own."""
-    own = ("memory", "mix_weight", "gate", "memory_window", "memory_kwargs")
     for name in base_kwargs:
-        if near := difflib.get_close_matches(name, own, n=1, cutoff=0.85):
-            raise ConfigError(f"{name} is no setting here; did you mean {near[0]}?")
+        check_keyword(name)
+    config = base_kwargs.get("config")
+    if isinstance(config, MixedLMConfig) and not isinstance(config.mix_weights, dict | None):
+        check_keyword("mix_weights")  # AutoModel takes it for the config's own
+
+
+@lru_cache(1000)  # it is asked at every token
+def check_keyword(name: str) -> None:
+    """Raise a ConfigError for a keyword that is nearly one of a mixture's own."""
+    own = ("memory", "mix_weight", "gate", "memory_window", "memory_kwargs", "evidence_mask")
+    near = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+    if near or name in ("weight", "weights", "alpha"):
+        raise ConfigError(f"{name} is no setting here; did you mean {near[0] if near else 'mix_weight'}?")
 
 
 def check_names(memories: Iterable[str]) -> None:

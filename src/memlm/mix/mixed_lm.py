@@ -30,6 +30,7 @@ from memlm.mix.gate import Gate, GatedMemory, gate_config, places_of, weight_rul
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.loading import (
     MemorySource,
+    check_keyword,
     check_names,
     check_window,
     load_beside,
@@ -333,6 +334,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                 padded rows or behind a cache; a weight is outside [0, 1], they sum to more than 1, or do not fit the
                 batch; or the cache is older than a memory.
         """
+        for name in kwargs:
+            check_keyword(name)
         past_key_values = cache if past_key_values is None else past_key_values
         if input_ids is None:
             raise ConfigError("input_ids are missing: memories read token ids, so embeddings alone are not enough")
