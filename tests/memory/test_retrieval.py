@@ -368,3 +368,14 @@ def test_a_base_that_is_the_teacher_serves_wherever_the_teacher_is(
     )
     shutil.rmtree(teacher)
     assert load_memory(tmp_path / "d", base=model_folder).tap is not None
+
+
+def test_a_teacher_that_was_edited_is_not_saved_by_name(datastore_folder: Path, tmp_path: Path) -> None:
+    memory = load_memory(datastore_folder)
+    memory.save_pretrained(tmp_path / "as it was")
+    assert isinstance(memory, RetrievalMemory)
+    assert memory.teacher is not None
+    with torch.no_grad():
+        next(memory.teacher.parameters()).mul_(2)
+    with pytest.raises(ConfigError, match="it was edited"):
+        memory.save_pretrained(tmp_path / "memory")

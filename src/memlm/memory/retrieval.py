@@ -22,7 +22,7 @@ from memlm.manifest import VALIDATED
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.reading import GivenActivations, WindowedReader
 from memlm.models.heads import joined
-from memlm.models.identity import model_identity
+from memlm.models.identity import is_what_is_stored, model_identity
 from memlm.models.loading import longest_context
 from memlm.models.taps import TapReader, tap_width
 from memlm.targets.config import RetrievalConfig
@@ -179,7 +179,12 @@ class RetrievalMemory(Memory):
         return cls(settings, teacher=teacher).eval()
 
     def save_weights(self, folder: Path) -> None:
-        pass  # the settings name the datastore
+        # nothing is written: the settings name the datastore, and that its teacher
+        if self.teacher is not None and not is_what_is_stored(self.teacher, self.store.teacher):
+            raise ConfigError(
+                f"the teacher of datastore {self.store.folder} is not what {self.store.teacher} holds (it was edited):"
+                " a memory of live retrieval names it, and would be loaded with another"
+            )
 
     def check_base(self, base: PreTrainedModel) -> None:
         if self.tap is not None and (width := tap_width(base, self.tap)) != self.width:
