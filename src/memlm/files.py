@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memlm.errors import ArtifactError
+from memlm.errors import ArtifactError, OutputExistsError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +63,16 @@ def utf8(name: str) -> str:
 def lasting_name(name: str) -> str:
     """The absolute path of a folder, so that it is found from everywhere; any other name as it is."""
     return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def check_no_links(folder: Path) -> None:
+    """Raise where a folder that is to be written to holds a link, which writing would follow.
+
+    Raises:
+        OutputExistsError: It does.
+    """
+    if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
+        raise OutputExistsError(f"{links[0]} is a link, which would be followed; delete it or choose another folder")
 
 
 def write_json(path: Path, value: Any) -> None:

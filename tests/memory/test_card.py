@@ -119,7 +119,14 @@ def test_push_makes_the_repository_and_uploads_the_folder(memory_folder: Path, h
         (
             "upload_folder",
             (),
-            {"repo_id": "me/memory", "folder_path": memory_folder, "ignore_patterns": ["run.json"]},
+            {
+                "repo_id": "me/memory",
+                "folder_path": memory_folder,
+                "ignore_patterns": ["run.json"],
+                "allow_patterns": sorted(
+                    {*read_manifest(memory_folder).payload, "manifest.json", "README.md", "gate.json"}
+                ),
+            },
         ),
     ]
 
@@ -146,6 +153,21 @@ def test_push_refuses_other_stages_and_damaged_memories(
     folder = Path(shutil.copytree(memory_folder, tmp_path / "memory"))
     (folder / "model.safetensors").unlink()
     with pytest.raises(ArtifactError, match="is missing"):
+        push_to_hub(folder, "me/memory")
+    assert not hub.calls
+
+
+def test_push_follows_no_link_and_uploads_nothing_damaged(memory_folder: Path, tmp_path: Path, hub: type[Hub]) -> None:
+    folder = Path(shutil.copytree(memory_folder, tmp_path / "memory"))
+    (tmp_path / "secret.txt").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret.txt")
+    with pytest.raises(ArtifactError, match="is a link: what it leads to would be uploaded"):
+        push_to_hub(folder, "me/memory")
+    (folder / "notes.txt").unlink()
+    weights = bytearray((folder / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ArtifactError, match="is damaged"):
         push_to_hub(folder, "me/memory")
     assert not hub.calls
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from memlm import MixedLM, load_memory
-from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
+from memlm.errors import ArtifactError, ConfigError, ModelError, OutputExistsError, TokenizerMismatchError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
 from memlm.mix import loading
@@ -547,3 +547,18 @@ def test_keywords_that_are_nearly_ours_are_named_wherever_they_are_given(
         MixedLM.from_pretrained(
             model_folder, memory=mlp_folder, mix_weight=0.1, memory_kwargs={"attn_implementation": "eager"}
         )
+
+
+@pytest.mark.parametrize("planted", ["config.json", "memories/memory/memory.json", "tokenizer.json"])
+def test_saving_follows_no_link(model_folder: str, memory_folder: Path, tmp_path: Path, planted: str) -> None:
+    (tmp_path / "outside").write_text("mine")
+    place = tmp_path / "mixed" / planted
+    place.parent.mkdir(parents=True)
+    place.symlink_to(tmp_path / "outside")
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.3)
+    with pytest.raises(OutputExistsError, match="is a link, which would be followed"):
+        model.save_pretrained(tmp_path / "mixed")
+    if planted.startswith("memories"):
+        with pytest.raises(OutputExistsError, match="is a link, which would be followed"):
+            model.named_memories()["memory"].save_pretrained(place.parent)
+    assert (tmp_path / "outside").read_text() == "mine"

@@ -6,7 +6,7 @@ from typing import Any
 
 from memlm.errors import ArtifactError
 from memlm.files import lasting_name
-from memlm.manifest import is_artifact, read_manifest
+from memlm.manifest import GATE_FILE, MANIFEST, RUN, check_payload, is_artifact, read_manifest
 from memlm.memory.gain import gain_line
 from memlm.memory.protocol import MemorySettings
 from memlm.text import as_markdown
@@ -130,11 +130,15 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
         token: Access token; the stored one if None.
 
     Raises:
-        ArtifactError: The folder is no finished memory, or has no card.
+        ArtifactError: The folder is no finished memory or is damaged, has no card, or holds a link.
     """
-    folder = Path(folder)
+    folder, chosen = Path(folder), {}
     if is_artifact(folder):
-        read_manifest(folder, "memory")
+        manifest = read_manifest(folder, "memory")
+        check_payload(folder, manifest)
+        chosen["allow_patterns"] = sorted({*manifest.payload, MANIFEST, CARD_FILE, GATE_FILE})
+    if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
+        raise ArtifactError(f"{links[0]} is a link: what it leads to would be uploaded; delete it")
     card = folder / CARD_FILE
     if not card.is_file() or "library_name: memlm" not in card.read_text(encoding="utf-8"):
         raise ArtifactError(f"{folder} has no card that names memlm as its library; push what memlm train wrote")
@@ -142,4 +146,4 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
 
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=["run.json"]))
+    return str(api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[RUN], **chosen))

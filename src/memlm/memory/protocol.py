@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from memlm.config import MAX_COUNT, StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.errors import ConfigError, ModelError
+from memlm.files import check_no_links
 from memlm.memory.confidence import ConfidenceHead
 from memlm.memory.loss import Beside, DistillationLoss, distillation_loss
 from memlm.memory.reading import GivenActivations, WindowedReader
@@ -271,8 +272,10 @@ class Memory(nn.Module, Voter):
 
         Raises:
             ModelError: Weights are NaN or infinite; nothing is written.
+            OutputExistsError: The folder holds a link.
         """
         folder = Path(folder)
+        check_no_links(folder)
         check_finite(self, f"the memory for {folder}")
         folder.mkdir(parents=True, exist_ok=True)
         self.save_weights(folder)

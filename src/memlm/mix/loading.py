@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
-from memlm.files import read_json
+from memlm.files import check_no_links, read_json
 from memlm.memory.confidence import ConfidenceHead
 from memlm.memory.loading import load_memory, read_head, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
@@ -163,6 +163,7 @@ def _load(source: str | Path, base: str | None, options: Mapping[str, Any]) -> M
 def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:
     """What `MixedLM.save_pretrained` does, with its arguments and errors."""
     base, config, folder = mixed.base, copy.deepcopy(mixed.config), Path(save_directory)
+    check_no_links(folder)
     adapted, where = active_adapters(base), config.base_where or {}
     original = adapted_base(config.base, **where) or config.base if config.base else ""
     if not include_base:
