@@ -74,9 +74,9 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
         yield bar_line(name, chance_of(found), at_least=0.01 / len(SETTINGS), judged=not quick, **told)
     texts = 4 if quick else 400
     yield bar_line("drafting_exactness/greedy", *_greedy(texts), at_most=0.0, judged=not quick)
-    half = {"dtype": torch.bfloat16}
-    plain = _greedy(texts, drafted=False, **half)[0]
-    yield bar_line("drafting_exactness/greedy-bfloat16", *_greedy(texts, **half), judged=False, undrafted=plain)
+    half = torch.bfloat16
+    plain = _greedy(texts, dtype=half, drafted=False)[0]
+    yield bar_line("drafting_exactness/greedy-bfloat16", *_greedy(texts, dtype=half), judged=False, undrafted=plain)
 
 
 def sharp_mixture(gate: str, *, weight: float = 0.3, dtype: torch.dtype = torch.float32) -> MixedLM:

@@ -108,7 +108,7 @@ def without_layers_of_peft(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(inner, "peft_config"):
         del inner.peft_config
     if hasattr(inner, "_weight_conversions"):  # in which loading an adapter puts the adapter's names
-        inner._weight_conversions = get_model_conversion_mapping(inner)
+        inner._weight_conversions = get_model_conversion_mapping(inner)  # type: ignore[assignment]
     return inner.requires_grad_(True)
 
 
