@@ -57,5 +57,5 @@ def test_what_cannot_be_timed_is_one_line(model_folder: str) -> None:
 
 
 def test_a_base_that_gives_no_numbers_is_not_timed(nan_base: str) -> None:
-    with pytest.raises(ModelError, match="^the base gives no finite scores$"):
+    with pytest.raises(ModelError, match=r"^the base gives no finite scores$"):
         bench(nan_base, {}, ["one two three"], config=QUICK)

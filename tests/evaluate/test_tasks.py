@@ -201,7 +201,7 @@ def test_a_way_that_gives_no_numbers_is_named(
         "mix_weight": 0.3,
         "include": [write_task(tmp_path, ITEMS, **more)],
     }
-    with pytest.raises(ModelError, match="^the base alone gives no finite scores$"):
+    with pytest.raises(ModelError, match=r"^the base alone gives no finite scores$"):
         evaluate_tasks(["toy"], base=nan_base, **include)
-    with pytest.raises(ModelError, match="^tuned gives no finite scores$"):
+    with pytest.raises(ModelError, match=r"^tuned gives no finite scores$"):
         evaluate_tasks(["toy"], base=model_folder, others={"tuned": nan_base}, **include)

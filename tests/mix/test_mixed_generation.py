@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from transformers import (
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
+from typer.testing import CliRunner
 
+from memlm.cli import app
 from memlm.errors import ModelError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.mix.decoding import Watch
@@ -374,3 +377,15 @@ def test_the_log_would_show_a_model_that_pipelines_refuse(
 def test_transformers_has_nothing_to_warn_of(transformers_log: list[str]) -> None:
     generate(mixed(), some_tokens(2, 5), max_new_tokens=4, attention_mask=torch.ones(2, 5, dtype=torch.long))
     assert not transformers_log
+
+
+@pytest.mark.parametrize("more", [[], ["--temperature", "1"], ["--gate", "posterior"], ["--drafting", "off"]], ids=str)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_commands_name_a_base_that_gives_no_numbers(
+    command: str, more: list[str], nan_base: str, memory_folder: Path
+) -> None:
+    prompt = ["the memory"] if command == "generate" else []
+    models = ["--base", nan_base, "--memory", str(memory_folder), "--max-new-tokens", "3"]
+    told = CliRunner().invoke(app, [command, *prompt, *models, *more], input="the memory\n\n")
+    assert isinstance(told.exception, ModelError)  # which the entry point makes one line and exit code 2
+    assert str(told.exception) == "the base gives no finite scores"
