@@ -206,6 +206,19 @@ def other_base(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Temp
     return save_model(tmp_path_factory.mktemp("models") / "other-base", tokenizer, padding=8, seed=5)
 
 
+@pytest.fixture(scope="session")
+def nan_base(model_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The tiny model, but for one weight that is NaN."""
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path_factory.mktemp("models") / "nan-base"
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return str(out)
+
+
 @pytest.fixture
 def places(memory_folder: Path, mlp_folder: Path, datastore_folder: Path) -> dict[str, Path]:
     return {"law": memory_folder, "mlp": mlp_folder, "facts": datastore_folder}

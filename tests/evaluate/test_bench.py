@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from memlm.cli import app
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate.bench import bench, bench_table
 from memlm.evaluate.config import BenchConfig
 
@@ -54,3 +54,8 @@ def test_what_cannot_be_timed_is_one_line(model_folder: str) -> None:
         bench(model_folder, {}, [], config=QUICK)
     with pytest.raises(ConfigError, match="are more than the 256 of the base: lower prompt_tokens or new_tokens"):
         bench(model_folder, {}, ["a b"], config=QUICK.model_copy(update={"new_tokens": 256}))
+
+
+def test_a_base_that_gives_no_numbers_is_not_timed(nan_base: str) -> None:
+    with pytest.raises(ModelError, match=r"^the base gives no finite scores$"):
+        bench(nan_base, {}, ["one two three"], config=QUICK)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from memlm.cli import app
 from memlm.corpus.blocks import Corpus
-from memlm.errors import InputError
+from memlm.errors import InputError, ModelError
 from memlm.evaluate.config import GenerationConfig
 from memlm.evaluate.generation import distinct, evaluate_generation, generation_table, passages_of, repeated, wilson
 from memlm.mix.mixed_lm import MixedLM
@@ -100,3 +100,14 @@ def test_the_command(corpus_folder: Path, model_folder: str, memory_folder: Path
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout)["ways"].keys() == {"base", "fixed", "posterior", "text"}
     assert "recited" in CliRunner().invoke(app, arguments).stdout
+
+
+def test_a_model_that_gives_no_numbers_is_named(
+    corpus_folder: Path, model_folder: str, memory_folder: Path, nan_base: str
+) -> None:
+    memory = str(memory_folder)
+    with pytest.raises(ModelError, match=f"^base {nan_base} gives no finite scores$"):
+        evaluate_generation(corpus_folder, base=nan_base, memory=memory, mix_weight=0.3, config=SMALL)
+    config = SMALL.model_copy(update={"judge": nan_base})
+    with pytest.raises(ModelError, match=f"^judge {nan_base} gives no finite scores$"):
+        evaluate_generation(corpus_folder, base=model_folder, memory=memory, mix_weight=0.3, config=config)

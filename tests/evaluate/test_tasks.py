@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from benchmarks import general_ability
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate import tasks as tasks_module
 from memlm.evaluate.tasks import evaluate_tasks, tasks_table
 from memlm.mix.mixed_lm import MixedLM
@@ -183,3 +183,25 @@ def test_tasks_of_general_ability_are_those_that_are_there(
     assert "where the base alone is above chance" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["chance"] == {"papers:mr": 0.5}
+
+
+GENERATES = {
+    "output_type": "generate_until",
+    "generation_kwargs": {"until": ["."], "max_gen_toks": 4},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+@pytest.mark.parametrize("more", [{}, GENERATES], ids=["choices", "generation"])
+def test_a_way_that_gives_no_numbers_is_named(
+    more: dict[str, Any], memory_folder: Path, model_folder: str, nan_base: str, tmp_path: Path
+) -> None:
+    include: dict[str, Any] = {
+        "memory": memory_folder,
+        "mix_weight": 0.3,
+        "include": [write_task(tmp_path, ITEMS, **more)],
+    }
+    with pytest.raises(ModelError, match=r"^the base alone gives no finite scores$"):
+        evaluate_tasks(["toy"], base=nan_base, **include)
+    with pytest.raises(ModelError, match=r"^tuned gives no finite scores$"):
+        evaluate_tasks(["toy"], base=model_folder, others={"tuned": nan_base}, **include)

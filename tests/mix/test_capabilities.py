@@ -187,6 +187,34 @@ def test_a_memory_reads_no_more_of_a_prompt_than_the_base() -> None:
     assert 0 < sum(read) <= 1.1 * 120
 
 
+@pytest.mark.filterwarnings(LONG_TEXT)
+def test_a_ragged_batch_reads_no_more_of_its_prompts_than_the_base() -> None:
+    """Windows of 16 move at other places in each of 8 rows, padded to 120."""
+    memory = decoder_memory(VOCAB, window=16, seed=3)
+    model, read = MixedLM(family_model("llama"), memory, 0.4), []
+    memory.decoder.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    mask = torch.ones(8, 120, dtype=torch.long)
+    for row in range(8):
+        mask[row, : 9 * row] = 0
+    model.generate(token_ids(8, 120), attention_mask=mask, max_new_tokens=1, do_sample=False)
+    assert 0 < sum(read) <= 1.1 * 8 * 120
+
+
+@pytest.mark.filterwarnings(LONG_TEXT)
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_long_text_past_the_window_reads_each_token_about_twice(rows: int) -> None:
+    """64 new tokens, in which a window of 16 moves 8 times and half of it is read again."""
+    memory = decoder_memory(VOCAB, window=16, seed=3)
+    model, read = MixedLM(family_model("llama", positions=256), memory, 0.4), []
+    model.generation_config.eos_token_id = None
+    memory.decoder.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    mask = torch.ones(rows, 24, dtype=torch.long)
+    for row in range(rows):
+        mask[row, : 2 * row] = 0
+    model.generate(token_ids(rows, 24), attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=0)
+    assert 0 < sum(read) <= 2.1 * rows * (24 + 64)
+
+
 # --- packed rows, padded vocabularies, weights on disk ----------------------------------------------------------------
 
 

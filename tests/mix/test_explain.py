@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from memlm import Datastore, MixedLM, build_corpus, build_datastore, explain, load_memory
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
-from memlm.errors import ArtifactError, ConfigError, InputError, TokenizerMismatchError
+from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, TokenizerMismatchError
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.mix.explain import explain_passage
 from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor, explanation_text, frequency_text, moved_text
@@ -452,3 +452,12 @@ def test_a_passage_that_cannot_be_explained_is_one_line(model: MixedLM, tokenize
         explain_passage(model, tokenizer, "t")
     with pytest.raises(ConfigError, match="tokens are more than the 256 that base"):
         explain_passage(model, tokenizer, "the memory " * 200)
+
+
+def test_a_base_that_gives_no_numbers_is_named(
+    nan_base: str, memory_folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = MixedLM.from_pretrained(nan_base, memory=memory_folder, mix_weight=0.3)
+    for call in (explain, explain_passage):
+        with pytest.raises(ModelError, match="the base gives no finite scores"):
+            call(model, tokenizer, PROMPT)

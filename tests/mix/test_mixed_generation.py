@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,8 +20,12 @@ from transformers import (
     pipeline,
 )
 from transformers.generation.streamers import BaseStreamer
+from typer.testing import CliRunner
 
+from memlm.cli import app
+from memlm.errors import ModelError
 from memlm.memory.decoder import MemoryDecoder
+from memlm.mix.decoding import Watch
 from memlm.mix.mixed_lm import MixedLM
 
 VOCAB = 40
@@ -231,6 +236,50 @@ def test_prompt_lookup_equals_plain_greedy() -> None:
     assert found[0].tolist() == twin(model, prompt[0], 16)
 
 
+def with_one_nan(part: str, *, gate: Any = None) -> MixedLM:
+    """A mixture of which one weight, of the base or of the memory, is NaN."""
+    memory = {"m": tiny_memory()}
+    model = MixedLM(family_model("llama", VOCAB), memory, 0.5 if gate is None else None, gate=gate)
+    broken: Any = model.base if part == "base" else model.named_memories()["m"]
+    with torch.no_grad():
+        next(weight for name, weight in broken.named_parameters() if "down_proj" in name)[0, 0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(("part", "named"), [("base", "the base"), ("m", "memory 'm'")])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}, {"use_cache": False}],
+    ids=str,
+)
+def test_a_model_with_one_nan_is_named(part: str, named: str, options: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=f"{named} gives no finite scores"):
+        generate(with_one_nan(part), some_tokens(1, 5).repeat(1, 3), max_new_tokens=4, **options)
+
+
+@pytest.mark.parametrize(("part", "named"), [("base", "the base"), ("m", "memory 'm'")])
+def test_a_gate_hides_no_nan(part: str, named: str) -> None:
+    with pytest.raises(ModelError, match=f"{named} gives no finite scores"):
+        generate(with_one_nan(part, gate="posterior"), some_tokens(1, 5), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(("part", "named"), [("base", "the base"), ("m", "memory 'm'")])
+def test_what_waits_for_the_end_gives_a_sampler_numbers_and_names_the_model(part: str, named: str) -> None:
+    model, watch = with_one_nan(part), Watch(deferred=True)
+    for _ in range(2):
+        logits = model(some_tokens(2, 5), logits_to_keep=1, watch=watch).logits
+        assert not logits.isnan().any()
+        assert not logits.softmax(-1).isnan().any()
+    with pytest.raises(ModelError, match=f"{named} gives no finite scores"):
+        watch.end()
+
+
+def test_what_waits_for_the_end_changes_no_logits_that_are_whole() -> None:
+    model, watch, tokens = mixed(0.5, window=None), Watch(deferred=True), some_tokens(2, 5)
+    assert torch.equal(model(tokens, watch=watch).logits, model(tokens).logits)
+    watch.end()
+
+
 def test_a_mixture_can_itself_assist() -> None:
     model, helper = mixed(0.5), mixed(0.2)
     prompt = some_tokens(1, 5)
@@ -328,3 +377,15 @@ def test_the_log_would_show_a_model_that_pipelines_refuse(
 def test_transformers_has_nothing_to_warn_of(transformers_log: list[str]) -> None:
     generate(mixed(), some_tokens(2, 5), max_new_tokens=4, attention_mask=torch.ones(2, 5, dtype=torch.long))
     assert not transformers_log
+
+
+@pytest.mark.parametrize("more", [[], ["--temperature", "1"], ["--gate", "posterior"], ["--drafting", "off"]], ids=str)
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_the_commands_name_a_base_that_gives_no_numbers(
+    command: str, more: list[str], nan_base: str, memory_folder: Path
+) -> None:
+    prompt = ["the memory"] if command == "generate" else []
+    models = ["--base", nan_base, "--memory", str(memory_folder), "--max-new-tokens", "3"]
+    told = CliRunner().invoke(app, [command, *prompt, *models, *more], input="the memory\n\n")
+    assert isinstance(told.exception, ModelError)  # which the entry point makes one line and exit code 2
+    assert str(told.exception) == "the base gives no finite scores"

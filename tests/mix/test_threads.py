@@ -73,3 +73,24 @@ def test_threads_that_share_a_base_get_what_each_gets_alone(make: Make) -> None:
         assert not isinstance(found, Exception), found
         for ours, theirs in zip(found, alone[number], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+WAYS: dict[str, dict[str, Any]] = {"plain": {}, "drafted": {"drafting": 3}, "beams": {"num_beams": 3}}
+
+
+def written(model: MixedLM, options: dict[str, Any], number: int) -> list[Tensor]:
+    """Texts of one thread's own under the model's gate."""
+    with torch.no_grad():
+        texts = [some_tokens(1, 6 + i, seed=100 * number + i) for i in range(4)]
+        return [model.generate(text, max_new_tokens=8, do_sample=False, **options) for text in texts]
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_under_a_gate_write_what_each_writes_alone(make: Make, way: str) -> None:
+    options, model = WAYS[way], make({"law": 0.3})
+    model.set_gate("posterior")
+    alone = [written(model, options, number) for number in range(THREADS)]
+    for number, found in enumerate(in_threads(lambda number: written(model, options, number))):
+        assert not isinstance(found, Exception), found
+        assert [text.tolist() for text in found] == [text.tolist() for text in alone[number]]

@@ -62,6 +62,7 @@ def bench(
     Raises:
         InputError: There is no prompt.
         ConfigError: A prompt and the new tokens are more than the base has positions for.
+        ModelError: Base or memory gives scores that are not finite.
     """
     config = config or BenchConfig()
     if not prompts:
@@ -96,6 +97,8 @@ def bench(
         for number in range(-1, config.rounds):  # the first round warms up
             batch = batches[number % len(batches)].to(device)
             for name, (way, asked) in ways.items():
+                if number < 0 and name == "base":
+                    decode(way, batch, config.new_tokens, name="the base")
                 first, whole, peak = _timed(way, batch, config, device, asked)
                 if number >= 0:
                     times[name].append((first, whole))

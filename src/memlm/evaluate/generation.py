@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus, Split
-from memlm.errors import InputError
+from memlm.errors import InputError, ModelError
 from memlm.evaluate.config import GenerationConfig
 from memlm.evaluate.decoding import decode
 from memlm.mix.gate_config import GateConfig, GateName
@@ -61,6 +61,7 @@ def evaluate_generation(
 
     Raises:
         InputError: A split has no document that is long enough.
+        ModelError: One of them gives scores that are not finite.
         TokenizerMismatchError: Base, memory or judge has another tokenizer than the corpus.
     """
     config = settings_from(GenerationConfig, config, settings)
@@ -96,7 +97,14 @@ def evaluate_generation(
                 model.set_gate("none" if way == "fixed" else asked)
             report["ways"][way] = {}
             for name, found in passages.items():
-                said = _continued(speaker, found[:, : config.prompt_tokens], config, device, bar)
+                said = _continued(
+                    speaker,
+                    found[:, : config.prompt_tokens],
+                    config,
+                    device,
+                    bar,
+                    f"base {base}" if way == "base" else None,
+                )
                 report["ways"][way][name] = _told(found, said, config, judge)
     report["ways"]["text"] = {
         name: _told(found, found[:, config.prompt_tokens :], config, judge) for name, found in passages.items()
@@ -161,13 +169,13 @@ def wilson(successes: int, trials: int) -> list[float]:
 
 
 def _continued(
-    model: Any, prompts: NDArray[np.int64], config: GenerationConfig, device: torch.device, bar: Any
+    model: Any, prompts: NDArray[np.int64], config: GenerationConfig, device: torch.device, bar: Any, name: str | None
 ) -> NDArray[np.int64]:
     """`(N, new)` greedy continuations; none ends early."""
     found = []
     for start in range(0, len(prompts), config.batch_size):
         batch = torch.from_numpy(prompts[start : start + config.batch_size]).to(device)
-        found.append(decode(model, batch, config.new_tokens).cpu().numpy())
+        found.append(decode(model, batch, config.new_tokens, name=name).cpu().numpy())
         bar.update(len(batch))
     return np.concatenate(found).astype(np.int64)
 
@@ -196,4 +204,6 @@ def _judged(judge: Any, passages: NDArray[np.int64], said: NDArray[np.int64], co
         batch: Tensor = whole[start : start + config.batch_size].to(judge.device)
         log_probs = judge(batch).logits[:, config.prompt_tokens - 1 : -1].float().log_softmax(-1)
         total += float(log_probs.gather(-1, batch[:, config.prompt_tokens :, None]).double().sum())
+    if np.isnan(total):
+        raise ModelError(f"judge {config.judge} gives no finite scores")
     return float(np.exp(-total / said.size))

@@ -1,6 +1,7 @@
 """A mixture as a model of lm-eval, under the name `memlm`."""
 
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,15 +9,40 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from transformers import LogitsProcessorList
 
+from memlm.errors import ModelError
+from memlm.evaluate.decoding import NaNWatch
 from memlm.mix.gate_config import GateConfig
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import default_device, parse_dtype, resolve
 from memlm.models.tokenizers import load_tokenizer
 
 
+class FiniteLM(HFLM):  # type: ignore[misc]
+    """lm-eval's own model of transformers, that refuses answers which are no numbers."""
+
+    called = "the model"
+    """What an error calls it."""
+
+    def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._loglikelihood_tokens(*args, **kwargs)  # type: ignore[misc]
+        if any(math.isnan(log_prob) for log_prob, _ in found):
+            raise ModelError(f"{self.called} gives no finite scores")
+        return found
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.model, MixedLM):  # which looks for itself
+            return super()._model_generate(*args, **kwargs)  # type: ignore[misc]
+        watch = NaNWatch()
+        watching = LogitsProcessorList([watch])
+        found = super()._model_generate(*args, **kwargs, logits_processor=watching)  # type: ignore[misc]
+        watch.check(self.called)
+        return found
+
+
 @register_model("memlm")
-class MixtureLM(HFLM):  # type: ignore[misc]
+class MixtureLM(FiniteLM):
     """lm-eval's own model of transformers around a `MixedLM`."""
 
     def __init__(

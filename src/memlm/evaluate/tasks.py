@@ -76,7 +76,7 @@ def evaluate_tasks(
     Raises:
         ConfigError: lm-eval is not installed, or a setting is out of range.
         InputError: A task is unknown, its data is not there or faulty, or lm-eval cannot load it.
-        ModelError: Base or memory cannot be reached.
+        ModelError: Base or memory cannot be reached, or gives scores that are not finite.
     """
     if taken := {BASE, FIXED, *_GATES} & (others or {}).keys():
         raise ConfigError(f"{min(taken)} names a way of its own; call the further model something else")
@@ -120,7 +120,7 @@ def evaluate_tasks(
             speaker = ways[way]
             if way != BASE:
                 speaker.set_gate("none" if way == FIXED else gate)
-        found[way] = asked.answers(speaker, tokenizer)
+        found[way] = asked.answers(speaker, tokenizer, _told(way))
         del speaker  # the next may need its place
     report = paired_report(found, seed=seed, bootstrap=bootstrap, above=above or {}, further=asked.further)
     report["run"] = {
@@ -191,15 +191,20 @@ class TaskSet:
         items = {task: [dataclasses.asdict(item) for item in items] for task, items in self._items.items()}
         return digest([self._theirs, items, self._words, self._asked, self._seed])
 
-    def answers(self, model: Any, tokenizer: Any) -> "Answers":
+    def answers(self, model: Any, tokenizer: Any, name: str) -> "Answers":
         """What a model answers: task to the name of its metric, and what that is for each item.
 
+        Args:
+            name: What an error calls the model.
+
         Raises:
+            ModelError: It gives scores that are not finite.
             InputError: lm-eval cannot run a task.
         """
-        from lm_eval.models import huggingface
+        from memlm.evaluate.lm_eval import FiniteLM
 
-        speaker = cast(Any, huggingface).HFLM(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
+        speaker = cast(Any, FiniteLM)(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
+        speaker.called = name
         found = _items(speaker, self._theirs, self._manager, self._seed, self._asked) if self._theirs else {}
         for task, items in self._items.items():
             for metric, values in judged(task, items, speaker, self._words[task]).items():

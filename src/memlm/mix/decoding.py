@@ -240,11 +240,57 @@ def check_finite(parts: "Components") -> None:
     Raises:
         ModelError: One did not; it is named.
     """
-    if bool(parts.normaliser.isnan().any()):
+    if not bool(parts.normaliser.isfinite().all()):
         raise ModelError("the base gives no finite scores")
     for name, votes in parts.votes.items():
         if isinstance(votes, Tensor) and bool(votes[..., 0].isnan().any()):
             raise ModelError(f"memory {name!r} gives no finite scores")
+
+
+class Watch:
+    """Whether base and memories give finite scores in all steps of a call of `generate`.
+
+    On a CPU the step raises. An accelerator is not waited for: sums are kept there, which are not finite where one of
+    their parts was not, and read once at the end.
+    """
+
+    def __init__(self, deferred: bool) -> None:
+        """
+        Args:
+            deferred: Whether to raise at the end only.
+        """
+        self._deferred = deferred
+        self._base: Tensor | None = None
+        self._memories: dict[str, Tensor] = {}
+
+    def saw(self, parts: "Components", logits: Tensor) -> Tensor:
+        """The mixture's logits of a step, without NaN, which an accelerator that samples would die of.
+
+        Raises:
+            ModelError: As `check_finite`, where that is not deferred.
+        """
+        if not self._deferred:
+            check_finite(parts)
+            return logits
+        said = parts.normaliser.sum()
+        self._base = said if self._base is None else self._base + said
+        for name, votes in parts.votes.items():
+            if isinstance(votes, Tensor):
+                said = votes[..., 0].sum()  # minus infinity is a log-prob
+                self._memories[name] = self._memories[name] + said if name in self._memories else said
+        return torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=-torch.inf)
+
+    def end(self) -> None:
+        """Raise unless all that was seen is finite.
+
+        Raises:
+            ModelError: It is not; who gave it is named.
+        """
+        if self._base is not None and not bool(self._base.isfinite()):
+            raise ModelError("the base gives no finite scores")
+        for name, said in self._memories.items():
+            if bool(said.isnan()):
+                raise ModelError(f"memory {name!r} gives no finite scores")
 
 
 def cache_of(model_kwargs: dict[str, Any]) -> Any:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, cast
+from typing import Any, Literal, Self, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -23,7 +23,7 @@ from memlm.memory.voter import Votes
 from memlm.mix.base import BaseState, BaseVoter, narrowed
 from memlm.mix.cache import MixedCache
 from memlm.mix.config import SIZES, MixedLMConfig, register
-from memlm.mix.decoding import strange_processor
+from memlm.mix.decoding import Watch, strange_processor
 from memlm.mix.drafting import Judge, check_drafting, decode_drafted, warn_plain, why_plain
 from memlm.mix.drawing import decode_drawn, why_not_drawn
 from memlm.mix.gate import Gate, GatedMemory, gate_config, places_of, weight_rule
@@ -308,6 +308,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         mix_weight: MixWeight | Mapping[str, MixWeight] | None = None,
         evidence_mask: Tensor | None = None,
         cache: Cache | None = None,
+        watch: Watch | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """Mixed logits of the next token.
@@ -326,6 +327,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             evidence_mask: `(B, L)`, 0 at tokens that tell a gate nothing, as those of a chat template, from the row's
                 first one on, padding included; tokens beyond it count.
             cache: The name of `past_key_values` from transformers 5.24 on; either may be given.
+            watch: Of `generate`: looks whether all are finite.
             kwargs: Passed to the base where its `forward` knows them.
 
         Raises:
@@ -367,6 +369,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         logits = self._mix(parts)
+        if watch is not None:
+            logits = watch.saw(parts, logits)
 
         loss = None
         if labels is not None:
@@ -605,6 +609,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         **model_kwargs: Any,
     ) -> Any:
         """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
+        watch = model_kwargs.pop("watch", None)  # the loops of ours look for themselves
         given = input_ids, logits_processor, stopping_criteria, generation_config
         if drafting is not None or drawing:
             why = why_plain(self, input_ids, stopping_criteria, streamer, generation_config, model_kwargs)
@@ -622,7 +627,9 @@ class MixedLM(PreTrainedModel, GenerationMixin):
                 pace = drafting if isinstance(drafting, Pace) else Pace(None if drafting == "auto" else drafting)
                 return decode_drafted(self, *given, streamer, pace, model_kwargs, draft_judge)
             warn_plain(why)
-        return cast(Any, super())._sample(*given, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
+        return cast(Any, super())._sample(
+            *given, synced_gpus=synced_gpus, streamer=streamer, watch=watch, **model_kwargs
+        )
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Not for a mixed model: its base takes adapters.
@@ -639,22 +646,27 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             raise NotImplementedError("a mixture cannot draft by leaving its layers early: give an assistant_model")
         if model_kwargs.get("drafting") is not None or model_kwargs.get("drawing"):
             raise ConfigError("an assistant drafts already: leave out drafting and drawing")
-        own = {n: value for n, value in model_kwargs.items() if n not in ("mix_weight", "evidence_mask")}
+        own = {n: value for n, value in model_kwargs.items() if n not in ("mix_weight", "evidence_mask", "watch")}
         return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 
-    if TYPE_CHECKING:  # GenerationMixin binds it to a protocol that type checkers do not find fulfilled
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, and three keywords more.
 
-        def generate(self, *args: Any, **kwargs: Any) -> Any:
-            """transformers' own, and three keywords more.
+        Args:
+            drafting: Tokens that the memory drafts at a time, or auto: what gives most tokens a second; or a
+                `Pace`, which tells afterwards what was accepted.
+            drawing: Sample by drawing a component for each token, of which only that one is read.
+            warp: components: processors may act on each component that is drawn, instead of the mixture.
+            draft_judge: Decides in place of `memlm.mix.drafting.judge` which drafted tokens are accepted, for
+                measurements; the text is then not the mixture's.
 
-            Args:
-                drafting: Tokens that the memory drafts at a time, or auto: what gives most tokens a second; or a
-                    `Pace`, which tells afterwards what was accepted.
-                drawing: Sample by drawing a component for each token, of which only that one is read.
-                warp: components: processors may act on each component that is drawn, instead of the mixture.
-                draft_judge: Decides in place of `memlm.mix.drafting.judge` which drafted tokens are accepted, for
-                    measurements; the text is then not the mixture's.
-            """
+        Raises:
+            ModelError: Base or memory gives scores that are not finite.
+        """
+        watch = Watch(deferred=self.device.type != "cpu")
+        found = cast(Any, super()).generate(*args, **kwargs, watch=watch)
+        watch.end()
+        return found
 
     # --- loading and saving -------------------------------------------------------------------------------------
 

@@ -58,7 +58,10 @@ def abilities(model: PreTrainedModel) -> Abilities:
     """What `model` can do, found once by five short passes, or some more where it cannot do all."""
     if model not in _found:
         with torch.no_grad(), unwatched():
-            _found[model] = _Probe(model).abilities()
+            probe = _Probe(model)
+            if bool(probe.whole.isnan().any()):  # nothing can be told, and whoever lets it speak names it
+                return Abilities(steps=True, chunks=True, takes_back=True, rows=True, padding=True)
+            _found[model] = probe.abilities()
     return _found[model]
 
 

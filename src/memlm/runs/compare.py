@@ -555,7 +555,7 @@ class Comparison:
             path = self.out / "answers" / f"{way.row}-{key[:12]}.json"
             if not path.exists():
                 say(f"tasks with {_TITLES[way.row]}")
-                answers = tasks.answers(self._spoken(way, under, memories, searched), tokenizer)
+                answers = tasks.answers(self._spoken(way, under, memories, searched), tokenizer, _TITLES[way.row])
                 write_json(path, {task: (metric, values.tolist()) for task, (metric, values) in answers.items()})
             kept = read_json(path, limit=1 << 30)
             found[way.row] = {task: (metric, np.array(values)) for task, (metric, values) in kept.items()}
