@@ -30,6 +30,7 @@ from memlm.corpus.build import build_corpus
 from memlm.corpus.config import CorpusConfig
 from memlm.errors import ConfigError
 from memlm.manifest import MANIFEST, read_manifest
+from memlm.text import without_controls
 
 COMMANDS = [
     ("fetch",),
@@ -395,7 +396,7 @@ def test_generate_streams_text_and_obeys_its_options(
     plain = memlm("generate", "the memory", *both, *few)
     as_json = ok(memlm("generate", "the memory", *both, *few, "--json"))
     assert (plain.code, plain.err) == (0, "")
-    assert plain.out.strip() == as_json["text"].strip()
+    assert plain.out.strip() == without_controls(as_json["text"]).strip()
     assert ok(memlm("generate", "the memory", *both, *few, "--mix-weight", 0.25, "--json"))["mix_weight"] == 0.25
     assert ok(memlm("generate", "the memory", *both, *few, "--temperature", 1e-50, "--json"))["text"] == as_json["text"]
     sampled = [
@@ -1002,6 +1003,15 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
         "--layers 'first': give a number",
     ),
     "unknown dtype": (lambda w: w.generate("--dtype", "float17"), "dtype = 'float17': known are auto"),
+    "a page that is a folder": (
+        lambda w: ("explain", "hi", "--base", w.model, "--memory", w.memory, "--html", "/"),
+        "/ is a folder; name a file",
+    ),
+    "a page of a folder that is a folder": (lambda w: ("info", w.corpus, "--html", w.tmp), "is a folder; name a file"),
+    "a report that cannot be written": (
+        lambda w: ("evaluate", "tasks", "x", "--base", w.model, "--memory", w.memory, "--out", "/proc/no/report.json"),
+        "/proc/no/report.json cannot be written: /proc is no folder that one may write to",
+    ),
     "output is a file": (taken_by_a_file, "out exists and is no memlm folder; choose another output or delete it"),
     "output is someone's folder": (taken_by_a_folder, "out exists and is no memlm folder"),
     "output of another run": (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from memlm.text import as_markdown, printable
+from memlm.text import as_markdown, printable, without_controls
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,9 @@ def test_control_characters_are_shown_as_escapes(text: str, shown: str) -> None:
 )
 def test_a_name_is_no_markup(text: str, line: str) -> None:
     assert as_markdown(text) == line
+
+
+def test_what_a_model_says_commands_no_terminal_and_keeps_its_language() -> None:
+    assert without_controls("a\x1b[31mb\r\x9b2J\n\tc") == "a\\x1b[31mb\\x0d\\x9b2J\n\tc"
+    persian = "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645"  # with a joiner that shows nothing by itself
+    assert without_controls(persian) == persian

@@ -9,6 +9,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def without_controls(text: str) -> str:
+    """`text` with control characters, such as those that begin a terminal's commands, as escapes; line ends and tabs
+    stay, and so does all else that no screen shows by itself but languages need."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def as_markdown(text: str) -> str:
     """`text` as one line of Markdown that shows it as it is, and is no markup."""
     line = printable(text).replace("\n", " ").replace("\t", " ")

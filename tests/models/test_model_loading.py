@@ -41,6 +41,9 @@ def test_a_model_that_cannot_be_reached_says_what_was_tried(tmp_path: Path) -> N
     assert "not one of the packaged models (smollm2)" in str(e.value)
     with pytest.raises(ModelError, match="model 'SmolM2' cannot be loaded; did you mean smollm2"):
         load_causal_lm("SmolM2")
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(ModelError, match=f"did you mean {tmp_path}/teacher"):
+        load_causal_lm(f"{tmp_path}/techer")
     assert "as a hub id: " in str(e.value)
     assert "\n" not in str(e.value)
     (tmp_path / "empty").mkdir()

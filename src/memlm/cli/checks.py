@@ -1,10 +1,11 @@
 """Mistakes that can be told before anything heavy is imported. The stages look again, and closer."""
 
 import difflib
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from memlm.errors import InputError, ModelError
+from memlm.errors import InputError, ModelError, OutputExistsError
 
 
 def check_folder(place: str | Path, *kinds: str) -> None:
@@ -42,6 +43,21 @@ def check_models(*names: str | None) -> None:
     for name in names:
         if name is not None and not Path(name).exists() and _is_path(name):
             raise ModelError(f"{name} does not exist{_nearest(name, PACKAGED)}")
+
+
+def check_file_to_write(place: Path | None) -> None:
+    """Raise unless a file can be written there, before the work whose result it is to hold.
+
+    Raises:
+        OutputExistsError: It is a folder, or stands in none that can be made or written.
+    """
+    if place is None:
+        return
+    if not place.name or place.is_dir():
+        raise OutputExistsError(f"{place} is a folder; name a file")
+    above = next(path for path in Path(os.path.abspath(place)).parents if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK) or str(above).startswith("/proc"):
+        raise OutputExistsError(f"{place} cannot be written: {above} is no folder that one may write to")
 
 
 def _is_path(name: str) -> bool:

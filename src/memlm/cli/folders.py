@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from memlm.cli.checks import check_file_to_write
 from memlm.cli.options import Json
 from memlm.cli.printing import memory_line, print_result
 from memlm.errors import ArtifactError, MemlmError
@@ -31,6 +32,7 @@ def info(
     """
     from memlm.manifest import read_manifest, times_of
 
+    check_file_to_write(html)
     if html is not None:
         from memlm.evaluate.folder_page import folder_page
         from memlm.files import replacing

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memlm.cli.checks import check_folder, check_models
+from memlm.cli.checks import check_file_to_write, check_folder, check_models
 from memlm.cli.options import (
     Base,
     CorpusFolder,
@@ -124,6 +124,7 @@ def tasks(
     memories, weights = by_name(memory, mix_weight)
     others = models_by_name(other or [])
     check_models(base, *memories.values(), *others.values())
+    check_file_to_write(out)
     quiet()
     from memlm.evaluate.tasks import evaluate_tasks, tasks_table
 

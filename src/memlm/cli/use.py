@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from memlm.cli.checks import check_models
+from memlm.cli.checks import check_file_to_write, check_models
 from memlm.cli.options import (
     UNNAMED,
     Base,
@@ -30,6 +30,7 @@ from memlm.config import MAX_SEED
 from memlm.errors import ConfigError, InputError
 from memlm.mix.gate_config import LONGEST_DRAFT, GateConfig
 from memlm.targets.config import RetrievalConfig
+from memlm.text import without_controls
 
 _MOST_NEW = 1_000_000  # tokens
 _CHAT_PRIOR = 0.1
@@ -123,6 +124,7 @@ def explain(
     if (prompt is None) == (passages is None):
         raise ConfigError("give a prompt to go on from, or --passages FILE to explain what is there")
     check_models(base, *by_name(memory, mix_weight)[0].values(), datastore)
+    check_file_to_write(html)
     quiet()
     from memlm.mix.explain import check_datastore, explain, explain_passage
     from memlm.mix.explanation import explanation_html, explanation_text, frequency_text, moved_text, passage_line
@@ -256,15 +258,22 @@ def generate_text(
     from memlm.models.loading import embedding_rows
     from memlm.models.tokenizers import encode_prompt
 
+    class Harmless(TextStreamer):
+        """What a model says may hold commands to a terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(without_controls(text), stream_end=stream_end)
+
     torch.manual_seed(seed)
     samples = temperature > _LOWEST_TEMPERATURE
     sampling = {"temperature": temperature, "top_p": top_p} if samples else {}
     inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model)).to(model.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = Harmless(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=samples,
+        num_beams=1,  # whatever the base's own config says: text is shown as it comes
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,

@@ -290,7 +290,8 @@ def _unreachable(name: str, source: str, error: Exception) -> ModelError:
     tried = f"folder {source!r};"
     if not Path(source).exists():
         tried = f"no folder {name!r} here; not one of the packaged models ({', '.join(PACKAGED)}); as a hub id:"
-        if close := difflib.get_close_matches(name.lower(), PACKAGED, n=1):
+        beside = [str(path) for path in Path(name).parent.glob("*") if path.is_dir()]
+        if close := difflib.get_close_matches(name.lower(), [*PACKAGED, *beside], n=1):
             return ModelError(
                 f"model {name!r} cannot be loaded; did you mean {close[0]}? Tried: {tried} {reason_of(error)}"
             )
