@@ -32,7 +32,7 @@ class FiniteLM(HFLM):  # type: ignore[misc]
         return found
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.model, MixedLM):  # which looks for itself
+        if isinstance(self.model, MixedLM):  # type: ignore[attr-defined]  # which looks for itself
             return super()._model_generate(*args, **kwargs)  # type: ignore[misc]
         watch = NaNWatch()
         watching = LogitsProcessorList([watch])
