@@ -120,6 +120,15 @@ def test_windows_line_ends_separate_documents_too(tmp_path: Path) -> None:
     assert read(tmp_path / "a.txt", document_separator="\n\n") == ["one\ntwo", "three"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_a_file_whose_first_bytes_tell_its_encoding_is_read_with_the_one_offered(tmp_path: Path, encoding: str) -> None:
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (tmp_path / "a.txt").write_bytes(f"{mark}naïve".encode(encoding))
+    with pytest.raises(InputError, match=r"such as --encoding utf-16$"):
+        read(tmp_path / "a.txt")
+    assert read(tmp_path / "a.txt", encoding="utf-16") == ["naïve"]
+
+
 @pytest.mark.parametrize("name", ["old.txt", "old.jsonl", "old.txt.gz"])
 def test_a_file_in_another_encoding_is_named_and_the_flag_offered(tmp_path: Path, name: str) -> None:
     content = '{"text": "naïve"}' if "jsonl" in name else "naïve"

@@ -562,3 +562,9 @@ def test_saving_follows_no_link(model_folder: str, memory_folder: Path, tmp_path
         with pytest.raises(OutputExistsError, match="is a link, which would be followed"):
             model.named_memories()["memory"].save_pretrained(place.parent)
     assert (tmp_path / "outside").read_text() == "mine"
+
+
+def test_a_weight_that_is_no_number_is_named(model_folder: str, memory_folder: Path) -> None:
+    weight: Any = "0.3"
+    with pytest.raises(ConfigError, match=r"mix_weight of 'memory' is '0\.3': give a number"):
+        MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=weight)

@@ -49,6 +49,10 @@ def test_a_field_that_is_taken_passes(name: str) -> None:
         ({"adam_beta1": 2.0}, "Invalid beta"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_kwargs": {"no_such": 1}}, "no_such"),
+        ({"report_to": "wandb"}, "requires wandb to be installed"),
+        ({"report_to": "nope"}, "nope is not supported"),
+        ({"fsdp": "full_shard"}, "fsdp splits a memory over several processes"),
+        ({"log_level": "loud"}, "loud"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

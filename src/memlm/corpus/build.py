@@ -405,6 +405,8 @@ def corpus_notes(manifest: Manifest) -> list[str]:
 
 
 def _more_documents(config: CorpusConfig, facts: ReadingFacts) -> str:
+    if config.document_separator is not None and facts.separators_found is None:  # there was no text file to be cut
+        return "give more documents"
     if config.document_separator is None:
         return "give more documents, or name what stands between them in a file: --document-separator '\\n\\n'"
     nowhere = ", which is in none of the text files" if facts.separators_found == 0 else ""

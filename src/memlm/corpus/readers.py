@@ -225,6 +225,7 @@ def _decoded(stream: IO[bytes], path: Path, config: CorpusConfig, met: Met) -> I
         reason, other = str(error), "utf-16-le"
         if isinstance(error, UnicodeDecodeError):
             reason, other = f"{error.reason} 0x{error.object[error.start]:02x}", "latin-1"
+            other = "utf-16" if error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else other
         raise InputError(
             f"{path} is not {config.encoding} ({reason}); name its encoding with --encoding, such as --encoding {other}"
         ) from None

@@ -14,6 +14,7 @@ from memlm.corpus.blocks import Corpus, Split
 from memlm.errors import InputError, ModelError
 from memlm.evaluate.config import GenerationConfig
 from memlm.evaluate.decoding import decode
+from memlm.files import lasting_name
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -111,7 +112,7 @@ def evaluate_generation(
     }
     report["run"] = {
         "corpus": source.manifest.hash,
-        "base": str(base),
+        "base": lasting_name(str(base)),
         "gate": asked.gate,
         "mix_weight": model.mix_weights,
         "config": config.model_dump(),

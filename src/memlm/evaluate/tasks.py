@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from memlm.errors import ConfigError, InputError, MemlmError
 from memlm.evaluate.judged import judged
 from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
-from memlm.files import digest
+from memlm.files import digest, lasting_name
 from memlm.mix.gate_config import GateConfig, GateName
 
 FIXED, BASE = "fixed", "base"
@@ -124,11 +124,13 @@ def evaluate_tasks(
         del speaker  # the next may need its place
     report = paired_report(found, seed=seed, bootstrap=bootstrap, above=above or {}, further=asked.further)
     report["run"] = {
-        "base": str(base),
-        "memory": {n: str(m) for n, m in memory.items()} if isinstance(memory, Mapping) else str(memory),
+        "base": lasting_name(str(base)),
+        "memory": {n: lasting_name(str(m)) for n, m in memory.items()}
+        if isinstance(memory, Mapping)
+        else lasting_name(str(memory)),
         "gate": name,
         "mix_weight": weights,
-        "others": {n: str(place) for n, place in others.items()},
+        "others": {n: lasting_name(str(place)) for n, place in others.items()},
         **asked.told,
     }
     return report

@@ -150,7 +150,10 @@ def settle_weights(
             raise ConfigError(
                 f"mix_weight of {name!r} is missing: the memory records none from validation data; give one"
             )
-        shape = tuple(torch.as_tensor(weight).shape)
+        try:
+            shape = tuple(torch.as_tensor(weight).shape)
+        except (TypeError, ValueError, RuntimeError):
+            raise ConfigError(f"mix_weight of {name!r} is {weight!r}: give a number") from None
         if len(shape) > int(per_row):
             allowed = "a number, or one per row" if per_row else "a number; one per row is for a single call"
             raise ConfigError(f"mix_weight of {name!r} has shape {shape}: give {allowed}")

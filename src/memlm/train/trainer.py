@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
@@ -98,13 +99,18 @@ def training_arguments(
     try:
         arguments = TrainingArguments(**{**settings, **config.trainer})
         _try_out(arguments)
-    except (AttributeError, TypeError, ValueError, ImportError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"trainer = {config.trainer}: {reason_of(error)}") from None
     return arguments
 
 
 def _try_out(arguments: TrainingArguments) -> None:
-    """Raise what the arguments' data loader, optimizer and schedule would raise once training starts."""
+    """Raise what the arguments' loggers, data loader, optimizer and schedule would raise once training starts."""
+    arguments.get_process_log_level()
+    for callback in get_reporting_integration_callbacks(arguments.report_to):
+        callback()
+    if arguments.fsdp and arguments.world_size == 1:
+        raise ValueError("fsdp splits a memory over several processes; start them with accelerate launch")
     DataLoader(
         [0],  # type: ignore[arg-type]
         num_workers=arguments.dataloader_num_workers,
