@@ -7,15 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.decoding import decoder
-from benchmarks.models import random_model, random_tokens, tiny_config
+from benchmarks.models import base_and_half, random_tokens
 from benchmarks.report import bar_line, prove
 from benchmarks.timing import interleave
 from memlm.memory.confidence import FEATURES, ConfidenceHead
 from memlm.memory.decoder import MemoryDecoder
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
-from memlm.models.layers import keep_layers
-from memlm.models.loading import default_device, default_dtype, load_causal_lm
 
 BATCHES = (1, 8)
 BAR = 1.02
@@ -32,16 +30,8 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
 
     That is the time to the first token where 128 of 512 tokens are heard, over a prompt of which none are.
     """
-    device = default_device()
-    dtype = default_dtype(device)
-    if quick:
-        base = random_model(tiny_config(), dtype=dtype, device=device)
-        part = random_model(tiny_config(), dtype=dtype, device=device)
-        sizes: dict[str, Any] = {"context": 8, "steps": 2, "rounds": 1, "prompt": 12}
-    else:
-        base = load_causal_lm("smollm2", dtype=dtype).to(device)  # type: ignore[arg-type]
-        part = keep_layers(load_causal_lm("smollm2", dtype=dtype), base.config.num_hidden_layers // 2).to(device)  # type: ignore[arg-type]
-        sizes = {}
+    base, part = base_and_half(quick=quick)
+    sizes: dict[str, Any] = {"context": 8, "steps": 2, "rounds": 1, "prompt": 12} if quick else {}
     for batch in BATCHES:
         for name, found in measure(base, part, batch=batch, **sizes).items():
             bar = {"first_token": None, "looking_up": None, "asleep": ASLEEP_BAR}.get(name, BAR)

@@ -9,15 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.decoding import decoder, prove_mixture
-from benchmarks.models import parameter_count, random_model, random_tokens, tiny_config
+from benchmarks.models import base_and_half, parameter_count, random_tokens
 from benchmarks.report import bar_line, prove
 from benchmarks.timing import Timing, interleave
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
-from memlm.models.layers import keep_layers
-from memlm.models.loading import default_device, default_dtype, load_causal_lm
 
 BATCHES = (1, 8)
 BAR = 1.03
@@ -41,17 +39,9 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     the memory's window of 512 sees a part; and two for the loop that drafts, told to draft nothing, over transformers'
     own loop around the same mixture.
     """
-    device = default_device()
-    dtype = default_dtype(device)
-    if quick:
-        base = random_model(tiny_config(), dtype=dtype, device=device)
-        part = random_model(tiny_config(), dtype=dtype, device=device)
-        sizes: dict[str, Any] = {"context": 8, "steps": 2, "text": 12, "rounds": 1}
-        prompt, window = 24, 8
-    else:
-        base = load_causal_lm("smollm2", dtype=dtype).to(device)  # type: ignore[arg-type]
-        part = keep_layers(load_causal_lm("smollm2", dtype=dtype), base.config.num_hidden_layers // 2).to(device)  # type: ignore[arg-type]
-        sizes, prompt, window = {}, 2048, 512
+    base, part = base_and_half(quick=quick)
+    sizes: dict[str, Any] = {"context": 8, "steps": 2, "text": 12, "rounds": 1} if quick else {}
+    prompt, window = (24, 8) if quick else (2048, 512)
     for batch in BATCHES:
         for name, (bar, found) in measure(base, part, batch=batch, **sizes).items():
             line = f"mixture_decoding/{name}/batch-{batch}"

@@ -13,6 +13,8 @@ from transformers import (
 from memlm.memory.config import MLPStart
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.protocol import MemorySettings
+from memlm.models.layers import keep_layers
+from memlm.models.loading import default_device, default_dtype, load_causal_lm
 
 SMOLLM2_VOCABULARY = 49_152
 
@@ -107,3 +109,15 @@ def _tables(model: nn.Module) -> list[Tensor]:
     assert isinstance(model, PreTrainedModel)
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return [layer.weight for layer in layers if layer is not None]  # type: ignore[misc]
+
+
+def base_and_half(*, quick: bool) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """SmolLM2, and half of its blocks for a memory; tiny random models in a quick run."""
+    device = default_device()
+    dtype = default_dtype(device)
+    if quick:
+        base, part = (random_model(tiny_config(), dtype=dtype, device=device) for _ in range(2))
+        return base, part
+    base, part = (load_causal_lm("smollm2", dtype=dtype) for _ in range(2))
+    part = keep_layers(part, base.config.num_hidden_layers // 2)
+    return base.to(device), part.to(device)  # type: ignore[arg-type]

@@ -65,13 +65,18 @@ def lasting_name(name: str) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
+def links_in(folder: Path) -> list[Path]:
+    """The links in a folder, which reading and writing would follow."""
+    return [path for path in sorted(folder.rglob("*")) if path.is_symlink()]
+
+
 def check_no_links(folder: Path) -> None:
     """Raise where a folder that is to be written to holds a link, which writing would follow.
 
     Raises:
         OutputExistsError: It does.
     """
-    if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
+    if links := links_in(folder):
         raise OutputExistsError(f"{links[0]} is a link, which would be followed; delete it or choose another folder")
 
 

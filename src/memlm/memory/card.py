@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from memlm.errors import ArtifactError
-from memlm.files import lasting_name
+from memlm.files import lasting_name, links_in
 from memlm.manifest import GATE_FILE, MANIFEST, RUN, check_payload, is_artifact, read_manifest
 from memlm.memory.gain import gain_line
 from memlm.memory.protocol import MemorySettings
@@ -137,7 +137,7 @@ def push_to_hub(folder: str | Path, repo_id: str, *, private: bool | None = None
         manifest = read_manifest(folder, "memory")
         check_payload(folder, manifest)
         chosen["allow_patterns"] = sorted({*manifest.payload, MANIFEST, CARD_FILE, GATE_FILE})
-    if links := [path for path in sorted(folder.rglob("*")) if path.is_symlink()]:
+    if links := links_in(folder):
         raise ArtifactError(f"{links[0]} is a link: what it leads to would be uploaded; delete it")
     card = folder / CARD_FILE
     if not card.is_file() or "library_name: memlm" not in card.read_text(encoding="utf-8"):

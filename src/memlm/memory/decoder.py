@@ -66,9 +66,7 @@ class MemoryDecoder(ParametricMemory):
 
     def save_weights(self, folder: Path) -> None:
         whole = self.decoder
-        if (
-            has_layers_of_peft(whole) and not self._adapters
-        ):  # one that it was loaded with; a memory's folder stands alone
+        if has_layers_of_peft(whole) and not self._adapters:  # it was loaded with them; its folder stands alone
             whole = without_layers_of_peft(copy.deepcopy(whole))
         whole.save_pretrained(folder)
 
