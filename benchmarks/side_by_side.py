@@ -11,13 +11,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 
 _ROOT = Path(__file__).parents[1]
-_MEDQUAD, _CONTRACTS = (f"benchmarks/studies/{name}-million.yaml" for name in ("medquad", "contracts"))
+_STUDIES = {name: f"benchmarks/studies/{name}-million.yaml" for name in ("medquad", "contracts")}
 _NO_LIVE = ("--set", "study.live_k=[]")
 _ONE_RATE = ("--set", 'study.search={"train.learning_rate": [5.0e-4]}')
 
@@ -49,10 +50,11 @@ def _compare(name: str, *settings: str, after: tuple[str, ...]) -> Command:
     return Command(name, ("-m", "benchmarks.recipe", recipe, "--out", "{work}/study/compare", *given), after)
 
 
-def commands() -> list[Command]:
-    """All, in the order in which they are started where several could be."""
+def commands(corpora: Sequence[str] = tuple(_STUDIES)) -> list[Command]:
+    """All, in the order in which they are started where several could be; the comparison is of MedQuAD."""
     found = []
-    for corpus, study in (("medquad", _MEDQUAD), ("contracts", _CONTRACTS)):
+    for corpus in corpora:
+        study = _STUDIES[corpus]
         ready = f"{corpus}-corpora"
         found.append(_study(ready, study, "--prepare"))
         for arms in (("mixed", "imitation"), ("twin", "mixture")):
@@ -63,6 +65,8 @@ def commands() -> list[Command]:
         for arm in ("mixed", "twin"):
             more = (*_NO_LIVE, *_ONE_RATE, "--arms", arm, "--seeds", "1", "2")
             found.append(_study(f"{corpus}-{arm}-more-seeds", study, *more, after=(f"{corpus}-{arm}",)))
+    if "medquad" not in corpora:
+        return found
     untimed = "compare.timed_tokens=0"
     found.append(_compare("tuned-bases", "compare.rows=[dapt, lora]", untimed, after=("medquad-corpora",)))
     found.append(_compare("mlp", "compare.rows=[mlp]", untimed, after=("medquad-mixed", "tuned-bases")))
@@ -76,11 +80,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.side_by_side", description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/side-by-side"), help="default runs/side-by-side")
     parser.add_argument("--minutes", type=float, default=60.0, help="what is running then is ended; default 60")
+    parser.add_argument("--corpora", nargs="+", choices=_STUDIES, default=list(_STUDIES), help="default both")
     parser.add_argument("--quick", action="store_true", help="toy size, on random words with a random model")
     given = parser.parse_args(arguments)
     work, end, began = given.work.resolve(), time.monotonic() + 60 * given.minutes, time.monotonic()
     work.mkdir(parents=True, exist_ok=True)
-    there = [command for command in commands() if not given.quick or command.name in _QUICK]
+    there = [command for command in commands(given.corpora) if not given.quick or command.name in _QUICK]
     by_name = {command.name: command for command in there}
     threads = str(max(1, (os.cpu_count() or 1) // 4))
     paths = os.pathsep.join([str(_ROOT / "src"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
