@@ -324,6 +324,20 @@ def test_adapt_names_the_command_to_go_on_with(
     assert "use it as it is" in found.err
 
 
+def test_special_tokens_that_a_prompt_spells_are_told(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, tmp_path: Path
+) -> None:
+    mixed = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32")
+    (tmp_path / "p.txt").write_text("the </s> memory", encoding="utf-8")
+    for command in (("generate", "the </s> memory"), ("explain", "--passages", tmp_path / "p.txt")):
+        found = memlm(*command, *mixed, "--max-new-tokens", 2)
+        assert "special tokens spelled in the prompt (</s> 1 times) are text like any; --special-tokens" in found.err
+        found = memlm(*command, *mixed, "--max-new-tokens", 2, "--special-tokens")
+        assert found.code == 0
+        assert "(</s> 1 times) are those tokens" in found.err
+    assert "special tokens" not in memlm("generate", "the memory", *mixed, "--max-new-tokens", 2).err
+
+
 def test_convert_makes_a_memory_of_a_released_checkpoint(
     memlm: Callable[..., Result], model_folder: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

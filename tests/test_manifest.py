@@ -163,6 +163,9 @@ def test_a_folder_that_is_not_there_and_one_without_a_manifest_are_told_apart(tm
         read_manifest(tmp_path / "nothing", "corpus")
     with pytest.raises(ArtifactError, match=r"has no manifest\.json; expected a memlm folder"):
         read_manifest(tmp_path)
+    (tmp_path / "text").write_text("x")
+    with pytest.raises(ArtifactError, match="text is a file; expected a memlm folder"):
+        read_manifest(tmp_path / "text")
 
 
 @pytest.mark.parametrize(

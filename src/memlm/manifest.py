@@ -144,7 +144,7 @@ def parse_manifest(folder: Path, *kinds: Kind) -> Manifest:
     path = folder / MANIFEST
     wanted = " or ".join(kinds) or "memlm"
     if not is_artifact(folder):
-        what = "has no manifest.json" if folder.is_dir() else "does not exist"
+        what = "is a file" if folder.is_file() else "has no manifest.json" if folder.is_dir() else "does not exist"
         raise ArtifactError(f"{folder} {what}; expected a {wanted} folder")
     manifest = manifest_in(path)
     if kinds and manifest.kind not in kinds:

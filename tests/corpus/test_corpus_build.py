@@ -1,4 +1,5 @@
 import itertools
+import json
 import random
 import shutil
 from pathlib import Path
@@ -354,6 +355,36 @@ def test_a_separator_whose_backslashes_a_shell_took_is_said(
     (note,) = corpus_notes(built(folder, model_folder, document_separator=eaten))
     assert f"were cut at the letters '{eaten}'" in note
     assert f"--document-separator '{meant}'" in note
+
+
+def test_lines_of_json_are_not_told_to_be_cut(folder: Path, model_folder: str) -> None:
+    (folder / "a.txt").unlink()
+    (folder / "a.jsonl").write_text('{"text": "a b"}\n')
+    fractions = {"validation_fraction": 0.25, "test_fraction": 0.25}
+    for separator in (None, "\n\n"):
+        manifest = built(folder, model_folder, document_separator=separator, end_token="none", **fractions)
+        notes = corpus_notes(manifest)
+        assert notes
+        assert all("give more documents, or a larger" in note for note in notes)
+        shutil.rmtree(folder.with_name("corpus"))
+
+
+@pytest.mark.parametrize("spoilt", ["train", "validation"])
+def test_documents_that_cannot_be_read_leave_nothing_in_the_way_of_others(
+    tmp_path: Path, model_folder: str, spoilt: str
+) -> None:
+    good, bad = tmp_path / "good.txt", tmp_path / "bad.jsonl"
+    good.write_text("\n\n".join(sentences(30, seed=1)))
+    bad.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(30, seed=2)) + "no JSON\n")
+    places = [str(bad if spoilt == split else good) for split in ("train", "validation")]
+    given = {"validation": places[1:]}
+    config = CorpusConfig.parse({**HALVES, "shared_documents": "keep"})
+    plan = plan_corpus(places[:1], tokenizer=model_folder, given=given, config=config, shard_characters=200)
+    with pytest.raises(InputError, match=r"bad\.jsonl line 31 is not JSON"):
+        run_stage(tmp_path / "corpus", *plan)
+    bad.write_text(bad.read_text().replace("no JSON\n", ""))
+    plan = plan_corpus(places[:1], tokenizer=model_folder, given=given, config=config, shard_characters=200)
+    assert run_stage(tmp_path / "corpus", *plan).facts["documents_read"] == 60
 
 
 def test_the_output_inside_the_folder_of_documents_is_no_document(folder: Path, model_folder: str) -> None:

@@ -474,6 +474,14 @@ def test_a_document_above_the_limit_is_refused_with_the_setting_that_raises_it(
     assert read(path, max_document_characters=30_000) == ["x" * 3000]
 
 
+def test_a_name_that_is_nearly_a_file_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "medquad.txt").write_text("one")
+    with pytest.raises(InputError, match=r"'medquad' is no file or folder here .*; did you mean medquad\.txt\?"):
+        read(Path("medquad"))
+
+
 def test_a_long_file_of_short_documents_is_within_the_limit(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three\n\n" * 100)
     (tmp_path / "b.jsonl").write_text('{"text": "one two three"}\n' * 100)
@@ -537,6 +545,17 @@ def test_columns_that_are_not_asked_for_are_not_unpacked(tmp_path: Path) -> None
             assert document.text in ("one", "two")
             most = max(most, pa.total_allocated_bytes() - before)
         assert most < 1 << 20
+
+
+def test_a_text_that_parquet_keeps_once_is_not_unpacked_for_every_row(tmp_path: Path) -> None:
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 40 + [1]), pa.array(["x" * (1 << 20), "two"]))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", compression="zstd", store_schema=False)
+    before, most = pa.total_allocated_bytes(), 0
+    for number, document in enumerate(read_documents([str(tmp_path / "a.parquet")], CorpusConfig())):
+        assert document.text == ("two" if number == 40 else "x" * (1 << 20))
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert number == 40
+    assert most < 8 << 20
 
 
 def test_memory_that_runs_out_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

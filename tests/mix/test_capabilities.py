@@ -232,6 +232,27 @@ def test_positions_that_part_documents_in_a_row_are_refused_and_others_are_not()
             model(tokens, attention_mask=mask, position_ids=torch.tensor([[before, before, 0, 1, 2, 3, 4, 5]]))
 
 
+@pytest.mark.parametrize("new", [1, 3])
+def test_positions_that_start_anew_behind_a_cache_are_refused_and_others_are_not(new: int) -> None:
+    model, tokens = mixture(family_model("llama")), token_ids(2, 5 + new)
+    padded = torch.ones_like(tokens)
+    padded[0, :2] = 0
+    with torch.no_grad():
+        for mask in (None, padded):
+            places = torch.arange(5 + new).expand(2, -1) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+            for own, refused in ((places[:, 5:], False), (torch.arange(new).expand(2, -1), True)):
+                given = {"past_key_values": model.new_cache(2), "use_cache": True}
+                seen = None if mask is None else mask[:, :5]
+                model(tokens[:, :5], attention_mask=seen, position_ids=places[:, :5], **given)
+                if refused:
+                    with pytest.raises(ConfigError, match="position_ids start anew"):
+                        model(tokens[:, 5:], attention_mask=mask, position_ids=own, **given)
+                else:
+                    found = model(tokens[:, 5:], attention_mask=mask, position_ids=own, **given).logits
+                    whole = model(tokens, attention_mask=mask, position_ids=places).logits
+                    torch.testing.assert_close(found, whole[:, 5:], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("sample", [False, True])
 def test_a_base_with_padded_rows_takes_its_own_draft_model(sample: bool) -> None:
     """Both have 64 rows, the memory's tokenizer 50 ids; the draft model likes padding best."""

@@ -15,7 +15,8 @@ from memlm.errors import ConfigError, InputError, MemlmError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
 from memlm.models.loading import check_reaches, longest_context
-from memlm.models.tokenizers import check_reads, encode_prompt, load_tokenizer
+from memlm.models.prompts import encode_prompt
+from memlm.models.tokenizers import check_reads, load_tokenizer
 
 VOCAB = 64
 

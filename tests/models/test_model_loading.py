@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,3 +172,24 @@ def test_a_config_that_asks_for_a_name_for_each_of_a_great_many_labels_is_refuse
     for load in (load_config, load_causal_lm):
         with pytest.raises(ModelError, match="num_labels = 10000000, more than the 100,000"):
             load(str(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"eos_token_id": "</s>"}, "Validation error for field 'eos_token_id': TypeError: .* with value '</s>'"),
+        ({"rope_parameters": "x"}, "field 'rope_parameters'"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quantization requires AQLM"),
+        ({"quantization_config": "x"}, "to_dict"),
+        ({"hidden_act": "none such"}, "none such"),
+    ],
+)
+def test_a_config_that_transformers_or_a_missing_library_refuses_is_one_line(
+    model_folder: str, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    folder = plain(model_folder, tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=f"model '.*odd' cannot be loaded; tried: folder .*{reason}") as caught:
+        load_causal_lm(str(folder))
+    assert len(str(caught.value).splitlines()) == 1

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from memlm.corpus.build import build_corpus
 from memlm.errors import InputError, ModelError, TokenizerMismatchError
 from memlm.models import tokenizers as module
+from memlm.models.prompts import encode_prompt
 from memlm.models.tokenizers import (
     TextEncoder,
     check_same,
-    encode_prompt,
     fingerprint,
     load_tokenizer,
     special_texts,
@@ -166,7 +166,7 @@ def test_a_prompt_does_not_end_in_what_the_tokenizer_puts_behind_a_text() -> Non
         found = encode_prompt(tokenizer, "a b")
         assert tokenizer.convert_ids_to_tokens(found["input_ids"][0]) == [*first, "a", "b"]
         assert found["attention_mask"].shape == found["input_ids"].shape
-        ended = encode_prompt(tokenizer, "a </s>")["input_ids"][0]  # as the user asked for
+        ended = encode_prompt(tokenizer, "a </s>", special_tokens=True)["input_ids"][0]  # as the user asked for
         assert tokenizer.convert_ids_to_tokens(ended) == [*first, "a", "</s>"]
 
 

@@ -119,8 +119,13 @@ def test_a_head_is_fitted_kept_and_used(memory: Path, corpus_folder: Path, model
     assert ConfidenceHead.read(memory) == head == load_memory(memory).confidence_head
     assert head.facts["domain_tokens"] == 1555
     assert head.facts["domain_gate_perplexity"] <= 1.02 * head.facts["domain_fixed_perplexity"]
-    again = fit_gate(memory, corpus=corpus_folder, base=model_folder, general=[general], **SEPARATED)
-    assert again == head
+    parts = Path(general).read_text(encoding="utf-8").split("\n\n")
+    other = Path(general).with_name("general.jsonl")
+    other.write_text("".join(json.dumps({"body": part}) + "\n" for part in parts), encoding="utf-16")
+    reading = {"text_column": "body", "encoding": "utf-16", "dtype": "float32"}
+    for places, how in (([general], SEPARATED), ([str(other)], reading)):
+        again = fit_gate(memory, corpus=corpus_folder, base=model_folder, general=places, **how)
+        assert again.model_copy(update={"facts": head.facts}) == head
     model = MixedLM.from_pretrained(model_folder, memory=memory)
     assert model.gate.gate == "both"
     report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory), dtype="float32")

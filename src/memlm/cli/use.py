@@ -42,6 +42,9 @@ Seed = Annotated[int, number(0, MAX_SEED, "Of sampling.")]
 Drafting = Annotated[
     str, typer.Option(help="Tokens that the memory drafts at a time; auto: what is fastest; off: none.")
 ]
+SpecialTokens = Annotated[
+    bool, typer.Option("--special-tokens", help="Special tokens spelled in a prompt are those tokens, not text.")
+]
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
 
 
@@ -60,6 +63,7 @@ def generate(
     seed: Seed = 0,
     drafting: Drafting = "auto",
     chat_template: ChatTemplate = False,
+    special_tokens: SpecialTokens = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -77,7 +81,19 @@ def generate(
     turn = _turn(prompt, chat_template)
     model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=chat_template)
     draft = _drafts(model, drafting, temperature)
-    text = generate_text(model, tokenizer, turn, max_new_tokens, temperature, top_p, seed, draft, stream=not as_json)
+    _say_spelled(tokenizer, turn, special_tokens)
+    text = generate_text(
+        model,
+        tokenizer,
+        turn,
+        max_new_tokens,
+        temperature,
+        top_p,
+        seed,
+        draft,
+        stream=not as_json,
+        special_tokens=special_tokens,
+    )
     weighed = {"gate": model.gate.gate, "mix_weight": alone(model.mix_weights)}
     print_result({"prompt": prompt, "text": text, **weighed}, as_json)
 
@@ -107,6 +123,7 @@ def explain(
     neighbors: Annotated[int, number(0, 1000, "Snippets per token.")] = 3,
     html: Annotated[Path | None, typer.Option(help="File to write the answer to as a page, token by token.")] = None,
     chat_template: ChatTemplate = False,
+    special_tokens: SpecialTokens = False,
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
@@ -136,7 +153,10 @@ def explain(
     if datastore is not None:
         check_datastore(datastore, load_tokenizer(resolve(base)))  # before weights are loaded
     model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=chat_template)
+    for text in texts or [turn]:
+        _say_spelled(tokenizer, text, special_tokens)
     shared: dict[str, Any] = {"datastore": datastore, "retrieval": retrieval, "neighbors": neighbors}
+    shared["special_tokens"] = special_tokens
     if passages is None:
         found = [explain(model, tokenizer, turn, max_new_tokens=max_new_tokens, **shared)]
     else:
@@ -178,10 +198,19 @@ def _passages(path: Path) -> list[str]:
 
 
 def _turn(prompt: str, chat_template: bool) -> str | list[dict[str, str]]:
-    from memlm.models.tokenizers import check_prompt
+    from memlm.models.prompts import check_prompt
 
     check_prompt(prompt)  # before weights are loaded
     return [{"role": "user", "content": prompt}] if chat_template else prompt
+
+
+def _say_spelled(tokenizer: Any, prompt: str | list[dict[str, str]], special_tokens: bool) -> None:
+    """Say which special tokens a prompt spells, and what becomes of them."""
+    from memlm.models.prompts import spelled_in
+    from memlm.models.tokenizers import spelled_note
+
+    if note := spelled_note("prompt", spelled_in(tokenizer, prompt), special_tokens=special_tokens):
+        say(note)
 
 
 def _mixed(
@@ -250,13 +279,14 @@ def generate_text(
     drafting: int | str | None = None,
     *,
     stream: bool,
+    special_tokens: bool = False,
 ) -> str:
     """What the model adds to `prompt`; `stream` prints it as it comes."""
     import torch
     from transformers import TextStreamer
 
     from memlm.models.loading import embedding_rows
-    from memlm.models.tokenizers import encode_prompt
+    from memlm.models.prompts import encode_prompt
 
     class Harmless(TextStreamer):
         """What a model says may hold commands to a terminal."""
@@ -267,7 +297,8 @@ def generate_text(
     torch.manual_seed(seed)
     samples = temperature > _LOWEST_TEMPERATURE
     sampling = {"temperature": temperature, "top_p": top_p} if samples else {}
-    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model)).to(model.device)
+    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model), special_tokens=special_tokens)
+    inputs = inputs.to(model.device)
     streamer = Harmless(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     output = model.generate(
         **inputs,
@@ -295,6 +326,7 @@ def chat(
     top_p: TopP = 0.9,
     seed: Seed = 0,
     drafting: Drafting = "auto",
+    special_tokens: SpecialTokens = False,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk to a base and its memories. `/weight 0.3` (`/weight law=0.3 bio=0.1`) fixes mix_weight, `/gate posterior`
@@ -327,13 +359,13 @@ def chat(
             except ConfigError as error:
                 say(f"error: {error}")
         else:
+            _say_spelled(tokenizer, line, special_tokens)
             turns.append({"role": "user", "content": line})
             plain = "\n".join(turn["content"] for turn in turns) + "\n"
             prompt = turns if tokenizer.chat_template is not None else plain
             draft = _drafts(model, drafting, temperature)
-            answer = generate_text(
-                model, tokenizer, prompt, max_new_tokens, temperature, top_p, seed, draft, stream=True
-            )
+            sampling = (max_new_tokens, temperature, top_p, seed, draft)
+            answer = generate_text(model, tokenizer, prompt, *sampling, stream=True, special_tokens=special_tokens)
             turns.append({"role": "assistant", "content": answer})
 
 

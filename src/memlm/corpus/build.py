@@ -24,7 +24,14 @@ from memlm.errors import ConfigError, InputError
 from memlm.files import read_json
 from memlm.manifest import Facts, Manifest
 from memlm.models.loading import resolve
-from memlm.models.tokenizers import TextEncoder, fingerprint, load_tokenizer, special_texts, vocabulary_size
+from memlm.models.tokenizers import (
+    TextEncoder,
+    fingerprint,
+    load_tokenizer,
+    special_pattern,
+    spelled_note,
+    vocabulary_size,
+)
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 
@@ -100,10 +107,10 @@ def plan_corpus(
             for split, found in files.items()
             for shard in _shards(read_documents(found, config, met), shard_characters)
         )
-        _tokenize(stage, shards, loaded, around, config)
         try:
+            _tokenize(stage, shards, loaded, around, config)
             facts = {**_told(met, config), **_compile(stage, config, met, [*files][1:])}
-        except InputError:  # other settings are needed, which what is there would be in the way of
+        except InputError:  # other settings or documents are needed, which what is there would be in the way of
             stage.remove("raw")
             raise
         loaded.save_pretrained(stage.path / "tokenizer")
@@ -151,7 +158,7 @@ def _tokenize(
     """Write `raw/NNNNN.*`: tokens, lengths, hashes and names of some documents each, and the number of the split that
     they are given for, if it is a held-out one; `around` are first and last id."""
     start, end = around
-    special = re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
+    special = special_pattern(tokenizer)
     encode = TextEncoder(tokenizer, special_tokens=config.special_tokens)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with progress_bar(0, "tokenising") as bar:
@@ -251,6 +258,7 @@ class ReadingFacts(Facts):
     documents_shared: int = 0
     files_skipped: int = 0
     files_skipped_first: list[str] = Field(default_factory=list)
+    text_files: int | None = None
     separators_found: int | None = None
     special_tokens_spelled: dict[str, int] = Field(default_factory=dict)
     held_out_inside_documents: list[Literal["train", "validation", "test"]] = Field(default_factory=list)
@@ -262,6 +270,7 @@ def _told(met: Met, config: CorpusConfig) -> dict[str, Any]:
         "files_skipped": len(met.skipped),
         "files_skipped_first": met.skipped[:_NAMED],
         "documents_empty": met.empty,
+        "text_files": met.text_files,
         "separators_found": met.separators if met.text_files and config.document_separator else None,
     }
 
@@ -381,10 +390,8 @@ def corpus_notes(manifest: Manifest) -> list[str]:
                 f"the separator {separator!r} is in none of the text files, so that each is one document; give the one"
                 " that stands between documents (--document-separator)"
             )
-    if spelled := facts.special_tokens_spelled:
-        met = ", ".join(f"{text} {count:,} times" for text, count in list(spelled.items())[:5])
-        kept = "are those tokens" if config.special_tokens else "are text like any; --special-tokens makes them tokens"
-        lines.append(f"special tokens spelled in the documents ({met}) {kept}")
+    if spelled := spelled_note("documents", facts.special_tokens_spelled, special_tokens=config.special_tokens):
+        lines.append(spelled)
     if inside := facts.held_out_inside_documents:
         shares = ", ".join(f"{name} {getattr(config, f'{name}_fraction'):.0%}" for name in inside)
         lines.append(
@@ -405,7 +412,7 @@ def corpus_notes(manifest: Manifest) -> list[str]:
 
 
 def _more_documents(config: CorpusConfig, facts: ReadingFacts) -> str:
-    if config.document_separator is not None and facts.separators_found is None:  # there was no text file to be cut
+    if facts.text_files == 0:  # which a separator would cut
         return "give more documents"
     if config.document_separator is None:
         return "give more documents, or name what stands between them in a file: --document-separator '\\n\\n'"

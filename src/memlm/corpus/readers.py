@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import difflib
 import gzip
 import io
 import json
@@ -380,6 +381,8 @@ def _parquet(stream: IO[bytes], path: Path, config: CorpusConfig) -> Iterator[tu
         names = file.schema_arrow.names
         if column not in names:
             raise InputError(f"{path} has no column {column!r} ({_columns(names)}); name it with --text-column")
+        # a text that is kept once, for many rows, is not unpacked for each of them
+        file = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=[column])
         for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
             for value in batch.column(0):
                 number += 1
@@ -463,8 +466,10 @@ def _from_hub(source: str) -> Any:
     try:
         return datasets.load_dataset(name, subset or None, split=split or "train")
     except Exception as error:
+        near = difflib.get_close_matches(name, [path.name for path in Path().iterdir()], n=1)
+        hint = f"; did you mean {near[0]}?" if near and not Path(name).parent.name else ""
         raise InputError(
-            f"{source!r} is no file or folder here and could not be loaded as a dataset ({_first_line(error)})"
+            f"{source!r} is no file or folder here and could not be loaded as a dataset ({_first_line(error)}){hint}"
         ) from None
 
 

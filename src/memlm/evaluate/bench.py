@@ -21,7 +21,8 @@ from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
 from memlm.models.loading import default_device, load_causal_lm, longest_context, parse_dtype, resolve
-from memlm.models.tokenizers import encode_prompt, load_tokenizer
+from memlm.models.prompts import encode_prompt
+from memlm.models.tokenizers import load_tokenizer
 from memlm.progress import progress_bar
 from memlm.targets.config import RetrievalConfig
 from memlm.text import size

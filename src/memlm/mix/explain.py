@@ -18,7 +18,8 @@ from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.mixture import mix_log_probs
 from memlm.models.loading import embedding_rows
-from memlm.models.tokenizers import check_same, encode_prompt
+from memlm.models.prompts import encode_prompt
+from memlm.models.tokenizers import check_same
 from memlm.targets.config import RetrievalConfig
 from memlm.targets.votes import SparseProbs
 
@@ -37,6 +38,7 @@ def explain(
     max_new_tokens: int = 20,
     neighbors: int = 3,
     snippet_tokens: int = 12,
+    special_tokens: bool = False,
 ) -> Explanation:
     """Answer greedily; say per token what each component thought of it, and where the corpus has contexts like it.
 
@@ -52,6 +54,7 @@ def explain(
         max_new_tokens: At least 1.
         neighbors: Per token; 0 for none.
         snippet_tokens: Shown on each side of a neighbour's token at most.
+        special_tokens: Whether special tokens that the prompt spells are those tokens; else they are text like any.
 
     Raises:
         ConfigError: A number is out of range.
@@ -62,7 +65,9 @@ def explain(
     """
     _check_counts(max_new_tokens=(max_new_tokens, 1), neighbors=(neighbors, 0), snippet_tokens=(snippet_tokens, 0))
     memory = _searched(model, tokenizer, datastore, retrieval)
-    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model)).to(model.device)
+    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model), special_tokens=special_tokens).to(
+        model.device
+    )
     sequence = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )
@@ -82,12 +87,13 @@ def explain_passage(
     retrieval: RetrievalConfig | None = None,
     neighbors: int = 0,
     snippet_tokens: int = 12,
+    special_tokens: bool = False,
 ) -> Explanation:
     """Say of a text that is there, token by token but the first, what `explain` says of a generated answer.
 
     Args:
         text: Of two tokens at least.
-        model, tokenizer, datastore, retrieval, neighbors, snippet_tokens: As `explain` takes them.
+        model, tokenizer, datastore, retrieval, neighbors, snippet_tokens, special_tokens: As `explain` takes them.
 
     Raises:
         InputError: The text has fewer tokens.
@@ -96,7 +102,8 @@ def explain_passage(
     """
     _check_counts(neighbors=(neighbors, 0), snippet_tokens=(snippet_tokens, 0))
     memory = _searched(model, tokenizer, datastore, retrieval)
-    sequence: Tensor = encode_prompt(tokenizer, text, rows=embedding_rows(model)).to(model.device)["input_ids"]  # type: ignore[assignment]
+    inputs = encode_prompt(tokenizer, text, rows=embedding_rows(model), special_tokens=special_tokens)
+    sequence: Tensor = inputs["input_ids"].to(model.device)  # type: ignore[assignment, union-attr]
     if sequence.shape[1] < 2:
         raise InputError(f"passage {text!r} has one token only: what comes after it is explained")
     shown = _decode(tokenizer, sequence[0, :1].tolist())

@@ -343,7 +343,8 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             raise ConfigError("input_ids are missing: memories read token ids, so embeddings alone are not enough")
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(f"attention_mask has {attention_mask.ndim} axes: a mixture takes (batch, length) only")
-        if position_ids is not None and _restart(position_ids, attention_mask):
+        past = past_key_values.get_seq_length() if isinstance(past_key_values, MixedCache) else 0
+        if position_ids is not None and _restart(position_ids, attention_mask, past):
             raise ConfigError(
                 "position_ids start anew within a row: the base would tell documents apart there, memories read rows"
                 " whole; give each document a row of its own"
@@ -723,15 +724,22 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
 
 
-def _restart(position_ids: Tensor, attention_mask: Tensor | None) -> bool:
-    """Whether positions go down from a token to the next, as where documents are packed into a row."""
-    if position_ids.ndim != 2 or position_ids.shape[1] < 2:
+def _restart(position_ids: Tensor, attention_mask: Tensor | None, past: int) -> bool:
+    """Whether positions go down from a token to the next, as where documents are packed into a row.
+
+    Of `past` tokens before them, those that the mask shows count. One token at a time is not looked at on an
+    accelerator, which would have to be waited for at each.
+    """
+    if position_ids.ndim != 2 or (position_ids.shape[1] < 2 and (not past or position_ids.device.type != "cpu")):
         return False
-    down = position_ids[:, 1:] <= position_ids[:, :-1]
+    there = torch.ones_like(position_ids, dtype=torch.bool)
+    before = torch.full_like(position_ids[:, 0], past)
     if attention_mask is not None and attention_mask.shape[1] >= position_ids.shape[1]:
-        there = attention_mask[:, -position_ids.shape[1] :].bool().to(down.device)
-        down = down & there[:, 1:] & there[:, :-1]
-    return bool(down.any())
+        there = attention_mask[:, -position_ids.shape[1] :].bool().to(there.device)
+        before = attention_mask[:, : -position_ids.shape[1]].sum(1).to(there.device)
+    down = (position_ids[:, 1:] <= position_ids[:, :-1]) & there[:, 1:] & there[:, :-1]
+    behind = (position_ids[:, 0] < before) & there[:, 0] if past else down[:, :0]
+    return bool(down.any() | behind.any())
 
 
 def _from(mask: Tensor | None, past: int, tokens: Int[Tensor, "B T"]) -> Tensor | None:

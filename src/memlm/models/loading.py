@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlm.errors import ArtifactError, ConfigError, InputError, ModelError
+from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, ModelError
 from memlm.files import read_json
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, payload_file, read_manifest
 from memlm.models.adapters import ADAPTER_CONFIG
@@ -111,7 +111,9 @@ def load_causal_lm(
     kwargs.setdefault("trust_remote_code", False)  # else transformers asks on the terminal
     try:
         loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **{**kwargs, **told})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except MemlmError:  # of a saved mixture's parts
+        raise
+    except Exception as error:  # its config, its code, or a library that it needs and that is missing
         if find_spec("peft") is None and adapted_base(source, **where_from(kwargs)) is not None:
             raise ModelError(f"model {name!r} is an adapter; to load it: pip install peft") from None
         raise _unreachable(name, source, error) from None
@@ -138,7 +140,7 @@ def load_encoder(name: str) -> PreTrainedModel:
     source = resolve(name)
     try:
         return AutoModel.from_pretrained(source, dtype=torch.float32, trust_remote_code=False).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above
         raise _unreachable(name, source, error) from None
 
 
@@ -282,8 +284,9 @@ def find_file(source: str, name: str, **where: Any) -> Path | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of what a library says, or the error's type."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """The first line of what a library says, with the next where it only announces that, or the error's type."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return (f"{first} {others[0].strip()}" if others and first.endswith(":") else first)[:300]
 
 
 def _unreachable(name: str, source: str, error: Exception) -> ModelError:

@@ -4,17 +4,16 @@ import contextlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchError
-from memlm.files import digest, utf8
+from memlm.files import digest
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, read_manifest
 from memlm.models.loading import adapted_base, load_config, reason_of, resolve
 
@@ -24,6 +23,8 @@ _PROBE = (
 )
 
 PIECE = 1 << 18  # characters encoded at a time; a token takes a hundred bytes and more until its id is had
+
+RENAMED = "\uffff"  # no character; what is put before special tokens that no text may spell
 
 ADVICE = (
     "a memory votes on token ids, so both must share them: train one with this base's tokenizer, or carry a Memory"
@@ -110,7 +111,7 @@ def check_rows_for(
 
 
 @contextlib.contextmanager
-def _told(kind: type[MemlmError], problem: str, cure: str) -> Iterator[None]:
+def told(kind: type[MemlmError], problem: str, cure: str) -> Iterator[None]:
     """A line instead of what a tokenizer or its template raises in the block."""
     try:
         yield
@@ -127,7 +128,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     vocabularies with different merge rules differ too. Special-token roles (which id is EOS) are not part of it.
     """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
-    with _told(ModelError, f"tokenizer {tokenizer.name_or_path!r} fails on a plain text", "use another one"):
+    with told(ModelError, f"tokenizer {tokenizer.name_or_path!r} fails on a plain text", "use another one"):
         probe = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
     return digest({"vocabulary": vocabulary, "probe": probe})
 
@@ -142,6 +143,25 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted((text for text in found if len(text) > 1), key=lambda text: (-len(text), text))
 
 
+def special_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what `special_texts` gives."""
+    return re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
+
+
+def renamed_spelled(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what makes a text spell a special token as `without_special_tokens` renames it."""
+    return re.compile(f"{RENAMED}(?={special_pattern(tokenizer).pattern})")
+
+
+def spelled_note(where: str, spelled: Mapping[str, int], *, special_tokens: bool) -> str | None:
+    """What is to be said of special tokens that a text spells, which are counted; None for none."""
+    if not spelled:
+        return None
+    met = ", ".join(f"{text} {count:,} times" for text, count in list(spelled.items())[:5])
+    kept = "are those tokens" if special_tokens else "are text like any; --special-tokens makes them tokens"
+    return f"special tokens spelled in the {where} ({met}) {kept}"
+
+
 class TextEncoder:
     """Texts to token ids, nothing put around them; memory does not grow with the length of a text beyond its ids."""
 
@@ -151,14 +171,17 @@ class TextEncoder:
             tokenizer: Any.
             special_tokens: Whether a special token spelled in a text is that token; else it is text like any.
         """
-        plain = None if special_tokens else _without_special_tokens(tokenizer)
+        plain = None if special_tokens else without_special_tokens(tokenizer)
         options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
         if not special_tokens and plain is None:
             options["split_special_tokens"] = True
 
+        spelled = renamed_spelled(tokenizer)
+
         def encode(texts: list[str]) -> list[list[int]]:
             if plain is None:
                 return tokenizer(texts, **options)["input_ids"]  # type: ignore[return-value]
+            texts = [spelled.sub("", text) for text in texts]
             return [encoded.ids for encoded in plain.encode_batch_fast(texts, add_special_tokens=False)]
 
         self._encode = encode
@@ -184,7 +207,7 @@ class TextEncoder:
 
     def _ids(self, batch: list[tuple[str, str, int]]) -> list[list[int]]:
         try:
-            with _told(InputError, f"{batch[0][0]}: the tokenizer fails on this text", "leave it out"):
+            with told(InputError, f"{batch[0][0]}: the tokenizer fails on this text", "leave it out"):
                 return self._encode([f"\n{piece}" if start else piece for _, piece, start in batch])
         except InputError:
             if len(batch) == 1:
@@ -222,7 +245,7 @@ def _batches(pieces: Iterable[tuple[str, str, int]]) -> Iterator[list[tuple[str,
         yield batch
 
 
-def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+def without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """The core of `tokenizer`, its special tokens renamed so that no text spells them; None where it has no core.
 
     `split_special_tokens` does not do where they stand in the vocabulary of the model too, as in Unigram and WordLevel.
@@ -233,7 +256,7 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | N
         settings = json.loads(core.to_str())
     except Exception:  # a part of it is written in Python
         return None
-    names = {text: f"\uffff{text}" for text in special_texts(tokenizer)}
+    names = {text: RENAMED + text for text in special_texts(tokenizer)}
     model = settings["model"]
     settings |= {"truncation": None, "padding": None, "post_processor": None}
     for token in settings["added_tokens"]:  # not left out, for ids are counted
@@ -248,93 +271,6 @@ def _without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | N
     if model.get("unk_token") is not None:
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     return Tokenizer.from_str(json.dumps(settings))
-
-
-def check_prompt(prompt: str | list[dict[str, str]]) -> None:
-    """Raise unless a text, or the turns of a chat, are UTF-8, which what a terminal gives need not be.
-
-    Raises:
-        InputError: It is not.
-    """
-    if any(utf8(text) != text for text in ([prompt] if isinstance(prompt, str) else (t["content"] for t in prompt))):
-        raise InputError("the prompt is not UTF-8; see to the encoding of the terminal or file that it comes from")
-
-
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], *, rows: int | None = None
-) -> BatchEncoding:
-    """A text, or the turns of a chat in the tokenizer's template, as a batch of one that an answer can follow.
-
-    A template writes special tokens itself, so none are added to it. What a tokenizer puts behind a text, as an end
-    token, is left out. Of a chat, `evidence_mask` is False at tokens that the template writes, where those can be told.
-
-    Args:
-        rows: Of the embeddings of the model that is to read it; None: enough.
-
-    Raises:
-        InputError: There are no tokens, or turns and no template, or a token that the model has no row for; the
-            prompt is not UTF-8; tokenizer or template fail.
-    """
-    check_prompt(prompt)
-    if isinstance(prompt, str):
-        with _told(InputError, "the tokenizer fails on the prompt", "give another one"):
-            inputs = tokenizer(prompt, return_tensors="pt")
-            length = inputs["input_ids"].shape[1] - _tokens_behind(tokenizer)  # type: ignore[union-attr]
-        inputs = BatchEncoding({name: values[:, :length] for name, values in inputs.items()})  # type: ignore[index]
-    elif tokenizer.chat_template is None:
-        raise InputError("the tokenizer has no chat template; give plain text")
-    else:
-        with _told(InputError, "the tokenizer's chat template fails on these turns", "give plain text"):
-            inputs = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            )
-        said = _said(tokenizer, prompt, inputs["input_ids"][0].tolist())  # type: ignore[index]
-        if said is not None:
-            inputs["evidence_mask"] = torch.tensor([said])  # type: ignore[index]
-    assert isinstance(inputs, BatchEncoding)
-    if not inputs["input_ids"].shape[1]:
-        raise InputError(f"prompt {prompt!r} has no tokens; give some text to go on from")
-    if rows is not None:
-        ids = inputs["input_ids"][0].numpy()  # type: ignore[union-attr]
-        check_rows_for(ids, rows, tokenizer, data="the prompt", label="the base")
-    return inputs
-
-
-def _said(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], ids: list[int]) -> list[bool] | None:
-    """Per token whether it is part of what was said in a turn; None where that cannot be told."""
-    marks = [f"<<turn {number}>>" for number in range(len(turns))]
-    marked = [turn | {"content": mark} for turn, mark in zip(turns, marks, strict=True)]
-    try:
-        frame, text = (
-            str(tokenizer.apply_chat_template(found, add_generation_prompt=True, tokenize=False))
-            for found in (marked, turns)
-        )
-        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    except Exception:  # a stranger's template, or a tokenizer that knows no offsets
-        return None
-    spans, at = [], 0
-    for turn, mark in zip(turns, marks, strict=True):
-        written, found, frame = frame.partition(mark)
-        content = turn["content"]
-        if not found or not text.startswith(written, at):
-            return None
-        at += len(written)
-        content = content if text.startswith(content, at) else content.strip()
-        if not text.startswith(content, at):
-            return None
-        spans.append((at, at := at + len(content)))
-    if text[at:] != frame or tokens["input_ids"] != ids:
-        return None
-    offsets: list[tuple[int, int]] = tokens["offset_mapping"]  # type: ignore[assignment]
-    return [any(began < stop and end > start for start, stop in spans) for began, end in offsets]
-
-
-def _tokens_behind(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many tokens the tokenizer puts behind every text."""
-    whole: list[int] = tokenizer("a")["input_ids"]  # type: ignore[assignment]
-    text: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]  # type: ignore[assignment]
-    extra = len(whole) - len(text)
-    return next((extra - start for start in range(extra + 1) if text and whole[start : start + len(text)] == text), 0)
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -138,8 +138,9 @@ def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scra
     if files:
         folder = scratch / "general"
         split = {"validation_fraction": 0.0, "test_fraction": 0.0, "max_tokens": config.general_tokens}
-        sizes = {"block_size": domain.config.block_size, "document_separator": config.document_separator}
-        build_corpus(files, tokenizer=str(domain.folder / "tokenizer"), out=folder, **split, **sizes)
+        reading = {"document_separator": config.document_separator, "encoding": config.encoding}
+        reading |= {"text_column": config.text_column, "block_size": domain.config.block_size}
+        build_corpus(files, tokenizer=str(domain.folder / "tokenizer"), out=folder, **split, **reading)
         found += list(_documents(Corpus(folder).split("train")))
     if both := sum(_key(text) in own for text in found):
         raise ConfigError(

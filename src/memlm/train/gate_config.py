@@ -14,6 +14,10 @@ class FitGateConfig(StageConfig):
     """Held-out tokens of the domain that are read at most: whole documents."""
     document_separator: str | None = None
     """What separates documents in a file of general text, such as '\\n\\n'; default: a file is one document."""
+    encoding: str = "utf-8"
+    """Of files of general text."""
+    text_column: str = "text"
+    """Name of the field with the text, where general text is JSON Lines, Parquet or a dataset."""
     dtype: str = "auto"
     """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
     batch_tokens: int = Field(default=4096, ge=1, le=MAX_BATCH_TOKENS)
