@@ -20,6 +20,7 @@ from transformers import (
 from memlm import MixedLM
 from memlm.errors import ConfigError
 from memlm.memory.decoder import MemoryDecoder
+from memlm.models.abilities import CACHE
 
 VOCAB = 64
 
@@ -65,6 +66,8 @@ def test_a_base_without_a_cache_forgets_nothing(base: Callable[[], PreTrainedMod
     model, prompt = mixture(base()), token_ids(1, 6, vocab_size=VOCAB)
     found = model.generate(prompt, max_new_tokens=6, do_sample=False)
     assert torch.equal(found, greedily(model, prompt, 6))
+    if model.base.config.model_type == "mamba" and CACHE == "cache":  # it keeps one since transformers 5.24
+        return
     assert model(prompt, use_cache=True).past_key_values is None
     with pytest.raises(ConfigError, match="keeps no past in a cache of transformers"):
         model.new_cache(1)

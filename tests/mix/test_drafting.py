@@ -18,6 +18,7 @@ from benchmarks.drafting_exactness import chance_of, direct, places_among, proce
 from memlm.errors import ConfigError, ModelError
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import MOST_DRAFTED, Pace
+from memlm.models.abilities import CACHE
 
 PROMPT = some_tokens(1, 7)
 NEW = 24
@@ -530,11 +531,14 @@ class _Odd(LogitsProcessor):
 @pytest.mark.parametrize(
     ("case", "options", "message"),
     [
-        ("fixed", {"cache_implementation": "static"}, "cannot take tokens back"),
+        pytest.param(
+            *("fixed", {"cache_implementation": "static"}, "cannot take tokens back"),
+            marks=pytest.mark.skipif(CACHE == "cache", reason="static caches take tokens back since transformers 5.24"),
+        ),
         ("fixed", {"logits_processor": LogitsProcessorList([_Odd()])}, "_Odd may be more than a function"),
         ("fixed", {"use_cache": False}, "there is no cache"),
         ("fixed", {"return_dict_in_generate": True, "output_attentions": True}, "attentions or hidden states"),
-        ("mamba", {}, "there is no cache"),
+        ("mamba", {}, "there is no cache|cannot take tokens back"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:MambaForCausalLM keeps no past")

@@ -5,7 +5,7 @@ from families import TAPS, VOCABULARY, WIDTH, family_config, family_model, token
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from memlm.errors import ModelError
-from memlm.models.heads import Head, find_head, label_log_probs
+from memlm.models.heads import Head, check_plain_head, find_head, label_log_probs
 
 
 @pytest.mark.parametrize("family", [*TAPS, "mamba"])
@@ -121,3 +121,18 @@ def test_the_check_leaves_the_model_as_it_is() -> None:
     find_head(model)
     assert dict(model.named_modules()) == parts
     assert model.lm_head is linear
+
+
+@pytest.mark.parametrize("family", TAPS)
+def test_an_output_layer_that_is_a_matrix_alone_is_told_from_one_that_does_more(family: str) -> None:
+    class Louder(torch.nn.Linear):
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden) * torch.linspace(0.5, 2, self.out_features)
+
+    model = family_model(family)
+    assert find_head(model).is_plain()
+    model.get_output_embeddings().__class__ = Louder
+    head = find_head(model)  # which it is, as far as votes go
+    assert not head.is_plain()
+    with pytest.raises(ModelError, match=r"the output layer of x \(Louder\) does more than multiply by its weight"):
+        check_plain_head(head, "x")

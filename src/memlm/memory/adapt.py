@@ -17,6 +17,7 @@ from memlm.memory.card import CARD_FILE
 from memlm.memory.config import AdaptConfig
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_settings
+from memlm.models.heads import Head, check_plain_head
 from memlm.models.identity import model_identity
 from memlm.models.loading import resolve
 from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
@@ -147,6 +148,7 @@ def replace_vocabulary(
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     assert isinstance(embeddings, Tensor)
     assert isinstance(head, nn.Linear)
+    check_plain_head(Head(head), type(model).__name__)
     make_rows, counts = _row_maker(model, old, new, config)
     inputs = make_rows(embeddings)
     outputs = inputs if head.weight is embeddings else make_rows(head.weight)

@@ -222,7 +222,7 @@ class MLPMemory(ParametricMemory):
             ModelError: The base's head does not split off.
         """
         head = find_head(base)
-        if head.weight.shape[1] != self.settings.width:
+        if head.weight.shape[1] != self.settings.width or not head.is_plain():
             return False
         self.output.weight.copy_(head.weight[: self.vocab_size].float() * head.scale)
         norm = _final_norm(base)

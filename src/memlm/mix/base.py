@@ -25,9 +25,23 @@ class BaseCache(VoterCache):
 
     def __init__(self, inner: Cache) -> None:
         self.inner = inner
+        self._read = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text so far, padding included."""
+        try:
+            return self.inner.get_seq_length()
+        except ValueError:  # no layer of it counts, as where all are state spaces
+            return self._read
+
+    def has_read(self, tokens: int) -> None:
+        """Count tokens that the base has read."""
+        self._read += tokens
 
     def crop(self, tokens: int) -> None:
         self.inner.crop(-tokens)
+        self._read -= tokens
 
     def take_back(self, surplus: Sequence[int], columns: int) -> None:
         by = [count - columns for count in surplus]
@@ -37,6 +51,7 @@ class BaseCache(VoterCache):
         for layer in layers:
             width = layer.keys.shape[2] - columns
             layer.keys, layer.values = (moved(part, by, 2, width) for part in (layer.keys, layer.values))
+        self._read -= columns
 
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         self.inner.batch_select_indices(rows)
@@ -46,6 +61,17 @@ class BaseCache(VoterCache):
 
     def reset(self) -> None:
         self.inner.reset()
+        self._read = 0
+
+    def empty(self) -> None:
+        """Forget all tokens, whatever an interrupted step has left of them."""
+        layers: Any = self.inner.layers
+        counting = [layer for layer in layers if hasattr(layer, "get_seq_length")]
+        if counting or not layers:
+            self.inner.crop(-max((layer.get_seq_length() for layer in counting), default=0))
+        else:
+            self.inner.reset()
+        self._read = 0
 
 
 @dataclass(frozen=True)
@@ -149,6 +175,8 @@ class BaseVoter(HeadVoter):
                 known[name] = value
         with capture(self.model, taps) as found:
             output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)
+        if cache is not None:
+            cache.has_read(tokens.shape[1])
         return BaseState(
             output.logits if self._head is None else output[0],
             {tap: by_row(found, tap, tokens) for tap in found},

@@ -54,7 +54,7 @@ class MixedCache(Cache):
         return self.base.layers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.base.get_seq_length(layer_idx)
+        return self.base.get_seq_length(layer_idx) if layer_idx else self.of_base.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return self.base.get_max_length(layer_idx)
@@ -108,6 +108,6 @@ class MixedCache(Cache):
 
     def empty(self) -> None:
         """Forget all tokens, whatever an interrupted step has left of them."""
-        self.of_base.crop(max((layer.get_seq_length() for layer in self.layers), default=0))
+        self.of_base.empty()
         for part in (*self.memories.values(), self.rule, self.unread):
             part.reset()

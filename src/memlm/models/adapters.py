@@ -37,13 +37,19 @@ def active_adapters(model: PreTrainedModel) -> list[str]:
 
     Args:
         model: A `PeftModel`, or a model of transformers that may have loaded adapters itself.
+
+    Raises:
+        ConfigError: transformers does not go together with the PEFT that is installed.
     """
     if not has_adapter(model) or any(
         getattr(m, flag, None) is True for m in model.modules() for flag in ("disable_adapters", "merged")
     ):
         return []
     found = model.active_adapters  # a method of transformers' models, a property of PEFT's
-    return list(found() if callable(found) else found)  # type: ignore[arg-type]
+    try:
+        return list(found() if callable(found) else found)  # type: ignore[arg-type]
+    except ValueError as error:  # transformers looks which PEFT there is
+        raise ConfigError(f"the adapters of the base cannot be told: {error}") from None
 
 
 def check_peft() -> None:

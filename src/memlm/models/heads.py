@@ -46,6 +46,31 @@ class Head:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits
 
+    @torch.no_grad()
+    def is_plain(self) -> bool:
+        """Whether weight and bias tell all of the output layer, as losses that read them alone suppose."""
+        weight: Tensor = self.weight
+        probe = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+        expected, found = self.linear(probe).float(), nn.functional.linear(probe, weight, self.bias).float()
+        tolerance = 1e-3 if weight.dtype == torch.float32 else 5e-2
+        return not bool((expected - found).abs().max() > tolerance * expected.abs().max())
+
+
+def check_plain_head(head: Head, name: str) -> None:
+    """Raise unless `is_plain`.
+
+    Args:
+        name: What an error calls the model.
+
+    Raises:
+        ModelError: It is not.
+    """
+    if not head.is_plain():
+        raise ModelError(
+            f"the output layer of {name} ({type(head.linear).__name__}) does more than multiply by its weight: it can"
+            " vote, but it cannot be trained or carried over"
+        )
+
 
 def find_head(model: PreTrainedModel, *, exact: bool = False) -> Head:
     """The model's head, checked on a probe: body plus head must give the model's own logits.

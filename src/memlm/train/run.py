@@ -19,6 +19,7 @@ from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import load_memory, memory_class, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
+from memlm.models.heads import Head, check_plain_head
 from memlm.models.identity import model_identity
 from memlm.models.loading import WEIGHTS_FILE, check_reaches, default_device, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader
@@ -131,6 +132,8 @@ def plan_memory(
         base_model: PreTrainedModel = load_causal_lm(base, dtype=dtype).to(device)  # type: ignore[arg-type]
         torch.manual_seed(config.seed)
         memory = _start(rows, init, goes_on, base_model, config)
+        if isinstance(head := getattr(memory, "head", None), Head):
+            check_plain_head(head, init or "the memory")
         if store is not None and store.manifest.facts["tap"] != memory.tap:
             raise ArtifactError(
                 f"activations {activations} were read at {store.manifest.facts['tap']}, the memory reads {memory.tap}"
