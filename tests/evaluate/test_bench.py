@@ -11,7 +11,7 @@ from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate.bench import bench, bench_table
 from memlm.evaluate.config import BenchConfig
 
-QUICK = BenchConfig(new_tokens=4, prompt_tokens=6, rounds=2, dtype="float32")
+QUICK = BenchConfig(new_tokens=4, prompt_tokens=6, score_tokens=16, rounds=2, dtype="float32")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -32,18 +32,44 @@ def test_every_way_is_timed_beside_the_base(
     assert bench_table(found).splitlines()[1].startswith("base ")
     assert 0 <= found["m drafted"]["acceptance"] <= 1
     assert all("acceptance" not in found[name] for name in drawn)
+    scored = {name for name, row in found.items() if "scored_tokens_per_s" in row}
+    assert scored == {"base", "m", "knn"}
+    for name in scored - {"base"}:
+        expected = found["base"]["scored_tokens_per_s"] / found[name]["scored_tokens_per_s"]
+        assert found[name]["scoring_ratio"] == pytest.approx(expected, rel=1e-2)
+    assert not bench_table(found).splitlines()[-1].startswith("knn")
+
+
+def test_scoring_is_left_out_where_no_text_is_asked_for(model_folder: str, memory_folder: Path) -> None:
+    config = QUICK.model_copy(update={"score_tokens": 0})
+    found = bench(model_folder, {"m": str(memory_folder)}, ["one two three"], gate="posterior", config=config)
+    assert not any("scor" in key for row in found.values() for key in row)
+    assert "scored" not in bench_table(found)
 
 
 def test_the_command(model_folder: str, memory_folder: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one two three\n\nfour\n", encoding="utf-8")
     arguments = ["bench", model_folder, "--memory", str(memory_folder), "--prompts", str(prompts)]
-    arguments += ["--new-tokens", "4", "--rounds", "1", "--dtype", "float32", "--gate", "posterior"]
+    arguments += [
+        "--new-tokens",
+        "4",
+        "--rounds",
+        "1",
+        "--score-tokens",
+        "16",
+        "--dtype",
+        "float32",
+        "--gate",
+        "posterior",
+    ]
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output
     assert "tokens/s" in told.stdout
-    told = CliRunner().invoke(app, [*arguments, "--json"])
+    drawn = tmp_path / "bench.png"
+    told = CliRunner().invoke(app, [*arguments, "--json", "--plot", str(drawn)])
     assert {"base", "memory", "machine"} <= json.loads(told.stdout).keys()
+    assert drawn.read_bytes().startswith(b"\x89PNG")
     missing = CliRunner().invoke(app, [*arguments[:-6], "--prompts", str(tmp_path / "none")])
     assert missing.exit_code != 0
     assert isinstance(missing.exception, InputError | SystemExit)

@@ -1,6 +1,7 @@
 """Commands that measure what a memory gains: evaluate perplexity, tasks, lm-eval, bench, compare."""
 
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +23,7 @@ from memlm.cli.options import (
 )
 from memlm.cli.printing import next_line, print_result, quiet, say
 from memlm.config import MAX_COUNT, MAX_SEED
-from memlm.errors import InputError
+from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig
 from memlm.files import write_json
 from memlm.mix.gate_config import GateConfig
@@ -221,14 +222,18 @@ def bench(
     retrieval: RetrievalConfig | None,
     gate: GateConfig | None,
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
+    plot: Annotated[Path | None, typer.Option(help="PNG file to draw times per token in.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Time decoding with the base alone and beside each memory, in turns, on this machine.
+    """Time decoding and scoring with the base alone and beside each memory, in turns, on this machine.
 
     Several memories are timed one by one; a datastore is live kNN-LM. The base alone is transformers' own generate.
 
-    Example: memlm bench smollm2 --memory m=m/ --memory knn=d/ --prompts questions.txt
+    Example: memlm bench smollm2 --memory m=m/ --memory knn=d/ --prompts questions.txt --plot bench.png
     """
+    check_file_to_write(plot)
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ConfigError("a plot needs matplotlib: pip install 'memlm[plot]'")
     memories = by_name(memory, None)[0]
     check_models(base, *memories.values())
     quiet()
@@ -239,6 +244,12 @@ def bench(
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts {prompts}: {error}") from None
     report = bench(base, memories, lines, gate=gate, retrieval=retrieval, config=config)
+    if plot is not None:
+        from memlm.evaluate.plot import plot_bench
+        from memlm.files import replacing
+
+        with replacing(plot) as temporary:
+            plot_bench(report, temporary)
     print_result(report, as_json, bench_table(report))
 
 

@@ -10,12 +10,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import BenchConfig
 from memlm.evaluate.decoding import decode
+from memlm.mix.base import BaseVoter
 from memlm.mix.drafting import can_draft, drafts_itself
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
@@ -57,8 +60,9 @@ def bench(
         (its weights and what decoding needs on top; None where the system does not tell), and for memories `ratio`,
         the time per token over the base's. `NAME drafted` is the same by drafts, with `acceptance`, the share of
         drafted tokens that were accepted (None where none were drafted); one prompt at a time, a memory that reads
-        tokens and whose fixed weight is known has `NAME drawn` too, which samples. `machine` has device, threads and
-        load.
+        tokens and whose fixed weight is known has `NAME drawn` too, which samples. Base and memories have
+        `scored_tokens_per_s`, of a text whose labels alone are given probabilities, and memories `scoring_ratio`, its
+        time over the base's; not where `score_tokens` is 0. `machine` has device, threads and load.
 
     Raises:
         InputError: There is no prompt.
@@ -119,6 +123,14 @@ def bench(
     for name, pace in paces.items():
         accepted = pace.accepted_tokens / pace.drafted_tokens if pace.drafted_tokens else None
         found[name]["acceptance"] = None if accepted is None else round(accepted, 4)
+    if config.score_tokens:
+        parts = {name: way for name, (way, _) in ways.items() if name == "base" or name in memories}
+        text = _joined(tokenizer, prompts, min(config.score_tokens, longest or config.score_tokens)).to(device)
+        seconds = _scored(parts, text, config)
+        for name in parts:
+            found[name]["scored_tokens_per_s"] = round(text.shape[1] / seconds[name], 3)
+            if name != "base":
+                found[name]["scoring_ratio"] = round(seconds[name] / seconds["base"], 4)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     found["machine"] = {"device": str(device), "threads": torch.get_num_threads(), "load_average": load}
     return found
@@ -128,7 +140,9 @@ def bench_table(report: Mapping[str, Any]) -> str:
     """The report as lines of text."""
     rows = {name: row for name, row in report.items() if name != "machine"}
     width = max(8, *(len(name) + 2 for name in rows))
-    lines = [f"{'':<{width}}{'tokens/s':>10}{'first token':>14}{'peak memory':>14}{'time / base':>13}{'accepted':>10}"]
+    titles = f"{'tokens/s':>10}{'first token':>14}{'peak memory':>14}{'time / base':>13}{'accepted':>10}"
+    scored = any("scored_tokens_per_s" in row for row in rows.values())
+    lines = [f"{'':<{width}}{titles}{'scored/s':>12}{'time / base':>13}" if scored else f"{'':<{width}}{titles}"]
     for name, row in rows.items():
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else "1"
         peak = "?" if row["peak_bytes"] is None else size(row["peak_bytes"])
@@ -136,6 +150,8 @@ def bench_table(report: Mapping[str, Any]) -> str:
         line = (
             f"{name:<{width}}{row['tokens_per_s']:>10.1f}{row['ttft_ms']:>11.0f} ms{peak:>14}{ratio:>13}{accepted:>10}"
         )
+        if "scored_tokens_per_s" in row:
+            line += f"{row['scored_tokens_per_s']:>12.0f}{row.get('scoring_ratio', 1):>13.2f}"
         lines.append(line.rstrip())
     machine = report["machine"]
     load = "" if machine["load_average"] is None else f", load {machine['load_average']:.1f} at the end"
@@ -153,6 +169,34 @@ def _batches(tokenizer: Any, prompts: Sequence[str], config: BenchConfig) -> lis
         shortest = min(len(tokens) for tokens in members)
         found.append(torch.stack([tokens[-shortest:] for tokens in members]))
     return found
+
+
+def _joined(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    """`(1, length)` tokens of all prompts, repeated where they are too few."""
+    ids = torch.cat([encode_prompt(tokenizer, prompt)["input_ids"][0] for prompt in prompts])  # type: ignore[misc]
+    return ids.repeat(-(-length // len(ids)))[None, :length]
+
+
+@torch.inference_mode()
+def _scored(ways: Mapping[str, Any], text: Int[Tensor, "1 T"], config: BenchConfig) -> dict[str, float]:
+    """Median seconds of scoring a text by the base, and by the base and each memory."""
+    mixtures = {name: way for name, way in ways.items() if name != "base"}
+    size = min((mixed.vocab_size for mixed in mixtures.values()), default=ways["base"].config.vocab_size)
+    base = BaseVoter(ways["base"], size, exact=False)
+    labels = torch.cat([text[:, 1:], torch.full_like(text[:, :1], IGNORE)], 1)
+    clock, seconds = _Clock(base.device), {name: [] for name in ways}
+    for number in range(-1, config.rounds):  # the first round warms up
+        for name in ways:
+            memory = next(iter(mixtures[name].named_memories().values())) if name in mixtures else None
+            tap = None if memory is None else memory.tap
+            began = clock()
+            state = base.step(text, taps=() if tap is None else (tap,))
+            base.label_log_probs(state, labels)
+            if memory is not None:
+                read = memory.step(text, None if tap is None else state.activations[tap])
+                memory.label_log_probs(read, labels)
+            seconds[name] += [clock() - began] if number >= 0 else []
+    return {name: median(times) for name, times in seconds.items()}
 
 
 def _timed(

@@ -59,6 +59,8 @@ class BenchConfig(StageConfig):
     """Latest tokens of each prompt that are read."""
     batch_size: int = Field(default=1, ge=1, le=1 << 16)
     """Prompts decoded together."""
+    score_tokens: int = Field(default=512, ge=0, le=MAX_COUNT)
+    """Tokens of a text, the prompts joined, that base and memories score at once; 0: none."""
     rounds: int = Field(default=3, ge=1, le=1_000_000)
     """How often each way is timed, in turns; the medians count."""
     dtype: str = "auto"

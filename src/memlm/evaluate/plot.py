@@ -48,6 +48,38 @@ def report_figure(report: dict[str, Any]) -> Any:
     return figure
 
 
+def plot_bench(report: dict[str, Any], path: Path) -> None:
+    """Write `bench_figure` as a PNG."""
+    deterministic_figure(lambda: bench_figure(report), path)
+
+
+def bench_figure(report: dict[str, Any]) -> Any:
+    """A figure of what `memlm bench` found: time per decoded and per scored token over the base's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = {name: row for name, row in report.items() if name != "machine"}
+    figure = Figure(figsize=(7, 0.8 + 0.5 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for shift, key, title, color in ((-0.2, "ratio", "decoding", _MIXTURE), (0.2, "scoring_ratio", "scoring", _OTHER)):
+        ratios = {place: row[key] for place, row in enumerate(rows.values()) if key in row}
+        if not ratios:
+            continue
+        axes.barh([place + shift for place in ratios], list(ratios.values()), 0.36, color=color, label=title)
+        for place, ratio in ratios.items():
+            axes.annotate(f"{ratio:.2f}", (ratio, place + shift), (3, 0), textcoords="offset points", va="center")
+    axes.axvline(1, color=_BASE, linewidth=1)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.margins(x=0.12)
+    machine = report["machine"]
+    axes.set_xlabel("time per token over the base's")
+    axes.set_title(f"{machine['device']}, {machine['threads']} threads", fontsize=9)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def _matplotlib() -> Any:
     """The module; what it keeps for itself goes to a temporary folder, unless its user has imported or placed it."""
     if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:

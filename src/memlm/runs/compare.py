@@ -602,7 +602,7 @@ class Comparison:
             [prompt for prompt in prompts if prompt.strip()],
             tokenizer=corpus.tokenizer,
             retrieval=retrieval,
-            config=BenchConfig(new_tokens=new, prompt_tokens=read, dtype=self.evaluate.dtype),
+            config=BenchConfig(new_tokens=new, prompt_tokens=read, score_tokens=0, dtype=self.evaluate.dtype),
         )
         as_well = {"dapt": "base", "lora": "base", "twin": "memory", "dapt+memory": "memory", "lora+memory": "memory"}
         as_well["dapt+knn"] = "knn"
