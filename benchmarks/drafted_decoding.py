@@ -75,7 +75,7 @@ def measure(base: Any, part: Any, decisions: dict[str, list[bool]], *, new: int,
     """
     memory = MemoryDecoder(part, MemorySettings(kind="decoder", vocab_size=base.config.vocab_size))
     mixtures = {weight: MixedLM(base, memory, weight) for weight in (0.4, 0.6)}
-    prompt = random_tokens(1, 2, base.config.vocab_size, base.device)  # so short that reading it takes next to nothing
+    prompt = random_tokens(1, 1, base.config.vocab_size, base.device)  # a longer one is read slowly: see Head
     sides: dict[str, Callable[[], object]] = {
         "base": lambda: decode(base, prompt, new),
         "undrafted": lambda: decode(mixtures[0.6], prompt, new),

@@ -136,3 +136,15 @@ def test_an_output_layer_that_is_a_matrix_alone_is_told_from_one_that_does_more(
     assert not head.is_plain()
     with pytest.raises(ModelError, match=r"the output layer of x \(Louder\) does more than multiply by its weight"):
         check_plain_head(head, "x")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "kept"), [(1, 1), (1, 3), (4, 1), (4, 3)])
+def test_a_slice_is_multiplied_as_the_model_does(dtype: torch.dtype, rows: int, kept: int) -> None:
+    model = family_model("llama").to(dtype)  # type: ignore[call-overload]
+    tokens = token_ids(rows, 6)
+    with torch.no_grad():
+        expected = model(tokens, logits_to_keep=kept).logits
+        found = find_head(model)(model.base_model(tokens)[0][:, -kept:])
+    assert found.shape == expected.shape
+    assert torch.equal(found, expected)

@@ -39,7 +39,9 @@ class Head:
         weight = getattr(self.linear, "weight", None)  # some bodies compute in float32 whatever the head is in
         if weight is not None and weight.is_floating_point():
             hidden = hidden.to(weight.dtype)
-        logits = self.linear(hidden)
+        # torch multiplies a slice of (B, T, D), as of last positions, row by row: 20 to 60 times as slow in bfloat16
+        flat = hidden.ndim == 3 and (len(hidden) == 1 or hidden.dtype.itemsize == 2)  # others would change bits
+        logits = self.linear(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2]) if flat else self.linear(hidden)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
