@@ -1,5 +1,6 @@
 """A base and a Memory Decoder cost together what each costs by itself: decoding, scoring, reading a prompt."""
 
+import math
 import statistics
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,8 +13,10 @@ from benchmarks.decoding import decoder, prove_mixture
 from benchmarks.models import base_and_half, parameter_count, random_tokens
 from benchmarks.report import bar_line, prove
 from benchmarks.timing import Timing, interleave
+from memlm.corpus.blocks import IGNORE
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
+from memlm.mix.base import BaseVoter
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
 
@@ -23,6 +26,8 @@ PREFILL_BAR = 1.0
 LOOP_BAR = 1.0
 _TOLERANCE = 1e-4
 """Nats, of sums of some 1e5 terms in float32."""
+_LABEL_TOLERANCE = 0.05
+"""Nats; the head is multiplied at other places together, which in bfloat16 rounds otherwise."""
 
 
 class _Never(Pace):
@@ -35,9 +40,9 @@ class _Never(Pace):
 def run(quick: bool) -> Iterator[dict[str, Any]]:
     """SmolLM2 and a memory of half its blocks, over the sum of both models' own times in the same round.
 
-    Lines for a decoding step and for scoring a text at batches of 1 and 8; one for a prompt of 2,048 tokens of which
-    the memory's window of 512 sees a part; and two for the loop that drafts, told to draft nothing, over transformers'
-    own loop around the same mixture.
+    Lines for a decoding step, for all logits of a text and for those of its labels alone, at batches of 1 and 8; one
+    for a prompt of 2,048 tokens of which the memory's window of 512 sees a part; and two for the loop that drafts, told
+    to draft nothing, over transformers' own loop around the same mixture.
     """
     base, part = base_and_half(quick=quick)
     sizes: dict[str, Any] = {"context": 8, "steps": 2, "text": 12, "rounds": 1} if quick else {}
@@ -91,15 +96,34 @@ def measure(
 
     long = random_tokens(batch, text, mixed.vocab_size, base.device)
     prove_scores(mixed, base, part, long[:1, :16])
+    prove_labels(mixed, long[:1, :16])
     timing = interleave(
         {name: _reads(model, long) for name, model in models.items()}, device=base.device, rounds=max(1, rounds // 2)
     )
     scoring = _over_sum(timing) | {"text": text, "mixed_ms": round(1e3 * timing.median("mixed"), 1)} | told
-    return {"step": (BAR, decoding), "scoring": (BAR, scoring), "loop": (LOOP_BAR, loops(mixed, before, steps, rounds))}
+    timing = interleave(label_scorers(mixed, long), device=base.device, rounds=max(1, rounds // 2))
+    labels = _over_sum(timing) | {"text": text, "mixed_ms": round(1e3 * timing.median("mixed"), 1)} | told
+    both = {"scoring": (BAR, scoring), "labels": (BAR, labels)}
+    return {"step": (BAR, decoding), **both, "loop": (LOOP_BAR, loops(mixed, before, steps, rounds))}
 
 
 def _reads(model: Any, tokens: torch.Tensor, **options: Any) -> Callable[[], Any]:
     return lambda: model(tokens, **{"use_cache": False, **options}).logits
+
+
+def label_scorers(mixed: MixedLM, tokens: torch.Tensor) -> dict[str, Callable[[], torch.Tensor]]:
+    """Log-probs of a text's labels alone, as evaluations take them: by the mixture, the base and the memory."""
+    (memory,), (weight,) = mixed.named_memories().values(), mixed.mix_weights.values()
+    base = BaseVoter(mixed.base, mixed.vocab_size, exact=False)
+    labels = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], IGNORE)], 1)
+
+    def by(voter: Any) -> torch.Tensor:
+        return voter.label_log_probs(voter.step(tokens), labels)["label"]
+
+    def mixture() -> torch.Tensor:
+        return torch.logaddexp(by(base) + math.log1p(-weight), by(memory) + math.log(weight))
+
+    return {"mixed": mixture, "base": lambda: by(base), "memory": lambda: by(memory)}
 
 
 def _over_sum(timing: Timing) -> dict[str, Any]:
@@ -126,6 +150,19 @@ def prove_scores(mixed: MixedLM, base: PreTrainedModel, part: PreTrainedModel, t
     expected = ((1 - weight) * of_base + weight * of_memory).log()
     found = mixed(tokens, use_cache=False).logits.double().log_softmax(-1)
     prove(float((found - expected).abs().max()), _TOLERANCE, "scores of the mixture against its parts")
+
+
+@torch.inference_mode()
+def prove_labels(mixed: MixedLM, tokens: torch.Tensor) -> None:
+    """Prove that the labels' log-probs are those among the mixture's logits.
+
+    Raises:
+        WrongAnswerError: They are not.
+    """
+    log_probs = mixed(tokens, use_cache=False).logits[:, :-1].double().log_softmax(-1)
+    expected = log_probs.gather(-1, tokens[:, 1:, None])[..., 0].flatten()
+    found = label_scorers(mixed, tokens)["mixed"]().double()
+    prove(float((found.cpu() - expected.cpu()).abs().max()), _LABEL_TOLERANCE, "log-probs of labels")
 
 
 def loops(mixed: MixedLM, before: torch.Tensor, steps: int, rounds: int) -> dict[str, Any]:
