@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from architectures import tiny_model
@@ -183,3 +185,25 @@ def test_the_width_is_that_of_the_taps_own_input() -> None:
     assert tap_width(family_model("llama"), "model.layers.2.mlp.down_proj") == 2 * WIDTH
     assert tap_width(family_model("gpt2"), "transformer.h.0.mlp.c_proj") == 4 * WIDTH
     assert tap_width(family_model("llama"), "model.layers.2.input_layernorm") == WIDTH
+
+
+def test_a_module_is_found_once_and_anew_where_one_on_the_way_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = family_model("llama")
+    tap = find_tap(model)
+    walked: list[str] = []
+    walk = torch.nn.Module.get_submodule
+    monkeypatch.setattr(torch.nn.Module, "get_submodule", lambda self, path: walked.append(path) or walk(self, path))
+    first = get_module(model, tap)
+    walked.clear()
+    assert get_module(model, tap) is first
+    assert not walked
+    parent, _, name = tap.rpartition(".")
+    other = copy.deepcopy(walk(model, parent))
+    block = walk(model, parent.rpartition(".")[0])
+    if block is walk(model, "model.layers"):
+        block[int(parent.rpartition(".")[2])] = other
+    else:
+        setattr(block, parent.rpartition(".")[2], other)
+    assert get_module(model, tap) is getattr(other, name) is not first
+    copied = copy.deepcopy(model)
+    assert get_module(copied, tap) is walk(copied, tap)

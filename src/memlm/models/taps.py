@@ -156,21 +156,43 @@ def _is_square(module: nn.Module) -> bool:
     return len(shapes) == 1 and shapes[0][-2:].count(shapes[0][-1]) == 2
 
 
+_Steps = tuple[tuple[str, nn.Module], ...]
+_paths: WeakKeyDictionary[nn.Module, dict[str, _Steps]] = WeakKeyDictionary()
+"""Model to tap to the names and modules on the way there: a step of decoding asks for it each time."""
+
+
 def get_module(model: PreTrainedModel, tap: str) -> nn.Module:
-    """The module at path `tap`.
+    """The module at path `tap`, found once as long as all modules on the way there are the same.
 
     Raises:
         ModelError: There is none; the nearest paths are named.
     """
     model = unwrapped(model)
+    known = _paths.get(model, {}).get(tap, ())
+    if known and _leads(model, known):
+        return known[-1][1]
     try:
-        return model.get_submodule(tap)
+        found = model.get_submodule(tap)
+        names = tap.split(".")
+        steps = tuple((name, model.get_submodule(".".join(names[: n + 1]))) for n, name in enumerate(names) if name)
+        if steps and _leads(model, steps):
+            _paths.setdefault(model, {})[tap] = steps
+        return found
     except AttributeError:
         modules = [name for name, _ in model.named_modules()]
         near = difflib.get_close_matches(tap, modules, n=3, cutoff=0.4)
         raise ModelError(
             f"tap {tap!r} does not exist in {type(model).__name__}; nearest: {', '.join(near) or 'none'}"
         ) from None
+
+
+def _leads(model: nn.Module, steps: _Steps) -> bool:
+    """Whether each module is still its parent's child of that name."""
+    for name, child in steps:
+        if model._modules.get(name) is not child:
+            return False
+        model = child
+    return True
 
 
 def tap_width(model: PreTrainedModel, tap: str) -> int:
