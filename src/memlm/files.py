@@ -5,6 +5,7 @@ A file may come from a stranger: no memory is taken for what its header claims, 
 """
 
 import contextlib
+import difflib
 import errno
 import hashlib
 import json
@@ -12,7 +13,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,14 @@ def utf8(name: str) -> str:
 def lasting_name(name: str) -> str:
     """The absolute path of a folder, so that it is found from everywhere; any other name as it is."""
     return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def near_here(name: str, others: Iterable[str] = ()) -> str:
+    """A hint that names what is there and nearly called so."""
+    path = Path(name)
+    beside = [str(path.with_name(p.name)) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), [*others, *beside], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def links_in(folder: Path) -> list[Path]:

@@ -1,11 +1,11 @@
 """Mistakes that can be told before anything heavy is imported. The stages look again, and closer."""
 
-import difflib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from memlm.errors import InputError, ModelError, OutputExistsError
+from memlm.files import near_here
 
 
 def check_folder(place: str | Path, *kinds: str) -> None:
@@ -29,7 +29,7 @@ def check_documents(places: Iterable[str]) -> None:
 
     for place in places:
         if not Path(place).exists() and (text_format(Path(place)) is not None or _is_path(place)):
-            raise InputError(f"{place} does not exist{_nearest(place, [])}")
+            raise InputError(f"{place} does not exist{near_here(place)}")
 
 
 def check_models(*names: str | None) -> None:
@@ -42,7 +42,7 @@ def check_models(*names: str | None) -> None:
 
     for name in names:
         if name is not None and not Path(name).exists() and _is_path(name):
-            raise ModelError(f"{name} does not exist{_nearest(name, PACKAGED)}")
+            raise ModelError(f"{name} does not exist{near_here(name, PACKAGED)}")
 
 
 def check_file_to_write(place: Path | None) -> None:
@@ -63,11 +63,3 @@ def check_file_to_write(place: Path | None) -> None:
 def _is_path(name: str) -> bool:
     """Whether no hub id looks like this."""
     return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
-
-
-def _nearest(name: str, others: Iterable[str]) -> str:
-    """A hint that names what is there and nearly called so."""
-    path = Path(name)
-    beside = [str(path.with_name(p.name)) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(str(path), [*others, *beside], n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else ""

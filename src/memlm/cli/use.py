@@ -155,8 +155,12 @@ def explain(
     model, tokenizer = _mixed(base, memory, mix_weight, gate, dtype, retrieval, chat=chat_template)
     for text in texts or [turn]:
         _say_spelled(tokenizer, text, special_tokens)
-    shared: dict[str, Any] = {"datastore": datastore, "retrieval": retrieval, "neighbors": neighbors}
-    shared["special_tokens"] = special_tokens
+    shared: dict[str, Any] = {
+        "datastore": datastore,
+        "retrieval": retrieval,
+        "neighbors": neighbors,
+        "special_tokens": special_tokens,
+    }
     if passages is None:
         found = [explain(model, tokenizer, turn, max_new_tokens=max_new_tokens, **shared)]
     else:

@@ -2,7 +2,6 @@
 
 import codecs
 import contextlib
-import difflib
 import gzip
 import io
 import json
@@ -19,7 +18,7 @@ import zstandard
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.pages import page_text
 from memlm.errors import ArtifactError, InputError
-from memlm.files import digest, file_digest, file_error, read_json, utf8
+from memlm.files import digest, file_digest, file_error, near_here, read_json, utf8
 from memlm.manifest import IDENTITY, MANIFEST, MANIFEST_BYTES, PLAN
 
 TEXT = (".txt", ".md", ".rst")
@@ -466,10 +465,9 @@ def _from_hub(source: str) -> Any:
     try:
         return datasets.load_dataset(name, subset or None, split=split or "train")
     except Exception as error:
-        near = difflib.get_close_matches(name, [path.name for path in Path().iterdir()], n=1)
-        hint = f"; did you mean {near[0]}?" if near and not Path(name).parent.name else ""
         raise InputError(
-            f"{source!r} is no file or folder here and could not be loaded as a dataset ({_first_line(error)}){hint}"
+            f"{source!r} is no file or folder here and could not be loaded as a dataset ({_first_line(error)})"
+            f"{near_here(name)}"
         ) from None
 
 

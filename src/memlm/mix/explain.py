@@ -65,9 +65,8 @@ def explain(
     """
     _check_counts(max_new_tokens=(max_new_tokens, 1), neighbors=(neighbors, 0), snippet_tokens=(snippet_tokens, 0))
     memory = _searched(model, tokenizer, datastore, retrieval)
-    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model), special_tokens=special_tokens).to(
-        model.device
-    )
+    inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model), special_tokens=special_tokens)
+    inputs = inputs.to(model.device)
     sequence = model.generate(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
     )

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -172,10 +172,11 @@ def get_module(model: PreTrainedModel, tap: str) -> nn.Module:
     if known and _leads(model, known):
         return known[-1][1]
     try:
-        found = model.get_submodule(tap)
-        names = tap.split(".")
-        steps = tuple((name, model.get_submodule(".".join(names[: n + 1]))) for n, name in enumerate(names) if name)
-        if steps and _leads(model, steps):
+        steps, found = (), cast(nn.Module, model)
+        for name in tap.split("."):
+            found = found.get_submodule(name)
+            steps = (*steps, (name, found))
+        if _leads(model, steps):
             _paths.setdefault(model, {})[tap] = steps
         return found
     except AttributeError:
