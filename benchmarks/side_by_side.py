@@ -21,10 +21,9 @@ from threading import Event
 _ROOT = Path(__file__).parents[1]
 _STUDIES = {name: f"benchmarks/studies/{name}-million.yaml" for name in ("medquad", "contracts")}
 _NO_LIVE = ("--set", "study.live_k=[]")
-_ONE_RATE = ("--set", 'study.search={"train.learning_rate": [5.0e-4]}')
-
-
-_QUICK = ("medquad-corpora", "medquad-mixed", "medquad-twin", "tuned-bases")
+ARMS = ("twin", "mixture", "mixed", "imitation")
+_FROM_TARGETS = ("mixed", "imitation")
+_QUICK = ("medquad-corpora", "medquad-targets", "medquad-mixed", "medquad-twin", "medquad-live", "medquad-all")
 
 
 @dataclass(frozen=True)
@@ -55,23 +54,27 @@ def commands(corpora: Sequence[str] = tuple(_STUDIES)) -> list[Command]:
     """All, in the order in which they are started where several could be; the comparison is of MedQuAD."""
     found = []
     for corpus in corpora:
-        study = _STUDIES[corpus]
-        ready = f"{corpus}-corpora"
+        study, ready = _STUDIES[corpus], f"{corpus}-corpora"
         found.append(_study(ready, study, "--prepare"))
-        for arms in (("mixed", "imitation"), ("twin", "mixture")):
-            found.append(_study(f"{corpus}-{arms[0]}", study, *_NO_LIVE, "--arms", *arms, after=(ready,)))
-        done = (f"{corpus}-mixed", f"{corpus}-twin")
-        together = ("--arms", "twin", "mixture", "mixed", "imitation")
-        found.append(_study(f"{corpus}-all", study, *together, after=done))
-        for arm in ("mixed", "twin"):
-            more = (*_NO_LIVE, *_ONE_RATE, "--arms", arm, "--seeds", "1", "2")
-            found.append(_study(f"{corpus}-{arm}-more-seeds", study, *more, after=(f"{corpus}-{arm}",)))
+        found.append(_study(f"{corpus}-targets", study, "--prepare", "--arms", "mixed", after=(ready,)))
+        for arm in ARMS:
+            after = (f"{corpus}-targets" if arm in _FROM_TARGETS else ready,)
+            if arm == "imitation" and corpus != corpora[0]:  # it searches again; one corpus wholly, not two in part
+                after = (*after, f"{corpora[0]}-all")
+            found.append(_study(f"{corpus}-{arm}", study, *_NO_LIVE, "--arms", arm, after=after))
+    for corpus in corpora:
+        study, arms = _STUDIES[corpus], ARMS if corpus == corpora[0] else ARMS[:-1]
+        done = tuple(f"{corpus}-{arm}" for arm in arms)
+        found.append(_study(f"{corpus}-live", study, "--arms", after=(f"{corpus}-imitation",)))  # of the same targets
+        found.append(_study(f"{corpus}-all", study, *_NO_LIVE, "--arms", *arms, after=done))
+        more = ("--search-once", *_NO_LIVE, "--arms", "twin", "mixed", "--seeds", "1", "2")
+        found.append(_study(f"{corpus}-more-seeds", study, *more, after=(f"{corpus}-twin", f"{corpus}-mixed")))
     if "medquad" not in corpora:
         return found
     untimed = "compare.timed_tokens=0"
-    found.append(_compare("tuned-bases", "compare.rows=[dapt, lora]", untimed, after=("medquad-corpora",)))
-    found.append(_compare("mlp", "compare.rows=[mlp]", untimed, after=("medquad-mixed", "tuned-bases")))
-    found.append(_compare("compare", untimed, after=("mlp", "medquad-all")))
+    found.append(_compare("tuned-bases", "compare.rows=[dapt, lora]", untimed, after=("medquad-all",)))
+    found.append(_compare("mlp", "compare.rows=[mlp]", untimed, after=("tuned-bases",)))
+    found.append(_compare("compare", untimed, after=("mlp",)))
     return found
 
 
@@ -94,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run(command: Command) -> bool:
         try:
-            for name in command.after:
+            for name in by_name.keys() & set(command.after):
                 by_name[name].ended.wait()
             arguments = [part.replace("{work}", str(work)) for part in command.arguments]
             log = work / f"{command.name}.log"

@@ -108,12 +108,14 @@ class Study:
 
     # --- what is asked for ------------------------------------------------------------------------------------------
 
-    def points(self, arms: list[str], seeds: list[int]) -> Iterator[Point]:
-        """Every point, seed by seed."""
+    def points(self, arms: list[str], seeds: list[int], *, search_once: bool = False) -> Iterator[Point]:
+        """Every point, seed by seed; with `search_once`, of other seeds than 0 only what was best with that one."""
         for seed, arm in itertools.product(seeds, arms):
+            first = self.best(arm, 0) if search_once and seed else None
             for values in itertools.product(*self.search.values()):
                 searched = dict(zip(self.search, values, strict=True))
-                yield Point(arm, {**self.arms[arm], **searched, "train.seed": seed})
+                if first is None or searched.items() <= first["settings"].items():
+                    yield Point(arm, {**self.arms[arm], **searched, "train.seed": seed})
 
     def recipe(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe of a point."""
@@ -201,10 +203,13 @@ class Study:
             if (other["arm"], other["settings"]["train.seed"]) == (point.arm, point.seed) and other != best:
                 shutil.rmtree(self.memory_folder(other["key"]).parent, ignore_errors=True)
 
-    def prepare(self) -> None:
-        """Make the corpora, so that several processes that share this folder find them there."""
+    def prepare(self, arms: list[str]) -> None:
+        """Make the corpora, and what these arms train on, so that several processes that share this folder find it."""
         recipe = self.recipe({})
         self.folders(recipe, "twin", targets=False)
+        for arm in arms:
+            of_arm = self.recipe(self.arms[arm])
+            self.folders(of_arm, arm, targets=of_arm.configs["train"].kl_weight > 0)
         for part in ("fit", "test"):
             self.general_corpus(part, recipe.places["corpus"]["tokenizer"])
 
@@ -337,12 +342,12 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def run(study: Study, arms: list[str], seeds: list[int], *, minutes: float | None) -> bool:
+def run(study: Study, arms: list[str], seeds: list[int], *, minutes: float | None, search_once: bool = False) -> bool:
     """Work through the study as far as the time goes, seed by seed; whether it is finished."""
     end = None if minutes is None else time.monotonic() + 60 * minutes
     for seed in seeds:
         for arm in arms:
-            for point in study.points([arm], [seed]):
+            for point in study.points([arm], [seed], search_once=search_once):
                 there = study.found("point")
                 if any(line["key"] == point.key for line in there):
                     continue
@@ -352,7 +357,9 @@ def run(study: Study, arms: list[str], seeds: list[int], *, minutes: float | Non
                     return False
                 study.train(point)
             study.judge(arm, seed)
-        study.compare(study.settings.get("against", arms[0]), seed)
+        against = study.settings.get("against", next(iter(study.arms)))
+        if against in arms and len(arms) > 1:
+            study.compare(against, seed)
     if study.settings.get("live_k"):
         study.live()
     return True
@@ -396,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("study", type=Path, help="YAML file: a recipe and a section study; benchmarks/studies has some")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder of memories; default runs/study")
     parser.add_argument("--results", type=Path, required=True, help="file of JSON lines, added to and gone on with")
-    parser.add_argument("--arms", nargs="+", metavar="ARM", help="default all")
+    parser.add_argument("--arms", nargs="*", metavar="ARM", help="default all; none: live kNN-LM alone")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default 0")
     parser.add_argument("--minutes", type=float, help="start no point that would end later")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="another setting")
@@ -404,7 +411,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-hours", type=float, help="refuse a study that is expected to take longer")
     parser.add_argument("--max-gib", type=float, help="refuse a study that is expected to keep more on disk")
     parser.add_argument("--quick", action="store_true", help="toy size, on random words with a random model")
-    parser.add_argument("--prepare", action="store_true", help="make the corpora and no more")
+    parser.add_argument("--prepare", action="store_true", help="make corpora, and what --arms train on, and no more")
+    parser.add_argument("--search-once", action="store_true", help="other seeds take the settings that seed 0 chose")
     parser.add_argument("--table", action="store_true", help="print the arms that were judged, and run nothing")
     given = parser.parse_args(arguments)
     logging.disable_progress_bar()
@@ -412,21 +420,21 @@ def main(arguments: list[str] | None = None) -> int:
         work = given.work.resolve()
         overrides = [*(quick_settings(given.study, work / "toy") if given.quick else []), *given.set]
         study = Study(given.study, work, given.results, overrides, keep_all=given.keep_all)
-        arms = given.arms or list(study.arms)
+        arms = list(study.arms) if given.arms is None else given.arms
         if unknown := set(arms) - study.arms.keys():
             raise ConfigError(f"no arm is called {min(unknown)!r}; there are {', '.join(study.arms)}")
         if given.table:
             print(table(study))
             return 0
         if given.prepare:
-            study.prepare()
+            study.prepare(given.arms or [])
             return 0
         points, hours, gib = left_to_do(study, arms, given.seeds)
         _say(f"{points} memories to train, about {duration(3600 * hours)} and {gib:.1f} GiB")
         for name, there, most in (("hours", hours, given.max_hours), ("GiB", gib, given.max_gib)):
             if most is not None and there > most:
                 raise ConfigError(f"about {there:.1f} {name}, above the {most:g} allowed, for {points} memories")
-        run(study, arms, given.seeds, minutes=given.minutes)
+        run(study, arms, given.seeds, minutes=given.minutes, search_once=given.search_once)
         return 0
     except MemlmError as error:
         print(f"error: {error}", file=sys.stderr)

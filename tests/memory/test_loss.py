@@ -1,5 +1,6 @@
 """The fused sparse loss against a dense one in float64."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from memlm.memory import loss
 from memlm.memory.loss import Beside, DistillationLoss, _tile, distillation_loss
 from memlm.models.heads import Head
 
@@ -400,3 +402,27 @@ def test_in_bfloat16_the_error_is_no_larger_than_the_naive_one(
     for mine, theirs, reference in zip(case.gradients(fused), case.gradients(naive), expected_gradients, strict=True):
         assert mine.dtype == dtype
         assert relative_error(mine, reference) <= allowed(relative_error(theirs, reference))
+
+
+def test_where_triton_does_not_run_a_warning_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "KERNEL_DEVICES", ("cpu",))
+    monkeypatch.setattr(loss, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "memlm.memory.loss_kernels", None)
+    loss.has_kernels.cache_clear()
+    case = make_case()
+    with pytest.warns(UserWarning, match="Triton does not run here, so the loss takes longer"):
+        found = case.fused().loss
+    loss.has_kernels.cache_clear()
+    torch.testing.assert_close(found.double(), case.dense()[0], **CLOSE)
+
+
+def test_a_token_named_twice_counts_twice() -> None:
+    twice = replace(
+        make_case(positions=1, kl_weight=0.5),
+        counts=torch.tensor([3]),
+        ids=torch.tensor([2, 3, 2]),
+        probs=torch.tensor([0.25, 0.25, 0.5]),
+    )
+    once = replace(twice, counts=torch.tensor([2]), ids=torch.tensor([2, 3]), probs=torch.tensor([0.75, 0.25]))
+    for mine, reference in zip(twice.gradients(twice.fused().loss), once.gradients(once.fused().loss), strict=True):
+        torch.testing.assert_close(mine, reference)

@@ -10,8 +10,11 @@ the mixture at that token, `r_s = c p(s) / ((1 - c) p_base(s) + c p(s))`, known 
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,9 +25,14 @@ from memlm.models.heads import Head
 
 _CPU_LOGITS = 2**20  # 4 MiB in float32: what is done to them after the product stays in the cache
 _DEVICE_LOGITS = 2**28  # every tile is some hundred launches
+_KERNEL_LOGITS = 2**25  # or ten, where each is one kernel; 64 MiB in half precision
+KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 _FEWEST_POSITIONS = 128  # with fewer, adding up gradients of the head takes as long as the products
 _FEWEST_TOKENS = 384  # with fewer, adding up gradients of hidden states does
 _FEW_TILES = 8  # up to which every tile looks at the whole label instead of its part of it
+
+
+_ADDS_WIDENED = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ def distillation_loss(
         head.weight,
         head.bias,
         confidence,
-        _SparseLabel(owner, ids, label, of_base, share),
+        _SparseLabel(owner, ids, label, target_counts if kl_weight > 0 else None, of_base, share),
         _Output(vocab_size, head.scale, head.softcap, dtype, tile or _tile(len(labels), vocab_size, dtype, device)),
     )
     negative_entropy = torch.xlogy(q, q).sum()
@@ -132,10 +140,28 @@ def _tile(positions: int, vocab_size: int, dtype: torch.dtype, device: torch.dev
     In half precision all positions and few tokens: logits are computed twice, but no gradient of the head is added up.
     In full precision, where products are slow, few positions and all tokens.
     """
-    logits = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS
+    logits, step = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS, 1
+    if has_kernels(device.type):
+        logits, step = _KERNEL_LOGITS * 2 // dtype.itemsize, 128  # rows that begin where loads are aligned
     if dtype.itemsize > 2:
         return max(logits // vocab_size, _FEWEST_POSITIONS), vocab_size
-    return max(positions, 1), max(logits // max(positions, 1), _FEWEST_TOKENS)
+    return max(positions, 1), max(logits // max(positions, 1) // step * step, _FEWEST_TOKENS)
+
+
+@cache
+def has_kernels(device: str) -> bool:
+    """Whether what is done to a tile on devices of this type can be kernels of Triton; one is tried."""
+    if device not in KERNEL_DEVICES or find_spec("triton") is None:
+        return False
+    try:
+        from memlm.memory.loss_kernels import TileKernels
+
+        one = torch.ones(1, device=device)
+        return TileKernels(one.int(), None, 1, 1.0, None).merged(one).item() == 1
+    except Exception as error:  # Triton has many reasons, such as no C compiler
+        reason = str(error).partition("\n")[0][:200]
+        warnings.warn(f"Triton does not run here, so the loss takes longer: {reason}", stacklevel=2)
+        return False
 
 
 def _view(buffer: Tensor, size: Sequence[int]) -> Tensor:
@@ -145,6 +171,8 @@ def _view(buffer: Tensor, size: Sequence[int]) -> Tensor:
 def _add_product(to: Tensor, left: Tensor, right: Tensor) -> None:
     if to.dtype == left.dtype:
         to.addmm_(left, right)
+    elif to.is_cuda and left.dtype.itemsize == 2 and _ADDS_WIDENED:
+        torch.addmm(to, left, right, out_dtype=to.dtype, out=to)
     else:
         to += left @ right
 
@@ -215,6 +243,8 @@ class _SparseLabel:
     """`(P + S,)` labels, then the targets' tokens; both int32, for they take what the label takes."""
     weights: Tensor
     """`(P + S,)`; they sum to 1 per position."""
+    counts: Tensor | None
+    """`(P,)` tokens of each target; None: there are none."""
     of_base: Tensor | None
     """`(P + S,)` the base's log-probs; None: there is no mixture."""
     share: float
@@ -233,6 +263,166 @@ class _Output:
     tile: tuple[int, int]
 
 
+class _Gradients:
+    """Those of hidden states, head and bias, added up tile by tile in float32; None where one is not wanted."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Sequence[bool]) -> None:
+        self._like = (hidden, weight, bias)
+        self.hidden, self.weight, self.bias = (
+            torch.zeros_like(tensor, dtype=torch.float32) if tensor is not None and want else None
+            for tensor, want in zip(self._like, wanted, strict=True)
+        )
+        self.any = any(wanted)
+
+    def add(self, here: slice, rows: slice, gradient: Tensor, states: Tensor, table: Tensor) -> None:
+        """Those of a tile's products `states @ table.T`, (G, C), for positions `here` and `rows` of the head."""
+        if self.hidden is not None:
+            _add_product(self.hidden[here], gradient, table)
+        if self.weight is not None:
+            _add_product(self.weight[rows], gradient.T, states)
+
+    def finished(self) -> tuple[Tensor | None, ...]:
+        """In the precision of what they are of."""
+        found = (self.hidden, self.weight, self.bias)
+        return tuple(
+            None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(found, self._like, strict=True)
+        )
+
+
+def _reweighed(
+    sparse: _SparseLabel, confidence: Tensor, scores: Tensor, normaliser: Tensor, entries: Tensor | slice
+) -> tuple[Tensor, Tensor]:
+    """Weights of entries by their part of the mixture, and their sum at each position, `(P,)`."""
+    part_of_mixture = _part_of_mixture(sparse, confidence, scores, normaliser, entries)
+    weights = sparse.weights[entries] * (1 - sparse.share + sparse.share * part_of_mixture)
+    return weights, torch.zeros_like(normaliser).index_add_(0, sparse.owner[entries], weights)
+
+
+def _walk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+    sparse: _SparseLabel,
+    output: _Output,
+    gradients: _Gradients,
+) -> tuple[Tensor, Tensor]:
+    """The label's logits and every position's normaliser; gradients are added up on the way."""
+    positions, owner, tile, dtype = len(hidden), sparse.owner, output.tile, output.dtype
+    vocab_size, softcap = output.vocab_size, output.softcap
+    label = sparse.weights if confidence is None else sparse.weights.clone()
+    label_tiles = _LabelTiles(owner, sparse.ids, label, (positions, vocab_size), tile)
+    starts = label_tiles.starts
+
+    # made once: memory that is freed and asked for again costs a page fault per 4 KiB
+    products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
+    floats = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+
+    def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Any, Tensor | None]]:
+        """Rows of the head, themselves, their logits (G, C), the label's entries, the cap's slope."""
+        for part, start in enumerate(starts):
+            rows = slice(start, min(start + tile[1], vocab_size))
+            table = weight[rows].to(dtype)  # (C, D)
+            size = len(states), len(table)
+            product = torch.mm(states, table.T, out=_view(products, size))  # (G, C)
+            logits = product if floats is products else _view(floats, size).copy_(product)
+            if bias is not None:
+                logits += bias[rows]
+            if output.scale != 1.0:
+                logits *= output.scale
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
+            yield rows, table, logits, label_tiles.entries(group, part, size), slope
+
+    scores = torch.zeros(len(owner), device=hidden.device)  # logits of the label's entries
+    normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
+    for group, first in enumerate(label_tiles.firsts):
+        here = slice(first, first + tile[0])
+        states = hidden[here].to(dtype)  # (G, D)
+        kept = list(tiles(group, states)) if len(starts) == 1 else None
+        for _, _, logits, (entries, at, there), _ in kept or tiles(group, states):
+            found = logits.view(-1)[at]
+            scores[entries] = found if there is None else torch.where(there, found, scores)
+            peak = logits.amax(1)
+            total = logits.sub_(peak[:, None]).exp_().sum(1)  # torch.logsumexp takes twice as long
+            normaliser[here] = torch.logaddexp(normaliser[here], total.log() + peak)
+        if not gradients.any:
+            continue
+        mass = None  # of a position's entries; 1 where no mixture weighs them anew
+        if confidence is not None:
+            entries = label_tiles.of_group(group)
+            weights, mass = _reweighed(sparse, confidence, scores, normaliser, entries)
+            label_tiles.weigh(entries, weights)
+            mass = mass[here, None]
+        for rows, table, logits, (entries, at, there), slope in kept or tiles(group, states):
+            # in place: softmax times mass; what is kept are exponentials by now
+            if kept:
+                grad = logits.div_(total[:, None] if mass is None else total[:, None] / mass)
+            else:
+                below = normaliser[here, None]
+                grad = logits.sub_(below if mass is None else below - mass.log()).exp_()
+            grad.view(-1).index_add_(0, at, label_tiles.weights(entries, there), alpha=-1)
+            if slope is not None:
+                grad *= slope
+            if output.scale != 1.0:
+                grad *= output.scale
+            if gradients.bias is not None:
+                gradients.bias[rows] += grad.sum(0)
+            grad = grad if floats is products else _view(products, grad.shape).copy_(grad)
+            gradients.add(here, rows, grad, states, table)
+    return scores, normaliser
+
+
+def _walk_by_kernels(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    confidence: Tensor | None,
+    sparse: _SparseLabel,
+    output: _Output,
+    gradients: _Gradients,
+) -> tuple[Tensor, Tensor]:
+    """The same where Triton runs: what is done to a tile between the products is one kernel, on the products."""
+    from memlm.memory.loss_kernels import TileKernels
+
+    positions, (rows_at_once, tokens), dtype = len(hidden), output.tile, output.dtype
+    kernels = TileKernels(sparse.ids, sparse.counts, positions, output.scale, output.softcap)
+    starts = range(0, output.vocab_size, tokens)
+    buffer = hidden.new_empty(min(rows_at_once, positions) * min(tokens, output.vocab_size), dtype=dtype)
+    scores = torch.zeros(len(sparse.owner), device=hidden.device)
+    normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
+    for first in range(0, positions, rows_at_once):
+        here = slice(first, first + rows_at_once)
+        states = hidden[here].to(dtype)
+
+        def products(start: int, states: Tensor = states) -> tuple[slice, Tensor, Tensor]:
+            rows = slice(start, min(start + tokens, output.vocab_size))
+            table = weight[rows].to(dtype)
+            return rows, table, torch.mm(states, table.T, out=_view(buffer, (len(states), len(table))))
+
+        last = None
+        for start in starts:
+            rows, table, found = last = products(start)
+            kernels.read(found, None if bias is None else bias[rows], scores, normaliser, first=first, start=start)
+        if not gradients.any:
+            continue
+        weights, mass = sparse.weights, None
+        if confidence is not None:  # those of positions that have not been read are not used
+            weights, mass = _reweighed(sparse, confidence, scores, normaliser, slice(None))
+        weights = kernels.merged(weights)
+        for start in starts:
+            rows, table, found = last if last is not None and len(starts) == 1 else products(start)
+            kernels.differentiate_(
+                found, None if bias is None else bias[rows], scores, normaliser, weights, mass, first=first, start=start
+            )
+            if gradients.bias is not None:
+                gradients.bias[rows] += found.sum(0, dtype=torch.float32)
+            gradients.add(here, rows, found, states, table)
+    return scores, normaliser
+
+
 class _SparseCrossEntropy(torch.autograd.Function):
     """Sum of `-weight_s * log p(s)`, or of the mixture; gradients are formed in the forward pass, tile by tile.
 
@@ -249,78 +439,12 @@ class _SparseCrossEntropy(torch.autograd.Function):
         sparse: _SparseLabel,
         output: _Output,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        positions, owner, tile, dtype = len(hidden), sparse.owner, output.tile, output.dtype
-        vocab_size, softcap = output.vocab_size, output.softcap
-        label = sparse.weights if confidence is None else sparse.weights.clone()
-        label_tiles = _LabelTiles(owner, sparse.ids, label, (positions, vocab_size), tile)
-        starts = label_tiles.starts
-
-        # made once: memory that is freed and asked for again costs a page fault per 4 KiB
-        products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
-        floats = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
-
-        def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Any, Tensor | None]]:
-            """Rows of the head, themselves, their logits (G, C), the label's entries, the cap's slope."""
-            for part, start in enumerate(starts):
-                rows = slice(start, min(start + tile[1], vocab_size))
-                table = weight[rows].to(dtype)  # (C, D)
-                size = len(states), len(table)
-                product = torch.mm(states, table.T, out=_view(products, size))  # (G, C)
-                logits = product if floats is products else _view(floats, size).copy_(product)
-                if bias is not None:
-                    logits += bias[rows]
-                if output.scale != 1.0:
-                    logits *= output.scale
-                if softcap is not None:
-                    logits.div_(softcap).tanh_().mul_(softcap)
-                slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
-                yield rows, table, logits, label_tiles.entries(group, part, size), slope
-
-        want_hidden, want_weight, want_bias, want_confidence = ctx.needs_input_grad[:4]
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if want_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and want_bias else None
-        scores = torch.zeros(len(owner), device=hidden.device)  # logits of the label's entries
-        normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
+        owner = sparse.owner
+        *wanted, want_confidence = ctx.needs_input_grad[:4]
+        gradients = _Gradients(hidden, weight, bias, wanted)
+        walk = _walk_by_kernels if has_kernels(hidden.device.type) else _walk
         with torch.autocast(hidden.device.type, enabled=False):
-            for group, first in enumerate(label_tiles.firsts):
-                here = slice(first, first + tile[0])
-                states = hidden[here].to(dtype)  # (G, D)
-                kept = list(tiles(group, states)) if len(starts) == 1 else None
-                for _, _, logits, (entries, at, there), _ in kept or tiles(group, states):
-                    found = logits.view(-1)[at]
-                    scores[entries] = found if there is None else torch.where(there, found, scores)
-                    peak = logits.amax(1)
-                    total = logits.sub_(peak[:, None]).exp_().sum(1)  # torch.logsumexp takes twice as long
-                    normaliser[here] = torch.logaddexp(normaliser[here], total.log() + peak)
-                if not (want_hidden or want_weight or want_bias):
-                    continue
-                mass = None  # of a position's entries; 1 where no mixture weighs them anew
-                if confidence is not None:
-                    entries = label_tiles.of_group(group)
-                    part_of_mixture = _part_of_mixture(sparse, confidence, scores, normaliser, entries)
-                    weights = sparse.weights[entries] * (1 - sparse.share + sparse.share * part_of_mixture)
-                    label_tiles.weigh(entries, weights)
-                    mass = torch.zeros_like(normaliser).index_add_(0, owner[entries], weights)[here, None]
-                for rows, table, logits, (entries, at, there), slope in kept or tiles(group, states):
-                    # in place: softmax times mass; what is kept are exponentials by now
-                    if kept:
-                        grad = logits.div_(total[:, None] if mass is None else total[:, None] / mass)
-                    else:
-                        below = normaliser[here, None]
-                        grad = logits.sub_(below if mass is None else below - mass.log()).exp_()
-                    grad.view(-1).index_add_(0, at, label_tiles.weights(entries, there), alpha=-1)
-                    if slope is not None:
-                        grad *= slope
-                    if output.scale != 1.0:
-                        grad *= output.scale
-                    if grad_bias is not None:
-                        grad_bias[rows] += grad.sum(0)
-                    grad = grad if floats is products else _view(products, grad.shape).copy_(grad)
-                    if grad_hidden is not None:
-                        _add_product(grad_hidden[here], grad, table)
-                    if grad_weight is not None:
-                        _add_product(grad_weight[rows], grad.T, states)
+            scores, normaliser = walk(hidden, weight, bias, confidence, sparse, output, gradients)
         log_probs, mixed = scores - normaliser[owner], scores.new_zeros(0)
         loss, grad_confidence = -(sparse.weights * log_probs).sum(), None
         if confidence is not None:
@@ -332,12 +456,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
                 part_of_mixture = _part_of_mixture(sparse, confidence, scores, normaliser, slice(None))
                 claimed = torch.zeros_like(confidence).index_add_(0, owner, sparse.weights * part_of_mixture)
                 grad_confidence = sparse.share * (confidence.sigmoid() - claimed)
-        ctx.gradients = (
-            None if grad_hidden is None else grad_hidden.to(hidden.dtype),
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-            grad_confidence,
-        )
+        ctx.gradients = (*gradients.finished(), grad_confidence)
         ctx.mark_non_differentiable(log_probs, mixed)
         return loss, log_probs, mixed
 
