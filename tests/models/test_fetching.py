@@ -106,9 +106,26 @@ def test_the_real_model_is_fetched_and_mixes_with_itself() -> None:
     from memlm.models.layers import keep_layers
     from memlm.models.loading import load_causal_lm
     from memlm.models.taps import find_tap
+    from memlm.models.tokenizers import load_tokenizer
 
+    assert load_tokenizer("smollm2").eos_token == "<|im_end|>"
     base = load_causal_lm("smollm2", dtype=torch.float32)
     assert find_tap(base) == "model.layers.29.mlp"
     mixed = MixedLM(base, MemoryDecoder(keep_layers(base, 10)), 0.0)
     tokens = torch.arange(100, 110)[None]
     assert torch.equal(mixed(input_ids=tokens).logits, base(input_ids=tokens).logits)
+
+
+def test_special_tokens_are_those_that_the_file_names(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_token_list(["<unk>", "<start>", "<end>", "a"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = fetching._special_tokens(tmp_path / "model.gguf")
+    assert found == {"bos_token": "<start>", "eos_token": "<end>", "unk_token": "<unk>"}

@@ -105,6 +105,9 @@ def expand_gguf(folder: Path, target: Path) -> None:
 
     with contextlib.redirect_stderr(io.StringIO()):  # transformers' bars, one of which no setting turns off
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        for role, token in _special_tokens(folder / "model.gguf").items():
+            if getattr(tokenizer, role) != token:  # transformers 5.17 ends texts with the token that begins them
+                setattr(tokenizer, role, token)
         quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
         settings = quantized.config.to_dict()
         for key in ("quantization_config", "_name_or_path", "dtype"):
@@ -114,3 +117,15 @@ def expand_gguf(folder: Path, target: Path) -> None:
         model.generation_config = quantized.generation_config
         model.save_pretrained(target)
         tokenizer.save_pretrained(target)
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    """What a GGUF file says of its tokenizer's special tokens, by transformers' name of each."""
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    roles = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+    fields = {role: reader.fields.get(f"tokenizer.ggml.{name}_token_id") for role, name in roles.items()}
+    ids = {role: int(field.contents()) for role, field in fields.items() if field is not None}
+    tokens = reader.fields["tokenizer.ggml.tokens"] if ids else None
+    return {role: str(tokens.contents(index)) for role, index in ids.items()} if tokens is not None else {}
