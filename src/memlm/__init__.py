@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from memlm.errors import InputError as InputError
     from memlm.errors import MemlmError as MemlmError
     from memlm.errors import ModelError as ModelError
+    from memlm.errors import OutputBusyError as OutputBusyError
     from memlm.errors import OutputExistsError as OutputExistsError
     from memlm.errors import TokenizerMismatchError as TokenizerMismatchError
     from memlm.errors import TrainingError as TrainingError
@@ -59,8 +60,8 @@ _NAMES = {
     "datastore.build": "build_datastore",
     "datastore.config": "DatastoreConfig",
     "datastore.store": "Datastore",
-    "errors": "ArtifactError ConfigError InputError MemlmError ModelError OutputExistsError TokenizerMismatchError"
-    " TrainingError",
+    "errors": "ArtifactError ConfigError InputError MemlmError ModelError OutputBusyError OutputExistsError"
+    " TokenizerMismatchError TrainingError",
     "evaluate.config": "BenchConfig CompareConfig EvaluateConfig GenerationConfig InContextConfig",
     "evaluate.perplexity": "evaluate_perplexity",
     "memory.adapt": "adapt_memory",

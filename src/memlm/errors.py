@@ -24,6 +24,10 @@ class OutputExistsError(ArtifactError):
     """The output folder exists and is not a resumable part of this run."""
 
 
+class OutputBusyError(OutputExistsError):
+    """Another process writes the output folder."""
+
+
 class ModelError(MemlmError):
     """A model or tokenizer cannot be reached, or lacks what is needed."""
 

@@ -22,7 +22,7 @@ import numpy as np
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 from safetensors import SafetensorError
 
-from memlm.errors import ArtifactError, OutputExistsError
+from memlm.errors import ArtifactError, OutputBusyError, OutputExistsError
 from memlm.files import (
     erase,
     file_digest,
@@ -391,7 +391,7 @@ def locked(folder: Path) -> Iterator[None]:
     The lock's file stays in an unfinished folder. From others it is removed before another process can have it.
 
     Raises:
-        OutputExistsError: Another process works on it.
+        OutputBusyError: Another process works on it.
     """
     path = folder / LOCK
     if path.is_symlink() or (path.exists() and not (path.is_file() and path.stat().st_nlink == 1)):
@@ -400,7 +400,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock = lock_file(path)
     except Timeout:
         cure = f" (or delete {path} if there is none)" if path.is_file() and path.stat().st_size else ""
-        raise OutputExistsError(
+        raise OutputBusyError(
             f"another process is writing {folder}; wait for it{cure} or choose another output"
         ) from None
     try:

@@ -2,12 +2,13 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memlm.errors import ArtifactError
+from memlm.errors import ArtifactError, OutputBusyError
 from memlm.manifest import MANIFEST, PLAN, read_manifest, times_of
 from memlm.runs.recipe import Recipe
 from memlm.stage import Plan, StageSpec, check_output, run_stage
@@ -155,15 +156,29 @@ def is_begun(out: Path) -> bool:
     return any((folder / PLAN).is_file() for folder in (out, Path(f"{os.path.abspath(out)}.partial")))
 
 
+_LOOK_AGAIN = 1.0  # seconds
+
+
 def make_step(out: Path, plan: Plan, say: Callable[[str], None]) -> Path:
-    """The finished folder of a step: found, and then linked to from `out` where the system can, or made at `out`."""
+    """The finished folder of a step: found, and then linked to from `out` where the system can, or made at `out`.
+
+    Where another process makes it there, it is waited for.
+    """
     if out.is_symlink() and not out.exists() and not os.path.isabs(out.readlink()):  # the run that it led to is gone
         out.unlink()
-    found = find_folder(out, plan.spec)
-    if found is None:
-        say(f"{out.name} -> {out}")
-        run_stage(out, *plan)
-        return out
+    waits = False
+    while (found := find_folder(out, plan.spec)) is None:
+        if not waits:
+            say(f"{out.name} -> {out}")
+        try:
+            run_stage(out, *plan)
+        except OutputBusyError as error:
+            if not waits:
+                say(f"waiting: {error}")
+            waits = True
+            time.sleep(_LOOK_AGAIN)
+        else:
+            return out
     say(f"{out.name} found at {found}")
     if found != out:
         with contextlib.suppress(OSError):
