@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from memlm.evaluate.config import EvaluateConfig as EvaluateConfig
     from memlm.evaluate.config import GenerationConfig as GenerationConfig
     from memlm.evaluate.config import InContextConfig as InContextConfig
+    from memlm.evaluate.config import PassageConfig as PassageConfig
     from memlm.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
     from memlm.memory.adapt import adapt_memory as adapt_memory
     from memlm.memory.card import push_to_hub as push_to_hub
@@ -62,7 +63,7 @@ _NAMES = {
     "datastore.store": "Datastore",
     "errors": "ArtifactError ConfigError InputError MemlmError ModelError OutputBusyError OutputExistsError"
     " TokenizerMismatchError TrainingError",
-    "evaluate.config": "BenchConfig CompareConfig EvaluateConfig GenerationConfig InContextConfig",
+    "evaluate.config": "BenchConfig CompareConfig EvaluateConfig GenerationConfig InContextConfig PassageConfig",
     "evaluate.perplexity": "evaluate_perplexity",
     "memory.adapt": "adapt_memory",
     "memory.card": "push_to_hub",

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from memlm.cli import app
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate.bench import bench, bench_table
-from memlm.evaluate.config import BenchConfig
+from memlm.evaluate.config import BenchConfig, PassageConfig
 
 QUICK = BenchConfig(new_tokens=4, prompt_tokens=6, score_tokens=16, rounds=2, dtype="float32")
 
@@ -73,6 +73,32 @@ def test_the_command(model_folder: str, memory_folder: Path, tmp_path: Path) -> 
     missing = CliRunner().invoke(app, [*arguments[:-6], "--prompts", str(tmp_path / "none")])
     assert missing.exit_code != 0
     assert isinstance(missing.exception, InputError | SystemExit)
+
+
+def test_the_base_with_passages_is_timed_too(
+    model_folder: str, memory_folder: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bm25s")
+    prompts, given = ["one two three", "four five"], {"gate": "posterior", "in_context": corpus_folder}
+    passages = PassageConfig(passage_tokens=8, stride=2)
+    for batch_size in (1, 2):
+        config = QUICK.model_copy(update={"batch_size": batch_size})
+        found = bench(model_folder, {"m": str(memory_folder)}, prompts, config=config, passages=passages, **given)
+        assert list(found)[-2:] == ["in-context", "machine"]
+        assert found["in-context"]["tokens_per_s"] > 0
+        assert found["in-context"]["ttft_ms"] > 0
+        assert "scoring_ratio" not in found["in-context"]
+    with pytest.raises(ConfigError, match="cannot be called 'in-context' here"):
+        bench(model_folder, {"in-context": str(memory_folder)}, prompts, config=QUICK)
+    with pytest.raises(ConfigError, match="add --in-context"):
+        bench(model_folder, {"m": str(memory_folder)}, prompts, passages=passages, config=QUICK)
+    file = tmp_path / "prompts.txt"
+    file.write_text("one two\n", encoding="utf-8")
+    arguments = ["bench", model_folder, "--memory", str(memory_folder), "--prompts", str(file), "--new-tokens", "4"]
+    arguments += ["--rounds", "1", "--score-tokens", "0", "--in-context", str(corpus_folder), "--passage-tokens", "8"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert any(line.startswith("in-context ") for line in result.output.splitlines())
 
 
 def test_what_cannot_be_timed_is_one_line(model_folder: str) -> None:

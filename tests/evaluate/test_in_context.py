@@ -12,7 +12,14 @@ from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus
 from memlm.errors import ConfigError, ModelError
 from memlm.evaluate import in_context
-from memlm.evaluate.in_context import InContextConfig, in_context_blocks, in_context_label_log_probs, passages_of
+from memlm.evaluate.decoding import decode
+from memlm.evaluate.in_context import (
+    InContextBase,
+    InContextConfig,
+    in_context_blocks,
+    in_context_label_log_probs,
+    passages_of,
+)
 from memlm.models.loading import load_causal_lm
 from memlm.models.tokenizers import load_tokenizer
 
@@ -50,7 +57,7 @@ def test_each_block_is_a_passage_and_the_text_before_what_it_predicts(corpus_fol
 
 def test_the_passage_is_the_one_with_the_words_of_the_query() -> None:
     passages = ["the cat sat on a mat", "dogs bark at night", "a court of law", "night and day"]
-    assert in_context.by_words(passages, ["bark dogs", "law", "", "zebra", "day night"]) == [1, 2, 0, 0, 3]
+    assert in_context.ByWords(passages).best(["bark dogs", "law", "", "zebra", "day night"]) == [1, 2, 0, 0, 3]
 
 
 def test_a_passage_ends_before_the_end_token_and_begins_after_bos(corpus_folder: Path) -> None:
@@ -135,3 +142,36 @@ def test_an_encoder_puts_other_passages_in_front(corpus_folder: Path, model_fold
     assert (found[0][1] != found[1][1]).any()
     with pytest.raises(ModelError, match="nobody/nothing"):
         in_context_blocks(corpus, "test", InContextConfig(**SMALL, encoder="nobody/nothing"))
+
+
+def test_a_base_goes_on_from_a_passage_that_is_found_anew(corpus_folder: Path, model_folder: str) -> None:
+    corpus, config = Corpus(corpus_folder), InContextConfig(passage_tokens=8, stride=3, query_tokens=5)
+    base = load_causal_lm(model_folder, dtype=torch.float32)
+    reader = InContextBase(base, corpus, config)
+    split = corpus.split("test")
+    prompts = torch.from_numpy(np.stack([split.tokens[:9], split.tokens[20:29]]).astype(np.int64))
+    found = decode(reader, prompts, 7)
+    assert found.shape == (2, 7)
+    for text, new in zip(prompts, found, strict=True):  # by the slow way: one token at a time, no cache, no batch
+        passage = None
+        for number in range(7):
+            if number % 3 == 0:
+                passage, begins = reader.read(text)[: -len(text)], len(text)
+            assert begins + number % 3 == len(text)
+            logits = base(input_ids=torch.cat([passage, text])[None], use_cache=False).logits[0, -1]
+            logits[[] if (end := base.generation_config.eos_token_id) is None else end] = -torch.inf
+            assert int(logits.argmax()) == int(new[number])
+            text = torch.cat([text, new[number : number + 1]])
+    assert not torch.equal(reader.read(prompts[0])[:8], reader.read(prompts[1])[:8])
+
+
+def test_a_base_reads_a_passage_and_the_end_of_a_text(corpus_folder: Path, model_folder: str) -> None:
+    corpus = Corpus(corpus_folder)
+    reader = InContextBase(
+        load_causal_lm(model_folder, dtype=torch.float32), corpus, InContextConfig(passage_tokens=8, context=24)
+    )
+    text = torch.from_numpy(corpus.split("test").tokens[:40].astype(np.int64))
+    read = reader.read(text)
+    assert len(read) <= 24 - 4
+    kept = int(len(read) - 8 - len(reader._between))
+    assert read[-kept:].tolist() == text[-kept:].tolist()

@@ -24,7 +24,7 @@ from memlm.cli.options import (
 from memlm.cli.printing import next_line, print_result, quiet, say
 from memlm.config import MAX_COUNT, MAX_SEED
 from memlm.errors import ConfigError, InputError
-from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig
+from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig, PassageConfig
 from memlm.files import write_json
 from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig
@@ -215,13 +215,19 @@ def generation(
 @with_settings(BenchConfig)
 @with_settings(GateConfig, into="gate", group="Gate")
 @with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+@with_settings(PassageConfig, into="passages", group="In-context retrieval")
 def bench(
     base: Annotated[str, typer.Argument(help="Folder, hub id or packaged name of the base.")],
     memory: Memories,
     config: BenchConfig | None,
     retrieval: RetrievalConfig | None,
     gate: GateConfig | None,
+    passages: PassageConfig | None,
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
+    in_context: Annotated[
+        Path | None,
+        typer.Option(metavar="CORPUS", help="Folder of a corpus whose training text the base reads passages of."),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG file to draw times per token in.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -229,12 +235,16 @@ def bench(
 
     Several memories are timed one by one; a datastore is live kNN-LM. The base alone is transformers' own generate.
 
-    Example: memlm bench smollm2 --memory m=m/ --memory knn=d/ --prompts questions.txt --plot bench.png
+    With a corpus the base is also timed with a passage of it in front, found anew every 4 tokens (BM25).
+
+    Example: memlm bench smollm2 --memory m=m/ --memory knn=d/ --in-context c/ --prompts questions.txt --plot bench.png
     """
     check_file_to_write(plot)
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigError("a plot needs matplotlib: pip install 'memlm[plot]'")
     memories = by_name(memory, None)[0]
+    if in_context is not None:
+        check_folder(in_context, "corpus")
     check_models(base, *memories.values())
     quiet()
     from memlm.evaluate.bench import bench, bench_table
@@ -243,7 +253,9 @@ def bench(
         lines = [line for line in prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts {prompts}: {error}") from None
-    report = bench(base, memories, lines, gate=gate, retrieval=retrieval, config=config)
+    report = bench(
+        base, memories, lines, gate=gate, retrieval=retrieval, in_context=in_context, passages=passages, config=config
+    )
     if plot is not None:
         from memlm.evaluate.plot import plot_bench
         from memlm.files import replacing

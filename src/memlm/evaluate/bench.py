@@ -14,10 +14,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.corpus.blocks import IGNORE
+from memlm.corpus.blocks import IGNORE, Corpus
 from memlm.errors import ConfigError, InputError
-from memlm.evaluate.config import BenchConfig
+from memlm.evaluate.config import BenchConfig, PassageConfig
 from memlm.evaluate.decoding import decode
+from memlm.evaluate.in_context import InContextBase
 from memlm.mix.base import BaseVoter
 from memlm.mix.drafting import can_draft, drafts_itself
 from memlm.mix.gate_config import GateConfig, GateName
@@ -30,6 +31,9 @@ from memlm.progress import progress_bar
 from memlm.targets.config import RetrievalConfig
 from memlm.text import size
 
+IN_CONTEXT = "in-context"
+_NAMES = ("base", IN_CONTEXT, "machine")
+
 
 def bench(
     base: str | PreTrainedModel,
@@ -39,6 +43,8 @@ def bench(
     tokenizer: Any = None,
     gate: GateName | GateConfig | None = None,
     retrieval: RetrievalConfig | None = None,
+    in_context: str | Path | None = None,
+    passages: PassageConfig | None = None,
     config: BenchConfig | None = None,
 ) -> dict[str, Any]:
     """Time to the first token, tokens a second and peak memory of the base alone and beside each memory.
@@ -53,6 +59,9 @@ def bench(
         tokenizer: The base's if None.
         gate: As `MixedLM` takes it.
         retrieval: How datastores are searched.
+        in_context: Corpus folder: the base with a passage of its training text in front is timed too, found by BM25.
+        passages: How they are found and read; by default for the latest 32 tokens, and anew every 4, as the paper of
+            Memory Decoder has it.
         config: By default if None.
 
     Returns:
@@ -62,16 +71,21 @@ def bench(
         drafted tokens that were accepted (None where none were drafted); one prompt at a time, a memory that reads
         tokens and whose fixed weight is known has `NAME drawn` too, which samples. Base and memories have
         `scored_tokens_per_s`, of a text whose labels alone are given probabilities, and memories `scoring_ratio`, its
-        time over the base's; not where `score_tokens` is 0. `machine` has device, threads and load.
+        time over the base's; not where `score_tokens` is 0. With a corpus there is `in-context`, with no scoring.
+        `machine` has device, threads and load.
 
     Raises:
         InputError: There is no prompt.
-        ConfigError: A prompt and the new tokens are more than the base has positions for.
+        ConfigError: A prompt and the new tokens are more than the base has positions for; a memory has the name of
+            another row; bm25s is not installed; passages without a corpus.
+        TokenizerMismatchError: The corpus has another tokenizer.
         ModelError: Base or memory gives scores that are not finite.
     """
     config = config or BenchConfig()
     if not prompts:
         raise InputError("there is no prompt to time; give a file with one per line")
+    if taken := next((name for name in memories if name in _NAMES), None):
+        raise ConfigError(f"a memory cannot be called {taken!r} here, for a row of the report is; choose another name")
     device = default_device()
     if tokenizer is None:
         tokenizer = load_tokenizer(resolve(str(base)))
@@ -96,6 +110,13 @@ def bench(
         if mixed.mix_weights and config.batch_size == 1 and drafts_itself(mixed):
             fixed = MixedLM(model, mixed.named_memories(), mixed.mix_weights)
             ways[f"{name} drawn"] = fixed, {"sampled": True, "drawing": True}
+    if in_context is None and passages is not None:
+        raise ConfigError("settings of passages are given and no corpus to take them from: add --in-context")
+    if in_context is not None:
+        corpus = Corpus(in_context)
+        if isinstance(base, str | Path):
+            corpus.check_read_by(str(base))
+        ways[IN_CONTEXT] = InContextBase(model, corpus, passages), {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     peaks: dict[str, list[int]] = {name: [] for name in ways}
     with progress_bar(config.rounds * len(ways), "timing", unit="run") as bar:

@@ -31,11 +31,9 @@ class EvaluateConfig(StageConfig):
         return value
 
 
-class InContextConfig(StageConfig):
-    """How passages are found and read."""
+class PassageConfig(StageConfig):
+    """How a passage is found, by BM25, and read."""
 
-    positions: int = Field(default=1000, ge=1, le=MAX_COUNT)
-    """Test tokens that are predicted so, evenly spread over the split; each few cost a pass over a whole context."""
     query_tokens: int = Field(default=32, ge=1, le=MAX_COUNT)
     """Latest tokens that are searched for."""
     stride: int = Field(default=4, ge=1, le=MAX_COUNT)
@@ -45,6 +43,13 @@ class InContextConfig(StageConfig):
     context: int | None = Field(default=None, ge=2, le=MAX_COUNT)
     """Tokens read at a time at most, the passage included; what is furthest back is left out; default what the base
     reads without a passage, and the passage."""
+
+
+class InContextConfig(PassageConfig):
+    """How passages are found and read, and where."""
+
+    positions: int = Field(default=1000, ge=1, le=MAX_COUNT)
+    """Test tokens that are predicted so, evenly spread over the split; each few cost a pass over a whole context."""
     encoder: str | None = None
     """Model of transformers whose last hidden states, averaged, find the passage; default BM25, and the base where a
     comparison asks for in-context-dense."""

@@ -13,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel
 
+from memlm.config import MAX_COUNT
 from memlm.corpus.blocks import Block, Corpus, Split
 from memlm.errors import ConfigError, InputError
-from memlm.evaluate.config import InContextConfig
+from memlm.evaluate.config import InContextConfig, PassageConfig
 from memlm.files import digest
 from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, load_config, load_encoder, longest_context, parse_dtype, resolve
@@ -70,6 +73,21 @@ def passages_of(split: Split, tokens: int, bos: int | None = None, eos: int | No
     return found
 
 
+def _between(tokenizer: Any) -> NDArray[np.int32]:
+    """What parts passage and text: an empty line, where it is few tokens."""
+    found = np.array(tokenizer("\n\n", add_special_tokens=False)["input_ids"], np.int32)
+    return found if tokenizer.decode(found) == "\n\n" and len(found) <= _BETWEEN - 1 else found[:0]
+
+
+def _in_front(
+    passage: NDArray[np.int32], text: NDArray[np.int32], between: NDArray[np.int32], bos: int | None, room: int
+) -> NDArray[np.int32]:
+    """A passage in front of the end of a text, of which, with a BOS that stays first, `room` tokens are kept."""
+    front = text[:1] if bos is not None and len(text) and text[0] == bos else text[:0]
+    rest = text[max(len(front), len(text) - room + len(front)) :]
+    return np.concatenate([front, passage, between, rest]).astype(np.int32)
+
+
 def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> InContext:
     """The blocks that in-context retrieval reads to predict some positions of a split.
 
@@ -90,22 +108,17 @@ def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> In
         raise InputError(f"corpus {corpus.folder} has no training text to retrieve from")
     windows = _windows(text, config)
     queries = [block.input_ids[max(0, at - config.query_tokens) : at] for block, at in windows]
-    between = np.array(tokenizer("\n\n", add_special_tokens=False)["input_ids"], np.int32)
-    between = between if tokenizer.decode(between) == "\n\n" and len(between) <= _BETWEEN - 1 else between[:0]
+    between = _between(tokenizer)
     known, asked = ([str(tokenizer.decode(t, skip_special_tokens=True)) for t in part] for part in (passages, queries))
-    best = by_words(known, asked) if config.encoder is None else by_meaning(known, asked, config.encoder)
+    best = ByWords(known).best(asked) if config.encoder is None else by_meaning(known, asked, config.encoder)
     blocks, positions, first = [], [], 0
     for (block, at), number in zip(windows, best, strict=True):
         predicted = np.flatnonzero(block.predicted)
         place = int(np.searchsorted(predicted, at))
         ahead = predicted[place : place + config.stride]
         count = int((ahead == at + np.arange(len(ahead))).sum())  # a document may end before
-        end = at + count
-        ids = block.input_ids[:end]
-        front = ids[:1] if bos is not None and ids[0] == bos else ids[:0]
-        room = context - config.passage_tokens - len(front) - len(between)
-        rest = ids[max(len(front), end - room) :]
-        whole = np.concatenate([front, passages[number], between, rest]).astype(np.int32)
+        room = context - config.passage_tokens - len(between)
+        whole = _in_front(passages[number], block.input_ids[: at + count], between, bos, room)
         marks = np.zeros(len(whole), bool)
         marks[len(whole) - count :] = True
         blocks.append(Block(whole, marks, first))
@@ -129,7 +142,7 @@ def context_of(config: InContextConfig, block_size: int, base: str) -> int:
     return context
 
 
-def check_in_context(config: InContextConfig, context: int) -> None:
+def check_in_context(config: PassageConfig, context: int) -> None:
     """Raise unless passage and some text fit into the context, and the search is installed.
 
     Raises:
@@ -140,7 +153,7 @@ def check_in_context(config: InContextConfig, context: int) -> None:
             f"in_context.passage_tokens = {config.passage_tokens}: leaves no room for text in a context of {context};"
             " lower it"
         )
-    if config.encoder is None and find_spec("bm25s") is None:
+    if getattr(config, "encoder", None) is None and find_spec("bm25s") is None:
         raise ConfigError("in-context retrieval needs bm25s: pip install 'memlm[compare]'")
 
 
@@ -185,19 +198,125 @@ def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
     return found
 
 
-def by_words(passages: list[str], queries: list[str]) -> list[int]:
-    """The passage that BM25 likes best for each query; the first where none has a word of it."""
-    import bm25s
+class ByWords:
+    """Finds passages by BM25."""
 
-    with contextlib.redirect_stderr(io.StringIO()):  # it draws bars even where it is told not to
-        index = bm25s.BM25()
-        index.index(bm25s.tokenize(passages, show_progress=False), show_progress=False)
-        words = bm25s.tokenize(queries, show_progress=False, return_ids=False)
-        best = []
-        for query in words:
-            known = [str(token) for token in query if token in index.vocab_dict]
-            best.append(int(index.get_scores(known).argmax()) if known else 0)
-    return best
+    def __init__(self, passages: Sequence[str]) -> None:
+        import bm25s
+
+        self._index = bm25s.BM25()
+        with _no_bars():
+            self._index.index(bm25s.tokenize(list(passages), show_progress=False), show_progress=False)
+
+    def best(self, queries: Sequence[str]) -> list[int]:
+        """The passage that BM25 likes best for each query; the first where none has a word of it."""
+        import bm25s
+
+        found = []
+        with _no_bars():
+            for query in bm25s.tokenize(list(queries), show_progress=False, return_ids=False):
+                known = [str(token) for token in query if token in self._index.vocab_dict]
+                found.append(int(self._index.get_scores(known).argmax()) if known else 0)
+        return found
+
+
+def _no_bars() -> contextlib.redirect_stderr:
+    return contextlib.redirect_stderr(io.StringIO())  # bm25s draws them even where it is told not to
+
+
+class InContextBase(nn.Module):
+    """A base that goes on from prompts with a passage in front, which is found anew every few tokens.
+
+    Its cache serves no longer than a passage does.
+    """
+
+    def __init__(self, base: PreTrainedModel, corpus: Corpus, config: PassageConfig | None = None) -> None:
+        """
+        Args:
+            corpus: Passages are its training split's, and the tokenizer is its.
+            config: By default if None.
+
+        Raises:
+            ConfigError: bm25s is not installed, or passage and text do not fit the context.
+            InputError: The training split is empty.
+        """
+        super().__init__()
+        self.base, self._config, self._tokenizer = base, config or PassageConfig(), corpus.tokenizer
+        longest = longest_context(base.config)
+        self._context = min(self._config.context or longest or MAX_COUNT, longest or MAX_COUNT)
+        check_in_context(self._config, self._context)
+        self._bos, eos = (
+            i if isinstance(i, int) else None for i in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
+        )
+        self._passages = passages_of(corpus.split("train"), self._config.passage_tokens, self._bos, eos)
+        if not self._passages:
+            raise InputError(f"corpus {corpus.folder} has no training text to retrieve from")
+        self._between = _between(self._tokenizer)
+        self._words = ByWords([self._text(passage) for passage in self._passages])
+
+    @property
+    def generation_config(self) -> Any:
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        self.base.generation_config = value
+
+    def _text(self, tokens: Any) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def read(self, text: Int[Tensor, "T"]) -> Int[Tensor, "R"]:
+        """What the base reads to go on from a text: the passage for its end, and the text as far as there is room."""
+        tokens = text.cpu().numpy()
+        number = self._words.best([self._text(tokens[-self._config.query_tokens :])])[0]
+        room = self._context - self._config.passage_tokens - len(self._between) - self._config.stride
+        whole = _in_front(self._passages[number], tokens, self._between, self._bos, room)
+        return torch.from_numpy(whole).to(text)
+
+    @torch.inference_mode()
+    def generate(
+        self, prompts: Int[Tensor, "B T"], *, max_new_tokens: int, streamer: Any = None, **options: Any
+    ) -> Int[Tensor, "B T+N"]:
+        """As transformers' own, for prompts without padding and so many tokens that no text ends before; what is not
+        named here is passed on."""
+        texts = prompts
+        for name in ("attention_mask", "min_new_tokens"):
+            options.pop(name, None)
+        if streamer is not None:
+            streamer.put(prompts.cpu())
+        for start in range(0, max_new_tokens, self._config.stride):
+            count = min(self._config.stride, max_new_tokens - start)
+            read = [self.read(text) for text in texts]
+            longest = max(len(tokens) for tokens in read)
+            padded = prompts.new_zeros(len(read), longest)
+            mask = torch.zeros_like(padded)
+            for row, tokens in enumerate(read):
+                padded[row, longest - len(tokens) :], mask[row, longest - len(tokens) :] = tokens, 1
+            found = self.base.generate(  # type: ignore[operator]
+                padded,
+                attention_mask=mask,
+                max_new_tokens=count,
+                min_new_tokens=count,
+                streamer=None if streamer is None else _NewOnly(streamer),
+                **options,
+            )
+            texts = torch.cat([texts, found[:, longest:]], 1)
+        return texts
+
+
+class _NewOnly:
+    """A streamer that passes on all but what a call was given."""
+
+    def __init__(self, to: Any) -> None:
+        self._to, self._begun = to, False
+
+    def put(self, value: Tensor) -> None:
+        if self._begun:
+            self._to.put(value)
+        self._begun = True
+
+    def end(self) -> None:
+        pass
 
 
 @torch.no_grad()

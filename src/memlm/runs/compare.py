@@ -602,6 +602,8 @@ class Comparison:
             [prompt for prompt in prompts if prompt.strip()],
             tokenizer=corpus.tokenizer,
             retrieval=retrieval,
+            in_context=corpus.folder if "in-context" in self.rows else None,
+            passages=self._in_context_config("in-context"),
             config=BenchConfig(new_tokens=new, prompt_tokens=read, score_tokens=0, dtype=self.evaluate.dtype),
         )
         as_well = {"dapt": "base", "lora": "base", "twin": "memory", "dapt+memory": "memory", "lora+memory": "memory"}
