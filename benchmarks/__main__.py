@@ -29,6 +29,7 @@ NAMES = (
     "disk",
     "distillation_loss",
     "training_step",
+    "where_time_goes",
     "help_time",
 )
 """Modules with `run(quick)`. To add a benchmark, write one and name it here."""

@@ -73,7 +73,7 @@ def measure(
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.arrow"
-        _write_targets(path, rows=batch * (steps + 1), length=length, vocab_size=config.vocab_size)
+        write_targets(path, rows=batch * (steps + 1), length=length, vocab_size=config.vocab_size)
         arguments = training_arguments(
             TrainConfig(batch_size=batch, epochs=1, trainer={"logging_steps": 1}),
             Path(folder),
@@ -85,7 +85,7 @@ def measure(
         for _ in range(rounds):
             for side in ("distillation", "fine_tuning", "transformers"):
                 model = random_model(config, dtype=torch.float32, device=device)  # of one seed
-                trainer = _trainer(side, model, arguments, path)
+                trainer = new_trainer(side, model, arguments, path)
                 clock = _Clock(device)
                 trainer.add_callback(clock)
                 trainer.train()
@@ -106,7 +106,8 @@ def measure(
     return found, Timing(seconds)
 
 
-def _trainer(side: str, model: Any, arguments: TrainingArguments, path: Path) -> Trainer:
+def new_trainer(side: str, model: Any, arguments: TrainingArguments, path: Path) -> Trainer:
+    """The trainer of a side, distillation, fine_tuning or transformers, on rows that `write_targets` wrote."""
     rows = TargetRows([path], with_targets=side == "distillation")
     if side == "transformers":
         plain = _PlainTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
@@ -145,7 +146,7 @@ class _Clock(TrainerCallback):
         return statistics.median(np.diff(self._ends).tolist())
 
 
-def _write_targets(path: Path, *, rows: int, length: int, vocab_size: int) -> None:
+def write_targets(path: Path, *, rows: int, length: int, vocab_size: int) -> None:
     """Random rows, whose first token is not predicted, and targets of all others."""
     rng = np.random.default_rng(0)
     support = min(_SUPPORT, vocab_size)
