@@ -143,7 +143,7 @@ def explain(
     check_models(base, *by_name(memory, mix_weight)[0].values(), datastore)
     check_file_to_write(html)
     quiet()
-    from memlm.mix.explain import check_datastore, explain, explain_passage
+    from memlm.mix.explain import check_datastore, explain, explain_passage, searched_memory
     from memlm.mix.explanation import explanation_html, explanation_text, frequency_text, moved_text, passage_line
     from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
@@ -156,8 +156,7 @@ def explain(
     for text in texts or [turn]:
         _say_spelled(tokenizer, text, special_tokens)
     shared: dict[str, Any] = {
-        "datastore": datastore,
-        "retrieval": retrieval,
+        "datastore": searched_memory(model, tokenizer, datastore, retrieval),  # opened once, for all passages
         "neighbors": neighbors,
         "special_tokens": special_tokens,
     }

@@ -64,7 +64,7 @@ def explain(
         ModelError: Its teacher cannot be reached, or the base's activations do not fit its keys.
     """
     _check_counts(max_new_tokens=(max_new_tokens, 1), neighbors=(neighbors, 0), snippet_tokens=(snippet_tokens, 0))
-    memory = _searched(model, tokenizer, datastore, retrieval)
+    memory = searched_memory(model, tokenizer, datastore, retrieval)
     inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model), special_tokens=special_tokens)
     inputs = inputs.to(model.device)
     sequence = model.generate(
@@ -100,7 +100,7 @@ def explain_passage(
         ArtifactError, TokenizerMismatchError, ModelError: As `explain` raises them.
     """
     _check_counts(neighbors=(neighbors, 0), snippet_tokens=(snippet_tokens, 0))
-    memory = _searched(model, tokenizer, datastore, retrieval)
+    memory = searched_memory(model, tokenizer, datastore, retrieval)
     inputs = encode_prompt(tokenizer, text, rows=embedding_rows(model), special_tokens=special_tokens)
     sequence: Tensor = inputs["input_ids"].to(model.device)  # type: ignore[assignment, union-attr]
     if sequence.shape[1] < 2:
@@ -191,13 +191,17 @@ def check_datastore(datastore: str | Path | RetrievalMemory, tokenizer: PreTrain
     check_same(tokenizer, store.corpus.tokenizer, "the model", f"datastore {store.folder}", advice=advice)
 
 
-def _searched(
+def searched_memory(
     model: MixedLM,
     tokenizer: PreTrainedTokenizerBase,
     datastore: str | Path | RetrievalMemory | None,
     retrieval: RetrievalConfig | None,
 ) -> RetrievalMemory | None:
-    """The memory whose datastore is searched; None where there is none."""
+    """The memory whose datastore is searched, to be given for several texts; None where there is none.
+
+    Raises:
+        ArtifactError, TokenizerMismatchError, ModelError: As `explain` raises them.
+    """
     if datastore is None:
         return next((memory for memory in model.named_memories().values() if isinstance(memory, RetrievalMemory)), None)
     check_datastore(datastore, tokenizer)
