@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from memlm.cli import app
 from memlm.errors import ConfigError, InputError, ModelError
+from memlm.evaluate import bench as bench_module
 from memlm.evaluate.bench import bench, bench_table
 from memlm.evaluate.config import BenchConfig, PassageConfig
 
@@ -38,6 +39,11 @@ def test_every_way_is_timed_beside_the_base(
         expected = found["base"]["scored_tokens_per_s"] / found[name]["scored_tokens_per_s"]
         assert found[name]["scoring_ratio"] == pytest.approx(expected, rel=1e-2)
     assert not bench_table(found).splitlines()[-1].startswith("knn")
+
+
+@pytest.mark.parametrize(("first", "whole", "expected"), [(1.0, 4.0, 1.0), (3.0, 2.0, 0.5)])
+def test_no_token_takes_less_than_nothing(first: float, whole: float, expected: float) -> None:
+    assert bench_module._per_token(first, whole, 4) == expected
 
 
 def test_scoring_is_left_out_where_no_text_is_asked_for(model_folder: str, memory_folder: Path) -> None:

@@ -122,6 +122,7 @@ def bench(
     with progress_bar(config.rounds * len(ways), "timing", unit="run") as bar:
         for number in range(-1, config.rounds):  # the first round warms up
             batch = batches[number % len(batches)].to(device)
+            gc.collect()
             for name, (way, asked) in ways.items():
                 if number < 0 and name == "base":
                     decode(way, batch, config.new_tokens, name="the base")
@@ -132,7 +133,7 @@ def bench(
                 peaks[name] += [] if peak is None else [peak]
     found: dict[str, Any] = {}
     for name, pairs in times.items():
-        per_token = median((whole - first) / (config.new_tokens - 1) for first, whole in pairs)
+        per_token = median(_per_token(first, whole, config.new_tokens) for first, whole in pairs)
         found[name] = {
             "tokens_per_s": round(config.batch_size / per_token, 3),
             "ttft_ms": round(1e3 * median(first for first, _ in pairs), 2),
@@ -198,6 +199,11 @@ def _joined(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     return ids.repeat(-(-length // len(ids)))[None, :length]
 
 
+def _per_token(first: float, whole: float, tokens: int) -> float:
+    """Seconds of a token after the first; of any, where a busy machine made the first take longer than all together."""
+    return (whole - first) / (tokens - 1) if whole > first else whole / tokens
+
+
 @torch.inference_mode()
 def _scored(ways: Mapping[str, Any], text: Int[Tensor, "1 T"], config: BenchConfig) -> dict[str, float]:
     """Median seconds of scoring a text by the base, and by the base and each memory."""
@@ -224,7 +230,6 @@ def _timed(
     way: Any, batch: Tensor, config: BenchConfig, device: torch.device, asked: Mapping[str, Any]
 ) -> tuple[float, float, int | None]:
     """Seconds to the first token and to the last, and the peak of memory in bytes."""
-    gc.collect()
     memory = _Peak(way, device)
     torch.manual_seed(config.seed)
     clock = _Clock(device)

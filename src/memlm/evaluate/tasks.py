@@ -171,7 +171,11 @@ class TaskSet:
         self._words = {name: label_words(name, data) for name in ours}
         if chat_template and ours:
             raise ConfigError(f"{PREFIX}{ours[0]} has a prompt of its own: leave out --chat-template")
-        self._manager = TaskManager(include_path=[str(place) for place in include] or None)
+        places: list[str | Path] = [str(place) for place in include]
+        # lm-eval's own take seconds to list; a group in a folder may name some of them
+        self._manager = TaskManager(include_path=places or None, include_defaults=False)
+        if not set(self._theirs) <= set(self._manager.all_subtasks):
+            self._manager = TaskManager(include_path=places or None)
         if unknown := [task for task in self._theirs if task not in self._manager.all_tasks]:
             raise InputError(
                 f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists them, --include adds folders"
