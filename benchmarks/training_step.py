@@ -86,7 +86,7 @@ def measure(
             for side in ("distillation", "fine_tuning", "transformers"):
                 model = random_model(config, dtype=torch.float32, device=device)  # of one seed
                 trainer = new_trainer(side, model, arguments, path)
-                clock = _Clock(device)
+                clock = Clock(device)
                 trainer.add_callback(clock)
                 trainer.train()
                 seconds.setdefault(side, []).append(clock.median())
@@ -130,20 +130,20 @@ class _PlainTrainer(Trainer):
     _get_train_sampler = MemoryTrainer._get_train_sampler  # type: ignore[assignment]
 
 
-class _Clock(TrainerCallback):
+class Clock(TrainerCallback):
     """Times from the end of a step to the end of the next."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._ends: list[float] = []
+        self.ends: list[float] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize(self._device)
-        self._ends.append(time.perf_counter())
+        self.ends.append(time.perf_counter())
 
     def median(self) -> float:
         """Seconds of the middle step."""
-        return statistics.median(np.diff(self._ends).tolist())
+        return statistics.median(np.diff(self.ends).tolist())
 
 
 def write_targets(path: Path, *, rows: int, length: int, vocab_size: int) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback
 
 from benchmarks.models import llama_config, random_model, random_tokens, tiny_config
 from benchmarks.report import bar_line
 from benchmarks.timing import synchronize
-from benchmarks.training_step import new_trainer, write_targets
+from benchmarks.training_step import Clock, new_trainer, write_targets
 from memlm.evaluate.decoding import decode
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
@@ -72,7 +73,7 @@ def trained(
             found.add_callback(callback)
             return found
 
-        clock, watch = _Steps(device), _Profiled(device)
+        clock, watch = Clock(device), _Profiled(device)
         trainer(clock).train()
         trainer(watch).train()
     ends = clock.ends
@@ -119,30 +120,22 @@ def _profiled(work: Callable[[], object], device: torch.device, parts: int) -> d
 
 def _told(seen: profile, device: torch.device, parts: int) -> dict[str, Any]:
     """What a profile says, by step or token."""
-    events, on_device = seen.key_averages(), device.type != "cpu"
-    takes = {"host": "self_cpu_time_total", **({"device": "self_device_time_total"} if on_device else {})}
-    launches = sum(e.count for e in events if ("LaunchKernel" in e.key if on_device else e.key.startswith("aten::")))
-    device_time = sum(getattr(e, takes.get("device", takes["host"])) for e in events)
+    events = seen.key_averages()
+    works = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
+    sides: dict[str, tuple[list[Any], str]] = {"host": (list(events), "self_cpu_time_total")}
+    if device.type != "cpu":  # an operation has the time of the kernels that it launched, too
+        sides["device"] = works, "self_device_time_total"
+    took, key = sides.get("device", sides["host"])
+    launches = sum(e.count for e in events if ("LaunchKernel" if "device" in sides else "aten::") in e.key)
     longest = {
         name: [
             [e.key, round(getattr(e, key) / parts / 1e6, 6), round(e.count / parts, 1)]
-            for e in sorted(events, key=lambda e: -getattr(e, key))[:_LISTED]
+            for e in sorted(of, key=lambda e: -getattr(e, key))[:_LISTED]
         ]
-        for name, key in takes.items()
+        for name, (of, key) in sides.items()
     }
-    return {"device_seconds": round(device_time / parts / 1e6, 6), "launches": round(launches / parts), **longest}
-
-
-class _Steps(TrainerCallback):
-    """When each step ended."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.ends: list[float] = []
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronize(self._device)
-        self.ends.append(time.perf_counter())
+    seconds = sum(getattr(e, key) for e in took) / 1e6
+    return {"device_seconds": round(seconds / parts, 6), "launches": round(launches / parts), **longest}
 
 
 class _Profiled(TrainerCallback):

@@ -86,6 +86,11 @@ def bench(
         raise InputError("there is no prompt to time; give a file with one per line")
     if taken := next((name for name in memories if name in _NAMES), None):
         raise ConfigError(f"a memory cannot be called {taken!r} here, for a row of the report is; choose another name")
+    if in_context is None and passages is not None:
+        raise ConfigError("settings of passages are given and no corpus to take them from: add --in-context")
+    corpus = None if in_context is None else Corpus(in_context)
+    if corpus is not None and isinstance(base, str | Path):
+        corpus.check_read_by(str(base))
     device = default_device()
     if tokenizer is None:
         tokenizer = load_tokenizer(resolve(str(base)))
@@ -110,12 +115,7 @@ def bench(
         if mixed.mix_weights and config.batch_size == 1 and drafts_itself(mixed):
             fixed = MixedLM(model, mixed.named_memories(), mixed.mix_weights)
             ways[f"{name} drawn"] = fixed, {"sampled": True, "drawing": True}
-    if in_context is None and passages is not None:
-        raise ConfigError("settings of passages are given and no corpus to take them from: add --in-context")
-    if in_context is not None:
-        corpus = Corpus(in_context)
-        if isinstance(base, str | Path):
-            corpus.check_read_by(str(base))
+    if corpus is not None:
         ways[IN_CONTEXT] = InContextBase(model, corpus, passages), {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     peaks: dict[str, list[int]] = {name: [] for name in ways}

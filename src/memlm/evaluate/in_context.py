@@ -73,6 +73,19 @@ def passages_of(split: Split, tokens: int, bos: int | None = None, eos: int | No
     return found
 
 
+def _training_passages(corpus: Corpus, tokens: int) -> tuple[list[NDArray[np.int32]], int | None]:
+    """`passages_of` the training split, and the id of a BOS.
+
+    Raises:
+        InputError: There are none.
+    """
+    special = (corpus.tokenizer.bos_token_id, corpus.tokenizer.eos_token_id)
+    bos, eos = (i if isinstance(i, int) else None for i in special)
+    if not (found := passages_of(corpus.split("train"), tokens, bos, eos)):
+        raise InputError(f"corpus {corpus.folder} has no training text to retrieve from")
+    return found, bos
+
+
 def _between(tokenizer: Any) -> NDArray[np.int32]:
     """What parts passage and text: an empty line, where it is few tokens."""
     found = np.array(tokenizer("\n\n", add_special_tokens=False)["input_ids"], np.int32)
@@ -102,10 +115,7 @@ def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> In
     context = config.context or corpus.config.block_size + config.passage_tokens + _BETWEEN
     check_in_context(config, context)
     text, tokenizer = corpus.split(split), corpus.tokenizer
-    bos, eos = (i if isinstance(i, int) else None for i in (tokenizer.bos_token_id, tokenizer.eos_token_id))
-    passages = passages_of(corpus.split("train"), config.passage_tokens, bos, eos)
-    if not passages:
-        raise InputError(f"corpus {corpus.folder} has no training text to retrieve from")
+    passages, bos = _training_passages(corpus, config.passage_tokens)
     windows = _windows(text, config)
     queries = [block.input_ids[max(0, at - config.query_tokens) : at] for block, at in windows]
     between = _between(tokenizer)
@@ -245,12 +255,7 @@ class InContextBase(nn.Module):
         longest = longest_context(base.config)
         self._context = min(self._config.context or longest or MAX_COUNT, longest or MAX_COUNT)
         check_in_context(self._config, self._context)
-        self._bos, eos = (
-            i if isinstance(i, int) else None for i in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
-        )
-        self._passages = passages_of(corpus.split("train"), self._config.passage_tokens, self._bos, eos)
-        if not self._passages:
-            raise InputError(f"corpus {corpus.folder} has no training text to retrieve from")
+        self._passages, self._bos = _training_passages(corpus, self._config.passage_tokens)
         self._between = _between(self._tokenizer)
         self._words = ByWords([self._text(passage) for passage in self._passages])
 

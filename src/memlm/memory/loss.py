@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -31,8 +31,7 @@ _FEWEST_POSITIONS = 128  # with fewer, adding up gradients of the head takes as 
 _FEWEST_TOKENS = 384  # with fewer, adding up gradients of hidden states does
 _FEW_TILES = 8  # up to which every tile looks at the whole label instead of its part of it
 
-
-_ADDS_WIDENED = hasattr(torch.ops.aten.addmm, "dtype_out")
+_ADDS_WIDENED = hasattr(torch.ops.aten.addmm, "dtype_out")  # products of half precision, added up in float32
 
 
 @dataclass(frozen=True)
@@ -263,6 +262,19 @@ class _Output:
     tile: tuple[int, int]
 
 
+class _Given(NamedTuple):
+    """What gradients are of."""
+
+    hidden: Tensor
+    """`(P, D)`."""
+    weight: Tensor
+    """`(V', D)`."""
+    bias: Tensor | None
+    """`(V',)`."""
+    confidence: Tensor | None
+    """`(P,)` logits."""
+
+
 class _Gradients:
     """Those of hidden states, head and bias, added up tile by tile in float32; None where one is not wanted."""
 
@@ -299,16 +311,9 @@ def _reweighed(
     return weights, torch.zeros_like(normaliser).index_add_(0, sparse.owner[entries], weights)
 
 
-def _walk(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    confidence: Tensor | None,
-    sparse: _SparseLabel,
-    output: _Output,
-    gradients: _Gradients,
-) -> tuple[Tensor, Tensor]:
+def _walk(given: _Given, sparse: _SparseLabel, output: _Output, gradients: _Gradients) -> tuple[Tensor, Tensor]:
     """The label's logits and every position's normaliser; gradients are added up on the way."""
+    hidden, weight, bias, confidence = given
     positions, owner, tile, dtype = len(hidden), sparse.owner, output.tile, output.dtype
     vocab_size, softcap = output.vocab_size, output.softcap
     label = sparse.weights if confidence is None else sparse.weights.clone()
@@ -376,17 +381,12 @@ def _walk(
 
 
 def _walk_by_kernels(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    confidence: Tensor | None,
-    sparse: _SparseLabel,
-    output: _Output,
-    gradients: _Gradients,
+    given: _Given, sparse: _SparseLabel, output: _Output, gradients: _Gradients
 ) -> tuple[Tensor, Tensor]:
     """The same where Triton runs: what is done to a tile between the products is one kernel, on the products."""
     from memlm.memory.loss_kernels import TileKernels
 
+    hidden, weight, bias, confidence = given
     positions, (rows_at_once, tokens), dtype = len(hidden), output.tile, output.dtype
     kernels = TileKernels(sparse.ids, sparse.counts, positions, output.scale, output.softcap)
     starts = range(0, output.vocab_size, tokens)
@@ -444,7 +444,7 @@ class _SparseCrossEntropy(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, bias, wanted)
         walk = _walk_by_kernels if has_kernels(hidden.device.type) else _walk
         with torch.autocast(hidden.device.type, enabled=False):
-            scores, normaliser = walk(hidden, weight, bias, confidence, sparse, output, gradients)
+            scores, normaliser = walk(_Given(hidden, weight, bias, confidence), sparse, output, gradients)
         log_probs, mixed = scores - normaliser[owner], scores.new_zeros(0)
         loss, grad_confidence = -(sparse.weights * log_probs).sum(), None
         if confidence is not None:
