@@ -23,6 +23,7 @@ from memlm.evaluate.tasks import evaluate_tasks
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
 from memlm.runs.comparison import comparison_text
+from memlm.runs.figures import Figures
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +98,8 @@ def test_figures_are_those_of_an_evaluation(
     out, report, _ = whole
     folder = next((out / "heads").glob(f"{name}-*"), Path(report["run"]["folders"][name]))
     gate = next(way for way in rows_of(report, name) if way.startswith("gate")).partition(" ")[2]
-    comparison = Comparison(sections, out)
-    retrieval = comparison._retrieval({"datastore": out / "datastore"}) if name == "knn" else None
+    there = {step: out / step for step in ("corpus", "datastore")}
+    retrieval = Figures(Comparison(sections, out), there, {}, {}).retrieval if name == "knn" else None
     expected = evaluate_perplexity(
         out / "corpus",
         base=model_folder,

@@ -57,7 +57,7 @@ def read_token_by_token(model: MixedLM, corpus: Path) -> tuple[list[float], list
         for at in range(tokens.shape[1] - 1):
             with torch.no_grad():
                 parts = model.components(tokens[:, at : at + 1], cache=cache, use_cache=True)
-                logits = model._mix(parts)[0, -1].double()
+                logits = parts.mixed()[0, -1].double()
             weights.append(float(torch.as_tensor(parts.weights[0])))
             said.append(float(logits.log_softmax(-1)[tokens[0, at + 1]]))
     return said, weights

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from memlm.cli import app
 from memlm.errors import ModelError
 from memlm.memory.decoder import MemoryDecoder
-from memlm.mix.decoding import Watch
+from memlm.mix.components import Watch
 from memlm.mix.mixed_lm import MixedLM
 
 VOCAB = 40

@@ -12,11 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from memlm.errors import ConfigError
 from memlm.memory.voter import HeadVoter, VoterCache, moved
 from memlm.models.abilities import CACHE, Abilities, abilities, cache_argument, check_causal
 from memlm.models.adapters import unwrapped
 from memlm.models.heads import Head, find_head
-from memlm.models.loading import device_of
+from memlm.models.loading import device_of, embedding_rows, longest_context
 from memlm.models.taps import by_row, capture
 
 
@@ -183,6 +184,29 @@ class BaseVoter(HeadVoter):
             output,
         )
 
+    def check_reads(self, tokens: Int[Tensor, "B T"], mask: Tensor | None = None, past: int = 0) -> None:
+        """Raise unless the model can read these tokens at once, behind `past` others that a cache holds.
+
+        Args:
+            tokens: The new ones.
+            mask: `(B, past + T)`, 0 at padding.
+            past: How many came before.
+
+        Raises:
+            ConfigError: They are more than it has positions for, a token has no row, or it reads no padding, or nothing
+                but single tokens behind a cache.
+        """
+        name, length = type(self.model).__name__, past + tokens.shape[1]
+        rows, longest = embedding_rows(self.model), longest_context(self.model.config)
+        if longest is not None and length > longest:
+            raise ConfigError(f"{length} tokens are more than the {longest} that base {name} has positions for")
+        if not past and tokens.numel() and (largest := int(tokens.max())) >= rows:  # a token made later has one
+            raise ConfigError(f"token id {largest} is outside the {rows} of base {name}; leave that token out")
+        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()) and not self.abilities.padding:
+            raise ConfigError(f"{name} reads padding on the left as text: give it rows one by one, or of one length")
+        if past and tokens.shape[1] > 1 and not self.abilities.chunks:
+            raise ConfigError(f"{name} goes on behind a cache by single tokens only: give one at a time, or no cache")
+
     def read(self, tokens: Int[Tensor, "B T"], taps: Iterable[str]) -> dict[str, Tensor]:
         """Tap to what goes into that module, `(B, T, D)`; nothing behind the last tap is computed."""
         with capture(self.model, taps, stop=True) as found:
@@ -204,3 +228,21 @@ def narrowed(model: PreTrainedModel, vocab_size: int) -> PreTrainedModel:
 
     part.forward = narrow  # type: ignore[method-assign]
     return part
+
+
+def positions_restart(position_ids: Tensor, attention_mask: Tensor | None, past: int) -> bool:
+    """Whether positions go down from a token to the next, as where documents are packed into a row.
+
+    Of `past` tokens before them, those that the mask shows count. One token at a time is not looked at on an
+    accelerator, which would have to be waited for at each.
+    """
+    if position_ids.ndim != 2 or (position_ids.shape[1] < 2 and (not past or position_ids.device.type != "cpu")):
+        return False
+    there = torch.ones_like(position_ids, dtype=torch.bool)
+    before = torch.full_like(position_ids[:, 0], past)
+    if attention_mask is not None and attention_mask.shape[1] >= position_ids.shape[1]:
+        there = attention_mask[:, -position_ids.shape[1] :].bool().to(there.device)
+        before = attention_mask[:, : -position_ids.shape[1]].sum(1).to(there.device)
+    down = (position_ids[:, 1:] <= position_ids[:, :-1]) & there[:, 1:] & there[:, :-1]
+    behind = (position_ids[:, 0] < before) & there[:, 0] if past else down[:, :0]
+    return bool(down.any() | behind.any())

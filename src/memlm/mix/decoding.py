@@ -20,13 +20,13 @@ from transformers import (
 from transformers.generation import logits_process as processors_of
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from memlm.errors import ConfigError, ModelError
+from memlm.errors import ConfigError
 from memlm.mix.cache import MixedCache
 from memlm.mix.pace import MOST_DRAFTED
 from memlm.models.abilities import CACHE
 
 if TYPE_CHECKING:
-    from memlm.mix.mixed_lm import Components, MixedLM
+    from memlm.mix.mixed_lm import MixedLM
 
 CACHE_NAMES = (CACHE, "past_key_values", "cache")
 _OF_SCORES_ALONE = tuple(
@@ -201,7 +201,7 @@ def checked_cache(mixed: "MixedLM", input_ids: Tensor, model_kwargs: dict[str, A
     known = cache.get_seq_length()
     if known >= input_ids.shape[1]:
         raise ConfigError("the cache holds the whole prompt, and its last token must be read: crop the cache by one")
-    mixed._check_ability(input_ids[:, known:], model_kwargs.get("attention_mask"), cache)
+    mixed._voter.check_reads(input_ids[:, known:], model_kwargs.get("attention_mask"), known)
     return cache
 
 
@@ -232,65 +232,6 @@ def mask_for(
 def positions(mask: Int[Tensor, "B N"] | None, fresh: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
     """Positions of the latest tokens of texts with padding; None: the model counts."""
     return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
-
-
-def check_finite(parts: "Components") -> None:
-    """Raise unless base and memories gave finite scores, as far as their first tells.
-
-    Raises:
-        ModelError: One did not; it is named.
-    """
-    if not bool(parts.normaliser.isfinite().all()):
-        raise ModelError("the base gives no finite scores")
-    for name, votes in parts.votes.items():
-        if isinstance(votes, Tensor) and bool(votes[..., 0].isnan().any()):
-            raise ModelError(f"memory {name!r} gives no finite scores")
-
-
-class Watch:
-    """Whether base and memories give finite scores in all steps of a call of `generate`.
-
-    On a CPU the step raises. An accelerator is not waited for: sums are kept there, which are not finite where one of
-    their parts was not, and read once at the end.
-    """
-
-    def __init__(self, deferred: bool) -> None:
-        """
-        Args:
-            deferred: Whether to raise at the end only.
-        """
-        self._deferred = deferred
-        self._base: Tensor | None = None
-        self._memories: dict[str, Tensor] = {}
-
-    def saw(self, parts: "Components", logits: Tensor) -> Tensor:
-        """The mixture's logits of a step, without NaN, which an accelerator that samples would die of.
-
-        Raises:
-            ModelError: As `check_finite`, where that is not deferred.
-        """
-        if not self._deferred:
-            check_finite(parts)
-            return logits
-        said = parts.normaliser.sum()
-        self._base = said if self._base is None else self._base + said
-        for name, votes in parts.votes.items():
-            if isinstance(votes, Tensor):
-                said = votes[..., 0].sum()  # minus infinity is a log-prob
-                self._memories[name] = self._memories[name] + said if name in self._memories else said
-        return torch.nan_to_num(logits, nan=0.0, posinf=0.0, neginf=-torch.inf)
-
-    def end(self) -> None:
-        """Raise unless all that was seen is finite.
-
-        Raises:
-            ModelError: It is not; who gave it is named.
-        """
-        if self._base is not None and not bool(self._base.isfinite()):
-            raise ModelError("the base gives no finite scores")
-        for name, said in self._memories.items():
-            if bool(said.isnan()):
-                raise ModelError(f"memory {name!r} gives no finite scores")
 
 
 def cache_of(model_kwargs: dict[str, Any]) -> Any:

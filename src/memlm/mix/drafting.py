@@ -30,7 +30,6 @@ from memlm.mix.decoding import (
     Processed,
     Text,
     cache_of,
-    check_finite,
     checked_cache,
     first_chunks,
     mask_for,
@@ -227,8 +226,8 @@ def decode_drafted(
                     cache.of(name, mixed.named_memories()[name]).crop(chunk.shape[1])
                 raise
             try:
-                check_finite(parts)
-                logits = mixed._mix(parts)
+                parts.check_finite()
+                logits = parts.mixed()
                 scores = processed(ids, chunk[:, :0] if drafts is None else drafts.tokens, logits)
                 accepted, last = judging(scores, drafts, sampled)
                 for row, text in enumerate(texts):

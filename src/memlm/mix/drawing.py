@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from memlm.errors import ModelError
+from memlm.mix.components import not_finite
 from memlm.mix.decoding import Processed, Text, checked_cache, mask_for, positions, result
 from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, settle_weights
@@ -63,7 +63,7 @@ def decode_drawn(
             voter: Any = memories[name] if name else mixed._voter
             votes = voter.votes(catch_up(name, len(text)), slice(-1, None))
             if bool(votes[..., 0].isnan().any()):
-                raise ModelError(f"{f'memory {name!r}' if name else 'the base'} gives no finite scores")
+                raise not_finite(name or None)
             scores = processed([text.ids], text.ids[:, :0], votes)[0]
             text.add(torch.multinomial(scores.softmax(-1), 1)[0], scores, votes[0])
     except BaseException:

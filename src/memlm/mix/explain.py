@@ -13,7 +13,6 @@ from memlm.errors import ConfigError, InputError
 from memlm.memory.loading import load_memory
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.memory.voter import Votes
-from memlm.mix.decoding import check_finite
 from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.mixture import mix_log_probs
@@ -129,9 +128,9 @@ def _explained(
     """What all thought of the tokens of a text from number `read` on; `prompt` is what stands before them."""
     answer = sequence[0, read:]
     taps = [memory.tap] if memory is not None and memory.tap is not None else []
-    model.check_reads(sequence)
+    model._voter.check_reads(sequence)
     parts = model.components(sequence[:, :-1], logits_to_keep=len(answer), taps=taps, evidence_mask=evidence)
-    check_finite(parts)
+    parts.check_finite()
     base = parts.logits.log_softmax(-1)
     mixture = mix_log_probs(base, list(parts.votes.values()), parts.weights)
     base_probs, mixture_probs = _probs_of(answer, base), _probs_of(answer, mixture)

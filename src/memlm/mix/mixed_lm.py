@@ -2,17 +2,14 @@
 
 import contextlib
 import copy
-import inspect
-import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Self, cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from memlm.corpus.blocks import IGNORE
@@ -20,14 +17,13 @@ from memlm.errors import ConfigError
 from memlm.files import lasting_name
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
-from memlm.mix.base import BaseState, BaseVoter, narrowed
+from memlm.mix.base import BaseVoter, positions_restart
 from memlm.mix.cache import MixedCache
+from memlm.mix.components import Components, Watch, read_components
 from memlm.mix.config import SIZES, MixedLMConfig, register
-from memlm.mix.decoding import Watch, strange_processor
-from memlm.mix.drafting import Judge, check_drafting, decode_drafted, warn_plain, why_plain
-from memlm.mix.drawing import decode_drawn, why_not_drawn
-from memlm.mix.gate import Gate, GatedMemory, gate_config, places_of, weight_rule
+from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
+from memlm.mix.generating import MixedGenerationMixin
 from memlm.mix.loading import (
     MemorySource,
     check_keyword,
@@ -38,34 +34,12 @@ from memlm.mix.loading import (
     save_mixture,
     settings_of,
 )
-from memlm.mix.mixture import mix_log_probs
-from memlm.mix.pace import Pace
-from memlm.mix.sleep import Unread
-from memlm.mix.weights import FixedWeights, MixWeight, Step, Weight, WeightRule, settle_weights
+from memlm.mix.weights import FixedWeights, MixWeight, WeightRule, settle_weights
 from memlm.models.abilities import CACHE
 from memlm.models.adapters import has_adapter
-from memlm.models.loading import embedding_rows, longest_context
 
 
-@dataclass(frozen=True)
-class Components:
-    """What base and memories say of the next token at the same places."""
-
-    base: BaseState
-    """What the base made of the tokens."""
-    logits: Float[Tensor, "B T V"]
-    """The base's in float32, over the shared vocabulary."""
-    normaliser: Float[Tensor, "B T 1"]
-    """Their logsumexp."""
-    votes: dict[str, Votes]
-    """Per memory; none where all sleep."""
-    weights: list[Weight]
-    """Per memory, as the rule weighs them here."""
-    states: dict[str, Any]
-    """Per memory, what it made of the tokens, and of those before that it had not read; none where all sleep."""
-
-
-class MixedLM(PreTrainedModel, GenerationMixin):
+class MixedLM(MixedGenerationMixin, PreTrainedModel):
     """A frozen base mixed with memories: `p = w * p_memory + (1 - w) * p_base`, per token.
 
     `generate`, `pipeline`, caches and processors work as on any causal LM. What comes back as `logits` is
@@ -274,12 +248,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         return self.config.vocab_size
 
     @property
-    def _is_stateful(self) -> bool:  # transformers asks before it drafts
-        voter = self._voter
-        drafts = voter.keeps_cache and voter.abilities.chunks and voter.abilities.takes_back
-        return bool(getattr(self.base, "_is_stateful", False)) or not drafts
-
-    @property
     def device(self) -> torch.device:
         """Where it takes its tokens."""
         return self._voter.device
@@ -344,7 +312,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ConfigError(f"attention_mask has {attention_mask.ndim} axes: a mixture takes (batch, length) only")
         past = past_key_values.get_seq_length() if isinstance(past_key_values, MixedCache) else 0
-        if position_ids is not None and _restart(position_ids, attention_mask, past):
+        if position_ids is not None and positions_restart(position_ids, attention_mask, past):
             raise ConfigError(
                 "position_ids start anew within a row: the base would tell documents apart there, memories read rows"
                 " whole; give each document a row of its own"
@@ -353,7 +321,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             raise TypeError(
                 f"past_key_values is a {type(past_key_values).__name__}; a mixed model needs its own MixedCache"
             )
-        self._check_ability(input_ids, attention_mask, past_key_values)
+        self._voter.check_reads(input_ids, attention_mask, past)
         use_cache = use_cache if use_cache is not None else past_key_values is not None
         use_cache = use_cache and self._voter.keeps_cache
         if use_cache and past_key_values is None:
@@ -369,7 +337,7 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self._mix(parts)
+        logits = parts.mixed()
         if watch is not None:
             logits = watch.saw(parts, logits)
 
@@ -387,32 +355,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         )
         return result if return_dict is not False else result.to_tuple()
 
-    def check_reads(self, input_ids: Int[Tensor, "B T"]) -> None:
-        """Raise unless the base can read a text of these tokens at once.
-
-        Raises:
-            ConfigError: It is longer than the base has positions for, or a token has no row.
-        """
-        self._check_ability(input_ids, None, None)
-
-    def _check_ability(self, input_ids: Tensor, mask: Tensor | None, cache: MixedCache | None) -> None:
-        """Raise unless the base can read this: these ids, so many, padded, behind a cache.
-
-        Raises:
-            ConfigError: It cannot.
-        """
-        name, known = type(self.base).__name__, cache.get_seq_length() if cache is not None else 0
-        rows, longest = embedding_rows(self.base), longest_context(self.base.config)
-        if longest is not None and known + input_ids.shape[1] > longest:
-            length = known + input_ids.shape[1]
-            raise ConfigError(f"{length} tokens are more than the {longest} that base {name} has positions for")
-        if not known and input_ids.numel() and (largest := int(input_ids.max())) >= rows:  # a token made later has one
-            raise ConfigError(f"token id {largest} is outside the {rows} of base {name}; leave that token out")
-        if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()) and not self._voter.abilities.padding:
-            raise ConfigError(f"{name} reads padding on the left as text: give it rows one by one, or of one length")
-        if known and input_ids.shape[1] > 1 and not self._voter.abilities.chunks:
-            raise ConfigError(f"{name} goes on behind a cache by single tokens only: give one at a time, or no cache")
-
     def components(
         self,
         input_ids: Int[Tensor, "B T"],
@@ -425,7 +367,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         evidence_mask: Tensor | None = None,
         taps: Iterable[str] = (),
         read: Mapping[str, tuple[Any, Votes]] | None = None,
-        use_cache: bool = False,
         **kwargs: Any,
     ) -> Components:
         """What base and memories say of the next token, each for itself.
@@ -437,84 +378,13 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             taps: Modules of the base whose inputs are kept, beside those that memories read.
             read: Memories that have read `input_ids` already: their states there, and their votes at the places that
                 are kept.
-            use_cache: Passed to the base.
         """
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else logits_to_keep
-        keep = slice(None) if isinstance(keep, int) else keep
-        memories, rule = self.named_memories(), self._rule
+        rule = self._rule
         if mix_weight is not None:
             rule = FixedWeights(settle_weights(self._weights, mix_weight, per_row=True))
-        asked = rule.places(keep, input_ids.shape[1])
-        past = cache.get_seq_length() if cache is not None else 0
-        caches = {name: cache.of(name, memory) if cache is not None else None for name, memory in memories.items()}
-        base = self._voter.step(
-            input_ids,
-            attention_mask=attention_mask,
-            cache=cache.of_base if cache is not None else None,
-            position_ids=position_ids,
-            taps={*taps, *(memory.tap for memory in memories.values() if memory.tap is not None)},
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self._voter.logits(base, keep)
-        normaliser = torch.logsumexp(logits, -1, keepdim=True)
-        state = cache.rule if cache is not None else None
-        unread = len(cache.unread) if cache is not None else 0
-        length = input_ids.shape[1]
-        if cache is not None and rule.asleep(state, past, unread, length):
-            heard = {memory.tap for memory in memories.values() if memory.tap is not None}
-            cache.unread.add(input_ids, base.hidden, {tap: base.activations[tap] for tap in heard})
-            return Components(base, logits, normaliser, {}, [0.0] * len(memories), {})
-        tokens = input_ids
-        if cache is not None and unread:  # the memories wake, and read what they missed
-            missed, cache.unread = cache.unread, Unread()
-            tokens = missed.before(input_ids)
-            keep, asked = places_of(keep, length) + unread, slice(None)
-        else:
-            missed = None
-        votes, states = {}, {}
-        for name, memory in memories.items():
-            if read is not None and name in read:
-                states[name], votes[name] = read[name][0], cast(Any, read[name][1]).to(logits.device)
-                continue
-            activations = base.activations[memory.tap] if memory.tap is not None else None
-            if missed is not None and memory.tap is not None and activations is not None:
-                activations = missed.before_activations(memory.tap, activations)
-            hint = {"keep": asked} if "keep" in inspect.signature(memory.step).parameters else {}
-            states[name] = memory.step(tokens, activations, attention_mask=attention_mask, cache=caches[name], **hint)
-            votes[name] = memory.votes(states[name], keep).to(logits.device)
-
-        def columns(began: int, end: int) -> list[dict[str, Tensor]]:
-            labels = torch.full_like(tokens, IGNORE)
-            labels[:, began:end] = tokens[:, began + 1 : end + 1]
-            whole = base if missed is None else replace(base, hidden=missed.before_hidden(base.hidden))
-            found = [self._voter.columns(whole, labels.to(self._voter.device))]
-            found += [memory.columns(states[name], labels.to(memory.device)) for name, memory in memories.items()]
-            shape = len(tokens), end - began
-            return [{name: values.view(shape).to(logits.device) for name, values in part.items()} for part in found]
-
-        step = Step(
-            tokens.to(logits.device),
-            past - unread,
-            keep,
-            logits,
-            normaliser,
-            votes,
-            None if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool().to(logits.device),
-            _from(evidence_mask, past - unread, tokens.to(logits.device)),
-            lambda name: memories[name].confidence(states[name], keep).to(logits.device),
-            unread,
-            columns,
-        )
-        return Components(base, logits, normaliser, votes, rule.weights(step, state), states)
-
-    def _mix(self, parts: Components) -> Tensor:
-        logits, weights = parts.logits, parts.weights
-        if not any(isinstance(weight, Tensor) or weight for weight in weights):
-            return logits
-        mixed = mix_log_probs(logits, list(parts.votes.values()), weights, parts.normaliser)
-        total = sum(weights)
-        return torch.where(total[..., None] == 0, logits, mixed) if isinstance(total, Tensor) else mixed
+        given = input_ids, attention_mask, position_ids, cache, logits_to_keep
+        options: dict[str, Any] = {"evidence_mask": evidence_mask, "taps": taps, "read": read or {}}
+        return read_components(self._voter, self.named_memories(), rule, *given, **options, **kwargs)
 
     def new_cache(self, batch_size: int, base_cache: Cache | None = None) -> MixedCache:
         """An empty cache for `forward`; a dynamic one for the base unless another is given.
@@ -528,110 +398,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             base_cache = self._voter.new_cache(batch_size).inner
         return MixedCache(base_cache, self.named_memories(), self._rule.new_state(batch_size), batch_size)
 
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict,
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        beams = (generation_config.num_beams or 1) > 1
-        if not self._voter.keeps_cache or (beams and not self._voter.abilities.rows):
-            name = type(self.base).__name__
-            what = "keeps no past in a cache" if not self._voter.keeps_cache else "mixes up the rows of its cache"
-            warnings.warn(f"{name} {what}; all text is read anew for every token", stacklevel=2)
-            generation_config.use_cache = model_kwargs["use_cache"] = False
-            return
-        given = model_kwargs.get(CACHE) is not None
-        own: dict[str, Any] = model_kwargs if given else {}
-        cast(Any, self.base)._prepare_cache_for_generation(
-            generation_config, own, generation_mode, batch_size, max_cache_length
-        )
-        if given or generation_config.use_cache is False:
-            return
-        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-        model_kwargs[CACHE] = self.new_cache(rows, own.get(CACHE))
-
-    def _validate_generation_mode(self, mode: Any, config: GenerationConfig, options: dict[str, Any]) -> None:
-        drafter, rows = options.get("assistant_model"), self.base.config.get_text_config().vocab_size
-        if drafter is not None and rows > self.vocab_size and drafter.config.get_text_config().vocab_size == rows:
-            options["assistant_model"] = narrowed(
-                drafter, self.vocab_size
-            )  # both are padded beyond the tokenizer's ids
-        cast(Any, super())._validate_generation_mode(mode, config, options)
-
-    def _validate_generated_length(
-        self, generation_config: GenerationConfig, input_ids_length: int, *args: Any
-    ) -> None:
-        cast(Any, super())._validate_generated_length(generation_config, input_ids_length, *args)
-        longest = longest_context(self.base.config)
-        if longest is not None and (generation_config.max_length or 0) > longest:
-            raise ConfigError(
-                f"a prompt of {input_ids_length} tokens and {generation_config.max_length - input_ids_length} new ones"
-                f" are more than the {longest} that base {type(self.base).__name__} has positions for: lower"
-                " max_new_tokens or shorten the prompt"
-            )
-
-    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
-        check_drafting(model_kwargs.get("drafting"), bool(model_kwargs.get("drawing")), model_kwargs.get("warp"))
-        own = {*self._voter.arguments, "drafting", "drawing", "warp", "draft_judge"}
-        strange = {name: value for name, value in model_kwargs.items() if name not in own}
-        cast(Any, super())._validate_model_kwargs(strange)
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if kwargs.get("drafting") is not None or kwargs.get("drawing"):
-            raise ConfigError("drafting and drawing are for greedy decoding and sampling, not for beams or assistants")
-        inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
-        if inputs["input_ids"].shape[1] == 1:  # pictures and sounds belong to the prompt
-            inputs = {n: value for n, value in inputs.items() if not n.startswith(("pixel_", "image_", "input_feat"))}
-        return inputs
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Not for a mixed model, whose memories keep no pages.
-
-        Raises:
-            NotImplementedError: Always.
-        """
-        raise NotImplementedError("a mixture cannot generate with paged caches (generate_batch): call generate")
-
-    def _sample(
-        self,
-        input_ids: Int[Tensor, "B N"],
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: GenerationConfig,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        drafting: int | Literal["auto"] | Pace | None = None,
-        drawing: bool = False,
-        warp: Literal["components"] | None = None,
-        draft_judge: Judge | None = None,
-        **model_kwargs: Any,
-    ) -> Any:
-        """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
-        watch = model_kwargs.pop("watch", None)  # the loops of ours look for themselves
-        given = input_ids, logits_processor, stopping_criteria, generation_config
-        if drafting is not None or drawing:
-            why = why_plain(self, input_ids, stopping_criteria, streamer, generation_config, model_kwargs)
-            if drawing:
-                one_text = None if len(input_ids) == 1 else "components are drawn for one text at a time"
-                refused = (
-                    one_text or why or why_not_drawn(self, logits_processor, generation_config, warp, model_kwargs)
-                )
-                if refused:
-                    raise ConfigError(f"nothing can be drawn: {refused}")
-                return decode_drawn(self, *given, streamer, model_kwargs)
-            if why is None and (strange := strange_processor(logits_processor, len(input_ids))):
-                why = f"{strange} may be more than a function of text and scores"
-            if why is None:
-                pace = drafting if isinstance(drafting, Pace) else Pace(None if drafting == "auto" else drafting)
-                return decode_drafted(self, *given, streamer, pace, model_kwargs, draft_judge)
-            warn_plain(why)
-        return cast(Any, super())._sample(
-            *given, synced_gpus=synced_gpus, streamer=streamer, watch=watch, **model_kwargs
-        )
-
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Not for a mixed model: its base takes adapters.
 
@@ -641,33 +407,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
         raise NotImplementedError("adapters belong to the base: call mixture.base.load_adapter or add_adapter")
 
     add_adapter = load_adapter
-
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
-        if kwargs["generation_config"].assistant_early_exit is not None:
-            raise NotImplementedError("a mixture cannot draft by leaving its layers early: give an assistant_model")
-        if model_kwargs.get("drafting") is not None or model_kwargs.get("drawing"):
-            raise ConfigError("an assistant drafts already: leave out drafting and drawing")
-        own = {n: value for n, value in model_kwargs.items() if n not in ("mix_weight", "evidence_mask", "watch")}
-        return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, and three keywords more.
-
-        Args:
-            drafting: Tokens that the memory drafts at a time, or auto: what gives most tokens a second; or a
-                `Pace`, which tells afterwards what was accepted.
-            drawing: Sample by drawing a component for each token, of which only that one is read.
-            warp: components: processors may act on each component that is drawn, instead of the mixture.
-            draft_judge: Decides in place of `memlm.mix.drafting.judge` which drafted tokens are accepted, for
-                measurements; the text is then not the mixture's.
-
-        Raises:
-            ModelError: Base or memory gives scores that are not finite.
-        """
-        watch = Watch(deferred=self.device.type != "cpu")
-        found = cast(Any, super()).generate(*args, **kwargs, watch=watch)
-        watch.end()
-        return found
 
     # --- loading and saving -------------------------------------------------------------------------------------
 
@@ -722,32 +461,6 @@ class MixedLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: Always.
         """
         raise NotImplementedError("push the memory: memlm.push_to_hub(folder, repo_id); its card says how to load it")
-
-
-def _restart(position_ids: Tensor, attention_mask: Tensor | None, past: int) -> bool:
-    """Whether positions go down from a token to the next, as where documents are packed into a row.
-
-    Of `past` tokens before them, those that the mask shows count. One token at a time is not looked at on an
-    accelerator, which would have to be waited for at each.
-    """
-    if position_ids.ndim != 2 or (position_ids.shape[1] < 2 and (not past or position_ids.device.type != "cpu")):
-        return False
-    there = torch.ones_like(position_ids, dtype=torch.bool)
-    before = torch.full_like(position_ids[:, 0], past)
-    if attention_mask is not None and attention_mask.shape[1] >= position_ids.shape[1]:
-        there = attention_mask[:, -position_ids.shape[1] :].bool().to(there.device)
-        before = attention_mask[:, : -position_ids.shape[1]].sum(1).to(there.device)
-    down = (position_ids[:, 1:] <= position_ids[:, :-1]) & there[:, 1:] & there[:, :-1]
-    behind = (position_ids[:, 0] < before) & there[:, 0] if past else down[:, :0]
-    return bool(down.any() | behind.any())
-
-
-def _from(mask: Tensor | None, past: int, tokens: Int[Tensor, "B T"]) -> Tensor | None:
-    """A mask of a text at these tokens, that come after `past` others; True beyond its end."""
-    if mask is None or mask.shape[1] <= past:
-        return None
-    here = mask[:, past : past + tokens.shape[1]].bool()
-    return nn.functional.pad(here, (0, tokens.shape[1] - here.shape[1]), value=True).to(tokens.device)
 
 
 register()
