@@ -3,6 +3,7 @@
 import copy
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from families import family_config, family_model
+from preloaded import preloaded_program
 from tiny_tokenizers import byte_level
 from transformers import (
     AutoModelForCausalLM,
@@ -46,6 +48,19 @@ def _own_cache(
     """Scores and fetched models of tests stay out of the user's cache (tests marked `assets` may use it)."""
     if "assets" not in request.keywords:
         monkeypatch.setenv("MEMLM_HOME", str(tmp_path_factory.getbasetemp() / "memlm-home"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long comes first, so that no process is left with it alone at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The command line as a program that starts at once."""
+    folder = tmp_path_factory.mktemp("bin")
+    with preloaded_program(folder):
+        yield folder / "memlm"
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ Importing torch and transformers takes seconds of every command; a page of the d
 """
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+_IMPORTED = ("cli", "demo", "evaluate.perplexity", "evaluate.tasks", "mix.explain", "runs.plan", "train.run")
 _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -41,11 +43,8 @@ def preloaded_program(folder: Path) -> Iterator[None]:
 
 
 def _serve(address: str) -> None:
-    import memlm.cli
-    import memlm.demo
-    import memlm.mix.explain
-    import memlm.runs.plan  # noqa: F401
-
+    for module in _IMPORTED:
+        importlib.import_module(f"memlm.{module}")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()

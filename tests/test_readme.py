@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from conftest import save_model, sentences
-from preloaded import preloaded_program
 from tiny_tokenizers import sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +33,7 @@ def test_the_readme_has_commands_to_test() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("language", "block"), BLOCKS)
 def test_commands_of_the_pages_run(
-    language: str, block: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    language: str, block: str, tokenizer: PreTrainedTokenizerFast, program: Path, tmp_path: Path
 ) -> None:
     """`smollm2` is already fetched, so to say: a model of 10 thin layers lies where the command would put it."""
     model = tmp_path / "home" / "models" / "smollm2"
@@ -45,19 +44,16 @@ def test_commands_of_the_pages_run(
         (work / "DOCS" / f"{number}.txt").write_text(text)
     foreign = sentencepiece_like(documents)
     save_model(work / "OTHER", foreign, width=16)
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     shell = [shutil.which("bash") or "bash", "-euo", "pipefail", "-c"]
-    with preloaded_program(programs):
-        found = subprocess.run(
-            [*(shell if language == "bash" else [sys.executable, "-c"]), block],
-            cwd=work,
-            env={**os.environ, "PATH": path, "MEMLM_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+    found = subprocess.run(
+        [*(shell if language == "bash" else [sys.executable, "-c"]), block],
+        cwd=work,
+        env={**os.environ, "PATH": path, "MEMLM_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     assert "Traceback" not in found.stderr
     made = {p.name for p in work.iterdir()} - {"DOCS", "OTHER"}

@@ -19,6 +19,7 @@ _PATIENCE = timedelta(days=7)  # a rank waits for one that works; what ends the 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 1.0  # in which a rank comes upon the same error by itself
 _ERROR = "memlm/error"
+_LEFT = "memlm/left"
 
 
 class Ranks:
@@ -64,8 +65,8 @@ def together() -> Iterator[Ranks]:
 
     if _here is ALONE:
         _here = _join()
-    store, ended = dist.distributed_c10d._get_default_store(), threading.Event()
-    watch = threading.Thread(target=_watch, args=(store, ended), daemon=True)
+    store, ended, heard = dist.distributed_c10d._get_default_store(), threading.Event(), list[str]()
+    watch = threading.Thread(target=_watch, args=(store, ended, heard), daemon=True)
     watch.start()
     try:
         yield _here
@@ -77,15 +78,33 @@ def together() -> Iterator[Ranks]:
         if lost:
             reason = "another rank is gone; the same command goes on where this one was"
         with contextlib.suppress(RuntimeError):  # the store went with the rank that keeps it
-            reason = store.compare_set(_ERROR, "", reason).decode()
+            reason = heard[0] if heard else store.compare_set(_ERROR, "", reason).decode()
+        _leave(store, heard)
         if not _here.first:
             time.sleep(3 * _GRACE_SECONDS)  # a launcher ends all ranks with this one, and the first is to speak before
         if lost:
             raise TrainingError(reason) from None
         raise
+    else:
+        ended.set()
+        watch.join()
+        _leave(store, heard)
     finally:
         ended.set()
         watch.join()
+
+
+def _leave(store: Any, heard: list[str]) -> None:
+    """Ask nothing more of the store; the first rank, with which it goes, waits a moment for the others to do so."""
+    with contextlib.suppress(RuntimeError):
+        if not _here.first:
+            if not heard:  # else it said so when it heard
+                store.add(_LEFT, 1)
+            return
+        last = time.monotonic() + 3 * _GRACE_SECONDS
+        while store.add(_LEFT, 0) < _here.count - 1 and time.monotonic() < last:
+            time.sleep(_POLL_SECONDS / 10)
+        store.add(_LEFT, 1 - _here.count)  # for another piece of work
 
 
 def _join() -> Ranks:
@@ -101,19 +120,27 @@ def _join() -> Ranks:
     return Ranks(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
 
-def _watch(store: Any, ended: threading.Event) -> None:
-    """End this process when another rank has failed, for it may wait for that rank in the middle of a step."""
+def _watch(store: Any, ended: threading.Event, heard: list[str]) -> None:
+    """End this process when another rank has failed, for it may wait for that rank in the middle of a step.
+
+    Args:
+        store: Of the launcher, where ranks leave word.
+        ended: Set when this rank's work is over.
+        heard: Gets another rank's error; the store is left alone from then on.
+    """
     while not ended.wait(_POLL_SECONDS):
         try:
             if not store.check([_ERROR]):
                 continue
-            reason = store.get(_ERROR).decode()
+            heard.append(store.get(_ERROR).decode())
+            if not _here.first:
+                store.add(_LEFT, 1)
         except RuntimeError:
             return
         if ended.wait(_GRACE_SECONDS):
             return
         if _here.first:
-            print(f"memlm: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+            print(f"memlm: error: {' '.join(heard[0].split())}", file=sys.stderr, flush=True)
         else:
             time.sleep(2 * _GRACE_SECONDS)
         os._exit(2)

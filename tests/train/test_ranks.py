@@ -22,17 +22,16 @@ from memlm.stage import locked
 from memlm.train.data import TrainingData
 from memlm.train.run import plan_memory, train_memory
 
-TRAIN = ("-m", "memlm", "train")
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_steps": 4, "seed": 3, "warmup": 0, "learning_rate": 0.01}
 QUICK = [f"--{name.replace('_', '-')}={value}" for name, value in {**SETTINGS, "batch_size": 2}.items()]
 
 
 @contextlib.contextmanager
 def two_ranks(*line: object, second: tuple[object, ...] = ()) -> Iterator[list[subprocess.Popen[str]]]:
-    """Python with that line on two ranks, each the first of its own machine; both are ended after the block.
+    """A command on two ranks, each the first of its own machine; both are ended after the block.
 
     Args:
-        line: What stands behind `python`.
+        line: The command.
         second: The line of the second rank, where it is another.
     """
     with socket.socket() as free:
@@ -42,7 +41,7 @@ def two_ranks(*line: object, second: tuple[object, ...] = ()) -> Iterator[list[s
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, *map(str, words)],
+            [*map(str, words)],
             env={**os.environ, **shared, "RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -63,9 +62,9 @@ def ended(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(rank.returncode, *output) for rank in ranks for output in [rank.communicate(timeout=100)]]
 
 
-def trained(out: Path, *command: object) -> Manifest:
+def trained(program: Path, out: Path, *command: object) -> Manifest:
     """What two ranks made, of which the first alone told."""
-    with two_ranks(*TRAIN, *command, "--out", out) as ranks:
+    with two_ranks(program, "train", *command, "--out", out) as ranks:
         first, second = ended(ranks)
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert first[1].startswith(str(out))
@@ -73,9 +72,9 @@ def trained(out: Path, *command: object) -> Manifest:
     return read_manifest(out, "memory")
 
 
-def refused(*command: object, second: tuple[object, ...] = ()) -> str:
+def refused(program: Path, *command: object, second: tuple[object, ...] = ()) -> str:
     """The one line of a command that fails, told by the first rank."""
-    with two_ranks(*TRAIN, *command, second=(*TRAIN, *second) if second else ()) as ranks:
+    with two_ranks(program, "train", *command, second=(program, "train", *second) if second else ()) as ranks:
         first, other = ended(ranks)
     assert first[0] == other[0] == 2, first[2] + other[2]
     assert first[1] == other[1] == other[2] == ""
@@ -95,9 +94,9 @@ def assert_same(two: Path, one: Path, start: Path | None = None) -> None:
 
 
 def test_two_ranks_train_what_one_trains_with_batches_twice_as_large(
-    targets_folder: Path, model_folder: str, tmp_path: Path
+    targets_folder: Path, model_folder: str, program: Path, tmp_path: Path
 ) -> None:
-    two = trained(tmp_path / "two", targets_folder, "--init", model_folder, *QUICK)
+    two = trained(program, tmp_path / "two", targets_folder, "--init", model_folder, *QUICK)
     one = train_memory(targets_folder, init=model_folder, out=tmp_path / "one", **SETTINGS, batch_size=4)
     assert_same(tmp_path / "two", tmp_path / "one", Path(model_folder))
     assert two.facts.keys() == one.facts.keys()
@@ -140,7 +139,7 @@ def test_every_kind_of_training_on_two_ranks_is_that_on_one(
         name: {"data": str(targets_folder), **SETTINGS, "batch_size": 2, **kind, "out": str(tmp_path / "two" / name)}
         for name, kind in kinds.items()
     }
-    with two_ranks("-c", _SWEEP, json.dumps(list(kinds.values()))) as ranks:
+    with two_ranks(sys.executable, "-c", _SWEEP, json.dumps(list(kinds.values()))) as ranks:
         (code, hashes, problems), other = ended(ranks)
     assert code == other[0] == 0, problems + other[2]
     assert hashes == other[1]
@@ -156,12 +155,12 @@ def test_every_kind_of_training_on_two_ranks_is_that_on_one(
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_other_and_both_go_on_to_the_same_bytes(
-    targets_folder: Path, model_folder: str, tmp_path: Path
+    targets_folder: Path, model_folder: str, program: Path, tmp_path: Path
 ) -> None:
     command = [targets_folder, "--init", model_folder, *QUICK, "--max-steps", 60, "--validations", 6]
-    whole = trained(tmp_path / "whole", *command)
+    whole = trained(program, tmp_path / "whole", *command)
     out = tmp_path / "killed"
-    with two_ranks(*TRAIN, *command, "--out", out) as ranks:
+    with two_ranks(sys.executable, "-m", "memlm", "train", *command, "--out", out) as ranks:
         until = time.monotonic() + 60
         while not list(out.glob("checkpoints/*/whole")):
             assert time.monotonic() < until
@@ -171,12 +170,12 @@ def test_a_rank_that_is_killed_ends_the_other_and_both_go_on_to_the_same_bytes(
     assert (ranks[0].returncode, told) == (2, "")
     assert line == "memlm: error: another rank is gone; the same command goes on where this one was\n"
     assert (out / "plan.json").is_file()
-    assert trained(out, *command).hash == whole.hash
+    assert trained(program, out, *command).hash == whole.hash
 
 
 @pytest.mark.slow
 def test_what_one_rank_finds_wrong_ends_both_with_one_line(
-    targets_folder: Path, model_folder: str, tmp_path: Path
+    targets_folder: Path, model_folder: str, program: Path, tmp_path: Path
 ) -> None:
     settings = ["--init", model_folder, *QUICK, "--out", tmp_path / "memory"]
     targets = shutil.copytree(targets_folder, tmp_path / "targets")
@@ -184,12 +183,12 @@ def test_what_one_rank_finds_wrong_ends_both_with_one_line(
     damaged = bytearray(shard.read_bytes())
     damaged[len(damaged) // 2] ^= 255
     shard.write_bytes(damaged)
-    assert f"{shard} is damaged" in refused(targets, *settings)
+    assert f"{shard} is damaged" in refused(program, targets, *settings)
     assert not (tmp_path / "memory").exists()
-    assert f"{shard} is damaged" in refused(targets_folder, *settings, second=(targets, *settings))
+    assert f"{shard} is damaged" in refused(program, targets_folder, *settings, second=(targets, *settings))
     (tmp_path / "memory").mkdir(exist_ok=True)
     with locked(tmp_path / "memory"):
-        assert "another process is writing" in refused(targets_folder, *settings)
+        assert "another process is writing" in refused(program, targets_folder, *settings)
 
 
 def test_a_memory_of_one_process_is_not_one_of_two(targets_folder: Path, model_folder: str) -> None:
