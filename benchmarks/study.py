@@ -316,7 +316,7 @@ class Study:
 
 def quick_settings(study: Path, out: Path) -> list[str]:
     """Settings that put a toy model, its text and toy sizes in a study's place."""
-    found, words = quick_overrides(str(study), out), (out / "documents.txt").read_text(encoding="utf-8").splitlines()
+    found, words = quick_overrides(str(study), out), (out / "general.txt").read_text(encoding="utf-8").splitlines()
     for part, lines in (("fit", words[::2]), ("test", words[1::2])):
         articles = (f" = {number} = \n{line}\n" for number, line in enumerate(lines))
         (out / f"{part}.txt").write_text("".join(articles), encoding="utf-8")

@@ -502,3 +502,10 @@ def test_a_corpus_with_given_splits_goes_on_after_a_stop(tmp_path: Path, model_f
     with files_written("raw/*.npy", most=7):
         make(tmp_path / "stopped")
     assert make(tmp_path / "stopped").hash == whole.hash
+
+
+def test_one_document_needs_no_list(documents: str, model_folder: str, tmp_path: Path) -> None:
+    settings: dict[str, str] = {"document_separator": "\n\n"}
+    listed = build_corpus([documents], tokenizer=model_folder, out=tmp_path / "a", **settings)
+    for number, alone in enumerate((documents, Path(documents))):
+        assert build_corpus(alone, tokenizer=model_folder, out=tmp_path / str(number), **settings).hash == listed.hash

@@ -21,7 +21,7 @@ from memlm.memory.loading import load_memory
 from memlm.mix.gate_config import GateConfig
 from memlm.models.identity import model_identity
 
-EXACT = EvaluateConfig(dtype="float32", bootstrap=20)
+EXACT = EvaluateConfig(dtype="float32", bootstrap=20, shared_documents="keep")  # `short` is cut from its own text
 pytestmark = pytest.mark.filterwarnings(LONG_TEXT)
 
 
@@ -116,7 +116,8 @@ def test_live_retrieval_and_a_decoder_under_one_gate(
 
 def test_the_gate_in_force_follows_from_head_and_weight(short: Path, model_folder: str, head_folder: Path) -> None:
     def gate(**options: Any) -> str:
-        return evaluate_perplexity(short, base=model_folder, memory=str(head_folder), **options)["mixture"]["gate"]
+        kept = {"shared_documents": "keep", **options}
+        return evaluate_perplexity(short, base=model_folder, memory=str(head_folder), **kept)["mixture"]["gate"]
 
     assert gate() == "both"
     assert gate(mix_weight=0.3) == "none"
@@ -149,7 +150,7 @@ def test_a_head_of_something_else_is_refused(
 ) -> None:
     fitted(head_folder).model_copy(update=change).save(head_folder)
     with pytest.raises(ConfigError, match=message):
-        evaluate_perplexity(short, base=model_folder, memory=str(head_folder))
+        evaluate_perplexity(short, base=model_folder, memory=str(head_folder), config=EXACT)
     with pytest.raises(ConfigError, match=message):
         load_memory(head_folder)
 

@@ -106,6 +106,11 @@ class Split:
         """Predicted tokens: all but the first of each document."""
         return self.n_tokens - self.n_documents
 
+    def documents(self) -> Iterator[NDArray[np.int32]]:
+        """The tokens of each document."""
+        for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            yield np.asarray(self.tokens[start:end])
+
     @cached_property
     def _windows(self) -> NDArray[np.int64]:
         """`(blocks, 3)`: start, end, and first token that may be predicted."""

@@ -19,7 +19,7 @@ from memlm.config import nearest, settings_from
 from memlm.corpus.blocks import SPLITS, CorpusFacts
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
-from memlm.corpus.readers import Document, Met, find_sources, read_documents, source_digest
+from memlm.corpus.readers import Document, Met, find_sources, listed, read_documents, source_digest
 from memlm.errors import ConfigError, InputError
 from memlm.files import read_json
 from memlm.manifest import Facts, Manifest
@@ -41,12 +41,12 @@ _INPUTS = {"train": "documents", "validation": "validation_documents", "test": "
 
 
 def build_corpus(
-    documents: list[str],
+    documents: str | Path | Iterable[str | Path],
     *,
     tokenizer: str,
     out: str | Path,
-    validation_documents: list[str] | None = None,
-    test_documents: list[str] | None = None,
+    validation_documents: str | Path | Iterable[str | Path] = (),
+    test_documents: str | Path | Iterable[str | Path] = (),
     config: CorpusConfig | None = None,
     **settings: Any,
 ) -> Manifest:
@@ -56,7 +56,7 @@ def build_corpus(
     are kept once.
 
     Args:
-        documents: Files, folders, dataset folders or dataset names (`name[:config[:split]]`).
+        documents: A file, folder, dataset folder or dataset name (`name[:config[:split]]`), or several.
         tokenizer: Path, hub id or packaged name of a tokenizer or model.
         out: Folder to write; a finished one with the same content is left alone.
         validation_documents, test_documents: Where that split is given; none of `documents` goes to it then.
@@ -67,8 +67,8 @@ def build_corpus(
         ConfigError: The tokenizer lacks a token that the settings name.
     """
     config = settings_from(CorpusConfig, config, settings)
-    given = {"validation": validation_documents or [], "test": test_documents or []}
-    return run_stage(out, *plan_corpus(documents, tokenizer=tokenizer, given=given, config=config))
+    given = {"validation": listed(validation_documents), "test": listed(test_documents)}
+    return run_stage(out, *plan_corpus(listed(documents), tokenizer=tokenizer, given=given, config=config))
 
 
 def plan_corpus(

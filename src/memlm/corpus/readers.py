@@ -75,6 +75,11 @@ def text_format(path: Path) -> str | None:
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
+def listed(places: str | Path | Iterable[str | Path]) -> list[str]:
+    """One place or several, as a list of strings."""
+    return [str(place) for place in ([places] if isinstance(places, str | Path) else places)]
+
+
 def find_sources(places: Iterable[str]) -> Sources:
     """Files in `places`, folders searched in sorted order; dataset names and dataset folders stay as they are.
 

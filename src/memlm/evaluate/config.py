@@ -1,6 +1,6 @@
 """Settings of evaluations."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -21,6 +21,13 @@ class EvaluateConfig(StageConfig):
     """Resamplings of documents behind the 95% intervals; 0 leaves them out."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Draws the resamplings."""
+    shared_documents: Literal["refuse", "keep"] = "refuse"
+    """Held-out documents that a memory was trained on, where it was made from another corpus: an error, or kept."""
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what comes out."""
+        return self.model_dump(exclude={"shared_documents"} if self.shared_documents == "refuse" else None)
 
     @field_validator("mix_weight")
     @classmethod

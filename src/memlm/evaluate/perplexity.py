@@ -22,6 +22,7 @@ from memlm.memory.confidence import ConfidenceHead
 from memlm.memory.config import UNNAMED
 from memlm.memory.loading import read_head, read_settings
 from memlm.memory.retrieval import RetrievalSettings, Validated
+from memlm.memory.seen import check_unseen
 from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.weights import WeightRule, settle_weights
@@ -71,7 +72,8 @@ def evaluate_perplexity(
         perplexity, as a retriever has alone, is None.
 
     Raises:
-        InputError: The corpus has no test tokens, or no validation tokens to choose weights on.
+        InputError: The corpus has no test tokens, or no validation tokens to choose weights on, or shares held-out
+            documents with the text of a memory that was made from another corpus (where that is still found).
         ConfigError: A memory's name is taken by the report, or weights do not fit the memories.
         TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
         ModelError: Base or memory cannot be reached, or gives NaN.
@@ -96,6 +98,9 @@ def evaluate_perplexity(
     source.check_fits(base)
     for model in memories.values():
         check_memory(source, model)
+    if config.shared_documents == "refuse":
+        splits_read = ("test",) if given is not None else ("validation", "test")
+        check_unseen(source, memories, splits_read, "; or keep them with shared_documents keep")
     gate = gate_config(gate if gate is not None or given is None else "none")
     spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval, gate=gate)
     heads = _heads(memories)
@@ -143,7 +148,7 @@ def evaluate_perplexity(
         "corpus": spec.inputs["corpus"],
         "base": spec.inputs["base"],
         "memory": hashes if isinstance(memory, Mapping) else hashes[UNNAMED],
-        "config": config.model_dump(),
+        "config": config.deciding,
         "gate": gate.model_dump(),
     }
     if retrieval is not None:
@@ -254,7 +259,7 @@ def report_spec(
     heads = {name: head.digest for name, head in _heads(named).items() if head is not None}
     return StageSpec(
         "evaluation",
-        config=config.model_dump()
+        config=config.deciding
         | {"gate": weighs.model_dump() | ({"heads": heads} if heads and weighs.gate != "none" else {})}
         | ({"retrieval": retrieval.found} if retrieval is not None else {}),
         inputs={"corpus": made.hash, **{name: model_identity(model) for name, model in sources.items()}},

@@ -1,5 +1,6 @@
 """What the rows of a comparison reach: perplexities, tasks, times, and what they add to the base."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -311,8 +312,8 @@ class Figures:
         test, new = corpus.split("test"), max(2, self.asked.config.timed_tokens)
         read = max(1, min(64, corpus.config.block_size - new))  # all within a memory's window
         prompts = [
-            str(corpus.tokenizer.decode(test.tokens[start : start + read], skip_special_tokens=True))
-            for start in test.offsets[:-1][:4]
+            str(corpus.tokenizer.decode(tokens[:read], skip_special_tokens=True))
+            for tokens in itertools.islice(test.documents(), 4)
         ]
         found = bench(
             self.asked.base,
@@ -342,11 +343,7 @@ def _told(memory: GatedMemory) -> list[Any]:
 def _text_bytes(corpus: Corpus, split: str) -> int:
     """UTF-8 bytes of the text that the predicted tokens of a split stand for."""
     text, tokenizer = corpus.split(split), corpus.tokenizer
-    documents = zip(text.offsets[:-1], text.offsets[1:], strict=True)
-    return sum(
-        len(str(tokenizer.decode(text.tokens[start + 1 : end], skip_special_tokens=True)).encode())
-        for start, end in documents
-    )
+    return sum(len(str(tokenizer.decode(tokens[1:], skip_special_tokens=True)).encode()) for tokens in text.documents())
 
 
 def _bytes(folder: Path) -> int:

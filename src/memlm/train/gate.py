@@ -14,11 +14,13 @@ from torch import Tensor
 from memlm.config import settings_from
 from memlm.corpus.blocks import SPLITS, Blocks, Corpus, Split, length_batches
 from memlm.corpus.build import build_corpus
+from memlm.corpus.readers import listed
 from memlm.errors import ConfigError, InputError
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.confidence import FEATURES, ConfidenceHead, features
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory
+from memlm.memory.seen import check_unseen
 from memlm.memory.voter import Voter, VoterCache
 from memlm.mix.base import BaseVoter
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
@@ -51,7 +53,7 @@ def fit_gate(
     *,
     corpus: str | Path,
     base: str | Path | Sequence[str | Path],
-    general: Sequence[str | Path] = (),
+    general: str | Path | Iterable[str | Path] = (),
     config: FitGateConfig | None = None,
     **settings: Any,
 ) -> ConfidenceHead:
@@ -66,11 +68,12 @@ def fit_gate(
         corpus: Folder of the corpus stage whose validation split is read.
         base: Path, hub id or packaged name of a base to stand beside it, or several, of which none is to be leaned on:
             all count alike. The head's `facts` are of the first.
-        general: Documents or folders of text that is not of the domain; a corpus folder gives its held-out text.
+        general: A document or folder, or several, of text that is not of the domain; a corpus folder gives its held-out
+            text.
         config: Default settings if None; or give them as keywords.
 
     Raises:
-        InputError: Too little held-out text.
+        InputError: Too little held-out text, or the memory was trained on some of it.
         ConfigError: General text is the domain's own.
         TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
         ModelError: Base or memory cannot be reached, or gives NaN.
@@ -80,7 +83,7 @@ def fit_gate(
     if not is_artifact(folder):
         raise ConfigError(f"{memory} is no folder that memlm made: a head is kept in the memory's folder")
     identity = read_manifest(folder, "memory", "datastore").hash
-    bases = [str(base)] if isinstance(base, str | Path) else [str(place) for place in base]
+    bases, foreign = listed(base), listed(general)
     for place in bases:
         source.check_read_by(place)
     held_out = _cut(source.split("validation"), config.max_tokens)
@@ -90,10 +93,11 @@ def fit_gate(
             f" head needs {FEWEST_TOKENS:,} of {FEWEST_DOCUMENTS} at least: build it with a larger"
             " --validation-fraction"
         )
+    check_unseen(source, {"memory": str(folder)}, ("validation",))
     texts = [held_out]
     with tempfile.TemporaryDirectory() as scratch:
-        if general:
-            texts.append(_general_text([str(place) for place in general], source, config, Path(scratch)))
+        if foreign:
+            texts.append(_general_text(foreign, source, config, Path(scratch)))
         heard = [found for place in bases for found in _beside(folder, place, source, texts, config)]
     there = read_settings(folder)
     head = ConfidenceHead(
@@ -127,13 +131,13 @@ def _cut(split: Split, tokens: int) -> Split:
 
 def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scratch: Path) -> Split:
     """General text as one split; what the domain's corpus holds as well is refused."""
-    own = {_key(text) for name in SPLITS for text in _documents(domain.split(name))}
+    own = {_key(text) for name in SPLITS for text in domain.split(name).documents()}
     known = [place for place in places if is_artifact(place)]
     found: list[NDArray[np.int32]] = []
     for place in known:
         other = Corpus(place)
         for name in ("validation", "test"):
-            found += list(_documents(other.split(name)))
+            found += list(other.split(name).documents())
     files = [place for place in places if place not in known]
     if files:
         folder = scratch / "general"
@@ -141,7 +145,7 @@ def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scra
         reading = {"document_separator": config.document_separator, "encoding": config.encoding}
         reading |= {"text_column": config.text_column, "block_size": domain.config.block_size}
         build_corpus(files, tokenizer=str(domain.folder / "tokenizer"), out=folder, **split, **reading)
-        found += list(_documents(Corpus(folder).split("train")))
+        found += list(Corpus(folder).split("train").documents())
     if both := sum(_key(text) in own for text in found):
         raise ConfigError(
             f"{both} of {len(found)} general documents are in corpus {domain.folder} too: general text is what the"
@@ -153,11 +157,6 @@ def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scra
     like = domain.split("validation")
     whole = Split(np.concatenate(found), offsets, like.block_size, like.step, like.cross_documents)
     return _cut(whole, config.general_tokens)
-
-
-def _documents(split: Split) -> Iterable[NDArray[np.int32]]:
-    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
-        yield np.asarray(split.tokens[start:end])
 
 
 def _key(document: NDArray[np.int32]) -> bytes:
