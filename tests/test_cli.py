@@ -83,10 +83,10 @@ def memlm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -
     logging.enable_progress_bar()
 
 
-def shell(*arguments: Any, stdin: str = "", cwd: Path | None = None) -> Result:
-    """`python -m memlm ARGUMENTS` as a process of its own."""
+def shell(*arguments: Any, stdin: str = "", cwd: Path | None = None, program: Path | None = None) -> Result:
+    """`python -m memlm ARGUMENTS` as a process of its own, or a fork of one that has imported all of it."""
     found = subprocess.run(
-        [sys.executable, "-m", "memlm", *map(str, arguments)],
+        [*([sys.executable, "-m", "memlm"] if program is None else [program]), *map(str, arguments)],
         input=stdin,
         capture_output=True,
         text=True,
@@ -497,11 +497,10 @@ def test_explain_prints_tokens_with_snippets_or_one_object(
 
 
 @pytest.mark.slow
-def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path) -> None:
+def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path, program: Path) -> None:
     both = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32", "--temperature", 0)
-    found = shell(
-        "chat", *both, "--max-new-tokens", 5, stdin="hello\n/weight 0.3\n/weight 7\n/clear\nagain\n\nnever read\n"
-    )
+    lines = "hello\n/weight 0.3\n/weight 7\n/clear\nagain\n\nnever read\n"
+    found = shell("chat", *both, "--max-new-tokens", 5, stdin=lines, program=program)
     assert found.code == 0
     assert len(found.out.splitlines()) >= 2  # an answer per turn
     assert "mix_weight = 7: must be in [0, 1]" in found.err

@@ -169,6 +169,8 @@ def test_of_runs_that_start_at_once_one_wins(runs: Runs, tmp_path: Path) -> None
         assert content(tmp_path / str(number)) == runs.expected("folder")[1]
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # torch may be told of it while it opens files to count them
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_data_loader_worker_that_dies_is_told_and_training_goes_on(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,12 +15,18 @@ from memlm.memory.config import KINDS, Kind
 
 LINE = Kind("bigram_memory:BigramMemory", BigramStart)
 SHELL = """
-import sys
+import json, sys
 from bigram_memory import BigramStart
 from memlm.memory.config import KINDS, Kind
 KINDS["bigram"] = Kind("bigram_memory:BigramMemory", BigramStart)
 from memlm.cli import main
-main()
+for line in json.loads(sys.argv[1]):
+    sys.argv[1:] = line
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
 """
 
 
@@ -64,17 +70,13 @@ def test_its_settings_belong_to_it_alone(listed: None) -> None:
 def test_the_command_line_has_its_options(targets_folder: Path, model_folder: str, tmp_path: Path) -> None:
     """Options are made at import, so the line is there before the command line is imported, in its own process."""
 
-    def shell(*arguments: Any) -> str:
-        command = [sys.executable, "-c", SHELL, *map(str, arguments)]
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        found = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-        assert found.returncode == 0, found.stderr
-        return found.stdout
-
-    assert "bigram: Numbers that a token is kept in. [default: 16]" in " ".join(shell("train", "--help").split())
-    made = shell(
-        *("train", targets_folder, "--kind", "bigram", "--embedding", 4, "--base", model_folder, "--max-steps", 1),
-        *("--out", tmp_path / "m", "--json"),
-    )
+    train = ["train", str(targets_folder), "--kind", "bigram", "--embedding", "4", "--base", model_folder]
+    lines = [["train", "--help"], [*train, "--max-steps", "1", "--out", str(tmp_path / "m"), "--json"]]
+    command = [sys.executable, "-c", SHELL, json.dumps(lines)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    found = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert found.returncode == 0, found.stderr
+    told, _, made = found.stdout.rstrip().rpartition("\n")
+    assert "bigram: Numbers that a token is kept in. [default: 16]" in " ".join(told.split())
     assert json.loads(made)["steps"] == 1
     assert json.loads((tmp_path / "m" / "memory.json").read_text())["embedding"] == 4

@@ -1,6 +1,7 @@
 """Causal language models from a path, a hub id or a packaged name."""
 
 import difflib
+import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
@@ -342,7 +343,8 @@ def default_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 def device_of(model: nn.Module) -> torch.device:
     """Where a model takes its tokens, also where accelerate keeps its weights on disk (which is the device `meta`)."""
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    tensors = itertools.chain(model.parameters(), model.buffers())  # of which only the first is made: steps ask this
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
     if device.type != "meta":
         return device
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
