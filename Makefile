@@ -5,7 +5,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help demo quick accelerator-report test check lint types pytest format clean
+.PHONY: help demo quick accelerator-report test check static lint types pytest format clean
 
 help:
 	@echo "make demo    train a small memory and show what it gained (at most ten minutes, sized to the machine)"
@@ -24,8 +24,13 @@ accelerator-report: .venv/ready
 quick: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not assets and not table"
 
-test: lint types pytest
+test: .venv/ready
+	+$(MAKE) --no-print-directory -j2 static pytest
 check: test
+
+static:  # one after the other, beside the tests
+	$(MAKE) --no-print-directory lint
+	$(MAKE) --no-print-directory types
 
 lint: .venv/ready
 	$(BIN)/ruff check .
