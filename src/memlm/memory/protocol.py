@@ -60,11 +60,18 @@ def check_finite(model: nn.Module, name: str) -> None:
         ModelError: Some are NaN or infinite; the first tensor is named.
     """
     held = {key: p for key, p in model.named_parameters() if not p.is_meta and p.is_floating_point()}
-    # a sum is finite where all are, but for an overflow, which is looked at closely
-    if bad := [key for key, p in held.items() if not p.sum().isfinite() and not p.isfinite().all()]:
+    if bad := [key for key, p in held.items() if not _is_finite(p)]:
         count = sum(int((~held[key].isfinite()).sum()) for key in bad)
         total = sum(p.numel() for p in held.values())
         raise ModelError(f"{name} has {count:,} of {total:,} weights that are not finite, the first in {bad[0]}")
+
+
+def _is_finite(weights: Tensor) -> bool:
+    try:
+        # a sum is finite where all are, but for an overflow, which is looked at closely
+        return bool(weights.sum().isfinite()) or bool(weights.isfinite().all())
+    except NotImplementedError:  # quantised: whole numbers, and scales that were found from weights when it was loaded
+        return True
 
 
 class Memory(nn.Module, Voter):
