@@ -7,6 +7,8 @@ import contextlib
 import importlib
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -56,7 +58,13 @@ def _serve(address: str) -> None:
                     worker = os.fork()
                     if worker == 0:
                         _run(json.loads(request), streams)
-                    client.sendall(str(os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1])).encode())
+                    while (ended := os.waitpid(worker, os.WNOHANG))[0] == 0:
+                        if select.select([client], [], [], 0.02)[0]:  # who called is gone
+                            os.kill(worker, signal.SIGKILL)
+                            ended = os.waitpid(worker, 0)
+                            break
+                    with contextlib.suppress(OSError):
+                        client.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
                 os._exit(0)
             client.close()
             with contextlib.suppress(ChildProcessError):

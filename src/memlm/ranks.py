@@ -18,8 +18,6 @@ _T = TypeVar("_T")
 _PATIENCE = timedelta(days=7)  # a rank waits for one that works; what ends the wait is an error, or a lost connection
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 1.0  # in which a rank comes upon the same error by itself
-_ERROR = "memlm/error"
-_LEFT = "memlm/left"
 
 
 class Ranks:
@@ -65,46 +63,93 @@ def together() -> Iterator[Ranks]:
 
     if _here is ALONE:
         _here = _join()
-    store, ended, heard = dist.distributed_c10d._get_default_store(), threading.Event(), list[str]()
-    watch = threading.Thread(target=_watch, args=(store, ended, heard), daemon=True)
-    watch.start()
+    board = _Board(dist.distributed_c10d._get_default_store(), _here)
     try:
         yield _here
     except Exception as error:
-        ended.set()
-        watch.join()
+        board.unwatch()
         lost = isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "TCPStore"))
         reason = str(error) if isinstance(error, MemlmError | OSError) else f"rank {_here.index}: {error!r}"
         if lost:
             reason = "another rank is gone; the same command goes on where this one was"
-        with contextlib.suppress(RuntimeError):  # the store went with the rank that keeps it
-            reason = heard[0] if heard else store.compare_set(_ERROR, "", reason).decode()
-        _leave(store, heard)
+        reason = board.tell(reason)
+        board.leave()
         if not _here.first:
             time.sleep(3 * _GRACE_SECONDS)  # a launcher ends all ranks with this one, and the first is to speak before
         if lost:
             raise TrainingError(reason) from None
         raise
     else:
-        ended.set()
-        watch.join()
-        _leave(store, heard)
+        board.unwatch()
+        board.leave()
     finally:
-        ended.set()
-        watch.join()
+        board.unwatch()
 
 
-def _leave(store: Any, heard: list[str]) -> None:
-    """Ask nothing more of the store; the first rank, with which it goes, waits a moment for the others to do so."""
-    with contextlib.suppress(RuntimeError):
-        if not _here.first:
-            if not heard:  # else it said so when it heard
-                store.add(_LEFT, 1)
+class _Board:
+    """Where ranks leave word for each other: a store that the first rank's process keeps, and that goes with it."""
+
+    _made = 0
+
+    def __init__(self, store: Any, ranks: Ranks) -> None:
+        """
+        Args:
+            store: Of torch's default group.
+            ranks: That work together; each makes a board for each piece of work, which is watched from now on.
+        """
+        _Board._made += 1
+        self._error, self._left = (f"memlm/{_Board._made}/{word}" for word in ("error", "left"))
+        self._store, self._ranks = store, ranks
+        self._heard: str | None = None
+        self._gone = False
+        self._ended = threading.Event()
+        self._watching = threading.Thread(target=self._watch, daemon=True)
+        self._watching.start()
+
+    def unwatch(self) -> None:
+        """Watch no longer: this rank's work is over."""
+        self._ended.set()
+        self._watching.join()
+
+    def tell(self, reason: str) -> str:
+        """Leave word of an error; returns the one that was first, whoever had it."""
+        with contextlib.suppress(RuntimeError):  # the store went with the rank that keeps it
+            if self._heard is None and not self._gone:
+                return self._store.compare_set(self._error, "", reason).decode()
+        return self._heard or reason
+
+    def leave(self) -> None:
+        """Ask nothing more of the store; the first rank waits a moment until the others do so too."""
+        if self._gone:
             return
-        last = time.monotonic() + 3 * _GRACE_SECONDS
-        while store.add(_LEFT, 0) < _here.count - 1 and time.monotonic() < last:
-            time.sleep(_POLL_SECONDS / 10)
-        store.add(_LEFT, 1 - _here.count)  # for another piece of work
+        with contextlib.suppress(RuntimeError):
+            if not self._ranks.first:
+                if self._heard is None:  # else it left when it heard
+                    self._store.add(self._left, 1)
+                return
+            last = time.monotonic() + 3 * _GRACE_SECONDS
+            while self._store.add(self._left, 0) < self._ranks.count - 1 and time.monotonic() < last:
+                time.sleep(_POLL_SECONDS / 10)
+
+    def _watch(self) -> None:
+        """End this process when another rank has failed, for it may wait for that rank in the middle of a step."""
+        while not self._ended.wait(_POLL_SECONDS):
+            try:
+                if not self._store.check([self._error]):
+                    continue
+                self._heard = heard = self._store.get(self._error).decode()
+                if not self._ranks.first:
+                    self._store.add(self._left, 1)
+            except RuntimeError:
+                self._gone = True
+                return
+            if self._ended.wait(_GRACE_SECONDS):
+                return
+            if self._ranks.first:
+                print(f"memlm: error: {' '.join(heard.split())}", file=sys.stderr, flush=True)
+            else:
+                time.sleep(2 * _GRACE_SECONDS)
+            os._exit(2)
 
 
 def _join() -> Ranks:
@@ -118,29 +163,3 @@ def _join() -> Ranks:
         warnings.simplefilter("ignore")  # of the number of threads that it chooses
         state = PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
     return Ranks(state.process_index, state.num_processes, dist.new_group(backend="gloo", timeout=_PATIENCE))
-
-
-def _watch(store: Any, ended: threading.Event, heard: list[str]) -> None:
-    """End this process when another rank has failed, for it may wait for that rank in the middle of a step.
-
-    Args:
-        store: Of the launcher, where ranks leave word.
-        ended: Set when this rank's work is over.
-        heard: Gets another rank's error; the store is left alone from then on.
-    """
-    while not ended.wait(_POLL_SECONDS):
-        try:
-            if not store.check([_ERROR]):
-                continue
-            heard.append(store.get(_ERROR).decode())
-            if not _here.first:
-                store.add(_LEFT, 1)
-        except RuntimeError:
-            return
-        if ended.wait(_GRACE_SECONDS):
-            return
-        if _here.first:
-            print(f"memlm: error: {' '.join(heard[0].split())}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2 * _GRACE_SECONDS)
-        os._exit(2)

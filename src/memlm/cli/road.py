@@ -83,8 +83,8 @@ def corpus(
         documents,
         tokenizer=tokenizer,
         out=out,
-        validation_documents=validation_documents or (),
-        test_documents=test_documents or (),
+        validation_documents=validation_documents,
+        test_documents=test_documents,
         config=config,
     )
     read, splits = ReadingFacts.of(out, manifest), CorpusFacts.of(out, manifest).splits

@@ -45,8 +45,8 @@ def build_corpus(
     *,
     tokenizer: str,
     out: str | Path,
-    validation_documents: str | Path | Iterable[str | Path] = (),
-    test_documents: str | Path | Iterable[str | Path] = (),
+    validation_documents: str | Path | Iterable[str | Path] | None = None,
+    test_documents: str | Path | Iterable[str | Path] | None = None,
     config: CorpusConfig | None = None,
     **settings: Any,
 ) -> Manifest:

@@ -75,9 +75,9 @@ def text_format(path: Path) -> str | None:
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
-def listed(places: str | Path | Iterable[str | Path]) -> list[str]:
-    """One place or several, as a list of strings."""
-    return [str(place) for place in ([places] if isinstance(places, str | Path) else places)]
+def listed(places: str | Path | Iterable[str | Path] | None) -> list[str]:
+    """One place, several or none, as a list of strings."""
+    return [str(place) for place in ([places] if isinstance(places, str | Path) else places or ())]
 
 
 def find_sources(places: Iterable[str]) -> Sources:

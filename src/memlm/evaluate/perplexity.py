@@ -99,8 +99,8 @@ def evaluate_perplexity(
     for model in memories.values():
         check_memory(source, model)
     if config.shared_documents == "refuse":
-        splits_read = ("test",) if given is not None else ("validation", "test")
-        check_unseen(source, memories, splits_read, "; or keep them with shared_documents keep")
+        read = {name: source.split(name) for name in (("test",) if given is not None else ("validation", "test"))}
+        check_unseen(source, memories, read, "keep them with shared_documents keep")
     gate = gate_config(gate if gate is not None or given is None else "none")
     spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval, gate=gate)
     heads = _heads(memories)

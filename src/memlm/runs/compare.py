@@ -38,7 +38,7 @@ class Comparison(CompareRecipe):
         for step in self.steps:
             there[step.name] = make_step(self.out / step.name, step.plan(there), say)
             if step.name == "corpus":
-                self.check_corpus(Corpus(there["corpus"]))
+                self.check_corpus(Corpus(there["corpus"]))  # and what training starts from
                 for line in corpus_notes(read_manifest(there["corpus"])):
                     say(f"note: {line}")
         best = {row: self._best(points, there) for row, points in self.points.items()}
@@ -99,6 +99,7 @@ class Comparison(CompareRecipe):
                 general=texts,
                 dtype=self.evaluate.dtype,
                 document_separator=separator,
+                shared_documents=self.evaluate.shared_documents,
             )
         return found
 

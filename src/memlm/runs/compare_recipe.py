@@ -11,6 +11,7 @@ from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import IN_CONTEXT, ROWS, CompareConfig, EvaluateConfig, InContextConfig
 from memlm.evaluate.in_context import context_of
 from memlm.evaluate.tasks import TaskSet
+from memlm.memory.seen import check_unseen
 from memlm.models.adapters import check_peft
 from memlm.models.loading import load_config
 from memlm.runs.estimate import Cost, step_costs
@@ -167,7 +168,7 @@ class CompareRecipe:
 
         Raises:
             TokenizerMismatchError: A base has another tokenizer.
-            InputError: A split is empty.
+            InputError: A split is empty, or shares documents with what a memory that training goes on with has read.
         """
         for place in (self.base, *self.other_bases):
             corpus.check_read_by(place)
@@ -178,3 +179,7 @@ class CompareRecipe:
                     f"corpus {corpus.folder} has no {split} tokens, and all is chosen on validation text and judged on"
                     f" test text: raise corpus.{split}_fraction, or give more documents"
                 )
+        if self.evaluate.shared_documents == "refuse":
+            starts = {name: str(places["init"]) for name, places in self.recipe.places.items() if places.get("init")}
+            held_out = {name: corpus.split(name) for name in ("validation", "test")}
+            check_unseen(corpus, starts, held_out, "keep them with evaluate.shared_documents: keep")

@@ -1,6 +1,5 @@
 """What the rows of a comparison reach: perplexities, tasks, times, and what they add to the base."""
 
-import itertools
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -312,8 +311,8 @@ class Figures:
         test, new = corpus.split("test"), max(2, self.asked.config.timed_tokens)
         read = max(1, min(64, corpus.config.block_size - new))  # all within a memory's window
         prompts = [
-            str(corpus.tokenizer.decode(tokens[:read], skip_special_tokens=True))
-            for tokens in itertools.islice(test.documents(), 4)
+            str(corpus.tokenizer.decode(test.tokens[start : start + read], skip_special_tokens=True))
+            for start in test.offsets[:-1][:4]
         ]
         found = bench(
             self.asked.base,

@@ -93,7 +93,9 @@ def fit_gate(
             f" head needs {FEWEST_TOKENS:,} of {FEWEST_DOCUMENTS} at least: build it with a larger"
             " --validation-fraction"
         )
-    check_unseen(source, {"memory": str(folder)}, ("validation",))
+    if config.shared_documents == "refuse":
+        otherwise = "fit it on others, or with shared_documents keep"
+        check_unseen(source, {"memory": str(folder)}, {"validation": held_out}, otherwise)
     texts = [held_out]
     with tempfile.TemporaryDirectory() as scratch:
         if foreign:

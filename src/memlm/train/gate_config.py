@@ -1,5 +1,7 @@
 """Settings of fitting a confidence head; light, for the command line reads them."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from memlm.config import MAX_BATCH_TOKENS, MAX_COUNT, MAX_SEED, StageConfig
@@ -22,5 +24,8 @@ class FitGateConfig(StageConfig):
     """Precision of base and memory: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
     batch_tokens: int = Field(default=4096, ge=1, le=MAX_BATCH_TOKENS)
     """Tokens in one forward pass, padding included."""
+    shared_documents: Literal["refuse", "keep"] = "refuse"
+    """Held-out documents that the memory was trained on, where it was made from another corpus: an error, or kept; a
+    head that is fitted on them trusts the memory too much."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Deals documents to the two halves that judge each other."""
