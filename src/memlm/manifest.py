@@ -134,8 +134,9 @@ def read_manifest(folder: str | Path, *kinds: Kind) -> Manifest:
             out of the folder.
     """
     manifest = parse_manifest(Path(folder), *kinds)
+    home = os.path.realpath(folder)
     for name in manifest.payload:
-        _locate(Path(folder), manifest, name)
+        _locate(Path(folder), home, manifest, name)
     return manifest
 
 
@@ -174,14 +175,14 @@ def manifest_in(path: Path) -> Manifest:
     return manifest
 
 
-def _locate(folder: Path, manifest: Manifest, name: str) -> os.stat_result:
+def _locate(folder: Path, home: str, manifest: Manifest, name: str) -> os.stat_result:
     """What the file system says of a payload file, which is there, within the folder, and of the right size.
 
-    The hub's cache has a model's files as links into its `blobs`, beside the folder of snapshots.
+    `home` is where the folder really is.     The hub's cache has a model's files as links into its `blobs`, beside the folder of snapshots.
     """
     target = folder / name
     try:
-        real, home = os.path.realpath(target, strict=True), os.path.realpath(folder)
+        real = os.path.realpath(target, strict=True)
         found = os.stat(real)
     except (OSError, ValueError):
         raise damaged(target, "is missing", folder) from None
@@ -208,7 +209,7 @@ def payload_file(folder: str | Path, manifest: Manifest, name: str) -> Path:
     folder = Path(folder)
     if name not in manifest.payload:
         raise ArtifactError(f"{folder} has no {name}; expected of a {manifest.kind} folder")
-    there, expected = _locate(folder, manifest, name), manifest.payload[name].sha256
+    there, expected = _locate(folder, os.path.realpath(folder), manifest, name), manifest.payload[name].sha256
     state = (there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, expected)
     if state not in _verified:
         if file_digest(folder / name) != expected:
