@@ -178,7 +178,8 @@ def manifest_in(path: Path) -> Manifest:
 def _locate(folder: Path, home: str, manifest: Manifest, name: str) -> os.stat_result:
     """What the file system says of a payload file, which is there, within the folder, and of the right size.
 
-    `home` is where the folder really is.     The hub's cache has a model's files as links into its `blobs`, beside the folder of snapshots.
+    `home` is where the folder really is. The hub's cache has a model's files as links into its `blobs`, beside the
+    folder of snapshots.
     """
     target = folder / name
     try:
