@@ -12,11 +12,14 @@ import torch
 import yaml
 
 from benchmarks import general_ability
+from memlm.cli import app
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate import tasks as tasks_module
 from memlm.evaluate.tasks import evaluate_tasks, tasks_table
+from memlm.mix import loading, mixed_lm
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.tokenizers import load_tokenizer
+from memlm.targets.config import RetrievalConfig
 
 pytest.importorskip("lm_eval")
 
@@ -89,6 +92,39 @@ def test_each_way_is_what_forward_passes_by_hand_give(
     change = report["tasks"]["toy"]["change"]["fixed"]["value"]
     assert change == pytest.approx(values["fixed"]["value"] - values["base"]["value"], abs=1e-4)
     assert report["run"]["mix_weight"] == {"memory": 0.9}
+
+
+def test_a_datastore_is_searched_as_asked(
+    task_folder: Path, datastore_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"base": model_folder, "memory": datastore_folder, "mix_weight": 0.9, "gate": "none"}
+    asked: dict[str, Any] = {"include": [task_folder], "dtype": "float32", "bootstrap": 0}
+    searched, seen = RetrievalConfig(k=2, target_temperature=0.5), []
+    load = loading.load_mixture
+    monkeypatch.setattr(mixed_lm, "load_mixture", lambda *args: seen.append(args[6]) or load(*args))
+    few = evaluate_tasks(["toy"], **given, **asked, retrieval=searched)
+    mixed = MixedLM.from_pretrained(
+        model_folder, memory=datastore_folder, mix_weight=0.9, memory_kwargs={"retrieval": searched}
+    )
+    right = by_hand(mixed, load_tokenizer(model_folder))
+    assert few["tasks"]["toy"]["values"]["fixed"]["value"] == pytest.approx(np.mean(right), abs=1e-4)
+    assert few["run"]["retrieval"]["k"] == 2
+    assert seen[0] == {"retrieval": searched}
+    line = [
+        "evaluate",
+        "tasks",
+        "toy",
+        "--base",
+        model_folder,
+        "--memory",
+        str(datastore_folder),
+        "--mix-weight",
+        "0.9",
+    ]
+    line += ["--gate", "none", "--include", str(task_folder), "--k", "2", "--target-temperature", "0.5"]
+    app([*line, "--dtype", "float32", "--out", str(tmp_path / "r.json")], standalone_mode=False)
+    told = json.loads((tmp_path / "r.json").read_text())
+    assert told["tasks"]["toy"]["values"]["fixed"]["value"] == few["tasks"]["toy"]["values"]["fixed"]["value"]
 
 
 def test_a_way_that_answers_alike_has_changed_nothing_with_certainty() -> None:

@@ -85,6 +85,7 @@ def perplexity(
 
 
 @with_settings(GateConfig, into="gate", group="Gate")
+@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
 def tasks(
     names: Annotated[
         list[str],
@@ -92,6 +93,7 @@ def tasks(
     ],
     base: Base,
     memory: Memories,
+    retrieval: RetrievalConfig | None,
     gate: GateConfig | None,
     mix_weight: MixWeights = None,
     include: Annotated[list[str] | None, typer.Option(help="Folder of further task files; may be repeated.")] = None,
@@ -135,6 +137,7 @@ def tasks(
         memory=alone(memories),
         mix_weight=None if weights is None else alone(weights),
         gate=gate,
+        retrieval=retrieval,
         include=include or [],
         data=data,
         others=others,

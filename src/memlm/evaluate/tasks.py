@@ -18,6 +18,7 @@ from memlm.evaluate.judged import judged
 from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
 from memlm.files import digest, lasting_name
 from memlm.mix.gate_config import GateConfig, GateName
+from memlm.targets.config import RetrievalConfig
 
 FIXED, BASE = "fixed", "base"
 _GATES = {name: f"the gate {name}" for name in get_args(GateName) if name != "none"}
@@ -33,6 +34,7 @@ def evaluate_tasks(
     memory: Any,
     mix_weight: float | Mapping[str, float] | None = None,
     gate: GateName | GateConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
     include: Sequence[str | Path] = (),
     data: str | Path | None = None,
     others: Mapping[str, str | Path] | None = None,
@@ -54,6 +56,7 @@ def evaluate_tasks(
         memory: Folder, hub id or loaded memory, or name to any of these.
         mix_weight: As `MixedLM.from_pretrained` takes it.
         gate: As there. Where a gate weighs the memories and fixed weights are known, those are evaluated beside it.
+        retrieval: How datastores are searched; as they were evaluated, or by default, if None.
         include: Folders of further task files.
         data: Folder of the papers' tasks; None: the hub.
         others: Name to a further model that answers alone, such as a base that was fine-tuned.
@@ -100,7 +103,12 @@ def evaluate_tasks(
         check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
     device = default_device()
     model = MixedLM.from_pretrained(
-        base, memory=memory, mix_weight=mix_weight, gate=gate, dtype=parse_dtype(dtype, device)
+        base,
+        memory=memory,
+        mix_weight=mix_weight,
+        gate=gate,
+        dtype=parse_dtype(dtype, device),
+        memory_kwargs={"retrieval": retrieval},
     )
     model.to(device)  # type: ignore[arg-type]
     name, weights = model.gate.gate, model.mix_weights
@@ -131,6 +139,7 @@ def evaluate_tasks(
         "gate": name,
         "mix_weight": weights,
         "others": {n: lasting_name(str(place)) for n, place in others.items()},
+        **({} if retrieval is None else {"retrieval": retrieval.found}),
         **asked.told,
     }
     return report
