@@ -66,10 +66,11 @@ class InContext:
 def passages_of(split: Split, tokens: int, bos: int | None = None, eos: int | None = None) -> list[NDArray[np.int32]]:
     """The documents of a split in pieces of so many tokens at most, without a BOS in front and an EOS behind."""
     found = []
-    for start, end in zip(split.offsets[:-1], split.offsets[1:], strict=True):
-        start += bos is not None and end > start and split.tokens[start] == bos
-        end -= eos is not None and end > start and split.tokens[end - 1] == eos
-        found += [np.asarray(split.tokens[at : min(at + tokens, end)]) for at in range(int(start), int(end), tokens)]
+    for document in split.documents():
+        start, end = 0, len(document)
+        start += bos is not None and end > start and document[start] == bos
+        end -= eos is not None and end > start and document[end - 1] == eos
+        found += [document[at : min(at + tokens, end)] for at in range(int(start), int(end), tokens)]
     return found
 
 
