@@ -231,19 +231,11 @@ def _mixed(
     if chat and weights is None and "prior" not in (gate.model_fields_set if gate is not None else ()):
         gate = (gate or GateConfig()).model_copy(update={"prior": _CHAT_PRIOR})
     from memlm.mix.mixed_lm import MixedLM
-    from memlm.models.loading import default_device, parse_dtype, resolve
+    from memlm.models.loading import resolve
     from memlm.models.tokenizers import load_tokenizer
 
-    device = default_device()
-    model = MixedLM.from_pretrained(
-        base,
-        memory=memories,
-        mix_weight=weights,
-        gate=gate,
-        dtype=parse_dtype(dtype, device),
-        memory_kwargs={"retrieval": retrieval},
-    )
-    model.to(device)  # type: ignore[arg-type]
+    options: Any = {"memory": memories, "mix_weight": weights, "gate": gate}
+    model = MixedLM.on_default_device(base, dtype=dtype, retrieval=retrieval, **options)
     return model, load_tokenizer(resolve(base))
 
 

@@ -24,7 +24,7 @@ from memlm.files import lasting_name, write_json
 from memlm.manifest import MANIFEST, RUN, Manifest, copy_payload
 from memlm.models.abilities import check_causal
 from memlm.models.identity import model_identity
-from memlm.models.loading import default_device, load_causal_lm, parse_dtype
+from memlm.models.loading import load_on_default_device, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
 from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
@@ -212,8 +212,7 @@ def _save_keys(
 
 def load_teacher(teacher: str, config: DatastoreConfig) -> tuple[PreTrainedModel, str]:
     """The teacher on the default device, and the tap in force."""
-    device = default_device()
-    model = load_causal_lm(teacher, dtype=parse_dtype(config.dtype, device)).to(device)  # type: ignore[arg-type]
+    model = load_on_default_device(teacher, config.dtype)
     check_causal(model)
     return model, resolve_tap(model, config.tap)
 

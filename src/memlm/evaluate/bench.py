@@ -24,7 +24,7 @@ from memlm.mix.drafting import can_draft, drafts_itself
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
-from memlm.models.loading import default_device, load_causal_lm, longest_context, parse_dtype, resolve
+from memlm.models.loading import load_on_default_device, longest_context, resolve
 from memlm.models.prompts import encode_prompt
 from memlm.models.tokenizers import load_tokenizer
 from memlm.progress import progress_bar
@@ -91,12 +91,10 @@ def bench(
     corpus = None if in_context is None else Corpus(in_context)
     if corpus is not None and isinstance(base, str | Path):
         corpus.check_read_by(str(base))
-    device = default_device()
     if tokenizer is None:
         tokenizer = load_tokenizer(resolve(str(base)))
-    model: Any = base
-    if not isinstance(base, PreTrainedModel):
-        model = load_causal_lm(str(base), dtype=parse_dtype(config.dtype, device)).to(device)  # type: ignore[arg-type]
+    model: Any = base if isinstance(base, PreTrainedModel) else load_on_default_device(base, config.dtype)
+    device = model.device
     batches = _batches(tokenizer, prompts, config)
     longest = longest_context(model.config)
     needed = max(batch.shape[1] for batch in batches) + config.new_tokens
@@ -105,9 +103,8 @@ def bench(
     ways: dict[str, tuple[Any, dict[str, Any]]] = {"base": (model, {})}
     paces: dict[str, Pace] = {}
     for name, memory in memories.items():
-        options = {"retrieval": retrieval} if retrieval is not None and isinstance(memory, str | Path) else {}
-        mixed = MixedLM.from_pretrained(model, memory={name: memory}, gate=gate, memory_kwargs=options)
-        ways[name] = mixed.to(device), {}  # type: ignore[arg-type]
+        mixed = MixedLM.from_pretrained(model, memory={name: memory}, gate=gate, memory_kwargs={"retrieval": retrieval})
+        ways[name] = mixed, {}
         if not can_draft(mixed):
             continue
         paces[f"{name} drafted"] = Pace()

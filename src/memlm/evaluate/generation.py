@@ -14,12 +14,14 @@ from memlm.corpus.blocks import Corpus, Split
 from memlm.errors import InputError, ModelError
 from memlm.evaluate.config import GenerationConfig
 from memlm.evaluate.decoding import decode
+from memlm.evaluate.speakers import Speakers
 from memlm.files import lasting_name
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
-from memlm.models.loading import default_device, load_causal_lm, parse_dtype
+from memlm.models.loading import load_on_default_device
 from memlm.models.tokenizers import check_same, load_tokenizer
 from memlm.progress import progress_bar
+from memlm.scores.table import BASE
 from memlm.targets.config import RetrievalConfig
 from memlm.text import table
 
@@ -73,39 +75,20 @@ def evaluate_generation(
         if not len(found):
             length = config.prompt_tokens + config.new_tokens
             raise InputError(f"the {_SPLITS[name]} split of {corpus} has no document of {length} tokens")
-    device = default_device()
-    dtype = parse_dtype(config.dtype, device)
-    options = {"retrieval": retrieval} if retrieval is not None else {}
-    model = MixedLM.from_pretrained(
-        base, memory=memory, mix_weight=mix_weight, gate=gate, dtype=dtype, memory_kwargs=options
-    )
-    model.to(device)  # type: ignore[arg-type]
+    options: Any = {"memory": memory, "mix_weight": mix_weight, "gate": gate}
+    speakers = Speakers(MixedLM.on_default_device(base, dtype=config.dtype, retrieval=retrieval, **options))
     judge = None
     if config.judge is not None:
         check_same(source.tokenizer, load_tokenizer(config.judge), f"corpus {corpus}", f"judge {config.judge}")
-        judge = load_causal_lm(config.judge, dtype=dtype).to(device)  # type: ignore[arg-type]
-    asked = model.gate
-    ways: dict[str, Any] = {"base": model.base}
-    if asked.gate == "none" or len(model.mix_weights) == len(model.memories):
-        ways["fixed"] = model
-    if asked.gate != "none":
-        ways[str(asked.gate)] = model
+        judge = load_on_default_device(config.judge, config.dtype)
     report: dict[str, Any] = {"ways": {}, "passages": {name: len(found) for name, found in passages.items()}}
-    total = len(ways) * sum(report["passages"].values())
+    total = len(speakers.names) * sum(report["passages"].values())
     with progress_bar(total, "going on with passages", unit="passage") as bar:
-        for way, speaker in ways.items():
-            if way != "base":
-                model.set_gate("none" if way == "fixed" else asked)
-            report["ways"][way] = {}
+        for way in speakers.names:
+            speaker, report["ways"][way] = speakers[way], {}
             for name, found in passages.items():
-                said = _continued(
-                    speaker,
-                    found[:, : config.prompt_tokens],
-                    config,
-                    device,
-                    bar,
-                    f"base {base}" if way == "base" else None,
-                )
+                prompts, watched = found[:, : config.prompt_tokens], f"base {base}" if way == BASE else None
+                said = _continued(speaker, prompts, config, bar, watched)
                 report["ways"][way][name] = _told(found, said, config, judge)
     report["ways"]["text"] = {
         name: _told(found, found[:, config.prompt_tokens :], config, judge) for name, found in passages.items()
@@ -113,8 +96,7 @@ def evaluate_generation(
     report["run"] = {
         "corpus": source.manifest.hash,
         "base": lasting_name(str(base)),
-        "gate": asked.gate,
-        "mix_weight": model.mix_weights,
+        **speakers.told,
         "config": config.model_dump(),
     }
     return report
@@ -170,12 +152,12 @@ def wilson(successes: int, trials: int) -> list[float]:
 
 
 def _continued(
-    model: Any, prompts: NDArray[np.int64], config: GenerationConfig, device: torch.device, bar: Any, name: str | None
+    model: Any, prompts: NDArray[np.int64], config: GenerationConfig, bar: Any, name: str | None
 ) -> NDArray[np.int64]:
     """`(N, new)` greedy continuations; none ends early."""
     found = []
     for start in range(0, len(prompts), config.batch_size):
-        batch = torch.from_numpy(prompts[start : start + config.batch_size]).to(device)
+        batch = torch.from_numpy(prompts[start : start + config.batch_size]).to(model.device)
         found.append(decode(model, batch, config.new_tokens, name=name).cpu().numpy())
         bar.update(len(batch))
     return np.concatenate(found).astype(np.int64)

@@ -15,7 +15,7 @@ from memlm.errors import ModelError
 from memlm.evaluate.decoding import NaNWatch
 from memlm.mix.gate_config import GateConfig
 from memlm.mix.mixed_lm import MixedLM
-from memlm.models.loading import default_device, parse_dtype, resolve
+from memlm.models.loading import resolve
 from memlm.models.tokenizers import load_tokenizer
 
 
@@ -65,15 +65,15 @@ class MixtureLM(FiniteLM):
             kwargs: Of lm-eval's `HFLM`: `batch_size`, `max_length` …
         """
         place = device if device == "cpu" or torch.accelerator.is_available() else None  # lm-eval asks for cuda unasked
-        model = MixedLM.from_pretrained(
+        model = MixedLM.on_default_device(
             base,
             memory=memory,
             mix_weight=mix_weight,
-            gate=GateConfig.parse(dict(gate)) if isinstance(gate, Mapping) else gate,  # type: ignore[arg-type]
+            gate=GateConfig.parse(dict(gate)) if isinstance(gate, Mapping) else gate,
             memory_window=memory_window,
-            dtype=parse_dtype(dtype, default_device()),
+            dtype=dtype,
+            device=place,
         )
-        model.to(place or default_device())  # type: ignore[arg-type]
         start: Any = super().__init__  # lm-eval keeps its signature from type checkers
         start(pretrained=model, tokenizer=load_tokenizer(resolve(base)), **kwargs)
 

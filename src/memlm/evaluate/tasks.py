@@ -20,7 +20,7 @@ from memlm.files import digest, lasting_name
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.targets.config import RetrievalConfig
 
-FIXED, BASE = "fixed", "base"
+FIXED, BASE = "fixed", "base"  # as in speakers.py and scores, which bring torch
 _GATES = {name: f"the gate {name}" for name in get_args(GateName) if name != "none"}
 _SAME = "all models are to answer in the same tokens"
 Answers = dict[str, tuple[str, NDArray[np.float64]]]
@@ -93,41 +93,23 @@ def evaluate_tasks(
         chat_template=chat_template,
         seed=seed,
     )
+    from memlm.evaluate.speakers import Speakers
     from memlm.mix.mixed_lm import MixedLM
-    from memlm.models.loading import default_device, load_causal_lm, parse_dtype, resolve
+    from memlm.models.loading import load_on_default_device, resolve
     from memlm.models.tokenizers import check_same, load_tokenizer
 
     others = others or {}
     tokenizer = load_tokenizer(resolve(str(base)))
     for other, place in others.items():
         check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
-    device = default_device()
-    model = MixedLM.from_pretrained(
-        base,
-        memory=memory,
-        mix_weight=mix_weight,
-        gate=gate,
-        dtype=parse_dtype(dtype, device),
-        memory_kwargs={"retrieval": retrieval},
-    )
-    model.to(device)  # type: ignore[arg-type]
-    name, weights = model.gate.gate, model.mix_weights
-    ways: dict[str, Any] = {BASE: model.base}
-    if name == "none" or len(model.mix_weights) == len(model.memories):
-        ways[FIXED] = model
-    if name not in (None, "none"):
-        ways[str(name)] = model
-    del model  # its place is needed once its ways have answered
-    found = {}
-    for way in [*ways, *others]:
+    options: Any = {"memory": memory, "mix_weight": mix_weight, "gate": gate}
+    speakers: Any = Speakers(MixedLM.on_default_device(base, dtype=dtype, retrieval=retrieval, **options))
+    told, found, ways = speakers.told, {}, [*speakers.names, *others]
+    for way in ways:
         print(f"tasks with {_told(way)}", file=sys.stderr)
         if way in others:
-            ways.clear()
-            speaker: Any = load_causal_lm(str(others[way]), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
-        else:
-            speaker = ways[way]
-            if way != BASE:
-                speaker.set_gate("none" if way == FIXED else gate)
+            speakers = None  # their place is needed
+        speaker = load_on_default_device(others[way], dtype) if speakers is None else speakers[way]
         found[way] = asked.answers(speaker, tokenizer, _told(way))
         del speaker  # the next may need its place
     report = paired_report(found, seed=seed, bootstrap=bootstrap, above=above or {}, further=asked.further)
@@ -136,8 +118,7 @@ def evaluate_tasks(
         "memory": {n: lasting_name(str(m)) for n, m in memory.items()}
         if isinstance(memory, Mapping)
         else lasting_name(str(memory)),
-        "gate": name,
-        "mix_weight": weights,
+        **told,
         "others": {n: lasting_name(str(place)) for n, place in others.items()},
         **({} if retrieval is None else {"retrieval": retrieval.found}),
         **asked.told,

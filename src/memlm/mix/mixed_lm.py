@@ -37,6 +37,8 @@ from memlm.mix.loading import (
 from memlm.mix.weights import FixedWeights, MixWeight, WeightRule, settle_weights
 from memlm.models.abilities import CACHE
 from memlm.models.adapters import has_adapter
+from memlm.models.loading import default_device, parse_dtype
+from memlm.targets.config import RetrievalConfig
 
 
 class MixedLM(MixedGenerationMixin, PreTrainedModel):
@@ -147,6 +149,28 @@ class MixedLM(MixedGenerationMixin, PreTrainedModel):
     def named_memories(self) -> dict[str, Memory]:
         """Name to memory."""
         return {name: cast(Memory, memory) for name, memory in self.memories.items()}
+
+    @classmethod
+    def on_default_device(
+        cls,
+        base: str | Path,
+        *,
+        dtype: str = "auto",
+        retrieval: RetrievalConfig | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> Self:
+        """As `from_pretrained`, where this machine computes; so commands load a mixture.
+
+        Args:
+            dtype: As `parse_dtype` takes it.
+            retrieval: How datastores are searched; as was said when they were validated if None.
+            device: Another device than the default one.
+            options: Further ones of `from_pretrained`.
+        """
+        precision = parse_dtype(dtype, default_device())
+        mixed = cls.from_pretrained(base, dtype=precision, memory_kwargs={"retrieval": retrieval}, **options)
+        return mixed.to(device or default_device())  # type: ignore[arg-type]
 
     @property
     def mix_weights(self) -> dict[str, float]:

@@ -358,6 +358,12 @@ def default_device() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
+def load_on_default_device(name: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """As `load_causal_lm`, where this machine computes, in a precision that `parse_dtype` takes."""
+    device = default_device()
+    return load_causal_lm(str(name), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
+
+
 def parse_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     """`float32`, `bfloat16`, `float16`, or `auto` for `default_dtype(device)`.
 

@@ -26,7 +26,7 @@ from memlm.mix.gate import GatedMemory
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.identity import model_identity
 from memlm.models.layers import model_size
-from memlm.models.loading import default_device, load_causal_lm, parse_dtype, resolve
+from memlm.models.loading import load_on_default_device, resolve
 from memlm.models.tokenizers import load_tokenizer
 from memlm.runs.compare_recipe import CompareRecipe, Point
 from memlm.runs.ways import TITLES, Way, all_ways
@@ -293,16 +293,14 @@ class Figures:
         retrieval: RetrievalConfig | None,
     ) -> PreTrainedModel:
         """A row's model, loaded."""
-        device = default_device()
-        base = load_causal_lm(under, dtype=parse_dtype(self.asked.evaluate.dtype, device)).to(device)  # type: ignore[arg-type]
+        base = load_on_default_device(under, self.asked.evaluate.dtype)
         if way.rule is None:
             return base
         weights = {name: part.mix_weight for name, part in way.rule.memories.items() if part.mix_weight is not None}
-        options = {} if retrieval is None else {"retrieval": retrieval}
-        mixed = MixedLM.from_pretrained(
+        options = {"retrieval": retrieval}
+        return MixedLM.from_pretrained(
             base, memory=memories, mix_weight=weights, gate=way.rule.config, memory_kwargs=options
         )
-        return mixed.to(device)  # type: ignore[return-value]
 
     def time(self, rows: list[dict[str, Any]]) -> None:
         """Put into each row what decoding takes that way; a fine-tuned base takes what the base takes."""
