@@ -1009,7 +1009,10 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
         "has no manifest.json; expected a memory or datastore folder",
     ),
     "kl_weight above 1": (lambda w: w.train_on(w.targets, "--kl-weight", 2), r"kl_weight = 2\.0: "),
-    "corpus without targets": (lambda w: w.train_on(w.corpus), "is a corpus without targets.* or --kl-weight 0"),
+    "corpus without targets": (
+        lambda w: w.train_on(w.corpus, "--kl-weight", 0.5),
+        "is a corpus without targets.* or leave out --kl-weight",
+    ),
     "too many layers": (lambda w: w.train_on(w.targets, "--layers", 10), "layers = 10: .* has 2"),
     "layers that are no numbers": (
         lambda w: w.train_on(w.targets, "--layers", "first"),

@@ -110,6 +110,8 @@ def test_plain_fine_tuning_is_the_same_from_a_corpus_and_from_its_targets(
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert ours.facts["training"] == theirs.facts["training"]
     assert ours.facts["validation"] == theirs.facts["validation"]
+    unsaid = train_memory(corpus_folder, init=model_folder, out=tmp_path / "a", config=TrainConfig(**QUICK))
+    assert (unsaid.hash, unsaid.config["kl_weight"]) == (ours.hash, 0)  # found again: a corpus has no targets
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_its_parts(

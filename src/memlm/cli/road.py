@@ -218,7 +218,7 @@ def _choice(facts: dict[str, Any]) -> str:
 @with_settings(TrainConfig, leave_out=("trainer",))
 def train(
     data: Annotated[
-        str, typer.Argument(metavar="TARGETS", help="Folder that memlm targets wrote; a corpus at --kl-weight 0.")
+        str, typer.Argument(metavar="DATA", help="Folder that memlm targets wrote, or memlm corpus: plain fine-tuning.")
     ],
     out: Out,
     config: TrainConfig | None,
@@ -241,8 +241,8 @@ def train(
 ) -> None:
     """Train a memory to imitate the retriever: kl_weight * KL(target || memory) + (1 - kl_weight) * cross-entropy.
 
-    At --kl-weight 0 it is plain fine-tuning, which makes a teacher, or the twin a memory is compared with. The
-    checkpoint with the best validation perplexity of the mixture is kept. An interrupted run goes on at its last whole
+    On a corpus, which has no targets, it is plain fine-tuning (--kl-weight 0): that makes a teacher, or a memory that
+    knows no retriever. The checkpoint with the best validation perplexity of the mixture is kept. An interrupted run goes on at its last whole
     checkpoint. Further fields of TrainingArguments can be set in a recipe (train.trainer).
 
     Example: memlm train t/ --init smollm2 --layers 10 --epochs 2 --learning-rate 5e-4 --out m/

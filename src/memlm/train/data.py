@@ -60,7 +60,7 @@ class TrainingData:
         self.with_targets = with_targets
         if self.manifest.kind == "corpus":
             if with_targets:
-                how = "run memlm datastore and memlm targets, or --kl-weight 0"
+                how = "run memlm datastore and memlm targets, or leave out --kl-weight"
                 raise ConfigError(f"{folder} is a corpus without targets: {how}")
             self._corpus = Corpus(folder)
             self.vocab_size, self.corpus_config = self._corpus.vocab_size, self._corpus.config

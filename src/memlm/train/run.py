@@ -15,7 +15,7 @@ from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError, TrainingError
 from memlm.files import load_array
-from memlm.manifest import Manifest
+from memlm.manifest import Manifest, read_manifest
 from memlm.memory.card import CARD_FILE, memory_card
 from memlm.memory.loading import load_memory, memory_class, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
@@ -52,10 +52,11 @@ def train_memory(
 ) -> Manifest:
     """Train a memory and write it to `out`, with its card.
 
-    With `kl_weight` 0 this is plain fine-tuning: it makes a teacher, or the twin that a memory is compared with.
+    On targets it learns to imitate the retriever; on a corpus, which has none, `kl_weight` is 0 and this is plain
+    fine-tuning, which makes a teacher, or a memory that knows no retriever.
 
     Args:
-        data: Folder of the targets stage; at `kl_weight` 0 a corpus will do.
+        data: Folder of the targets or of the corpus stage.
         out: Folder to write; an interrupted run goes on at its last whole checkpoint.
         init: Start model of a Memory Decoder (path, hub id or packaged name), or a memory of the kind to go on with.
         base: Base whose mixture with the memory is validated, and which an MLP memory reads; `init` if None.
@@ -64,7 +65,7 @@ def train_memory(
         config: Default settings if None; or give them as keywords.
 
     Raises:
-        ConfigError: Targets are wanted and `data` is a corpus; a layer or a training argument does not exist; a
+        ConfigError: A `kl_weight` above 0 is given and `data` is a corpus; a layer or a training argument does not exist; a
             setting does not fit the kind.
         TokenizerMismatchError: `init` or `base` has another tokenizer than `data`.
         ArtifactError: `activations` are of another corpus, base or tap.
@@ -75,6 +76,13 @@ def train_memory(
     with together() as ranks:
         plan = plan_memory(data, init=init, base=base, activations=activations, config=config, ranks=ranks)
         return run_stage(out, *plan, ranks)
+
+
+def _for_data(data: str | Path, config: TrainConfig) -> TrainConfig:
+    """The settings, where they do not say what a corpus without targets is trained with."""
+    if "kl_weight" in config.model_fields_set or read_manifest(data, "targets", "corpus").kind == "targets":
+        return config
+    return config.model_copy(update={"kl_weight": 0.0})
 
 
 def plan_memory(
@@ -91,7 +99,7 @@ def plan_memory(
 
     Besides those of validations a checkpoint is saved every `keep_seconds`.
     """
-    config = config or TrainConfig()
+    config = _for_data(data, config or TrainConfig())
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
     base, goes_on = check_start(config, init=init, base=base, block_size=rows.corpus_config.block_size)
     if init is not None:
