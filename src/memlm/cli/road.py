@@ -242,8 +242,8 @@ def train(
     """Train a memory to imitate the retriever: kl_weight * KL(target || memory) + (1 - kl_weight) * cross-entropy.
 
     On a corpus, which has no targets, it is plain fine-tuning (--kl-weight 0): that makes a teacher, or a memory that
-    knows no retriever. The checkpoint with the best validation perplexity of the mixture is kept. An interrupted run goes on at its last whole
-    checkpoint. Further fields of TrainingArguments can be set in a recipe (train.trainer).
+    knows no retriever. The checkpoint with the best validation perplexity of the mixture is kept. An interrupted run
+    goes on at its last whole checkpoint. Further fields of TrainingArguments can be set in a recipe (train.trainer).
 
     Example: memlm train t/ --init smollm2 --layers 10 --epochs 2 --learning-rate 5e-4 --out m/
 

@@ -23,8 +23,8 @@ class TrainConfig(StageConfig):
     start: SerializeAsAny[StartConfig] = DecoderStart()
     """What the memory is before its training, by its kind."""
     kl_weight: float = Field(default=0.5, ge=0, le=1)
-    """Weight of the KL to the targets, β in the paper; the LM loss gets the rest. 0 is plain fine-tuning, and what is in
-    force where a corpus is trained on, which has no targets."""
+    """Weight of the KL to the targets, β in the paper; the LM loss gets the rest. 0 is plain fine-tuning, and what
+    is in force where a corpus is trained on, which has no targets."""
     objective: Literal["imitation", "mixture"] = "imitation"
     """imitation trains the memory's own voice, as in the papers; mixture what base and memory say together, so that the
     memory learns what this base does not know, weighed by a confidence that is trained along."""

@@ -65,8 +65,8 @@ def train_memory(
         config: Default settings if None; or give them as keywords.
 
     Raises:
-        ConfigError: A `kl_weight` above 0 is given and `data` is a corpus; a layer or a training argument does not exist; a
-            setting does not fit the kind.
+        ConfigError: A `kl_weight` above 0 is given and `data` is a corpus; a layer or a training argument does not
+            exist; a setting does not fit the kind.
         TokenizerMismatchError: `init` or `base` has another tokenizer than `data`.
         ArtifactError: `activations` are of another corpus, base or tap.
         TrainingError: The loss, a gradient, or the memory after a step is not finite; the step is named.
