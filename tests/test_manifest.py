@@ -186,5 +186,6 @@ def test_a_folder_that_is_not_there_and_one_without_a_manifest_are_told_apart(tm
 )
 def test_times_that_cannot_be_believed_are_none(tmp_path: Path, content: str, seconds: float | None) -> None:
     (tmp_path / "run.json").write_text(content)
-    assert times_of(tmp_path) == (None if seconds is None else (1.0, seconds))
+    found = times_of(tmp_path)
+    assert (found and found.seconds_last_run) == seconds
     assert times_of(tmp_path / "nowhere") is None

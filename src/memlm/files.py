@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -99,8 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it on success and removed on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.unlink(missing_ok=True)  # it might be a link to another file
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.writing")  # another process may write it too
     try:
         with written_whole(path):
             yield temporary

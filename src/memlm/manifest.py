@@ -5,7 +5,6 @@ before the file is read.
 """
 
 import contextlib
-import math
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ import sys
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -260,22 +259,18 @@ def copy_payload(folder: str | Path, manifest: Manifest, out: Path, start: str =
             shutil.copyfile(payload_file(folder, manifest, name), out / name)
 
 
-class Times(NamedTuple):
+class Times(Facts):
     """Of a finished folder's last run."""
 
-    finished: float
+    finished: float = Field(ge=0, lt=_LATEST)
     """Seconds since 1970."""
-    seconds_last_run: float
+    seconds_last_run: float = Field(ge=0, lt=_LONGEST)
 
 
 def times_of(folder: str | Path) -> Times | None:
     """When a folder was finished and what its last run took; None where nothing says so that can be believed."""
-    with contextlib.suppress(ArtifactError):
-        found = read_json(Path(folder) / RUN)
-        values = [found.get(name) for name in Times._fields] if isinstance(found, dict) else []
-        finished, took = [float(v) if isinstance(v, int | float) else math.nan for v in values] or [math.nan] * 2
-        if 0 <= took < _LONGEST and 0 <= finished < _LATEST:  # also false for NaN
-            return Times(finished, took)
+    with contextlib.suppress(ArtifactError, ValidationError):
+        return Times.model_validate(read_json(Path(folder) / RUN))
     return None
 
 

@@ -5,7 +5,17 @@ from pathlib import Path, PurePosixPath
 
 from memlm.errors import ArtifactError, OutputExistsError
 from memlm.files import erase, is_half_written, write_json
-from memlm.manifest import MANIFEST, PLAN, PREVIOUS, UNHASHED, Manifest, is_finished, parse_manifest, payload_file
+from memlm.manifest import (
+    MANIFEST,
+    PLAN,
+    PREVIOUS,
+    UNHASHED,
+    Manifest,
+    is_finished,
+    manifest_in,
+    parse_manifest,
+    payload_file,
+)
 from memlm.progress import progress_bar
 from memlm.stage import locked
 
@@ -54,7 +64,17 @@ def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
             except ArtifactError:
                 damaged.append(name)
             bar.update(file.bytes)
+    copied = f"corpus/{MANIFEST}"  # in no payload; what a datastore was made from tells what it must be
+    if manifest.kind == "datastore" and not _has_hash(folder / copied, manifest.inputs.get("corpus")):
+        damaged.append(copied)
     return damaged
+
+
+def _has_hash(path: Path, expected: str | None) -> bool:
+    try:
+        return manifest_in(path).hash == expected
+    except ArtifactError:
+        return False
 
 
 def _foreign_files(folder: Path, manifest: Manifest) -> list[str]:

@@ -162,7 +162,7 @@ def test_without_new_documents_the_teacher_is_not_loaded(
 ) -> None:
     corpus = corpus_of(documents)
     rebuilt = build(corpus, tmp_path / "rebuilt", teacher=model_folder, **ALONE)
-    monkeypatch.setattr(build_module, "load_causal_lm", no_teacher)
+    monkeypatch.setattr(build_module, "load_on_default_device", no_teacher)
     extended = build(corpus, tmp_path / "extended", extend=stores / "old")
     assert extended.facts["extended"]["read"] == {"documents": 0, "entries": 0}
     assert extended.payload == rebuilt.payload

@@ -287,7 +287,8 @@ def open_tokenizer(folder: Path, manifest: Manifest, vocab_size: int) -> PreTrai
         ArtifactError: A file is damaged or no text, or the tokenizer gives other ids than the folder says.
     """
     names = {name for name in manifest.payload if name.startswith(f"{TOKENIZER}/")}
-    there = {path.relative_to(folder).as_posix() for path in (folder / TOKENIZER).glob("[!.]*")}
+    paths = (path for path in (folder / TOKENIZER).rglob("[!.]*") if path.is_symlink() or not path.is_dir())
+    there = {path.relative_to(folder).as_posix() for path in paths}
     if foreign := sorted(there - names) or [name for name in names if not name.endswith(_TOKENIZER_FILES)]:
         raise ArtifactError(f"{folder / foreign[0]} is not of a tokenizer's folder; delete it or get the folder anew")
     check_payload(folder, manifest, f"{TOKENIZER}/")

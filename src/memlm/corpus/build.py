@@ -171,8 +171,7 @@ def _tokenize(
             stage.save_array(f"raw/{number:05d}.lengths.npy", np.array([len(row) for row in rows], np.int64))
             hashes = np.array([document_hash(d.text, config.seed) for d in shard])
             stage.save_array(f"raw/{number:05d}.hashes.npy", hashes)
-            if split != "train":
-                stage.save_array(f"raw/{number:05d}.given.npy", np.full(len(shard), SPLITS.index(split), np.int8))
+            stage.save_array(f"raw/{number:05d}.given.npy", np.full(len(shard), SPLITS.index(split), np.int8))
             met = Counter(match.group() for d in shard for match in special.finditer(d.text))
             stage.save_text(f"raw/{number:05d}.special.json", json.dumps(met))
             stage.save_text(f"raw/{number:05d}.names.txt", "".join(" ".join(d.name.split()) + "\n" for d in shard))
@@ -215,28 +214,26 @@ class _Raw:
     def __init__(self, folder: Path) -> None:
         numbers = sorted(path.name.split(".")[0] for path in folder.glob("*.names.txt"))
         self._tokens = [np.load(folder / f"{n}.tokens.npy", mmap_mode="r") for n in numbers]
-        lengths = [np.load(folder / f"{n}.lengths.npy") for n in numbers]
-        self.lengths = np.concatenate([np.empty(0, np.int64), *lengths])
-        self.hashes = np.concatenate([np.empty(0, np.uint64), *[np.load(folder / f"{n}.hashes.npy") for n in numbers]])
+
+        def joined(kind: str, dtype: type[np.generic]) -> NDArray[Any]:
+            return np.concatenate([np.empty(0, dtype), *(np.load(folder / f"{n}.{kind}.npy") for n in numbers)])
+
+        self.lengths, self.hashes = joined("lengths", np.int64), joined("hashes", np.uint64)
+        self.given = joined("given", np.int8)
+        """The number of the held-out split that each was given for; 0: none."""
         self.names = list(
             itertools.chain.from_iterable((folder / f"{n}.names.txt").read_text("utf-8").splitlines() for n in numbers)
         )
-        self.given = np.concatenate(
-            [np.empty(0, np.int8)]
-            + [
-                np.load(path) if (path := folder / f"{n}.given.npy").exists() else np.zeros(len(lengths[at]), np.int8)
-                for at, n in enumerate(numbers)
-            ]
-        )
-        """The number of the held-out split that each was given for; 0: none."""
         special = sum((Counter(read_json(folder / f"{n}.special.json")) for n in numbers), Counter())
         self.special = dict(sorted(special.items()))
-        self._shard = np.repeat(np.arange(len(numbers)), [len(x) for x in lengths])
-        self._offset = np.concatenate([np.empty(0, np.int64), *[np.cumsum(x) - x for x in lengths]])
+        self._ends = self.lengths.cumsum()
+        self._starts = np.cumsum([0, *map(len, self._tokens)])
 
     def tokens(self, part: "_Part") -> NDArray[np.int32]:
-        offset = self._offset[part.document]
-        return np.asarray(self._tokens[self._shard[part.document]][offset + part.start : offset + part.stop])
+        first = self._ends[part.document] - self.lengths[part.document]
+        shard = np.searchsorted(self._starts, first, side="right") - 1
+        first += part.start - self._starts[shard]
+        return np.asarray(self._tokens[shard][first : first + part.stop - part.start])
 
 
 class _Part(NamedTuple):

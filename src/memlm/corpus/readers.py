@@ -20,6 +20,7 @@ from memlm.corpus.pages import page_text
 from memlm.errors import ArtifactError, InputError
 from memlm.files import digest, file_digest, file_error, near_here, read_json, utf8
 from memlm.manifest import IDENTITY, MANIFEST, MANIFEST_BYTES, PLAN
+from memlm.models.loading import reason_of
 
 TEXT = (".txt", ".md", ".rst")
 FORMATS = (*TEXT, ".jsonl", ".json", ".parquet", ".html", ".htm")
@@ -396,7 +397,7 @@ def _parquet(stream: IO[bytes], path: Path, config: CorpusConfig) -> Iterator[tu
     except (pa.ArrowException, OSError, ValueError, TypeError, EOFError) as error:
         if isinstance(error, InputError | pa.ArrowMemoryError):
             raise
-        raise InputError(f"{path} is not Parquet: {_first_line(error)}") from None
+        raise InputError(f"{path} is not Parquet: {reason_of(error)}") from None
 
 
 def _saved_files(folder: Path) -> tuple[list[Path], str]:
@@ -416,7 +417,7 @@ def _saved_files(folder: Path) -> tuple[list[Path], str]:
         if not all((folder / name).is_file() and Path(name).name == name for name in names):
             raise ValueError("files are missing")
     except (ArtifactError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"{folder} is no dataset that `datasets` saved ({_first_line(error)})") from None
+        raise InputError(f"{folder} is no dataset that `datasets` saved ({reason_of(error)})") from None
     return [folder / name for name in names], fingerprint
 
 
@@ -442,7 +443,7 @@ def _saved(folder: Path, column: str) -> Iterator[tuple[str, Any]]:
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, InputError | pa.ArrowMemoryError):
                 raise
-            raise InputError(f"{path} cannot be read as Arrow: {_first_line(error)}") from None
+            raise InputError(f"{path} cannot be read as Arrow: {reason_of(error)}") from None
 
 
 def _columns(names: Iterable[str]) -> str:
@@ -471,10 +472,6 @@ def _from_hub(source: str) -> Any:
         return datasets.load_dataset(name, subset or None, split=split or "train")
     except Exception as error:
         raise InputError(
-            f"{source!r} is no file or folder here and could not be loaded as a dataset ({_first_line(error)})"
+            f"{source!r} is no file or folder here and could not be loaded as a dataset ({reason_of(error)})"
             f"{near_here(name)}"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -125,13 +125,6 @@ def _build(
     stage: Stage, source: Corpus, teacher: str, config: DatastoreConfig, extension: Extension | None, due: Due
 ) -> dict[str, Any]:
     """Write the datastore, and return its facts."""
-    if any(not stage.has(f"{CORPUS_PAYLOAD}/{name}") for name in (MANIFEST, *source.manifest.payload)):
-        stage.remove(CORPUS_PAYLOAD)
-        copy_payload(source.folder, source.manifest, stage.path / ".corpus")
-        write_json(stage.path / ".corpus" / MANIFEST, source.manifest.model_dump(mode="json"))
-        if (run := source.folder / RUN).is_file() and not run.is_symlink():
-            shutil.copyfile(run, stage.path / ".corpus" / RUN)
-        (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
     split = source.split("train")
     before, index_is_whole = stage.previous, False
     if before is not None:
@@ -139,6 +132,13 @@ def _build(
         index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
     needs_keys = _keeps_shards(config, split.n_positions) or not index_is_whole
     tap = _save_keys(stage, split, teacher, config, extension, due) if needs_keys else None
+    if any(not stage.has(f"{CORPUS_PAYLOAD}/{name}") for name in (MANIFEST, *source.manifest.payload)):
+        stage.remove(CORPUS_PAYLOAD)
+        copy_payload(source.folder, source.manifest, stage.path / ".corpus")
+        write_json(stage.path / ".corpus" / MANIFEST, source.manifest.model_dump(mode="json"))
+        if (run := source.folder / RUN).is_file() and not run.is_symlink():
+            shutil.copyfile(run, stage.path / ".corpus" / RUN)
+        (stage.path / ".corpus").rename(stage.path / CORPUS_PAYLOAD)
     total = split.n_positions
     starts = range(0, total, _VALUES_AT_ONCE)
     values = (split.labels(start, min(start + _VALUES_AT_ONCE, total)) for start in starts)

@@ -52,7 +52,7 @@ class Extension:
     @property
     def tap(self) -> str:
         """Path of the module whose input the old keys are."""
-        return self.store.manifest.facts["tap"]
+        return self.store.facts.tap
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class Extension:
             ConfigError: A setting that the old keys are made with is given otherwise.
         """
         given = config.model_dump(include=config.model_fields_set)
-        there = self.store.manifest.config
+        there = self.store.config.model_dump()
         for name in _FIXED:
             if name in given and given[name] != there[name]:
                 raise ConfigError(
@@ -114,10 +114,9 @@ class Extension:
 
     def fits_index(self, kind: IndexKind, config: DatastoreConfig) -> bool:
         """Whether the old index can grow into one of this kind and these settings, without training it again."""
-        there = self.store.manifest
-        return there.facts["index"]["kind"] == kind and all(
-            getattr(config, name) == there.config[name] for name in _TRAINED
-        )
+        there = self.store.config
+        same = all(getattr(config, name) == getattr(there, name) for name in _TRAINED)
+        return same and self.store.facts.index.kind == kind
 
     def index(self, keys: Keys, config: DatastoreConfig) -> Index:
         """The old index over the new `keys`."""

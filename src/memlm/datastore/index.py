@@ -541,7 +541,7 @@ def tune_nprobe(index: Index, keys: Keys, config: DatastoreConfig) -> float:
 
     nprobe, nlist, before = 1, index.index.nlist, 0.0
     while (recall := recall_at(nprobe)) < config.recall_target:
-        if nprobe >= nlist or recall - before < 0.005:
+        if nprobe >= nlist or 0 < recall < 1.01 * before:
             return recall
         nprobe, before = min(2 * nprobe, nlist), recall
     too_few = nprobe // 2

@@ -84,10 +84,10 @@ def load_mixture(
         weight_rule(gate_config(gate), {name: GatedMemory(weights[name], head) for name, head in heads.items()})
     size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
     model = load_causal_lm(base, **base_kwargs)
-    memories = _load_memories(model, base, sources, memory_kwargs)
+    where = where_from(base_kwargs)
+    memories = _load_memories(model, base, sources, memory_kwargs, lambda: _by_name_alone(base, where))
     options: dict[str, Any] = {"gate": gate, "vocab_size": size, "memory_window": memory_window}
     mixed = kind(model, memories, mix_weight, base_name=resolve(base), **options)
-    where = where_from(base_kwargs)
     mixed.config.base_where = {name: where[name] for name in ("subfolder", "gguf_file") if name in where}
     if not Path(mixed.config.base).is_dir():  # a hub id, whose weights may become others
         mixed.config.base_where["revision"] = commit_of(mixed.config.base, **where)
@@ -122,9 +122,19 @@ def load_beside(
     return _load_memories(base, name, sources, memory_kwargs or {}, lambda: _is_named(base, name, where or {}))
 
 
+def _by_name_alone(name: str, where: Mapping[str, Any]) -> bool:
+    """Whether the bare name, by which a datastore knows its teacher, stands for the same model."""
+    if where.keys() & {"subfolder", "gguf_file"}:
+        return False
+    told = "revision" in where and not Path(resolve(name)).is_dir()
+    return not told or commit_of(name, **where) == commit_of(name)
+
+
 def _is_named(base: PreTrainedModel, name: str | None, where: Mapping[str, Any]) -> bool:
     """Whether a loaded base is what its name stands for, adapters and all."""
-    return name is not None and not has_adapter(base) and is_what_is_stored(base, name, **where)
+    if name is None or has_adapter(base) or not _by_name_alone(name, where):
+        return False
+    return is_what_is_stored(base, name, **where)
 
 
 def _load_memories(

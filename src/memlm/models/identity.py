@@ -23,7 +23,7 @@ _OF_LOADING = {"_name_or_path", "architectures", "dtype", "quantization_config",
 _UNSETTLED_NS = 2_000_000_000  # a file written this shortly ago may change again without another time
 
 
-def model_identity(name: str, **where: Any) -> str:
+def model_identity(name: str) -> str:
     """A string that two models share only if their weights are equal.
 
     A memlm folder gives its manifest's hash, any other folder a hash of all bytes of its files, a hub model its id and
@@ -31,7 +31,6 @@ def model_identity(name: str, **where: Any) -> str:
 
     Args:
         name: Path, hub id or packaged name.
-        where: As `where_from` gives it.
 
     Raises:
         ModelError: It cannot be reached.
@@ -47,8 +46,8 @@ def model_identity(name: str, **where: Any) -> str:
         except OSError as error:
             raise file_error(error, source) from None
     else:
-        own = f"{source}@{commit_of(source, **where)}"
-    base = adapted_base(source, **where)
+        own = f"{source}@{commit_of(source)}"
+    base = adapted_base(source)
     return own if base is None else f"{own}+{model_identity(base)}"
 
 

@@ -1,6 +1,5 @@
 """Causal language models from a path, a hub id or a packaged name."""
 
-import difflib
 import itertools
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, ModelError
-from memlm.files import read_json
+from memlm.files import near_here, read_json
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, payload_file, read_manifest
 from memlm.models.adapters import ADAPTER_CONFIG
 from memlm.models.fetching import PACKAGED, fetch
@@ -281,7 +280,7 @@ def find_file(source: str, name: str, **where: Any) -> Path | None:
         return None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         tried = f"no such folder; as a hub id: {reason_of(error)}"
-        raise ModelError(f"memory {source!r} cannot be loaded; tried: {tried}") from None
+        raise ModelError(f"{source!r} cannot be loaded; tried: {tried}") from None
 
 
 def reason_of(error: BaseException) -> str:
@@ -291,15 +290,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def _unreachable(name: str, source: str, error: Exception) -> ModelError:
-    tried = f"folder {source!r};"
+    tried, hint = f"folder {source!r};", ""
     if not Path(source).exists():
         tried = f"no folder {name!r} here; not one of the packaged models ({', '.join(PACKAGED)}); as a hub id:"
-        beside = [str(path) for path in Path(name).parent.glob("*") if path.is_dir()]
-        if close := difflib.get_close_matches(name.lower(), [*PACKAGED, *beside], n=1):
-            return ModelError(
-                f"model {name!r} cannot be loaded; did you mean {close[0]}? Tried: {tried} {reason_of(error)}"
-            )
-    return ModelError(f"model {name!r} cannot be loaded; tried: {tried} {reason_of(error)}")
+        hint = near_here(name, PACKAGED)
+    return ModelError(f"model {name!r} cannot be loaded{hint}; tried: {tried} {reason_of(error)}")
 
 
 def embedding_rows(model: PreTrainedModel) -> int:

@@ -166,8 +166,7 @@ def _chosen(
     if split != "train":  # far lower there: the teacher has learnt the text by heart, and its targets leak labels
         learnt = judge(store, teacher(), "train", temperature=temperature, **asked)
         found["judged"]["train"] = _told(learnt, temperature, neighbours)
-    with stage.writing(_CHOSEN) as temporary:
-        write_json(temporary, found)
+    write_json(stage.path / _CHOSEN, found)
     return found
 
 

@@ -87,8 +87,7 @@ def with_teacher(
         max_support: But so many at most.
     """
     mixed, votes = teacher_share * log_probs.exp(), votes.to(log_probs.device)
-    owner = torch.arange(len(votes.counts), device=log_probs.device).repeat_interleave(votes.counts)
-    mixed.index_put_((owner, votes.ids.long()), (1 - teacher_share) * votes.probs, accumulate=True)
+    mixed.index_put_((votes.owner, votes.ids.long()), (1 - teacher_share) * votes.probs, accumulate=True)
     probs, tokens = mixed.topk(min(max_support, mixed.shape[1]), dim=1)
     return likeliest(probs, tokens.int(), target_mass)
 

@@ -28,6 +28,11 @@ class SparseProbs:
     lost_mass: Float[Tensor, "P"]
     """Probability of the tokens left out, before the rest was renormalised."""
 
+    @property
+    def owner(self) -> Int[Tensor, "S"]:
+        """The position of each entry of `ids`."""
+        return torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
+
     @classmethod
     def concatenate(cls, parts: Sequence["SparseProbs"]) -> "SparseProbs":
         """The positions of all parts, one part after another."""
@@ -55,12 +60,11 @@ class SparseProbs:
         inside = self.ids < vocab_size
         if bool(inside.all()):
             return self
-        owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
-        kept = torch.zeros_like(self.lost_mass).index_add_(0, owner, self.probs * inside)
+        kept = torch.zeros_like(self.lost_mass).index_add_(0, self.owner, self.probs * inside)
         return SparseProbs(
-            counts=torch.zeros_like(self.counts).index_add_(0, owner, inside.to(self.counts.dtype)),
+            counts=torch.zeros_like(self.counts).index_add_(0, self.owner, inside.to(self.counts.dtype)),
             ids=self.ids[inside],
-            probs=(self.probs / kept[owner])[inside],
+            probs=(self.probs / kept[self.owner])[inside],
             lost_mass=1 - (1 - self.lost_mass) * kept,
         )
 
@@ -87,14 +91,12 @@ class SparseProbs:
         return {"entropy": -self._summed(torch.xlogy(self.probs, self.probs)), "top1": top1, "top1_id": top1_id}
 
     def _summed(self, values: Float[Tensor, "S"]) -> Float[Tensor, "P"]:
-        owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
-        return values.new_zeros(len(self.counts)).index_add_(0, owner, values)
+        return values.new_zeros(len(self.counts)).index_add_(0, self.owner, values)
 
     def dense(self, vocab_size: int) -> Float[Tensor, "P {vocab_size}"]:
         """As rows of probabilities."""
-        owner = torch.arange(len(self.counts), device=self.ids.device).repeat_interleave(self.counts)
         out = torch.zeros(len(self.counts), vocab_size, dtype=self.probs.dtype, device=self.ids.device)
-        out[owner, self.ids.long()] = self.probs
+        out[self.owner, self.ids.long()] = self.probs
         return out
 
 
