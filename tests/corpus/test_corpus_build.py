@@ -206,7 +206,7 @@ def test_interrupted_tokenising_goes_on_to_the_same_bytes(build, tmp_path: Path,
     with files_written("raw/*.npy", most=stop_at):
         build(texts, "resumed", small)
     kept = sorted((tmp_path / "resumed" / "raw").glob("*.names.txt"))
-    assert len(kept) == stop_at // 3  # three arrays a shard
+    assert len(kept) == stop_at // 4  # four arrays a shard
     with files_written("raw/*.names.txt") as written:
         resumed, _ = build(texts, "resumed", small)
     assert written

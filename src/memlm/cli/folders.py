@@ -48,7 +48,7 @@ def info(
         return
     manifest, times = read_manifest(folder), times_of(folder)
     found = {"folder": str(folder), "hash": manifest.hash, **manifest.model_dump(mode="json")}
-    found |= times._asdict() if times is not None else {}
+    found |= times.model_dump() if times is not None else {}
     print_result(found, as_json, "\n".join(map(one_line, _info_lines(folder, manifest, times))))
 
 
