@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from memlm.errors import ArtifactError
-from memlm.files import cache_dir, load_array
+from memlm.files import cache_dir, load_array, replacing
 
 
 def test_an_array_is_read_where_its_header_is_as_expected(tmp_path: Path) -> None:
@@ -56,3 +56,12 @@ def test_the_cache_is_where_memlm_home_says(tmp_path: Path, monkeypatch: pytest.
     assert cache_dir() == tmp_path
     monkeypatch.delenv("MEMLM_HOME")
     assert cache_dir() == Path.home() / ".cache" / "memlm"
+
+
+def test_two_who_write_one_file_do_not_meet(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert path.read_text() == "1"  # the one that was done last
+    assert [found.name for found in tmp_path.iterdir()] == ["a.json"]

@@ -106,6 +106,7 @@ DAMAGES = {
     "datastore keys that are gone": ("datastore", Path.unlink, ("keys/00000.npy", "keys/00002.npy")),
     "datastore values": ("datastore", cut, ("values.npy",)),
     "datastore corpus": ("datastore", cut, ("corpus/train.tokens.npy",)),
+    "datastore corpus's manifest": ("datastore", Path.unlink, ("corpus/manifest.json",)),
     "targets shard": ("targets", flip, ("train-00001.arrow",)),
     "targets validation": ("targets", cut, ("validation.arrow", "train-00000.arrow")),
     "memory card and settings": ("memory", flip, ("README.md", "memory.json", "config.json")),

@@ -1,3 +1,4 @@
+import copy
 import itertools
 import json
 import random
@@ -5,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import sentences
+from conftest import make_corpus, save_model, sentences
 from interruption import files_written
 from reference import shared_ngrams
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -509,3 +510,12 @@ def test_one_document_needs_no_list(documents: str, model_folder: str, tmp_path:
     listed = build_corpus([documents], tokenizer=model_folder, out=tmp_path / "a", **settings)
     for number, alone in enumerate((documents, Path(documents))):
         assert build_corpus(alone, tokenizer=model_folder, out=tmp_path / str(number), **settings).hash == listed.hash
+
+
+def test_a_tokenizer_with_several_chat_templates_is_kept(
+    tokenizer: PreTrainedTokenizerFast, documents: str, tmp_path: Path
+) -> None:
+    several = copy.deepcopy(tokenizer)
+    several.chat_template = {"default": "{{ messages }}", "tool_use": "T{{ messages }}"}
+    folder = make_corpus(documents, save_model(tmp_path / "m", several), tmp_path / "c")
+    assert Corpus(folder).tokenizer.chat_template == several.chat_template

@@ -90,6 +90,7 @@ def test_a_tap_may_be_named_or_missing(corpus_folder: Path, model_folder: str, t
     assert manifest.facts["key_width"] == 64  # the MLP's inner width
     with pytest.raises(ModelError, match=r"tap 'model\.layers\.7\.mlp' does not exist"):
         build(corpus_folder, model_folder, tmp_path / "e", tap="model.layers.7.mlp")
+    assert build(corpus_folder, model_folder, tmp_path / "e").facts["tap"] == "model.layers.1.mlp"  # the same place
 
 
 @pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])

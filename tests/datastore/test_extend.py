@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import sentences, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +22,7 @@ from memlm.datastore.index import INDEXES, IVFIndex, RecallSample
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, ModelError
 from memlm.manifest import Manifest, read_manifest
+from memlm.models import loading
 from memlm.targets.build import build_targets
 from memlm.targets.config import TargetsConfig
 
@@ -345,3 +347,18 @@ def test_an_extension_whose_teacher_is_gone_says_which_datastore_asks_for_it(
     with pytest.raises(ModelError, match=r"datastore .*/d asks for its teacher '.*/teacher': .*; give --teacher"):
         build_datastore(grown, out=tmp_path / "d3", extend=tmp_path / "d")
     build_datastore(grown, out=tmp_path / "d3", extend=tmp_path / "d", teacher=str(tmp_path / "moved"))
+
+
+def test_new_documents_are_read_in_the_precision_of_the_old_ones(
+    old: Path, grown: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` is another one on another machine."""
+    monkeypatch.setattr(loading, "default_dtype", lambda device: torch.bfloat16)
+    build_datastore(old, teacher=model_folder, out=tmp_path / "old")
+    build_datastore(grown, teacher=model_folder, out=tmp_path / "rebuilt")
+    monkeypatch.setattr(loading, "default_dtype", lambda device: torch.float32)
+    extended = build_datastore(grown, extend=tmp_path / "old", out=tmp_path / "extended")
+    assert extended.config["dtype"] == extended.facts["teacher_dtype"] == "bfloat16"
+    new = ~is_reused(old, grown)
+    gaps = np.abs(keys_of(tmp_path / "extended") - keys_of(tmp_path / "rebuilt"))[new]
+    assert (gaps == 0).all(1).mean() > 0.9  # batches differ, so that few may round otherwise

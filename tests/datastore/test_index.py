@@ -266,6 +266,13 @@ def test_the_default_nprobe_is_the_smallest_that_reaches_the_target_within_an_ei
     assert smallest <= chosen <= smallest + max(1, smallest // 8)
 
 
+def test_nprobe_goes_on_where_a_single_list_finds_next_to_nothing() -> None:
+    keys = Keys([clustered(1500, 8, clusters=300)])
+    settings = DatastoreConfig(index="ivf-flat", nlist=1200, recall_target=0.95, recall_k=20, recall_sample=100)
+    index = INDEXES["ivf-flat"].build(keys, settings)
+    assert tune_nprobe(index, keys, settings) >= 0.95
+
+
 def test_recall_leaves_the_entry_itself_out() -> None:
     class OnlyItself(ExactIndex):
         def _search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

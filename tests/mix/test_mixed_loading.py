@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from memlm import MixedLM, load_memory
+from memlm.datastore.build import build_datastore
 from memlm.errors import ArtifactError, ConfigError, ModelError, OutputExistsError, TokenizerMismatchError
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.protocol import MemorySettings
@@ -469,6 +470,20 @@ def test_a_loaded_base_takes_a_memory_by_its_folder(model_folder: str, memory_fo
     ):
         torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
         assert model.base is base
+
+
+def test_a_base_in_a_subfolder_is_not_taken_for_the_teacher_beside_it(
+    tokenizer: PreTrainedTokenizerFast, corpus_folder: Path, tmp_path: Path
+) -> None:
+    """A datastore knows its teacher by the folder; another model may stand in it."""
+    teacher = save_model(tmp_path / "m", tokenizer, padding=8)
+    build_datastore(corpus_folder, teacher=teacher, out=tmp_path / "d", dtype="float32")
+    other = save_model(tmp_path / "m" / "finetuned", tokenizer, padding=8, seed=5)
+    named = MixedLM.from_pretrained(other, memory=tmp_path / "d", mix_weight=0.5)
+    inside = MixedLM.from_pretrained(teacher, memory=tmp_path / "d", mix_weight=0.5, subfolder="finetuned")
+    base = AutoModelForCausalLM.from_pretrained(teacher, subfolder="finetuned")
+    for model in (inside, MixedLM.from_pretrained(base, memory=tmp_path / "d", mix_weight=0.5)):
+        torch.testing.assert_close(logits(model), logits(named), rtol=0, atol=1e-5)
 
 
 def test_a_loaded_base_and_a_memory_of_another_tokenizer_are_refused(memory_folder: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from memlm.files import lasting_name, write_json
 from memlm.manifest import MANIFEST, RUN, Manifest, copy_payload
 from memlm.models.abilities import check_causal
 from memlm.models.identity import model_identity
-from memlm.models.loading import load_on_default_device, parse_dtype
+from memlm.models.loading import default_device, load_on_default_device, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
 from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
@@ -152,6 +152,7 @@ def _build(
         "tap": tap,
         "distance": "squared L2",
         "key_dtype": "float16",
+        "teacher_dtype": str(parse_dtype(config.dtype, default_device())).removeprefix("torch."),
         **_save_index(stage, keys, config, extension),
     }
     return facts if extension is None else {**facts, "extended": extension.facts}

@@ -13,6 +13,7 @@ from memlm.datastore.config import DatastoreConfig, IndexKind
 from memlm.datastore.index import Index, Keys
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError
+from memlm.models.loading import default_device, parse_dtype
 
 _CORPUS_SETTINGS = ("block_size", "step", "start_token", "end_token")  # they decide what stands before a position
 _FIXED = ("tap", "dtype", "keep_keys")
@@ -79,6 +80,9 @@ class Extension:
                     f"{name} = {given[name]!r}, but datastore {self.store.folder} has keys made with {there[name]!r};"
                     f" leave out --{name.replace('_', '-')} or --extend"
                 )
+        read_in = self.store.facts.teacher_dtype
+        if read_in is not None and parse_dtype(there["dtype"], default_device()) != parse_dtype(read_in):
+            there["dtype"] = read_in  # auto is another precision on this machine
         return DatastoreConfig.parse({**there, **given})
 
     def check_teacher(self, teacher: str, identity: str) -> None:

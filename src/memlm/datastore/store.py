@@ -27,6 +27,8 @@ class DatastoreFacts(Facts):
     entries: int = Field(ge=1)
     key_width: int = Field(ge=1, le=1 << 20)
     tap: str
+    teacher_dtype: str | None = None
+    """What the teacher computed in, where `auto` was asked for too; None: that was not kept yet."""
     index: IndexFacts
 
 
