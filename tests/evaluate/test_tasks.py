@@ -15,6 +15,7 @@ from benchmarks import general_ability
 from memlm.cli import app
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate import tasks as tasks_module
+from memlm.evaluate.lm_eval import run_lm_eval
 from memlm.evaluate.tasks import evaluate_tasks, tasks_table
 from memlm.mix import loading, mixed_lm
 from memlm.mix.mixed_lm import MixedLM
@@ -48,7 +49,8 @@ def write_task(folder: Path, items: list[tuple[str, list[str], int]], name: str 
         "target_delimiter": "",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task | more))
+    given = {key: value for key, value in (task | more).items() if value is not None}
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(given))
     return folder
 
 
@@ -188,6 +190,41 @@ def test_lm_evals_own_command_runs_a_mixture(
     )
 
 
+def test_of_several_filters_the_first_counts_and_what_has_no_values_is_left_out(
+    memory_folder: Path, model_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    strict = [{"function": "regex", "regex_pattern": "(XX)"}, {"function": "take_first"}]
+    loose = [{"function": "regex", "regex_pattern": "(.*)"}, {"function": "take_first"}]
+    said = {
+        "output_type": "generate_until",
+        "doc_to_choice": None,
+        "doc_to_target": "x",
+        "generation_kwargs": {"until": ["."], "max_gen_toks": 2},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+        "filter_list": [{"name": "strict", "filter": strict}, {"name": "loose", "filter": loose}],
+    }
+    whole = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_choice": None,
+        "doc_to_text": "",
+        "doc_to_target": "{{prompt}}",
+    }
+    write_task(tmp_path, ITEMS, name="filtered", **said)
+    write_task(tmp_path, ITEMS, name="rolling", **whole, metric_list=[{"metric": "word_perplexity"}])
+    report = evaluate_tasks(["filtered", "rolling"], base=model_folder, memory=memory_folder, include=[tmp_path])
+    assert {task: part["items"] for task, part in report["tasks"].items()} == {"filtered": len(ITEMS)}
+    assert "task rolling is left out: word_perplexity has no value for each item" in capfd.readouterr().err
+
+
+def test_weights_that_cannot_be_in_force_together_are_no_way(
+    task_folder: Path, memory_folder: Path, model_folder: str
+) -> None:
+    memories, weights = {"a": memory_folder, "b": memory_folder}, {"a": 0.7, "b": 0.8}
+    asked: Any = {"memory": memories, "mix_weight": weights, "gate": "posterior", "include": [task_folder]}
+    report = evaluate_tasks(["toy"], base=model_folder, **asked)
+    assert list(report["tasks"]["toy"]["values"]) == ["base", "posterior"]
+
+
 def test_bad_input_is_one_line(
     task_folder: Path, memory_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,6 +238,8 @@ def test_bad_input_is_one_line(
     broken = write_task(tmp_path / "broken", ITEMS, name="broken", doc_to_target="{{nothing.here}}")
     with pytest.raises(InputError, match="lm-eval cannot run broken"):
         evaluate_tasks(["broken"], **{**asked, "include": [broken]})
+    with pytest.raises(InputError, match=r"lm-eval: .*nosuch"):
+        run_lm_eval(["--tasks", "nosuch"], base=model_folder, memory=str(memory_folder))
     monkeypatch.setattr(tasks_module, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'memlm\[tasks\]' brings lm-eval"):
         evaluate_tasks(["toy"], **asked)

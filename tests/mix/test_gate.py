@@ -319,6 +319,7 @@ def memory(weight: float | None = 0.3, fitted: bool = False) -> Any:
         ({"gate": "none"}, True, "none"),
         ({"gate": "confidence"}, True, "confidence"),
         ({"gate": GateConfig(prior=0.1)}, False, "posterior"),
+        ({"gate": GateConfig(prior=0.1), "mix_weight": 0.4}, False, "none"),
     ],
 )
 def test_the_gate_follows_from_what_is_given(options: dict[str, Any], fitted: bool, name: str) -> None:
@@ -338,6 +339,24 @@ def test_confidence_without_a_head_is_refused_and_changes_nothing() -> None:
     assert model.gate.gate == "posterior"
     with pytest.raises(ConfigError, match="gate = 'postrior'"):
         model.set_gate("postrior")  # type: ignore[arg-type]
+
+
+def test_an_added_memory_that_the_gate_cannot_weigh_is_taken_away_again() -> None:
+    model, tokens = MixedLM(family_model("llama", VOCAB), memory(fitted=True), gate="confidence"), some_tokens(1, 5)
+    before = weights_of(model, tokens)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="memory 'other' has no confidence head"):
+            model.add_memory("other", memory(), 0.1)
+    torch.testing.assert_close(weights_of(model, tokens), before, rtol=0, atol=0)
+    with torch.no_grad():
+        model.remove_memory("memory")
+        torch.testing.assert_close(model(tokens).logits, model.base(tokens).logits, rtol=0, atol=0)
+
+
+def test_settings_of_a_gate_outlast_a_fixed_weight() -> None:
+    model = MixedLM(family_model("llama", VOCAB), memory(), gate=GateConfig(prior=0.1, sleep=4))
+    model.set_mix_weight(0.3)
+    assert (model.gate.gate, model.gate.prior, model.gate.sleep) == ("none", 0.1, 4)
 
 
 def test_a_memory_without_a_weight_is_weighed_all_the_same() -> None:

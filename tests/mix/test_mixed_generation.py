@@ -206,9 +206,10 @@ def test_a_prompt_read_in_chunks_gives_the_same(family: str, chunk: int) -> None
 
 
 @pytest.mark.parametrize("family", CACHED)
-@pytest.mark.parametrize("beams", [1, 3])
-def test_a_static_cache_of_the_base_gives_the_same(family: str, beams: int) -> None:
+@pytest.mark.parametrize(("beams", "gate"), [(1, "none"), (3, "none"), (1, "posterior"), (3, "posterior")])
+def test_a_static_cache_of_the_base_gives_the_same(family: str, beams: int, gate: Any) -> None:
     model = mixed(family=family)
+    model.set_gate(gate)
     options = {"max_new_tokens": 10, "num_beams": beams}
     prompt = some_tokens(2, 6)
     found = generate(model, prompt, cache_implementation="static", **options)
@@ -227,6 +228,21 @@ def test_assisted_generation_equals_plain_greedy(family: str, assistant: str) ->
     prompt = some_tokens(1, 5)
     found = generate(model, prompt, max_new_tokens=16, assistant_model=helper)
     assert found[0].tolist() == twin(model, prompt[0], 16)
+
+
+def test_guidance_takes_the_weight_of_the_call() -> None:
+    """The processor asks the model by itself what it says without the prompt."""
+    model, prompt, options = mixed(0.9), some_tokens(2, 5), {"max_new_tokens": 8, "guidance_scale": 2.0}
+    found = generate(model, prompt, mix_weight=0.0, **options)
+    assert torch.equal(found, generate(model.base, prompt, **options))
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}])
+def test_a_weight_may_be_a_tensor_without_rows(options: dict[str, Any]) -> None:
+    model, prompt = mixed(0.9), some_tokens(2, 5)
+    found = [generate(model, prompt, mix_weight=w, max_new_tokens=3, **options) for w in (torch.tensor(0.25), 0.25)]
+    assert found[0].shape == found[1].shape
+    assert "do_sample" in options or torch.equal(*found)
 
 
 def test_prompt_lookup_equals_plain_greedy() -> None:

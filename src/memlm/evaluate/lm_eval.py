@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList
 
 from memlm.errors import ModelError
 from memlm.evaluate.decoding import NaNWatch
+from memlm.evaluate.tasks import lm_eval_errors
 from memlm.mix.gate_config import GateConfig
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import resolve
@@ -93,6 +94,7 @@ def run_lm_eval(arguments: Sequence[str], **model_args: Any) -> None:
         ["lm-eval", "run", "--model", "memlm", "--model_args", json.dumps(given), *arguments],
     )
     try:
-        cli_evaluate()
+        with lm_eval_errors("lm-eval"):
+            cli_evaluate()
     finally:
         sys.argv = before

@@ -71,11 +71,12 @@ def passages(
         lines.append(f"[{title}] {means[document]:+.2f} nats a token in this document")
         lines += [f"    | {line}" for line in str(tokenizer.decode(labels[window])).splitlines() if line.strip()]
         change = np.exp(mixed[window]) - np.exp(alone[window])  # of the probability of the token that came
-        order = window[np.argsort(-change)]
-        for word, chosen in (("lifted", order[:_LIFTED]), ("sank", order[::-1][:_SANK])):
+        order = np.argsort(-change)
+        rose, fell = order[change[order] > 0][:_LIFTED], order[change[order] < 0][::-1][:_SANK]
+        for word, chosen in (("lifted", window[rose]), ("sank", window[fell])):
             moved = [
                 f"{tokenizer.decode(labels[p])!r} {np.exp(alone[p]):.1%} -> {np.exp(mixed[p]):.1%}" for p in chosen
             ]
-            lines.append(f"    {word}: " + ", ".join(moved))
+            lines.append(f"    {word}: {', '.join(moved) or 'nowhere'}")
         lines.append("")
     return "\n".join(lines[:-1])

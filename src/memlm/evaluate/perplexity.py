@@ -101,7 +101,7 @@ def evaluate_perplexity(
     if config.shared_documents == "refuse":
         read = {name: source.split(name) for name in (("test",) if given is not None else ("validation", "test"))}
         check_unseen(source, memories, read, "keep them with shared_documents keep")
-    gate = gate_config(gate if gate is not None or given is None else "none")
+    gate = gate_config(gate, weight_given=given is not None)
     spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval, gate=gate)
     heads = _heads(memories)
     weight_rule(gate, {name: GatedMemory(None, head) for name, head in heads.items()})  # raises before any work
@@ -255,7 +255,7 @@ def report_spec(
     made, config = read_manifest(corpus, "corpus"), config or EvaluateConfig()
     named = {_input(n, memory): m for n, m in memory.items()} if isinstance(memory, Mapping) else {UNNAMED: memory}
     sources = {"base": base, **named}
-    weighs = gate_config(gate if gate is not None or config.mix_weight is None else "none")
+    weighs = gate_config(gate, weight_given=config.mix_weight is not None)
     heads = {name: head.digest for name, head in _heads(named).items() if head is not None}
     return StageSpec(
         "evaluation",

@@ -9,13 +9,15 @@ FIXED = "fixed"
 
 
 class Speakers:
-    """The ways in which one mixture speaks, by name: `base`, `fixed` where its weights are known, the gate's own."""
+    """The ways in which one mixture speaks, by name: `base`, `fixed` where its weights can be in force
+    together, the gate's own."""
 
     def __init__(self, mixed: MixedLM) -> None:
         self._mixed, self._gate = mixed, mixed.gate
         gate, weights = mixed.gate.gate, mixed.mix_weights
+        together = len(weights) == len(mixed.memories) and sum(weights.values()) <= 1
         self.names = [BASE]
-        self.names += [FIXED] if gate == "none" or len(weights) == len(mixed.memories) else []
+        self.names += [FIXED] if gate == "none" or together else []
         self.names += [] if gate == "none" else [str(gate)]
         self.told = {"gate": gate, "mix_weight": weights}
         """What a report says of them."""

@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from memlm.errors import ConfigError, InputError, MemlmError
 from memlm.evaluate.judged import judged
 from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
-from memlm.files import digest, lasting_name
+from memlm.files import digest, lasting_name, out_of_memory
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.targets.config import RetrievalConfig
 
@@ -229,7 +229,7 @@ def _items(speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: M
 
     library = cast(Any, lm_eval)  # it keeps its signatures from type checkers
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
-    try:
+    with lm_eval_errors(f"lm-eval cannot run {', '.join(tasks)}"):
         results = library.simple_evaluate(
             model=speaker,
             tasks=list(tasks),
@@ -239,19 +239,35 @@ def _items(speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: M
             **asked,
             **seeds,
         )
-    except (MemlmError, RuntimeError, MemoryError):
-        raise
-    except Exception as error:  # task files hold templates and code of strangers
-        raise InputError(f"lm-eval cannot run {', '.join(tasks)}: {' '.join(str(error).split())[:300]}") from error
     found = {}
     for task, samples in results["samples"].items():
         metric = results["configs"][task]["metric_list"][0]["metric"]
-        kept = sorted((sample for sample in samples if metric in sample), key=lambda sample: sample["doc_id"])
-        with contextlib.suppress(TypeError, ValueError):
+        first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]  # each has all items
+        try:
+            kept = sorted(first, key=lambda sample: sample["doc_id"])
             found[task] = metric, np.array([float(sample[metric]) for sample in kept])
+        except (KeyError, TypeError, ValueError):
+            print(f"task {task} is left out: {metric} has no value for each item", file=sys.stderr)
     if not found:
         raise InputError(f"{', '.join(tasks)}: no metric that has a value for each item")
     return found
+
+
+@contextlib.contextmanager
+def lm_eval_errors(what: str) -> Iterator[None]:
+    """What lm-eval raises in the block, in one line; task files hold templates and code of strangers.
+
+    Raises:
+        InputError: It raised something that is neither ours nor a lack of memory.
+    """
+    try:
+        yield
+    except (MemlmError, MemoryError):
+        raise
+    except Exception as error:
+        if out_of_memory(error) is not None:
+            raise
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def paired_report(

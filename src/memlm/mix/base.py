@@ -32,7 +32,7 @@ class BaseCache(VoterCache):
     def length(self) -> int:
         """Tokens of the text so far, padding included."""
         try:
-            return self.inner.get_seq_length()
+            return int(self.inner.get_seq_length())  # a static cache gives the tensor that it counts in
         except ValueError:  # no layer of it counts, as where all are state spaces
             return self._read
 

@@ -67,7 +67,12 @@ def explain(
     inputs = encode_prompt(tokenizer, prompt, rows=embedding_rows(model), special_tokens=special_tokens)
     inputs = inputs.to(model.device)
     sequence = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        **inputs,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,  # whatever the base's own config says
+        return_dict_in_generate=False,
+        pad_token_id=tokenizer.eos_token_id,
     )
     read = inputs["input_ids"].shape[1]
     shown = prompt if isinstance(prompt, str) else _decode(tokenizer, sequence[0, :read].tolist())

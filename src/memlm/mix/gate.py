@@ -195,13 +195,14 @@ class Gate(WeightRule):
         return _Heard(began, end, own, told)
 
 
-def gate_config(gate: GateName | GateConfig | None) -> GateConfig:
-    """The settings of a gate from a name, or from themselves.
+def gate_config(gate: GateName | GateConfig | None, *, weight_given: bool = False) -> GateConfig:
+    """The settings of a gate from a name, or from themselves; `none` where a weight is given and no gate is named.
 
     Raises:
         ConfigError: There is no gate of that name.
     """
-    return gate if isinstance(gate, GateConfig) else GateConfig.parse({} if gate is None else {"gate": gate})
+    found = gate if isinstance(gate, GateConfig) else GateConfig.parse({} if gate is None else {"gate": gate})
+    return found.model_copy(update={"gate": "none"}) if weight_given and found.gate is None else found
 
 
 def weight_rule(config: GateConfig, memories: Mapping[str, GatedMemory]) -> WeightRule:
@@ -211,9 +212,9 @@ def weight_rule(config: GateConfig, memories: Mapping[str, GatedMemory]) -> Weig
         ConfigError: Confidence is asked for, and a memory has no head.
     """
     name = config.gate
-    if name is None and memories:
+    if name is None:
         name = "both" if all(memory.head is not None for memory in memories.values()) else "posterior"
-    if name in (None, "none"):
+    if name == "none" or not memories:
         return FixedWeights({label: memory.mix_weight for label, memory in memories.items()})
     return Gate(config.model_copy(update={"gate": name}), memories)
 

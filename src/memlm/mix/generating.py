@@ -2,12 +2,18 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from memlm.errors import ConfigError
 from memlm.mix.base import BaseVoter, narrowed
@@ -47,6 +53,8 @@ class MixedGenerationMixin(GenerationMixin):
         Raises:
             ModelError: Base or memory gives scores that are not finite.
         """
+        if isinstance(weight := kwargs.get("mix_weight"), Tensor) and not weight.ndim:
+            kwargs["mix_weight"] = float(weight)  # a tensor has a row for each text, where texts are multiplied
         watch = Watch(deferred=self.device.type != "cpu")
         found = cast(Any, super()).generate(*args, **kwargs, watch=watch)
         watch.end()
@@ -114,6 +122,13 @@ class MixedGenerationMixin(GenerationMixin):
             raise ConfigError("an assistant drafts already: leave out drafting and drawing")
         own = {n: value for n, value in model_kwargs.items() if n not in ("mix_weight", "evidence_mask", "watch")}
         return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
+
+    def _get_logits_processor(self, *args: Any, model_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+        found = cast(Any, super())._get_logits_processor(*args, model_kwargs=model_kwargs, **kwargs)
+        for processor in found:
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):  # asks the model by itself
+                processor.model = partial(processor.model, mix_weight=(model_kwargs or {}).get("mix_weight"))
+        return found
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if kwargs.get("drafting") is not None or kwargs.get("drawing"):

@@ -61,13 +61,15 @@ def load_mixture(
         del base_kwargs["config"]
         if config._attn_implementation is not None:
             base_kwargs.setdefault("attn_implementation", config._attn_implementation)
-    place = Path(base)
+    place, other = Path(base), memory is not None
     base, memory, saved = _open_saved(str(base), memory)
     sources = dict(memory) if isinstance(memory, Mapping) else {"memory": memory}
+    gate = gate_config(gate, weight_given=mix_weight is not None)
     if saved is not None:
-        if gate is None and mix_weight is None:
-            gate = "none" if saved.gate is None else GateConfig.parse(saved.gate, f"{place}: gate.")
-        if mix_weight is None or isinstance(mix_weight, Mapping):
+        if gate.gate is None:
+            own = GateConfig(gate="none") if saved.gate is None else GateConfig.parse(saved.gate, f"{place}: gate.")
+            gate = own.model_copy(update=gate.model_dump(exclude_unset=True, exclude={"gate"}))
+        if not other and (mix_weight is None or isinstance(mix_weight, Mapping)):
             kept = {n: weight for n, weight in (saved.mix_weights or {}).items() if n in sources and weight is not None}
             mix_weight = kept | dict(mix_weight or {})
         memory_window = saved.memory_window if memory_window is None else memory_window
@@ -76,12 +78,11 @@ def load_mixture(
     check_names(sources)
     check_window(memory_window)
     settings = {name: settings_of(source, memory_kwargs) for name, source in sources.items()}
-    fixed = gate_config(gate).gate == "none" or (gate is None and mix_weight is not None)
     recorded = {name: found.mix_weight if found else None for name, found in settings.items()}
-    weights = settle_weights(recorded, mix_weight, together=fixed)
-    if not fixed:
+    weights = settle_weights(recorded, mix_weight, together=gate.gate == "none")
+    if gate.gate != "none":
         heads = {name: _head_of(source, settings[name], memory_kwargs) for name, source in sources.items()}
-        weight_rule(gate_config(gate), {name: GatedMemory(weights[name], head) for name, head in heads.items()})
+        weight_rule(gate, {name: GatedMemory(weights[name], head) for name, head in heads.items()})
     size = check_tokenizers(base, sources, base_kwargs, memory_kwargs)
     model = load_causal_lm(base, **base_kwargs)
     where = where_from(base_kwargs)

@@ -106,13 +106,11 @@ class MixedLM(MixedGenerationMixin, PreTrainedModel):
         self.generation_config = copy.deepcopy(base.generation_config) if base.generation_config else GenerationConfig()
         self._voter = BaseVoter(base, size)
         self._weights: dict[str, Any] = {}
-        self._gate = gate_config(gate)
+        self._gate = gate_config(gate, weight_given=mix_weight is not None)
         self._rule: WeightRule = FixedWeights({})
         self._vocab_sizes = {"": size}  # the base's; a memory's below its name
         for name, part in given.items():
             self._adopt(name, cast(Memory, part))
-        if mix_weight is not None and gate is None:
-            self._gate = GateConfig(gate="none")
         self._weigh(self._settled(mix_weight))
         if not has_adapter(base):  # whose weights may be in training elsewhere
             base.requires_grad_(False)
@@ -127,6 +125,11 @@ class MixedLM(MixedGenerationMixin, PreTrainedModel):
             part.set_window(self.config.memory_window)
         self.memories[name] = part.requires_grad_(False).eval()
         self._vocab_sizes[name] = memory.vocab_size
+        self._share_vocabulary()
+
+    def _forget(self, name: str) -> None:
+        """Take a memory from beside the base."""
+        del self.memories[name], self._vocab_sizes[name]
         self._share_vocabulary()
 
     def _share_vocabulary(self) -> None:
@@ -208,7 +211,7 @@ class MixedLM(MixedGenerationMixin, PreTrainedModel):
         Raises:
             ConfigError: A weight is missing, of an unknown memory, outside [0, 1], or they sum to more than 1.
         """
-        before, self._gate = self._gate, GateConfig(gate="none")
+        before, self._gate = self._gate, self._gate.model_copy(update={"gate": "none"})
         try:
             self._weigh(self._settled(mix_weight, self._weights if mix_weight is not None else {}))
         except ConfigError:
@@ -239,7 +242,8 @@ class MixedLM(MixedGenerationMixin, PreTrainedModel):
             kwargs: For loading it: `dtype` (default the base's), `revision` …
 
         Raises:
-            ConfigError: The name is taken, or the weights would sum to more than 1.
+            ConfigError: The name is taken, the weights would sum to more than 1, or the gate asks for confidence and it
+                has no head.
             TokenizerMismatchError: It has another tokenizer than the base.
             ModelError: It cannot be reached, or reads activations that the base does not have.
         """
@@ -252,7 +256,11 @@ class MixedLM(MixedGenerationMixin, PreTrainedModel):
         weights = settle_weights(recorded, given, together=self._gate.gate == "none")
         place, where = self.config.base, self.config.base_where
         self._adopt(name, load_beside(self.base, {name: memory}, kwargs, name=place, where=where)[name])
-        self._weigh(weights)
+        try:
+            self._weigh(weights)
+        except ConfigError:
+            self._forget(name)
+            raise
 
     def remove_memory(self, name: str) -> None:
         """Take a memory away; the base gets its weight.
@@ -262,8 +270,7 @@ class MixedLM(MixedGenerationMixin, PreTrainedModel):
         """
         if name not in self.memories:
             raise ConfigError(f"no memory is called {name!r}; the memories are {', '.join(self.memories) or 'none'}")
-        del self.memories[name], self._vocab_sizes[name]
-        self._share_vocabulary()
+        self._forget(name)
         self._weigh({other: weight for other, weight in self._weights.items() if other != name})
 
     @property
