@@ -65,14 +65,16 @@ def slow_weights(model: MixedLM, text: list[int], began: int = 0, silent: Collec
     """The weights after `text` whose tokens count from `began` on, but for the places in `silent`: Bayes' rule and
     fixed share, in probabilities."""
     config, names = model.gate, list(model.memories)
-    alone, own = config.gate == "posterior", config.gate != "posterior" or len(model.mix_weights) == len(names)
+    own = config.gate != "posterior" or len(model.mix_weights) == len(names)
     if config.gate == "confidence":
         odds = {name: (w := own_weight(model, name, text)) / (1 - w) for name in names}
         return {name: value / (1 + sum(odds.values())) for name, value in odds.items()}
     kinds: list[tuple[str, str]] = [("base", "")]
-    kinds += [("alone", name) for name in names] if alone else []
+    kinds += [("alone", name) for name in names]
     kinds += [("own", name) for name in names] if own else []
-    prior = [1 - config.prior] + [config.prior / (len(kinds) - 1)] * (len(kinds) - 1)
+    of_alone = (0.05 if config.gate == "both" else 0.5) if own else 1.0
+    share = {"base": 1 - config.prior, "alone": of_alone * config.prior, "own": (1 - of_alone) * config.prior}
+    prior = [share[kind] / (len(names) if name else 1) for kind, name in kinds]
     now = prior
     for at in (place for place in range(began + 1, len(text)) if place not in silent):
         said = []
@@ -268,16 +270,16 @@ def test_memories_of_all_kinds_are_weighed(make: Make) -> None:
     st.lists(st.lists(st.floats(-9, 0), min_size=3, max_size=3), min_size=1, max_size=25),
     st.floats(0, 0.99),
     st.floats(0, 0.5),
-    st.booleans(),
+    st.sampled_from([0.05, 0.5]),
 )
 def test_no_text_costs_much_more_than_with_the_base(
-    labels: list[list[float]], prior: float, own: float, alone: bool
+    labels: list[list[float]], prior: float, own: float, alone_share: float
 ) -> None:
     """Without switching at most -log(1 - prior) nats; with it, -log(1 - switch * prior) more for every token."""
     said = torch.tensor(labels, dtype=torch.float64)[None]
     base, memories = said[..., 0], said[..., 1:]
     weights = torch.full_like(memories, own)
-    found = Explanations(2, alone=alone, own=True)
+    found = Explanations(2, own=True, alone_share=alone_share)
     log_probs = found.log_probs(base, memories, weights)
     start = found.log_prior(prior, said)
     for switch in (0.0, 0.05):

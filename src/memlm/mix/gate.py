@@ -19,6 +19,9 @@ from memlm.models.heads import summary
 from memlm.targets.votes import SparseProbs
 
 _PENDING = 64  # latest places whose votes are kept for the token to come: as many as a draft has, which may be cropped
+_ALONE_BESIDE_CONFIDENCE = 0.05
+"""Share of the prior that memories alone have beside those mixed by confidence. Where the head was fitted beside a much
+better base than it stands beside, they explain the text; a larger share costs general text more."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Gate(WeightRule):
                     f"gate = {config.gate!r}: memory {name!r} has no confidence head; fit one with memlm gate"
                 )
         self.has_own = self.by_confidence or all(m.mix_weight is not None for m in self.memories.values())
-        self.explanations = Explanations(len(self.memories), alone=not self.by_confidence, own=self.has_own)
+        shares = {"alone_share": _ALONE_BESIDE_CONFIDENCE} if self.by_confidence else {}
+        self.explanations = Explanations(len(self.memories), own=self.has_own, **shares)
         self.follows = config.gate != "confidence"
         """Whether it keeps a posterior."""
         self.sleep = Sleep(config.sleep, config.sleep_below)

@@ -21,23 +21,25 @@ class Explanations:
 
     memories: int
     """How many."""
-    alone: bool
     own: bool
+    """Whether they have weights of their own."""
+    alone_share: float = 0.5
+    """Share of the prior of memories that those alone have, where they have weights of their own."""
 
     @property
     def count(self) -> int:
         """How many explanations there are."""
-        return 1 + self.memories * (self.alone + self.own)
+        return 1 + self.memories * (1 + self.own)
 
     def log_prior(self, prior: float, like: Tensor) -> Float[Tensor, "K"]:
-        """Log-probabilities before a text begins: `prior` shared equally by those that need memories.
+        """Log-probabilities before a text begins: `prior` is shared by those that need memories, equally by equal ones.
 
         Args:
             prior: In [0, 1].
             like: Gives device and precision.
         """
-        others = self.memories * (self.alone + self.own)
-        shares = [1 - prior] + [prior / others] * others
+        each, alone = prior / max(1, self.memories), self.alone_share if self.own else 1.0
+        shares = [1 - prior] + [alone * each] * self.memories + [(1 - alone) * each] * (self.memories * self.own)
         return torch.tensor(shares, dtype=like.dtype, device=like.device).log()
 
     def log_probs(
@@ -49,9 +51,7 @@ class Explanations:
             base, memories: What base and memories gave it.
             own: Each memory's own weight at that place; None where there are none.
         """
-        parts = [base[..., None]]
-        if self.alone:
-            parts.append(memories)
+        parts = [base[..., None], memories]
         if self.own:
             assert own is not None
             parts.append(torch.logaddexp(base[..., None] + torch.log1p(-own), memories + own.log()))
@@ -65,8 +65,6 @@ class Explanations:
         if not self.own:
             return probs
         assert own is not None
-        if not self.alone:
-            return probs * own
         alone, mixed = probs.chunk(2, -1)
         return alone + mixed * own
 
