@@ -24,10 +24,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import memlm
 from memlm import MixedLM
-from memlm.errors import MemlmError
+from memlm.errors import MemlmError, reason_of
 from memlm.memory.decoder import MemoryDecoder
 from memlm.models.layers import keep_layers
-from memlm.models.loading import load_causal_lm, reason_of
+from memlm.models.loading import load_causal_lm
 from memlm.models.taps import find_tap
 
 STEPS = 3

@@ -38,3 +38,9 @@ class TokenizerMismatchError(ModelError):
 
 class TrainingError(MemlmError):
     """Training cannot go on, such as after an overflow or a NaN."""
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of what a library says, with the next where it only announces that, or the error's type."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return (f"{first} {others[0].strip()}" if others and first.endswith(":") else first)[:300]

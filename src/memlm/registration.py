@@ -5,6 +5,7 @@ import importlib.machinery
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 _AWAITED = "transformers.models.auto.modeling_auto"
 
@@ -32,9 +33,24 @@ class _AfterTransformers(importlib.abc.MetaPathFinder):
 
 
 def _register() -> None:
-    from memlm.mix.config import register
+    """Make transformers know the config of a mixture, and what loads it."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    register()
+    from memlm.mix.config import MixedLMConfig
+
+    class Loader:
+        """Stands for `MixedLM` in transformers' table of models until that is imported, which takes its time."""
+
+        config_class = MixedLMConfig
+
+        @classmethod
+        def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+            from memlm.mix.mixed_lm import MixedLM
+
+            return MixedLM.from_pretrained(*args, **kwargs)
+
+    AutoConfig.register(MixedLMConfig.model_type, MixedLMConfig, exist_ok=True)
+    AutoModelForCausalLM.register(MixedLMConfig, Loader, exist_ok=True)  # type: ignore[arg-type]
 
 
 def register_with_transformers() -> None:

@@ -17,10 +17,9 @@ import zstandard
 
 from memlm.corpus.config import CorpusConfig
 from memlm.corpus.pages import page_text
-from memlm.errors import ArtifactError, InputError
+from memlm.errors import ArtifactError, InputError, reason_of
 from memlm.files import digest, file_digest, file_error, near_here, read_json, utf8
 from memlm.manifest import IDENTITY, MANIFEST, MANIFEST_BYTES, PLAN
-from memlm.models.loading import reason_of
 
 TEXT = (".txt", ".md", ".rst")
 FORMATS = (*TEXT, ".jsonl", ".json", ".parquet", ".html", ".htm")

@@ -1,9 +1,10 @@
 """A mixture as a model of lm-eval, under the name `memlm`."""
 
+import contextlib
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +12,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from transformers import LogitsProcessorList
 
-from memlm.errors import ModelError
+from memlm.errors import InputError, MemlmError, ModelError
 from memlm.evaluate.decoding import NaNWatch
-from memlm.evaluate.tasks import lm_eval_errors
+from memlm.files import out_of_memory
 from memlm.mix.gate_config import GateConfig
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import resolve
@@ -98,3 +99,20 @@ def run_lm_eval(arguments: Sequence[str], **model_args: Any) -> None:
             cli_evaluate()
     finally:
         sys.argv = before
+
+
+@contextlib.contextmanager
+def lm_eval_errors(what: str) -> Iterator[None]:
+    """What lm-eval raises in the block, in one line; task files hold templates and code of strangers.
+
+    Raises:
+        InputError: It raised something that is neither ours nor a lack of memory.
+    """
+    try:
+        yield
+    except (MemlmError, MemoryError):
+        raise
+    except Exception as error:
+        if out_of_memory(error) is not None:
+            raise
+        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error

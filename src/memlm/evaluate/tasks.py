@@ -1,11 +1,10 @@
 """Tasks of lm-eval for a base and for its mixture with memories: the same items, so that differences are paired."""
 
-import contextlib
 import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,10 +12,10 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.errors import ConfigError, InputError, MemlmError
+from memlm.errors import ConfigError, InputError
 from memlm.evaluate.judged import judged
 from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
-from memlm.files import digest, lasting_name, out_of_memory
+from memlm.files import digest, lasting_name
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.targets.config import RetrievalConfig
 
@@ -227,6 +226,8 @@ def _items(speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: M
     """Task to its first metric, and what that is for each item, in the order of items."""
     import lm_eval
 
+    from memlm.evaluate.lm_eval import lm_eval_errors
+
     library = cast(Any, lm_eval)  # it keeps its signatures from type checkers
     seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)
     with lm_eval_errors(f"lm-eval cannot run {', '.join(tasks)}"):
@@ -251,23 +252,6 @@ def _items(speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: M
     if not found:
         raise InputError(f"{', '.join(tasks)}: no metric that has a value for each item")
     return found
-
-
-@contextlib.contextmanager
-def lm_eval_errors(what: str) -> Iterator[None]:
-    """What lm-eval raises in the block, in one line; task files hold templates and code of strangers.
-
-    Raises:
-        InputError: It raised something that is neither ours nor a lack of memory.
-    """
-    try:
-        yield
-    except (MemlmError, MemoryError):
-        raise
-    except Exception as error:
-        if out_of_memory(error) is not None:
-            raise
-        raise InputError(f"{what}: {' '.join(str(error).split())[:300]}") from error
 
 
 def paired_report(

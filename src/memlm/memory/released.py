@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from memlm.errors import ArtifactError, ConfigError, ModelError
+from memlm.errors import ArtifactError, ConfigError, ModelError, reason_of
 from memlm.manifest import Manifest
 from memlm.memory.card import CARD_FILE
 from memlm.memory.mlp import MLPMemory, MLPSettings, check_tensors, shapes
 from memlm.models.identity import model_identity
-from memlm.models.loading import block_list, find_file, load_config, reason_of, resolve
+from memlm.models.loading import block_list, find_file, load_config, resolve
 from memlm.models.taps import resolve_tap, tap_width
 from memlm.models.tokenizers import check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 from memlm.stage import Stage, StageSpec, run_stage

@@ -1,8 +1,6 @@
 """The config of a mixture as transformers saves it."""
 
-from typing import Any
-
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 SIZES = ("max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 """What tools, such as lm-eval, look for in a config: the base's."""
@@ -28,21 +26,3 @@ class MixedLMConfig(PreTrainedConfig):
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
-
-
-class _MixedLM:
-    """Stands for `MixedLM` in transformers' table of models until that is imported, which takes its time."""
-
-    config_class = MixedLMConfig
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        from memlm.mix.mixed_lm import MixedLM
-
-        return MixedLM.from_pretrained(*args, **kwargs)
-
-
-def register() -> None:
-    """Make transformers know the config of a mixture, and what loads it."""
-    AutoConfig.register(MixedLMConfig.model_type, MixedLMConfig, exist_ok=True)
-    AutoModelForCausalLM.register(MixedLMConfig, _MixedLM, exist_ok=True)  # type: ignore[arg-type]

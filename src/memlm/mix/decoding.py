@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -22,11 +22,9 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from memlm.errors import ConfigError
 from memlm.mix.cache import MixedCache
+from memlm.mix.members import Mixture
 from memlm.mix.pace import MOST_DRAFTED
 from memlm.models.abilities import CACHE
-
-if TYPE_CHECKING:
-    from memlm.mix.mixed_lm import MixedLM
 
 CACHE_NAMES = (CACHE, "past_key_values", "cache")
 _OF_SCORES_ALONE = tuple(
@@ -190,7 +188,7 @@ def _of_row(processor: Any, row: int) -> Any:
     return part
 
 
-def checked_cache(mixed: "MixedLM", input_ids: Tensor, model_kwargs: dict[str, Any]) -> MixedCache:
+def checked_cache(mixed: Mixture, input_ids: Tensor, model_kwargs: dict[str, Any]) -> MixedCache:
     """The cache of a text that is to be gone on with.
 
     Raises:

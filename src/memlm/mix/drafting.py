@@ -15,7 +15,7 @@ Source: speculative sampling, arXiv:2211.17192 and arXiv:2302.01318.
 import time
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -39,11 +39,9 @@ from memlm.mix.decoding import (
 )
 from memlm.mix.drafts import Drafts, drafter_of
 from memlm.mix.gate_config import LONGEST_DRAFT
+from memlm.mix.members import Mixture
 from memlm.mix.pace import Pace
 from memlm.models.loading import longest_context
-
-if TYPE_CHECKING:
-    from memlm.mix.mixed_lm import MixedLM
 
 
 def check_drafting(drafting: Any, drawing: bool, warp: str | None) -> None:
@@ -66,18 +64,18 @@ def check_drafting(drafting: Any, drawing: bool, warp: str | None) -> None:
         raise ConfigError("warp is for drawing: without it, processors see the mixture")
 
 
-def can_draft(mixed: "MixedLM") -> bool:
+def can_draft(mixed: Mixture) -> bool:
     """Whether drafting is possible for a single text."""
     return not mixed._is_stateful
 
 
-def drafts_itself(mixed: "MixedLM") -> bool:
+def drafts_itself(mixed: Mixture) -> bool:
     """Whether a memory can run ahead of the base; where none can, drafts are looked up."""
     return any(memory.can_draft for memory in mixed.named_memories().values())
 
 
 def why_plain(
-    mixed: "MixedLM",
+    mixed: Mixture,
     input_ids: Int[Tensor, "B N"],
     criteria: StoppingCriteriaList,
     streamer: Any,
@@ -108,7 +106,7 @@ def why_plain(
 
 
 def _why_one_text(
-    mixed: "MixedLM",
+    mixed: Mixture,
     input_ids: Int[Tensor, "B N"],
     cache: MixedCache,
     criteria: StoppingCriteriaList,
@@ -137,7 +135,7 @@ def _why_one_text(
     return None
 
 
-def _turn(mixed: "MixedLM") -> int | None:
+def _turn(mixed: Mixture) -> int | None:
     """The length from which on the base reads all of a text otherwise, as with LongRoPE; None: none."""
     config = mixed.base.config.get_text_config(decoder=True)
     rope: Any = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
@@ -147,7 +145,7 @@ def _turn(mixed: "MixedLM") -> int | None:
     return None if found is None else int(found)
 
 
-def _most(mixed: "MixedLM", texts: list[Text]) -> int:
+def _most(mixed: Mixture, texts: list[Text]) -> int:
     """Tokens that may be drafted for all texts at most."""
     longest = max(map(len, texts))
     most, context, turn = max(text.room for text in texts) - 1, longest_context(mixed.base.config), _turn(mixed)
@@ -159,7 +157,7 @@ def _most(mixed: "MixedLM", texts: list[Text]) -> int:
 
 
 def decode_drafted(
-    mixed: "MixedLM",
+    mixed: Mixture,
     input_ids: Int[Tensor, "B N"],
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,

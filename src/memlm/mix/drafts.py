@@ -1,9 +1,10 @@
 """Who drafts: a memory that reads tokens runs ahead of the base; else the text so far is looked up, or a datastore."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -14,9 +15,7 @@ from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.cache import MixedCache
 from memlm.mix.decoding import Processed
-
-if TYPE_CHECKING:
-    from memlm.mix.mixed_lm import MixedLM
+from memlm.mix.members import Mixture
 
 _LONGEST_MATCH = 4
 _SHORTEST_MATCH = 2
@@ -36,9 +35,13 @@ class Drafts:
     """Memories that have read the token before the drafts and all drafts: their states there and votes."""
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Proposes how texts go on."""
 
+    share: float = 0.0
+    """What drafting one token costs, of a plain step, about."""
+
+    @abstractmethod
     def draft(
         self, texts: Sequence[Int[Tensor, "1 N"]], fresh: Int[Tensor, "B 1"], cache: MixedCache, count: int
     ) -> Drafts | None:
@@ -50,12 +53,6 @@ class Drafter(Protocol):
             cache: Of the mixture.
             count: At least 1.
         """
-        ...
-
-    @property
-    def share(self) -> float:
-        """What drafting one token costs, of a plain step, about."""
-        ...
 
     def agreement(
         self, texts: Sequence[Int[Tensor, "1 N"]], votes: Mapping[str, Votes], scores: Float[Tensor, "B V"]
@@ -67,19 +64,18 @@ class Drafter(Protocol):
             votes: By memory, at the last place.
             scores: The mixture's there, after the processors.
         """
-        ...
+        return None
 
-    def saw(self, states: Mapping[str, Any], places: Sequence[int], count: int) -> None:
+    def saw(self, states: Mapping[str, Any], places: Sequence[int], count: int) -> None:  # noqa: B027
         """Hear what the memories made of a round.
 
         Args:
             states: By memory, `(B, T, ...)`, of the tokens that were read.
             places: Per text the place of the token after which its last one came, of the latest `count`.
         """
-        ...
 
 
-def drafter_of(mixed: "MixedLM", processed: Processed, *, sampled: bool) -> Drafter:
+def drafter_of(mixed: Mixture, processed: Processed, *, sampled: bool) -> Drafter:
     """The best there is for a mixture: the memory of the largest weight of those that can run ahead, or a lookup."""
     memories = mixed.named_memories()
     able = [name for name, memory in memories.items() if memory.can_draft]
@@ -92,7 +88,7 @@ def drafter_of(mixed: "MixedLM", processed: Processed, *, sampled: bool) -> Draf
 
 
 @dataclass
-class MemoryDrafter:
+class MemoryDrafter(Drafter):
     """A memory goes on by itself; it reads the last of its tokens too."""
 
     name: str
@@ -142,19 +138,15 @@ class MemoryDrafter:
         read = {self.name: (torch.cat(states, 1), cast(Votes, torch.cat(votes, 1)))}
         return Drafts(tokens, [count] * len(texts), torch.stack(probs, 1) if probs else None, read)
 
-    def saw(self, states: Mapping[str, Any], places: Sequence[int], count: int) -> None:
-        pass
-
 
 @dataclass
-class Lookup:
+class Lookup(Drafter):
     """What came after the same tokens earlier in the text; else what comes in a datastore after the entry that said the
     last token and is nearest."""
 
     quoting: Mapping[str, Memory]
     """Memories that can tell how such a text goes on."""
     vocab_size: int
-    share: float = 0.0
     states: dict[str, Any] = field(default_factory=dict)
     """By memory, those after which the last token of each text came."""
 
@@ -175,11 +167,6 @@ class Lookup:
         longest = max(lengths)
         rows = [tokens + [0] * (longest - len(tokens)) for tokens in found]
         return Drafts(torch.tensor(rows, device=fresh.device), lengths)
-
-    def agreement(
-        self, texts: Sequence[Int[Tensor, "1 N"]], votes: Mapping[str, Votes], scores: Float[Tensor, "B V"]
-    ) -> None:
-        return None
 
     def saw(self, states: Mapping[str, Any], places: Sequence[int], count: int) -> None:
         self.states = {

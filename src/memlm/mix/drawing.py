@@ -7,7 +7,7 @@ each processed, which is another distribution.
 Source: arXiv:2605.00419.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -16,15 +16,13 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from memlm.mix.components import not_finite
 from memlm.mix.decoding import Processed, Text, checked_cache, mask_for, positions, result
+from memlm.mix.members import Mixture
 from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, settle_weights
 
-if TYPE_CHECKING:
-    from memlm.mix.mixed_lm import MixedLM
-
 
 def decode_drawn(
-    mixed: "MixedLM",
+    mixed: Mixture,
     input_ids: Int[Tensor, "1 N"],
     processors: LogitsProcessorList,
     criteria: StoppingCriteriaList,
@@ -35,9 +33,11 @@ def decode_drawn(
     """Sample a text, at each token only from the component that is drawn; arguments as `_sample` takes them."""
     cache = checked_cache(mixed, input_ids, model_kwargs)
     text, processed = Text.of(input_ids, criteria, config, streamer), Processed(processors)
-    memories, weights = mixed.named_memories(), _fixed_weights(mixed, model_kwargs)
+    voters: dict[str, Any] = {"": mixed._voter, **mixed.named_memories()}
+    caches: dict[str, Any] = {name: cache.of(name, part) if name else cache.of_base for name, part in voters.items()}
+    weights = _fixed_weights(mixed, model_kwargs)
     assert weights is not None
-    names, chances = ["", *memories], torch.tensor([max(0.0, 1 - sum(weights)), *weights]).double()
+    names, chances = list(voters), torch.tensor([max(0.0, 1 - sum(weights)), *weights]).double()
     known = cache.get_seq_length()
     read = {name: known - len(cache.unread) if name else known for name in names}
     cache.unread = Unread()  # what the memories have not read is read from the text
@@ -48,29 +48,23 @@ def decode_drawn(
         """What a component makes of the tokens up to `length` that it has not read."""
         fresh = text.ids[:, read[name] : length].to(mixed.device)
         whole = mask_for(mask, length)
-        own: Any = cache.of(name, memories[name]) if name else cache.of_base
-        if name:
-            state = memories[name].step(fresh, None, attention_mask=whole, cache=own)
-        else:
-            given: dict[str, Any] = {"position_ids": positions(whole, fresh), "use_cache": True}
-            state = mixed._voter.step(fresh, attention_mask=whole, cache=own, **given)
+        given: dict[str, Any] = {} if name else {"position_ids": positions(whole, fresh), "use_cache": True}
+        state = voters[name].step(fresh, None, whole, caches[name], **given)
         read[name] = length
         return state
 
     try:
         while not text.done:
             name = names[int(torch.multinomial(chances, 1))]
-            voter: Any = memories[name] if name else mixed._voter
-            votes = voter.votes(catch_up(name, len(text)), slice(-1, None))
+            votes = voters[name].votes(catch_up(name, len(text)), slice(-1, None))
             if bool(votes[..., 0].isnan().any()):
                 raise not_finite(name or None)
             scores = processed([text.ids], text.ids[:, :0], votes)[0]
             text.add(torch.multinomial(scores.softmax(-1), 1)[0], scores, votes[0])
     except BaseException:
         for name in names:  # back to what all have read
-            own: Any = cache.of(name, memories[name]) if name else cache.of_base
             if (ahead := read[name] - min(read.values())) > 0:
-                own.crop(ahead)
+                caches[name].crop(ahead)
         raise
     for name in names:  # so that the cache is one of all tokens but the last, as after any other decoding
         if read[name] < len(text) - 1:
@@ -78,7 +72,7 @@ def decode_drawn(
     return result([text], cache)
 
 
-def _fixed_weights(mixed: "MixedLM", model_kwargs: dict[str, Any]) -> list[float] | None:
+def _fixed_weights(mixed: Mixture, model_kwargs: dict[str, Any]) -> list[float] | None:
     """Each memory's weight at every token of a text; None where a gate weighs them.
 
     Raises:
@@ -92,7 +86,7 @@ def _fixed_weights(mixed: "MixedLM", model_kwargs: dict[str, Any]) -> list[float
 
 
 def why_not_drawn(
-    mixed: "MixedLM",
+    mixed: Mixture,
     processors: LogitsProcessorList,
     config: GenerationConfig,
     warp: str | None,

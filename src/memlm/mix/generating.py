@@ -1,43 +1,32 @@
 """What transformers' `generate` asks of a mixture: caches, checks, and which loop decodes."""
 
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import (
     GenerationConfig,
     GenerationMixin,
-    PreTrainedModel,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.generation import GenerationMode
 
 from memlm.errors import ConfigError
-from memlm.mix.base import BaseVoter, narrowed
-from memlm.mix.cache import MixedCache
+from memlm.mix.base import narrowed
 from memlm.mix.components import Watch
 from memlm.mix.decoding import strange_processor
 from memlm.mix.drafting import Judge, check_drafting, decode_drafted, warn_plain, why_plain
 from memlm.mix.drawing import decode_drawn, why_not_drawn
+from memlm.mix.members import Mixture
 from memlm.mix.pace import Pace
 from memlm.models.abilities import CACHE
 from memlm.models.loading import longest_context
 
-if TYPE_CHECKING:
-    from memlm.mix.mixed_lm import MixedLM
 
-
-class MixedGenerationMixin(GenerationMixin):
+class GeneratingMixture(Mixture, GenerationMixin):
     """The part of `MixedLM` that decodes; hooks of transformers, in the order in which `generate` calls them."""
-
-    base: PreTrainedModel
-    vocab_size: int
-    device: torch.device
-    new_cache: Callable[..., MixedCache]
-    _voter: BaseVoter
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own, and three keywords more.
@@ -92,6 +81,9 @@ class MixedGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
+        asked = model_kwargs.get("drafting") is not None or model_kwargs.get("drawing")
+        if asked and generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ConfigError("drafting and drawing are for greedy decoding and sampling, not for beams or assistants")
         beams = (generation_config.num_beams or 1) > 1
         if not self._voter.keeps_cache or (beams and not self._voter.abilities.rows):
             name = type(self.base).__name__
@@ -109,17 +101,9 @@ class MixedGenerationMixin(GenerationMixin):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs[CACHE] = self.new_cache(rows, own.get(CACHE))
 
-    @property
-    def _is_stateful(self) -> bool:  # transformers asks before it drafts
-        voter = self._voter
-        drafts = voter.keeps_cache and voter.abilities.chunks and voter.abilities.takes_back
-        return bool(getattr(self.base, "_is_stateful", False)) or not drafts
-
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         if kwargs["generation_config"].assistant_early_exit is not None:
             raise NotImplementedError("a mixture cannot draft by leaving its layers early: give an assistant_model")
-        if model_kwargs.get("drafting") is not None or model_kwargs.get("drawing"):
-            raise ConfigError("an assistant drafts already: leave out drafting and drawing")
         own = {n: value for n, value in model_kwargs.items() if n not in ("mix_weight", "evidence_mask", "watch")}
         return cast(Any, super())._get_candidate_generator(*args, model_kwargs=own, **kwargs)
 
@@ -131,8 +115,6 @@ class MixedGenerationMixin(GenerationMixin):
         return found
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if kwargs.get("drafting") is not None or kwargs.get("drawing"):
-            raise ConfigError("drafting and drawing are for greedy decoding and sampling, not for beams or assistants")
         inputs = cast(Any, super()).prepare_inputs_for_generation(*args, **kwargs)
         if inputs["input_ids"].shape[1] == 1:  # pictures and sounds belong to the prompt
             inputs = {n: value for n, value in inputs.items() if not n.startswith(("pixel_", "image_", "input_feat"))}
@@ -154,7 +136,7 @@ class MixedGenerationMixin(GenerationMixin):
     ) -> Any:
         """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
         watch = model_kwargs.pop("watch", None)  # the loops of ours look for themselves
-        mixed, given = cast("MixedLM", self), (input_ids, logits_processor, stopping_criteria, generation_config)
+        mixed, given = self, (input_ids, logits_processor, stopping_criteria, generation_config)
         if drafting is not None or drawing:
             why = why_plain(mixed, input_ids, stopping_criteria, streamer, generation_config, model_kwargs)
             if drawing:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -29,16 +29,12 @@ from memlm.models.identity import commit_of, is_what_is_stored
 from memlm.models.loading import adapted_base, device_of, load_causal_lm, load_config, resolve, where_from
 from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 
-if TYPE_CHECKING:
-    from memlm.mix.mixed_lm import MixedLM
-
-Mixture = TypeVar("Mixture", bound="MixedLM")
 MemorySource = str | Path | Memory
 """Folder, hub id or loaded memory."""
 
 
 def load_mixture(
-    kind: type[Mixture],
+    kind: type[Any],
     base: str | Path | PreTrainedModel,
     memory: MemorySource | Mapping[str, MemorySource] | None,
     mix_weight: float | Mapping[str, float] | None,
@@ -46,7 +42,7 @@ def load_mixture(
     memory_window: int | None,
     memory_kwargs: dict[str, Any] | None,
     base_kwargs: dict[str, Any],
-) -> Mixture:
+) -> Any:
     """What `MixedLM.from_pretrained` gives, with its arguments and errors."""
     _check_spelling(base_kwargs)
     if isinstance(base, nn.Module):
@@ -171,7 +167,7 @@ def _load(source: str | Path, base: str | None, options: Mapping[str, Any]) -> M
     return memory
 
 
-def save_mixture(mixed: "MixedLM", save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:
+def save_mixture(mixed: Any, save_directory: str | Path, include_base: bool, kwargs: dict[str, Any]) -> None:
     """What `MixedLM.save_pretrained` does, with its arguments and errors."""
     base, config, folder = mixed.base, copy.deepcopy(mixed.config), Path(save_directory)
     check_no_links(folder)

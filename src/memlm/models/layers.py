@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlm.errors import ConfigError
-from memlm.models.loading import block_list, device_of, embedding_rows, load_config, reason_of
+from memlm.errors import ConfigError, reason_of
+from memlm.models.loading import block_list, device_of, embedding_rows, load_config
 from memlm.models.taps import first_tensor, watch
 
 _DEPTHS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers", "num_blocks")

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, ModelError
+from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, ModelError, reason_of
 from memlm.files import near_here, read_json
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, payload_file, read_manifest
 from memlm.models.adapters import ADAPTER_CONFIG
@@ -281,12 +281,6 @@ def find_file(source: str, name: str, **where: Any) -> Path | None:
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         tried = f"no such folder; as a hub id: {reason_of(error)}"
         raise ModelError(f"{source!r} cannot be loaded; tried: {tried}") from None
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of what a library says, with the next where it only announces that, or the error's type."""
-    first, *others = (str(error).strip() or type(error).__name__).splitlines()
-    return (f"{first} {others[0].strip()}" if others and first.endswith(":") else first)[:300]
 
 
 def _unreachable(name: str, source: str, error: Exception) -> ModelError:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchError
+from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchError, reason_of
 from memlm.files import digest
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, read_manifest
-from memlm.models.loading import adapted_base, load_config, reason_of, resolve
+from memlm.models.loading import adapted_base, load_config, resolve
 
 _PROBE = (
     "Hello, world!  Two  spaces\n\n\tand a tab. don't I'LL we've 1234567890 3.14 1,000 naïve Ünïcödé "

@@ -22,10 +22,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from memlm.config import nearest
 from memlm.corpus.blocks import Blocks
-from memlm.errors import ArtifactError, ConfigError, ModelError, TrainingError
+from memlm.errors import ArtifactError, ConfigError, ModelError, TrainingError, reason_of
 from memlm.files import file_digest, flush_to_disk, read_json, write_json, written_whole
 from memlm.memory.protocol import Memory, check_finite
-from memlm.models.loading import reason_of
 from memlm.models.taps import TapReader
 from memlm.parts import Due
 from memlm.progress import progress_bar
