@@ -113,7 +113,7 @@ class Scorers:
         if unknown := {folder for folder in folders.values() if not is_finished(folder)}:
             with computing_alone(unknown):
                 missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
-                names = sorted(folders[name].name for name in missing)
+                names = [folders[name].name for name in missing]  # in order, by which its columns are numbered
                 part = Part(cache_dir() / "scores", digest(names)[:32], Due(self._keep_seconds))
                 for name, scores in self._compute(text, missing, taps, on_activations, part).items():
                     run_stage(folders[name], specs[name], partial(_save, scores=scores))
