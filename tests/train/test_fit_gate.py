@@ -13,7 +13,7 @@ from memories import ALL, LONG_TEXT
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from memlm import MixedLM
+from memlm import MixedLM, train_memory
 from memlm.cli import app
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, TokenizerMismatchError
 from memlm.evaluate.perplexity import evaluate_perplexity
@@ -234,6 +234,21 @@ def test_a_damaged_head_is_named(memory: Path, model_folder: str) -> None:
     (memory / "gate.json").write_text(json.dumps({"bias": 1}), encoding="utf-8")
     with pytest.raises(ArtifactError, match="delete it, or fit it anew with memlm gate"):
         MixedLM.from_pretrained(model_folder, memory=memory)
+
+
+def test_a_head_is_left_behind_by_training_and_one_that_does_not_fit_is_replaced(
+    memory: Path, targets_folder: Path, corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    head = fit_gate(memory, corpus=corpus_folder, base=model_folder, dtype="float32")
+    on = tmp_path / "on"
+    train_memory(targets_folder, init=str(memory), base=model_folder, out=on, max_steps=1, dtype="float32")
+    assert load_memory(on).confidence_head is None
+    for content in (head.model_dump_json(), "{"):
+        (on / "gate.json").write_text(content, encoding="utf-8")
+        with pytest.raises(MemlmError, match=r"gate\.json"):
+            load_memory(on)
+        again = fit_gate(on, corpus=corpus_folder, base=model_folder, dtype="float32")
+        assert load_memory(on).confidence_head == again != head
 
 
 def test_the_command_line_fits_and_tells(

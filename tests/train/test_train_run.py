@@ -285,6 +285,16 @@ def test_runs_that_end_within_an_epoch_are_validated_at_their_end(
     assert facts["validation"]["history"][-1]["step"] == facts["steps"] > 0
 
 
+def test_a_memory_that_goes_on_with_longer_blocks_looks_back_as_far(
+    memory_folder: Path, documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    corpus, config = make_corpus(documents, model_folder, tmp_path / "c", block_size=128), TrainConfig(**QUICK)
+    made = train_memory(corpus, init=str(memory_folder), base=model_folder, out=tmp_path / "m", config=config)
+    ours = labels_of(load_memory(tmp_path / "m"), TrainingData(corpus, with_targets=False))
+    found = float(np.exp(-ours.astype(np.float64).mean()))
+    assert made.facts["validation"]["best"]["memory_perplexity"] == pytest.approx(found, rel=1e-5)
+
+
 # --- start models -------------------------------------------------------------------------------------------------
 
 

@@ -118,7 +118,7 @@ def _beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], con
     dtype, device = parse_dtype(config.dtype, default_device()), default_device()
     model: Any = load_causal_lm(base, dtype=dtype)
     voter = BaseVoter(model.to(device), source.vocab_size, exact=False)
-    part = load_memory(folder, base=base, dtype=dtype)
+    part = load_memory(folder, base=base, dtype=dtype, with_head=False)
     part.settings = part.settings.model_copy(update={"vocab_size": source.vocab_size})
     part.check_base(voter.model)
     part.to(device)

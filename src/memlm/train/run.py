@@ -262,10 +262,11 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
     }
     if goes_on and not config.start.given():
         assert init is not None
-        memory = load_memory(init, dtype=torch.float32)
+        memory = load_memory(init, dtype=torch.float32, with_head=False)  # fitted for the old weights
         memory.check_base(base)
         shared["vocab_size"] = min(shared["vocab_size"], memory.vocab_size)
         memory.settings = memory.settings.model_copy(update=shared)
+        memory.set_window(shared["context_length"])
         return memory
     kind = memory_class(config.start.kind)
     settings = MemorySettings(kind=kind.kind, **shared)
