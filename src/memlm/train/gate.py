@@ -15,7 +15,7 @@ from memlm.config import settings_from
 from memlm.corpus.blocks import SPLITS, Blocks, Corpus, Split, length_batches
 from memlm.corpus.build import build_corpus
 from memlm.corpus.readers import listed
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.confidence import FEATURES, ConfidenceHead, features
 from memlm.memory.loading import load_memory, read_settings
@@ -75,7 +75,7 @@ def fit_gate(
     Raises:
         InputError: Too little held-out text, or the memory was trained on some of it.
         ConfigError: General text is the domain's own.
-        TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
+        TokenizerMismatchError: Base, memory or a corpus of general text has another tokenizer than the corpus.
         ModelError: Base or memory cannot be reached, or gives NaN.
     """
     config = settings_from(FitGateConfig, config, settings)
@@ -86,12 +86,15 @@ def fit_gate(
     bases, foreign = listed(base), listed(general)
     for place in bases:
         source.check_read_by(place)
-    held_out = _cut(source.split("validation"), config.max_tokens)
-    if held_out.n_positions < FEWEST_TOKENS or held_out.n_documents < FEWEST_DOCUMENTS:
+    whole = source.split("validation")
+    held_out = _cut(whole, config.max_tokens)
+    if not _will_do(held_out):
+        within, cure = "", "build it with a larger --validation-fraction"
+        if _will_do(whole):
+            within, cure = f" at --max-tokens {config.max_tokens}", "raise that"
         raise InputError(
-            f"corpus {corpus} has {held_out.n_positions:,} validation tokens of {held_out.n_documents} documents; a"
-            f" head needs {FEWEST_TOKENS:,} of {FEWEST_DOCUMENTS} at least: build it with a larger"
-            " --validation-fraction"
+            f"corpus {corpus} has {held_out.n_positions:,} validation tokens of {held_out.n_documents}"
+            f" documents{within}; a head needs {FEWEST_TOKENS:,} of {FEWEST_DOCUMENTS} at least: {cure}"
         )
     if config.shared_documents == "refuse":
         otherwise = "fit it on others, or with shared_documents keep"
@@ -106,7 +109,7 @@ def fit_gate(
         memory=identity,
         tokenizer=there.tokenizer if there is not None else source.manifest.tokenizer,
         base=", ".join(bases),
-        **fitted(heard, seed=config.seed),
+        **fitted(heard, names=("domain", "general")[: len(texts)], seed=config.seed),
     )
     head.save(folder)
     return head
@@ -125,6 +128,11 @@ def _beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], con
     return [_hear(part, voter, text, config) for text in texts]
 
 
+def _will_do(split: Split) -> bool:
+    """Whether a head can be fitted on so much text."""
+    return split.n_positions >= FEWEST_TOKENS and split.n_documents >= FEWEST_DOCUMENTS
+
+
 def _cut(split: Split, tokens: int) -> Split:
     """Its first documents, as many as have so many tokens, or the first alone."""
     documents = max(1, int(np.searchsorted(split.offsets, tokens, "right")) - 1)
@@ -138,6 +146,10 @@ def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scra
     found: list[NDArray[np.int32]] = []
     for place in known:
         other = Corpus(place)
+        if other.manifest.tokenizer != domain.manifest.tokenizer:
+            raise TokenizerMismatchError(
+                f"corpus {domain.folder} and general text {place} have different tokenizers; give its documents instead"
+            )
         for name in ("validation", "test"):
             found += list(other.split(name).documents())
     files = [place for place in places if place not in known]
@@ -224,14 +236,17 @@ def _hear(memory: Memory, base: BaseVoter, text: Blocks, config: FitGateConfig) 
 # --- the regression -----------------------------------------------------------------------------------------------
 
 
-def fitted(heard: Sequence[Heard], *, seed: int = 0) -> dict[str, Any]:
+def fitted(
+    heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general"), seed: int = 0
+) -> dict[str, Any]:
     """The numbers of a head: `state`, `features`, `bias`, and `facts` of how it did on documents it had not seen.
 
     Every text counts alike, however long. The penalty is the one under which two halves of the documents, each fitted
     without the other, do best; then all are fitted together.
 
     Args:
-        heard: The domain's text first, then general text.
+        heard: The domain's text first, then general text; then both again, where they were heard beside another base.
+        names: What the facts call the first of them; the others are not told of.
         seed: Deals documents to the halves.
     """
     halves = [_halves(text, seed) for text in heard]
@@ -242,7 +257,7 @@ def fitted(heard: Sequence[Heard], *, seed: int = 0) -> dict[str, Any]:
     facts: dict[str, int | float] = {"penalty": best}
     weight, _ = best_mix_weight(heard[0].base, heard[0].memory)
     facts["mix_weight"] = weight
-    for name, text, values in zip(("domain", "general"), heard, judged[best], strict=False):
+    for name, text, values in zip(names, heard, judged[best], strict=False):
         parts = {
             "base": text.base,
             "fixed": mixture_label_log_probs(text.base, [text.memory], [weight]),
