@@ -207,8 +207,9 @@ def test_a_finished_memory_is_a_model_of_transformers(learnt: Path, tokenizer: P
     assert AutoTokenizer.from_pretrained(learnt).get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("save_steps", [2, 6])
 def test_the_checkpoint_with_the_best_mixture_is_kept_not_the_best_memory(
-    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
 ) -> None:
     """Scores are scripted: the second of three memories complements the base, the third is best alone."""
     half = np.ones(50, np.float32)
@@ -228,7 +229,8 @@ def test_the_checkpoint_with_the_best_mixture_is_kept_not_the_best_memory(
 
     monkeypatch.setattr(trainer_module, "score", scripted_score)
     monkeypatch.setattr(run_module.Scorers, "score", lambda *args, **kwargs: {"base": scores(base)})
-    config = TrainConfig(max_steps=6, batch_size=4, dtype="float32", trainer={"eval_steps": 2, "save_steps": 2})
+    steps = {"eval_steps": 2, "save_steps": save_steps}
+    config = TrainConfig(max_steps=6, batch_size=4, dtype="float32", trainer=steps)
     manifest = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config)
     best = manifest.facts["validation"]["best"]
     assert best["step"] == 4

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -107,6 +108,8 @@ def training_arguments(
 def _try_out(arguments: TrainingArguments) -> None:
     """Raise what the arguments' loggers, data loader, optimizer and schedule would raise once training starts."""
     arguments.get_process_log_level()
+    if "tensorboard" in arguments.report_to and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        raise ValueError("tensorboard would write beside the checkpoints, which go: set TENSORBOARD_LOGGING_DIR")
     for callback in get_reporting_integration_callbacks(arguments.report_to):
         callback()
     if arguments.fsdp and arguments.world_size == 1:
@@ -374,6 +377,8 @@ class _AroundCheckpoints(TrainerCallback):
         state.best_model_checkpoint = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{best:d}" if best else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # the best is chosen among what was validated, whatever `save_steps` says
+        control.should_save = control.should_save or (self._validates and control.should_evaluate)
         if self._validates and state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         control.should_log = control.should_log or control.should_save
