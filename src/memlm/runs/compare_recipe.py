@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from memlm.config import nearest
 from memlm.corpus.blocks import Corpus
+from memlm.corpus.readers import find_sources, source_digest
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import IN_CONTEXT, ROWS, CompareConfig, EvaluateConfig, InContextConfig
 from memlm.evaluate.in_context import context_of
@@ -24,7 +26,7 @@ from memlm.runs.plan import (
     recipe_steps,
     training_step,
 )
-from memlm.runs.recipe import Recipe, data_path
+from memlm.runs.recipe import Recipe, check_targets, data_path
 from memlm.train.config import TrainConfig
 
 _SECTIONS = {"twin": "twin", "memory": "train", "mlp": "mlp", "dapt": "dapt", "lora": "lora"}
@@ -81,6 +83,12 @@ class CompareRecipe:
         for section in ("twin", "dapt", "lora"):
             if any(section in row.split("+") for row in self.rows):
                 filled.setdefault(section, {})
+        known = TrainConfig.options()
+        for section, key in (name.split(".", 1) for name in asked.search):
+            if key not in known:
+                raise ConfigError(f"compare.search: unknown setting '{section}.{key}'{nearest(key, known)}")
+            if section == "mlp" and "mlp" not in filled:
+                raise ConfigError(f"compare.search: mlp.{key} needs a section mlp")
         self.recipe, self.config, self.out = Recipe(filled), asked, Path(out)
         searched = {
             k: v for k, v in _SEARCHED.items() if k.partition(".")[2] not in filled.get(k.partition(".")[0], {})
@@ -107,7 +115,9 @@ class CompareRecipe:
         for values in itertools.product(*searched.values()):
             tried = dict(zip(searched, values, strict=True))
             name = "-".join([row, *(f"{key}-{value}" for key, value in tried.items())]).replace("/", "_")
-            points.append(Point(name, section, TrainConfig.parse(config.model_dump() | tried, f"{section}."), tried))
+            here = TrainConfig.parse(config.model_dump() | tried, f"{section}.")
+            check_targets(section, here)
+            points.append(Point(name, section, here, tried))
         return points
 
     @cached_property
@@ -147,13 +157,16 @@ class CompareRecipe:
 
         Raises:
             ConfigError: peft, bm25s or lm-eval is missing, or passage and text do not fit the base's context.
-            InputError: A task is unknown, or its data is not there or faulty.
+            InputError: A task is unknown, or its data or general text is not there or faulty.
             ModelError: A base cannot be reached.
         """
         for place in (self.base, *self.other_bases):
             load_config(place)
         if "lora" in self.points:
             check_peft()
+        for key in ("general", "general_fit"):
+            if texts := self.recipe.paths("compare", key):
+                source_digest(find_sources(texts))
         if self.config.tasks:
             data = self.recipe.places["compare"].get("task_data")
             where = None if data is None else data_path(data)
