@@ -25,8 +25,9 @@ from memlm.models.loading import WEIGHTS_FILE, check_reaches, default_device, lo
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
 from memlm.parts import KEEP_SECONDS, Due
+from memlm.progress import progress_bar
 from memlm.ranks import ALONE, Ranks, together
-from memlm.scores.score import Collected, stored_activations
+from memlm.scores.score import stored_activations
 from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.beside import WithBase, base_on_rows
@@ -286,10 +287,7 @@ def _base_rows(rows: TrainingData, base: str, model: PreTrainedModel, config: Tr
 def _base_scores(
     stage: Stage, rows: TrainingData, base: PreTrainedModel, tap: str | None, config: TrainConfig
 ) -> NDArray[np.float32]:
-    """The base's label log-probs on the validation blocks; what it reads there at a tap is left on disk.
-
-    One pass gives both; scores that an earlier run left in the cache are read back.
-    """
+    """The base's label log-probs on the validation blocks; what it reads there at a tap is left on disk."""
     scorers = Scorers(
         stage.sources["base"],
         {},
@@ -300,13 +298,12 @@ def _base_scores(
     )
     blocks = rows.validation
     text = Text(rows.corpus_hash, "validation", blocks, rows.manifest.tokenizer, str(rows.folder))
-    if tap is None or stage.has(_HELD_OUT):
-        return _finite(scorers.score(text)["base"].label, stage)
-    keys = Collected(int(blocks.position_starts[-1]), tap)
-    label = _finite(scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label, stage)
-    if keys.array is None:
-        keys.array = read_keys(TapReader(base, tap), blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
-    stage.save_array(_HELD_OUT, keys.array)
+    label = _finite(scorers.score(text)["base"].label, stage)
+    if tap is not None and not stage.has(_HELD_OUT):
+        with progress_bar(len(label), f"reading the validation text at {tap}") as bar:
+            reader, numbers = TapReader(base, tap), range(len(blocks))
+            keys = read_keys(reader, blocks, numbers, batch_tokens=config.batch_tokens, progress=bar.update)
+        stage.save_array(_HELD_OUT, keys)
     return label
 
 
