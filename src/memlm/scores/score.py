@@ -63,6 +63,7 @@ def score(
     progress: Callable[[int], object] = lambda tokens: None,
     part: Part | None = None,
     on_kept: Callable[[int], object] = lambda tokens: None,
+    on_state: Callable[[str, Any, Tensor, NDArray[np.int64]], object] = lambda *told: None,
 ) -> dict[str, Scores]:
     """What each voter thinks of every label in `blocks`, in the order of blocks and of tokens in them.
 
@@ -79,6 +80,8 @@ def score(
         part: Where an earlier pass of the same voters over the same blocks may have left some scores, and where this
             one keeps what it has.
         on_kept: Told how many scored labels are kept there.
+        on_state: Told, of each voter and batch, its name, its state, the labels `(B, T)`, and the positions of those
+            that count.
 
     Raises:
         ModelError: A voter gives NaN.
@@ -118,7 +121,9 @@ def score(
                 if voter.tap is not None:
                     read = stored(members, tokens) if stored is not None else activations[voter.tap]
                 state = voter.step(tokens.to(voter.device), read)
-            found = voter.columns(state, labels.to(voter.device))
+            here = labels.to(voter.device)
+            on_state(name, state, here, positions)
+            found = voter.columns(state, here)
             if any(values.isnan().any() for values in found.values()):
                 raise ModelError(
                     f"{name} gives NaN, no distribution; where its weights are whole they overflow: take dtype float32"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.config import settings_from
-from memlm.corpus.blocks import SPLITS, Blocks, Corpus, Split, length_batches
+from memlm.corpus.blocks import IGNORE, SPLITS, Corpus, Split
 from memlm.corpus.build import build_corpus
 from memlm.corpus.readers import listed
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
@@ -21,7 +21,6 @@ from memlm.memory.confidence import FEATURES, ConfidenceHead, features
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory
 from memlm.memory.seen import check_unseen
-from memlm.memory.voter import Voter, VoterCache
 from memlm.mix.base import BaseVoter
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.progress import progress_bar
@@ -177,58 +176,33 @@ def _key(document: NDArray[np.int32]) -> bytes:
     return document.tobytes()
 
 
-class _Watched(Voter):
-    """A memory whose states are kept where it is asked what it thinks of labels."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.inner, self.tap, self.vocab_size = memory, memory.tap, memory.vocab_size
-        self.states: list[Tensor] = []
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    def new_cache(self, batch_size: int) -> VoterCache:
-        return self.inner.new_cache(batch_size)
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.step(*args, **kwargs)
-
-    def votes(self, state: Any, keep: slice | Tensor) -> Any:
-        return self.inner.votes(state, keep)
-
-    def label_log_probs(self, state: Any, labels: Tensor) -> dict[str, Tensor]:
-        seen = self.inner.evidence(state, labels >= 0)
-        if seen is not None:
-            self.states.append(seen.float().cpu())
-        return self.inner.label_log_probs(state, labels)
-
-
-def _hear(memory: Memory, base: BaseVoter, text: Blocks, config: FitGateConfig) -> Heard:
+def _hear(memory: Memory, base: BaseVoter, text: Split, config: FitGateConfig) -> Heard:
     """What base and memory say of a text, in one pass."""
-    watched, positions = _Watched(memory), int(text.position_starts[-1])
+    positions = int(text.position_starts[-1])
+    states = np.empty((positions, 0), np.float32)
+
+    def keep(name: str, state: Any, labels: Tensor, places: NDArray[np.int64]) -> None:
+        nonlocal states
+        seen = memory.evidence(state, labels != IGNORE) if name == "memory" else None
+        if seen is not None:
+            if not states.size:
+                states = np.empty((positions, seen.shape[-1]), np.float32)
+            states[places] = seen.float().cpu().numpy()
+
     with progress_bar(positions, "reading") as bar:
         found = score(
-            {"base": base, "memory": watched},
+            {"base": base, "memory": memory},
             text,
             base=base,
             batch_tokens=config.batch_tokens,
             progress=bar.update,
+            on_state=keep,
         )
     columns = {
         name: {column: torch.from_numpy(getattr(scores, column)) for column in ("entropy", "top1", "top1_id")}
         for name, scores in found.items()
     }
-    inputs = features(columns["base"], columns["memory"]).numpy()
-    if watched.states:
-        read = torch.cat(watched.states).numpy()
-        states, starts = np.empty_like(read), text.position_starts
-        order = [
-            np.arange(*starts[[i, i + 1]]) for batch in length_batches(text.lengths, config.batch_tokens) for i in batch
-        ]
-        states[np.concatenate(order)] = read
-        inputs = np.concatenate([states, inputs], 1)
-    assert isinstance(text, Split)
+    inputs = np.concatenate([states, features(columns["base"], columns["memory"]).numpy()], 1)
     document = text.documents_of(np.arange(positions))
     return Heard(inputs.astype(np.float32), found["base"].label, found["memory"].label, document)
 
@@ -236,9 +210,7 @@ def _hear(memory: Memory, base: BaseVoter, text: Blocks, config: FitGateConfig) 
 # --- the regression -----------------------------------------------------------------------------------------------
 
 
-def fitted(
-    heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general"), seed: int = 0
-) -> dict[str, Any]:
+def fitted(heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general"), seed: int = 0) -> dict[str, Any]:
     """The numbers of a head: `state`, `features`, `bias`, and `facts` of how it did on documents it had not seen.
 
     Every text counts alike, however long. The penalty is the one under which two halves of the documents, each fitted
