@@ -155,16 +155,14 @@ def plan_memory(
             return previous.facts
         held_out = None
         if validates:
-            scores = ranks.from_first(
-                _base_scores(stage, rows, base_model, memory.tap, config) if ranks.first else np.empty(0, np.float32)
-            )
+            scores = ranks.once(lambda: _base_scores(stage, rows, base_model, memory.tap, config))
             read = None
             if memory.tap is not None:
                 read = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
             held_out = HeldOut(rows.validation, scores, read)
         learned = rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys)
         if through_mixture:
-            learned = WithBase(learned, _base_rows(rows, base, base_model, config, ranks))
+            learned = WithBase(learned, ranks.once(lambda: _base_rows(rows, base, base_model, config)))
         checkpoints = stage.path / _CHECKPOINTS
         arguments.output_dir = str(checkpoints)
         trainer = MemoryTrainer(
@@ -180,7 +178,7 @@ def plan_memory(
             on_saved=lambda step, steps: _say_kept(stage, step, steps),
         )
         del base_model  # where nothing reads it online, its memory is free for training
-        _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
+        _train(trainer, ranks.once(lambda: last_whole_checkpoint(checkpoints)))
         trainer.check_weights()
         memory.train_beside_base(False)
         facts = _facts(trainer, rows, memory, config)
@@ -274,14 +272,9 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
     return kind.start(config.start, settings, init=init, base=base, seed=config.seed).float()
 
 
-def _base_rows(rows: TrainingData, base: str, model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Path:
-    """Where the base's log-probs on the training rows are; the first process computes them."""
-
-    def find() -> Path:
-        batch_tokens = config.batch_tokens
-        return base_on_rows(rows, base, dtype=model.dtype, batch_tokens=batch_tokens, load_base=lambda: model)
-
-    return ranks.from_first(find() if ranks.first else Path())
+def _base_rows(rows: TrainingData, base: str, model: PreTrainedModel, config: TrainConfig) -> Path:
+    """Where the base's log-probs on the training rows are."""
+    return base_on_rows(rows, base, dtype=model.dtype, batch_tokens=config.batch_tokens, load_base=lambda: model)
 
 
 def _base_scores(

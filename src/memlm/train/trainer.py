@@ -108,7 +108,7 @@ def training_arguments(
 def _try_out(arguments: TrainingArguments) -> None:
     """Raise what the arguments' loggers, data loader, optimizer and schedule would raise once training starts."""
     arguments.get_process_log_level()
-    if "tensorboard" in arguments.report_to and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
+    if "tensorboard" in (arguments.report_to or ()) and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
         raise ValueError("tensorboard would write beside the checkpoints, which go: set TENSORBOARD_LOGGING_DIR")
     for callback in get_reporting_integration_callbacks(arguments.report_to):
         callback()
