@@ -38,7 +38,6 @@ class Ranks:
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]  # type: ignore[return-value]
 
-
     def once(self, work: Callable[[], _T]) -> _T:
         """What `work` gives on the first rank, on every rank; only the first does it."""
         return self.from_first(work() if self.first else cast(_T, None))
