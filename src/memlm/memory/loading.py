@@ -90,14 +90,12 @@ def read_head(source: str | Path, settings: MemorySettings | None, **where: Any)
         ConfigError: It was fitted for another memory or tokenizer.
     """
     path = find_file(str(source), GATE_FILE, **where)
-    head = None if path is None else ConfidenceHead.read(path.parent)
-    if head is None:
+    if path is None or (head := ConfidenceHead.read(path.parent)) is None:
         return None
-    folder = path.parent if path is not None else Path()
-    other = is_artifact(folder) and head.memory != read_manifest(folder).hash
+    other = is_artifact(path.parent) and head.memory != read_manifest(path.parent).hash
     if other or (settings is not None and settings.tokenizer != head.tokenizer):
         what = "memory" if other else "tokenizer"
-        raise ConfigError(f"{folder / GATE_FILE} was fitted for another {what}; delete it, or fit it with memlm gate")
+        raise ConfigError(f"{path} was fitted for another {what}; delete it, or fit it with memlm gate")
     return head
 
 

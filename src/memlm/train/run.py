@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from memlm.config import settings_from
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError, TrainingError
+from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
 from memlm.files import load_array
 from memlm.manifest import Manifest, read_manifest
 from memlm.memory.card import CARD_FILE, memory_card
@@ -30,7 +30,7 @@ from memlm.ranks import ALONE, Ranks, together
 from memlm.scores.score import stored_activations
 from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
-from memlm.train.beside import WithBase, base_on_rows
+from memlm.train.beside import WithBase, base_on_rows, finite
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
 from memlm.train.trainer import HeldOut, MemoryTrainer, last_whole_checkpoint, training_arguments
@@ -291,27 +291,13 @@ def _base_scores(
     )
     blocks = rows.validation
     text = Text(rows.corpus_hash, "validation", blocks, rows.manifest.tokenizer, str(rows.folder))
-    label = _finite(scorers.score(text)["base"].label, stage)
+    label = finite(scorers.score(text)["base"].label, stage.sources["base"], "validation")
     if tap is not None and not stage.has(_HELD_OUT):
         with progress_bar(len(label), f"reading the validation text at {tap}") as bar:
             reader, numbers = TapReader(base, tap), range(len(blocks))
             keys = read_keys(reader, blocks, numbers, batch_tokens=config.batch_tokens, progress=bar.update)
         stage.save_array(_HELD_OUT, keys)
     return label
-
-
-def _finite(scores: NDArray[np.float32], stage: Stage) -> NDArray[np.float32]:
-    """The base's scores, if they are finite.
-
-    Raises:
-        ModelError: They are not.
-    """
-    if bad := int(np.count_nonzero(~np.isfinite(scores))):
-        raise ModelError(
-            f"base {stage.sources['base']} gives no finite score at {bad:,} of {len(scores):,} validation positions;"
-            " see to its weights, or try --dtype float32"
-        )
-    return scores
 
 
 def _say_kept(stage: Stage, step: int, steps: int) -> None:

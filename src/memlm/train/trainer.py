@@ -471,13 +471,11 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     Others are removed; where one of them had been whole, a warning says so.
     """
     while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        checkpoint, was_whole = Path(found), (Path(found) / _WHOLE).is_file()
-        fault = _fault(checkpoint)
+        checkpoint = Path(found)
+        fault = _fault(checkpoint) or _fault_of_best(checkpoint)
         if fault is None:
-            fault = _fault_of_best(checkpoint)
-            if fault is None:
-                return found
-        if was_whole:
+            return found
+        if (checkpoint / _WHOLE).is_file():
             warnings.warn(f"{checkpoint} {fault}; training goes on from the one before it", stacklevel=2)
         shutil.rmtree(checkpoint)
     return None
