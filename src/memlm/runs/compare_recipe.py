@@ -32,8 +32,8 @@ from memlm.train.config import TrainConfig
 _SECTIONS = {"twin": "twin", "memory": "train", "mlp": "mlp", "dapt": "dapt", "lora": "lora"}
 """Row to the section that its model is trained by."""
 
-_SEARCHED = {"dapt.learning_rate": [5e-5, 2e-4], "lora.learning_rate": [2e-4, 1e-3]}
-"""What is searched where a recipe says nothing of it: a default made for other models would be no baseline."""
+_LEARNING_RATES = {"dapt": [5e-5, 2e-4], "lora": [2e-4, 1e-3]}
+"""Section to those that are tried where a recipe gives none: a default made for other models would be no baseline."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,28 @@ class Point:
     config: TrainConfig
     tried: dict[str, Any]
     """Setting to value, of those that are searched."""
+
+
+def _searched(asked: dict[str, list[Any]], sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Section to setting to the values that are tried.
+
+    Raises:
+        ConfigError: There is no such setting, or nothing is trained by the section.
+    """
+    known = TrainConfig.options()
+    found: dict[str, dict[str, list[Any]]] = {
+        section: {"learning_rate": rates}
+        for section, rates in _LEARNING_RATES.items()
+        if "learning_rate" not in sections.get(section, {})
+    }
+    for name, values in asked.items():
+        section, key = name.split(".", 1)
+        if key not in known:
+            raise ConfigError(f"compare.search: unknown setting '{name}'{nearest(key, known)}")
+        if section == "mlp" and "mlp" not in sections:
+            raise ConfigError(f"compare.search: {name} needs a section mlp")
+        found.setdefault(section, {})[key] = values
+    return found
 
 
 class CompareRecipe:
@@ -83,17 +105,8 @@ class CompareRecipe:
         for section in ("twin", "dapt", "lora"):
             if any(section in row.split("+") for row in self.rows):
                 filled.setdefault(section, {})
-        known = TrainConfig.options()
-        for section, key in (name.split(".", 1) for name in asked.search):
-            if key not in known:
-                raise ConfigError(f"compare.search: unknown setting '{section}.{key}'{nearest(key, known)}")
-            if section == "mlp" and "mlp" not in filled:
-                raise ConfigError(f"compare.search: mlp.{key} needs a section mlp")
+        self.search = _searched(asked.search, filled)
         self.recipe, self.config, self.out = Recipe(filled), asked, Path(out)
-        searched = {
-            k: v for k, v in _SEARCHED.items() if k.partition(".")[2] not in filled.get(k.partition(".")[0], {})
-        }
-        self.search = {**searched, **asked.search}
         if shared := set(self.recipe.paths("compare", "general")) & set(self.recipe.paths("compare", "general_fit")):
             raise ConfigError(
                 f"compare: {min(shared)} is both general and general_fit; heads must not see what is judged"
@@ -108,9 +121,7 @@ class CompareRecipe:
         """What is trained for a row: every combination of the settings that are searched."""
         section = _SECTIONS[row]
         config: TrainConfig = self.recipe.configs[section]
-        searched = {
-            name.partition(".")[2]: values for name, values in self.search.items() if name.partition(".")[0] == section
-        }
+        searched = self.search.get(section, {})
         points = []
         for values in itertools.product(*searched.values()):
             tried = dict(zip(searched, values, strict=True))
