@@ -341,7 +341,12 @@ def test_rows_are_chosen_and_only_what_they_need_is_made(sections: dict[str, Any
     [
         ({"rows": ["mlps"]}, "compare.rows = .*'mlps' is none of in-context, in-context-dense, knn, "),
         ({"search": {"corpus.k": [1]}}, "'corpus.k' is no SECTION.KEY of train, twin, mlp, dapt or lora"),
-        ({"search": {"dapt.learning_rat": [1]}}, "learning_rat"),
+        (
+            {"search": {"dapt.learning_rat": [1]}},
+            "search: unknown setting 'dapt.learning_rat'; did you mean 'learning_",
+        ),
+        ({"search": {"lora.epoch": [1]}, "rows": ["memory"]}, "search: unknown setting 'lora.epoch'; did you mean"),
+        ({"search": {"twin.kl_weight": [0, 0.5]}}, r"twin\.kl_weight = 0\.5: a twin is trained without targets, at 0"),
         ({"search": {"dapt.learning_rate": []}}, "has no values"),
     ],
 )
@@ -354,6 +359,8 @@ def test_a_row_that_the_recipe_cannot_have_is_refused(sections: dict[str, Any], 
     without = {name: values for name, values in sections.items() if name != "mlp"}
     with pytest.raises(ConfigError, match=r"compare.rows: mlp needs a section mlp"):
         Comparison(changed(without, "compare", rows=["mlp"]), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"compare.search: mlp.layers needs a section mlp"):
+        Comparison(changed(without, "compare", search={"mlp.layers": [1]}), tmp_path / "x")
     mlp = {**without, "train": {**sections["mlp"], "kind": "mlp", "base": "x"}}
     with pytest.raises(ConfigError, match=r"compare.rows: dapt\+memory needs a memory that reads tokens"):
         Comparison(changed(mlp, "compare", rows=["dapt+memory"]), tmp_path / "x")
@@ -379,6 +386,9 @@ def test_what_cannot_be_is_told_before_anything_is_trained(
     assert [place.name for place in (tmp_path / "a").iterdir()] == ["corpus"]
     with pytest.raises(ConfigError, match=r"in_context.passage_tokens = 256: leaves no room"):
         Comparison(changed(sections, "compare", in_context={}), tmp_path / "b").run()
+    for key in ("general", "general_fit"):
+        with pytest.raises(InputError, match=r"'nowhere\.txt' is no file or folder here"):
+            Comparison(changed(sections, "compare", **{key: "nowhere.txt"}), tmp_path / "c").run()
     monkeypatch.setattr("memlm.models.adapters.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="lora_rank needs peft"):
         Comparison(changed(sections, "compare", rows=["lora"]), tmp_path / "c").run()

@@ -69,8 +69,7 @@ class Manifest(BaseModel):
     """Libraries, Python, machine and thread count that wrote it; not part of the hash."""
 
     def __repr__(self) -> str:
-        size = sum(file.bytes for file in self.payload.values())
-        return f"Manifest({self.kind} {self.hash[:12]}, {len(self.payload)} files, {size:,} bytes)"
+        return f"Manifest({self.kind} {self.hash[:12]}, {len(self.payload)} files, {self.bytes:,} bytes)"
 
     __str__ = __repr__
 
@@ -78,6 +77,11 @@ class Manifest(BaseModel):
     def hash(self) -> str:
         """What identifies the folder's content: equal for equal settings, inputs and payload bytes."""
         return digest(self.model_dump(mode="json", exclude={"sources", "versions"}))
+
+    @property
+    def bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.bytes for file in self.payload.values())
 
     @property
     def identity(self) -> dict[str, Any]:

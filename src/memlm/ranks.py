@@ -8,9 +8,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from memlm.errors import MemlmError, TrainingError
 
@@ -37,6 +37,10 @@ class Ranks:
         box = [value if self.first else None]
         dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]  # type: ignore[return-value]
+
+    def once(self, work: Callable[[], _T]) -> _T:
+        """What `work` gives on the first rank, on every rank; only the first does it."""
+        return self.from_first(work() if self.first else cast(_T, None))
 
 
 ALONE = Ranks()

@@ -57,7 +57,7 @@ def repair_folder(folder: str | Path) -> list[str]:
 def damaged_files(folder: Path, manifest: Manifest) -> list[str]:
     """Names of the payload files of `folder` that are missing or not what its manifest was made for."""
     damaged = []
-    with progress_bar(sum(file.bytes for file in manifest.payload.values()), f"checking {folder}", unit="B") as bar:
+    with progress_bar(manifest.bytes, f"checking {folder}", unit="B") as bar:
         for name, file in manifest.payload.items():
             try:
                 payload_file(folder, manifest, name)

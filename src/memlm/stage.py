@@ -241,7 +241,7 @@ def run_stage(out: str | Path, spec: StageSpec, work: Work, ranks: Ranks = ALONE
             return finished
         with noting(lambda: stage.kept and f"{out} keeps {stage.kept}"):
             facts = work(stage)
-            return ranks.from_first(stage.finish(facts) if ranks.first else None)  # type: ignore[return-value]
+            return ranks.once(lambda: stage.finish(facts))
 
 
 @contextlib.contextmanager

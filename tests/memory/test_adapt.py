@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import save_model, sentences, tiny_config, tiny_model
+from families import family_model
 from tiny_tokenizers import permuted, sentencepiece_like
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -19,7 +20,7 @@ from memlm.manifest import read_manifest
 from memlm.memory.adapt import replace_vocabulary
 from memlm.memory.config import AdaptConfig
 from memlm.memory.mlp import FFNStyle, MLPSettings
-from memlm.models.tokenizers import fingerprint
+from memlm.models.tokenizers import fingerprint, load_tokenizer
 from memlm.models.vocabularies import align_vocabularies
 from memlm.targets.config import TargetsConfig
 from memlm.train.config import TrainConfig
@@ -182,10 +183,17 @@ def test_two_runs_give_the_same_bytes_and_a_finished_one_is_left_alone(
     assert (tmp_path / "again" / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_plain_causal_lm_can_be_carried_over(model_folder: str, other_folder: str, tmp_path: Path) -> None:
-    made = adapt_memory(model_folder, tokenizer=other_folder, out=tmp_path / "out")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_plain_causal_lm_can_be_carried_over(
+    family: str, tokenizer: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast, other_folder: str, tmp_path: Path
+) -> None:
+    """The tokenizer is read back as it is, also where transformers has a class of its own for the type of model."""
+    family_model(family, len(tokenizer), positions=256).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    made = adapt_memory(tmp_path / "model", tokenizer=other_folder, out=tmp_path / "out")
     assert "original_epochs" not in made.facts
     assert load_memory(tmp_path / "out").settings.context_length == 256
+    assert fingerprint(load_tokenizer(str(tmp_path / "out"))) == made.tokenizer == fingerprint(other)
 
 
 def test_a_budget_scales_the_epochs_ahead(memory_folder: Path, other_folder: str, tmp_path: Path) -> None:

@@ -385,7 +385,12 @@ def folder(base: PreTrainedModel, tmp_path: Path) -> Path:
 
 def test_it_loads_in_the_precision_asked_for(folder: Path) -> None:
     assert {p.dtype for p in load_memory(folder).parameters()} == {torch.float32}
-    assert {p.dtype for p in load_memory(folder, dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
+    for asked in ({"dtype": torch.bfloat16}, {"dtype": "bfloat16"}, {"torch_dtype": "bfloat16", "device_map": "auto"}):
+        memory = load_memory(folder, **{"device_map": {"": "cpu"}, **asked})
+        assert {p.dtype for p in memory.parameters()} == {torch.bfloat16}
+    for wrong in ({"dtype": "bf15"}, {"device_map": {"blocks": 0, "output": 1}}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            load_memory(folder, **wrong)
 
 
 @pytest.mark.parametrize(

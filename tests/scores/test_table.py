@@ -112,15 +112,18 @@ def test_one_that_fails_leaves_the_pass_to_the_other(
     assert sorted(type(each.exception()).__name__ for each in asked) == ["ModelError", "NoneType"]
 
 
-@pytest.mark.parametrize("rotten", [False, True])
+@pytest.mark.parametrize("between", ["nothing", "rotten", "turned"])
 def test_a_pass_that_is_stopped_keeps_what_was_scored_and_says_so(
-    corpus_folder: Path, model_folder: str, memory_folder: Path, tmp_path: Path, rotten: bool
+    corpus_folder: Path, model_folder: str, memory_folder: Path, other_base: str, tmp_path: Path, between: str
 ) -> None:
+    """It is gone on with, unless its file is rotten meanwhile or the memories are asked for in another order."""
     corpus = Corpus(corpus_folder)
     text = Text(corpus.manifest.hash, "test", corpus.split("test"), corpus.manifest.tokenizer, str(corpus_folder))
     steps, step = [], BaseVoter.step
 
-    def scored(home: str, *, stop_at: int = 10**9) -> dict[str, Any]:
+    memories = {"m": str(memory_folder), "other": other_base}
+
+    def scored(home: str, memories: dict[str, str] = memories, *, stop_at: int = 10**9) -> dict[str, Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             if len(steps) == stop_at:
                 raise KeyboardInterrupt
@@ -133,7 +136,7 @@ def test_a_pass_that_is_stopped_keeps_what_was_scored_and_says_so(
             patch.setattr(BaseVoter, "step", counted)
             return Scorers(
                 model_folder,
-                {"m": str(memory_folder)},
+                memories,
                 vocab_size=corpus.vocab_size,
                 dtype=torch.float32,
                 batch_tokens=64,
@@ -149,11 +152,11 @@ def test_a_pass_that_is_stopped_keeps_what_was_scored_and_says_so(
     kept = int(re.fullmatch(rf"the cache keeps the scores of (\d+) of {total:,} labels", note)[1])  # type: ignore[index]
     assert 0 < kept < total
     (part,) = (tmp_path / "home" / "scores" / "parts").iterdir()
-    if rotten:
+    if between == "rotten":
         part.write_bytes(part.read_bytes()[:-40])
-    resumed = scored("home")
-    assert len(steps) == n_whole - (0 if rotten else 4)
+    resumed = scored("home", dict(reversed(memories.items())) if between == "turned" else memories)
+    assert len(steps) == n_whole - (4 if between == "nothing" else 0)
     for name, scores in whole.items():
         for column in COLUMNS:
             np.testing.assert_array_equal(getattr(resumed[name], column), getattr(scores, column))
-    assert not list((tmp_path / "home" / "scores" / "parts").iterdir())
+    assert between == "turned" or not list((tmp_path / "home" / "scores" / "parts").iterdir())

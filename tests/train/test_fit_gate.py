@@ -13,7 +13,7 @@ from memories import ALL, LONG_TEXT
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from memlm import MixedLM
+from memlm import MixedLM, train_memory
 from memlm.cli import app
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, TokenizerMismatchError
 from memlm.evaluate.perplexity import evaluate_perplexity
@@ -174,6 +174,7 @@ def test_a_head_may_be_fitted_beside_several_bases(
     assert both.features != one.features
     assert both.features != two.features
     assert both.facts["domain_base_perplexity"] == one.facts["domain_base_perplexity"], "figures are of the first"
+    assert both.facts.keys() == one.facts.keys(), "the domain beside the second is no general text"
     assert fit_gate(memory, base=[model_folder], **asked) == one
 
 
@@ -191,7 +192,9 @@ def test_a_corpus_folder_gives_its_held_out_text(
     [
         ({"general": ["documents"]}, ConfigError, "general documents are in corpus .* too"),
         ({"general": ["short"]}, InputError, "general text has .* tokens; a head needs 1,000 at least"),
-        ({"corpus": "small"}, InputError, "validation tokens of .* documents; a head needs 1,000 of 4 at least"),
+        ({"corpus": "small"}, InputError, "a head needs 1,000 of 4 at least: build it with a larger"),
+        ({"max_tokens": 900}, InputError, "documents at --max-tokens 900; a head needs .* at least: raise that"),
+        ({"general": ["elsewhere"]}, TokenizerMismatchError, "general text .*elsewhere have different tokenizers"),
         ({"memory": "model"}, ConfigError, "is no folder that memlm made"),
         ({"memory": "corpus"}, ArtifactError, "corpus"),
         ({"base": "stranger"}, TokenizerMismatchError, "320 and 321 tokens"),
@@ -217,11 +220,12 @@ def test_what_cannot_be_fitted_is_refused_in_a_line(
         "small": make_corpus(str(tmp_path / "few.txt"), model_folder, tmp_path / "small"),
         "model": model_folder,
         "corpus": corpus_folder,
-        "stranger": save_stranger(tmp_path / "stranger", tokenizer),
+        "stranger": (stranger := save_stranger(tmp_path / "stranger", tokenizer)),
+        "elsewhere": make_corpus(documents, stranger, tmp_path / "elsewhere"),
     }
     options: dict[str, Any] = {"memory": memory, "corpus": corpus_folder, "base": model_folder, "general": []}
     for name, value in change.items():
-        options[name] = [places[v] for v in value] if isinstance(value, list) else places[value]
+        options[name] = [places[v] for v in value] if isinstance(value, list) else places.get(value, value)
     with pytest.raises(error, match=message):
         fit_gate(options.pop("memory"), **options, **SEPARATED)
     assert not (memory / "gate.json").exists()
@@ -234,6 +238,21 @@ def test_a_damaged_head_is_named(memory: Path, model_folder: str) -> None:
     (memory / "gate.json").write_text(json.dumps({"bias": 1}), encoding="utf-8")
     with pytest.raises(ArtifactError, match="delete it, or fit it anew with memlm gate"):
         MixedLM.from_pretrained(model_folder, memory=memory)
+
+
+def test_a_head_is_left_behind_by_training_and_one_that_does_not_fit_is_replaced(
+    memory: Path, targets_folder: Path, corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    head = fit_gate(memory, corpus=corpus_folder, base=model_folder, dtype="float32")
+    on = tmp_path / "on"
+    train_memory(targets_folder, init=str(memory), base=model_folder, out=on, max_steps=1, dtype="float32")
+    assert load_memory(on).confidence_head is None
+    for content in (head.model_dump_json(), "{"):
+        (on / "gate.json").write_text(content, encoding="utf-8")
+        with pytest.raises(MemlmError, match=r"gate\.json"):
+            load_memory(on)
+        again = fit_gate(on, corpus=corpus_folder, base=model_folder, dtype="float32")
+        assert load_memory(on).confidence_head == again != head
 
 
 def test_the_command_line_fits_and_tells(

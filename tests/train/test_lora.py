@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import family_model
 from interruption import interrupted_after
 from safetensors.torch import load_file
 
 from memlm.errors import ConfigError
 from memlm.manifest import read_manifest
+from memlm.models.adapters import beside_all_linear
 from memlm.models.loading import load_causal_lm
 from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory
@@ -69,6 +71,8 @@ def test_new_settings_that_are_as_they_always_were_do_not_change_what_a_folder_i
 
 
 def test_bad_adapters_are_one_line(corpus_folder: Path, model_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"lora_rank = 2: peft has no adapters for MambaForCausalLM \(.*Mamba"):
+        beside_all_linear(family_model("mamba", 40), 2)
     with pytest.raises(ConfigError, match="lora_rank and fresh"):
         train_memory(corpus_folder, init=model_folder, out="nowhere", **LORA, fresh=True)
     with pytest.raises(ConfigError, match=r"lora_rank = 2: only a memory of kind decoder has it"):

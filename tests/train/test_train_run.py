@@ -207,8 +207,9 @@ def test_a_finished_memory_is_a_model_of_transformers(learnt: Path, tokenizer: P
     assert AutoTokenizer.from_pretrained(learnt).get_vocab() == tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("save_steps", [2, 6])
 def test_the_checkpoint_with_the_best_mixture_is_kept_not_the_best_memory(
-    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    targets_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_steps: int
 ) -> None:
     """Scores are scripted: the second of three memories complements the base, the third is best alone."""
     half = np.ones(50, np.float32)
@@ -228,7 +229,8 @@ def test_the_checkpoint_with_the_best_mixture_is_kept_not_the_best_memory(
 
     monkeypatch.setattr(trainer_module, "score", scripted_score)
     monkeypatch.setattr(run_module.Scorers, "score", lambda *args, **kwargs: {"base": scores(base)})
-    config = TrainConfig(max_steps=6, batch_size=4, dtype="float32", trainer={"eval_steps": 2, "save_steps": 2})
+    steps = {"eval_steps": 2, "save_steps": save_steps}
+    config = TrainConfig(max_steps=6, batch_size=4, dtype="float32", trainer=steps)
     manifest = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config)
     best = manifest.facts["validation"]["best"]
     assert best["step"] == 4
@@ -283,6 +285,16 @@ def test_runs_that_end_within_an_epoch_are_validated_at_their_end(
     config = TrainConfig(batch_size=4, dtype="float32", **settings)
     facts = train_memory(targets_folder, init=model_folder, out=tmp_path / "m", config=config).facts
     assert facts["validation"]["history"][-1]["step"] == facts["steps"] > 0
+
+
+def test_a_memory_that_goes_on_with_longer_blocks_looks_back_as_far(
+    memory_folder: Path, documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    corpus, config = make_corpus(documents, model_folder, tmp_path / "c", block_size=128), TrainConfig(**QUICK)
+    made = train_memory(corpus, init=str(memory_folder), base=model_folder, out=tmp_path / "m", config=config)
+    ours = labels_of(load_memory(tmp_path / "m"), TrainingData(corpus, with_targets=False))
+    found = float(np.exp(-ours.astype(np.float64).mean()))
+    assert made.facts["validation"]["best"]["memory_perplexity"] == pytest.approx(found, rel=1e-5)
 
 
 # --- start models -------------------------------------------------------------------------------------------------

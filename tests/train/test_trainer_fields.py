@@ -50,6 +50,7 @@ def test_a_field_that_is_taken_passes(name: str) -> None:
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_kwargs": {"no_such": 1}}, "no_such"),
         ({"report_to": "wandb"}, "requires wandb to be installed"),
+        ({"report_to": "tensorboard"}, "set TENSORBOARD_LOGGING_DIR"),
         ({"report_to": "nope"}, "nope is not supported"),
         ({"fsdp": "full_shard"}, "fsdp splits a memory over several processes"),
         ({"log_level": "loud"}, "loud"),

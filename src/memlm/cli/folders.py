@@ -58,8 +58,7 @@ def _info_lines(folder: Path, manifest: Any, times: Any) -> Iterator[str]:
         if manifest.kind == "memory" and "kind" in manifest.config
         else manifest.kind
     )
-    total = sum(file.bytes for file in manifest.payload.values())
-    yield f"{folder}: {kind}, {size(total)} in {len(manifest.payload)} files"
+    yield f"{folder}: {kind}, {size(manifest.bytes)} in {len(manifest.payload)} files"
     if times is not None:
         yield f"made {_date(times.finished)}; its last run took {duration(times.seconds_last_run)}"
     if manifest.kind == "memory":
@@ -172,7 +171,7 @@ def _listed(place: Path) -> dict[str, Any]:
                 "kind": kind,
                 "from": sources.get(origin.get(kind, "documents"), sources.get("corpus", "")),
                 "good": _good(kind, facts),
-                "bytes": sum(file.bytes for file in manifest.payload.values()),
+                "bytes": manifest.bytes,
                 "finished": times.finished if (times := times_of(place)) else None,
             }
         else:

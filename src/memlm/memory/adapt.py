@@ -93,7 +93,7 @@ def adapt_memory(
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        source = load_memory(name)
+        source = load_memory(name, with_head=False)
         assert isinstance(source, MemoryDecoder)
         tokens = replace_vocabulary(source.decoder, old, new, config)
         changed = {"vocab_size": vocabulary_size(new), "tokenizer": fingerprint(new)}

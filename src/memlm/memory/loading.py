@@ -28,7 +28,12 @@ def memory_class(kind: str) -> type[Memory]:
 
 
 def load_memory(
-    source: str | Path, *, base: str | None = None, retrieval: RetrievalConfig | None = None, **kwargs: Any
+    source: str | Path,
+    *,
+    base: str | None = None,
+    retrieval: RetrievalConfig | None = None,
+    with_head: bool = True,
+    **kwargs: Any,
 ) -> Memory:
     """The memory at a path, hub id or packaged name; a plain causal LM serves as a Memory Decoder.
 
@@ -37,6 +42,7 @@ def load_memory(
         base: The base it will stand beside; a live retrieval memory whose teacher is that base reads its activations.
         retrieval: How a datastore is searched, and where its teacher is; what is not set is as saved, or the default.
             Other kinds ignore it.
+        with_head: Whether its confidence head is read, where one was fitted.
         kwargs: For loading the weights: `dtype`, `device_map`, `revision` …
 
     Raises:
@@ -56,7 +62,8 @@ def load_memory(
     kind = memory_class(settings.kind if settings else "decoder")
     memory = kind.load(resolve(str(source)), settings, base=base, **kwargs)
     check_finite(memory, f"memory {source}")
-    memory.confidence_head = read_head(source, settings, **where)
+    if with_head:
+        memory.confidence_head = read_head(source, settings, **where)
     return memory
 
 
@@ -83,14 +90,12 @@ def read_head(source: str | Path, settings: MemorySettings | None, **where: Any)
         ConfigError: It was fitted for another memory or tokenizer.
     """
     path = find_file(str(source), GATE_FILE, **where)
-    head = None if path is None else ConfidenceHead.read(path.parent)
-    if head is None:
+    if path is None or (head := ConfidenceHead.read(path.parent)) is None:
         return None
-    folder = path.parent if path is not None else Path()
-    other = is_artifact(folder) and head.memory != read_manifest(folder).hash
+    other = is_artifact(path.parent) and head.memory != read_manifest(path.parent).hash
     if other or (settings is not None and settings.tokenizer != head.tokenizer):
         what = "memory" if other else "tokenizer"
-        raise ConfigError(f"{folder / GATE_FILE} was fitted for another {what}; delete it, or fit it with memlm gate")
+        raise ConfigError(f"{path} was fitted for another {what}; delete it, or fit it with memlm gate")
     return head
 
 

@@ -21,7 +21,7 @@ from memlm.memory.config import MAX_LAYERS, MAX_WIDTH, MLPStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import GivenActivations
 from memlm.models.heads import Head, find_head
-from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, tensor_shapes, where_from
+from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, parse_dtype, tensor_shapes, where_from
 from memlm.models.taps import find_tap, first_tensor, get_module, probe, resolve_tap, tap_width, watch
 
 SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
@@ -133,8 +133,10 @@ class MLPMemory(ParametricMemory):
             kwargs: `dtype` (default: as stored), `revision`, `device_map` (one device).
 
         Raises:
+            ConfigError: The precision is unknown, or there are several devices.
             ArtifactError: Weights are missing, damaged, or of other shapes than the settings say.
         """
+        dtype, device = _precision_and_device(kwargs)
         path = find_file(source, WEIGHTS_FILE, **where_from(kwargs))
         if path is None:
             raise ArtifactError(f"{source} has no {WEIGHTS_FILE}")
@@ -147,9 +149,7 @@ class MLPMemory(ParametricMemory):
             memory = cls(settings)
         check_tensors(shapes(memory), held, str(path))
         memory.load_state_dict(safetensors.torch.load_file(path), assign=True)
-        dtype, device = kwargs.get("dtype", "auto"), kwargs.get("device_map")
-        memory.to(dtype=None if dtype == "auto" else dtype, device=None if device in (None, "auto") else device)
-        return memory.eval()
+        return memory.to(dtype=dtype, device=device).eval()
 
     def save_weights(self, folder: Path) -> None:
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -264,6 +264,18 @@ def _sizes(config: MLPStart, input_width: int, own_ffn_width: int) -> tuple[int,
     width = config.width or input_width
     ffn_width = config.ffn_width or (own_ffn_width if width == input_width else 4 * width)
     return config.layers or DEFAULT_LAYERS, width, ffn_width
+
+
+def _precision_and_device(kwargs: Mapping[str, Any]) -> tuple[torch.dtype | None, Any]:
+    """What `load` is to bring the weights to, as transformers takes it; None: as they are stored."""
+    dtype, device = kwargs.get("dtype", kwargs.get("torch_dtype")), kwargs.get("device_map")
+    if not isinstance(dtype, torch.dtype):
+        dtype = None if dtype in (None, "auto") else parse_dtype(dtype)
+    if isinstance(device, Mapping):
+        if device.keys() != {""}:
+            raise ConfigError(f"device_map = {device}: an MLP memory is on one device")
+        device = device[""]
+    return dtype, None if device == "auto" else device
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

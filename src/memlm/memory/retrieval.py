@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.config import first_problem
+from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE
 from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
@@ -49,15 +49,15 @@ class RetrievalSettings(MemorySettings):
         return self.model_copy(update={"retrieval": RetrievalConfig(**{**self.retrieval.model_dump(), **given})})
 
 
-class Validated(BaseModel):
+class Validated(StageConfig):
     """What validation text chose for a datastore, kept beside its manifest for mixtures to come."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     mix_weight: float = Field(ge=0, le=1)
+    """Its weight."""
     base: str
     """With which base."""
     retrieval: RetrievalConfig
+    """How it was searched."""
 
     @classmethod
     def read(cls, folder: str | Path) -> "Validated | None":
@@ -70,10 +70,9 @@ class Validated(BaseModel):
         if not path.is_file():
             return None
         try:
-            return cls.model_validate(read_json(path))
-        except (ValidationError, ConfigError) as error:
-            problem = first_problem(error) if isinstance(error, ValidationError) else error
-            raise ArtifactError(f"{path}: {problem}; delete it, the next evaluation writes it anew") from None
+            return cls.parse(read_json(path))
+        except ConfigError as error:
+            raise ArtifactError(f"{path}: {error}; delete it, the next evaluation writes it anew") from None
 
     def settings(self, found: RetrievalSettings, asked: RetrievalConfig | None) -> RetrievalSettings:
         """A datastore's settings where nothing else is asked for; another search has no weight of its own."""

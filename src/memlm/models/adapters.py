@@ -70,12 +70,19 @@ def beside_all_linear(model: PreTrainedModel, rank: int) -> Any:
 
     Returns:
         peft's own model around it, which can merge them.
+
+    Raises:
+        ConfigError: peft has none for layers of such a model.
     """
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", bias="none")
-    return LoraModel(model, config, "default")
+    try:
+        return LoraModel(model, config, "default")
+    except ValueError as error:
+        told = str(error).partition("\n")[0]
+        raise ConfigError(f"lora_rank = {rank}: peft has no adapters for {type(model).__name__} ({told})") from None
 
 
 def without_layers_of_peft(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,15 +5,16 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchError, reason_of
-from memlm.files import digest
+from memlm.files import digest, read_json
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, read_manifest
 from memlm.models.loading import adapted_base, load_config, resolve
 
@@ -41,12 +42,15 @@ def load_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: There is none, or it cannot be reached.
     """
+    loader: Any = AutoTokenizer
     if is_artifact(source):
         manifest = read_manifest(source)
         check_payload(source, manifest, "tokenizer")
         check_nothing_beside(source, manifest)
+        if _is_plain(Path(source)):
+            loader = PreTrainedTokenizerFast
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **{"trust_remote_code": False, **where})
+        tokenizer = loader.from_pretrained(source, **{"trust_remote_code": False, **where})
     except Exception as error:  # tokenizers raises it bare
         if (base := adapted_base(source, **where)) is not None:
             return load_tokenizer(base, **where)
@@ -54,6 +58,16 @@ def load_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up from the model's config alone
         raise ModelError(f"no tokenizer could be loaded from {source!r} (no vocabulary is stored there)")
     return tokenizer
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether its tokenizer says that it is what its file holds, and no class of a family.
+
+    For some types of models AutoTokenizer believes the type instead, and splits text as that family does.
+    """
+    path = folder / "tokenizer_config.json"
+    told = read_json(path, limit=1 << 26) if path.is_file() else None
+    return isinstance(told, dict) and told.get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def find_tokenizer(model: str, **options: Any) -> PreTrainedTokenizerBase | None:

@@ -6,7 +6,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from memlm.config import nearest
 from memlm.corpus.blocks import Corpus
+from memlm.corpus.readers import find_sources, source_digest
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import IN_CONTEXT, ROWS, CompareConfig, EvaluateConfig, InContextConfig
 from memlm.evaluate.in_context import context_of
@@ -24,14 +26,14 @@ from memlm.runs.plan import (
     recipe_steps,
     training_step,
 )
-from memlm.runs.recipe import Recipe, data_path
+from memlm.runs.recipe import Recipe, check_targets, data_path
 from memlm.train.config import TrainConfig
 
 _SECTIONS = {"twin": "twin", "memory": "train", "mlp": "mlp", "dapt": "dapt", "lora": "lora"}
 """Row to the section that its model is trained by."""
 
-_SEARCHED = {"dapt.learning_rate": [5e-5, 2e-4], "lora.learning_rate": [2e-4, 1e-3]}
-"""What is searched where a recipe says nothing of it: a default made for other models would be no baseline."""
+_LEARNING_RATES = {"dapt": [5e-5, 2e-4], "lora": [2e-4, 1e-3]}
+"""Section to those that are tried where a recipe gives none: a default made for other models would be no baseline."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,28 @@ class Point:
     config: TrainConfig
     tried: dict[str, Any]
     """Setting to value, of those that are searched."""
+
+
+def _searched(asked: dict[str, list[Any]], sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:
+    """Section to setting to the values that are tried.
+
+    Raises:
+        ConfigError: There is no such setting, or nothing is trained by the section.
+    """
+    known = TrainConfig.options()
+    found: dict[str, dict[str, list[Any]]] = {
+        section: {"learning_rate": rates}
+        for section, rates in _LEARNING_RATES.items()
+        if "learning_rate" not in sections.get(section, {})
+    }
+    for name, values in asked.items():
+        section, key = name.split(".", 1)
+        if key not in known:
+            raise ConfigError(f"compare.search: unknown setting '{name}'{nearest(key, known)}")
+        if section == "mlp" and "mlp" not in sections:
+            raise ConfigError(f"compare.search: {name} needs a section mlp")
+        found.setdefault(section, {})[key] = values
+    return found
 
 
 class CompareRecipe:
@@ -81,11 +105,8 @@ class CompareRecipe:
         for section in ("twin", "dapt", "lora"):
             if any(section in row.split("+") for row in self.rows):
                 filled.setdefault(section, {})
+        self.search = _searched(asked.search, filled)
         self.recipe, self.config, self.out = Recipe(filled), asked, Path(out)
-        searched = {
-            k: v for k, v in _SEARCHED.items() if k.partition(".")[2] not in filled.get(k.partition(".")[0], {})
-        }
-        self.search = {**searched, **asked.search}
         if shared := set(self.recipe.paths("compare", "general")) & set(self.recipe.paths("compare", "general_fit")):
             raise ConfigError(
                 f"compare: {min(shared)} is both general and general_fit; heads must not see what is judged"
@@ -100,14 +121,14 @@ class CompareRecipe:
         """What is trained for a row: every combination of the settings that are searched."""
         section = _SECTIONS[row]
         config: TrainConfig = self.recipe.configs[section]
-        searched = {
-            name.partition(".")[2]: values for name, values in self.search.items() if name.partition(".")[0] == section
-        }
+        searched = self.search.get(section, {})
         points = []
         for values in itertools.product(*searched.values()):
             tried = dict(zip(searched, values, strict=True))
             name = "-".join([row, *(f"{key}-{value}" for key, value in tried.items())]).replace("/", "_")
-            points.append(Point(name, section, TrainConfig.parse(config.model_dump() | tried, f"{section}."), tried))
+            here = TrainConfig.parse(config.model_dump() | tried, f"{section}.")
+            check_targets(section, here)
+            points.append(Point(name, section, here, tried))
         return points
 
     @cached_property
@@ -147,13 +168,16 @@ class CompareRecipe:
 
         Raises:
             ConfigError: peft, bm25s or lm-eval is missing, or passage and text do not fit the base's context.
-            InputError: A task is unknown, or its data is not there or faulty.
+            InputError: A task is unknown, or its data or general text is not there or faulty.
             ModelError: A base cannot be reached.
         """
         for place in (self.base, *self.other_bases):
             load_config(place)
         if "lora" in self.points:
             check_peft()
+        for key in ("general", "general_fit"):
+            if texts := self.recipe.paths("compare", key):
+                source_digest(find_sources(texts))
         if self.config.tasks:
             data = self.recipe.places["compare"].get("task_data")
             where = None if data is None else data_path(data)

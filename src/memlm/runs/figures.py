@@ -221,17 +221,18 @@ class Figures:
             if name == "knn":
                 store = Datastore(there["datastore"])
                 own = model_identity(store.teacher) != model_identity(self.asked.base)  # which runs beside the base
-                parts = {"disk_bytes": _bytes(there["datastore"]), "seconds": _seconds(there["datastore"])}
+                parts = {"disk_bytes": store.manifest.bytes, "seconds": _seconds(there["datastore"])}
                 parts["parameters"] = model_size(store.teacher) if own else 0
                 made = "datastore"
             elif name in self.best:
                 made = self.best[name].name
                 folder = there[made]
-                facts = read_manifest(folder, "memory").facts
+                manifest = read_manifest(folder, "memory")
+                facts = manifest.facts
                 tokens = round(facts["epochs"] * self.corpus.split("train").n_positions)
                 new = {"dapt": 0, "lora": facts.get("trained_parameters")}.get(name, facts["parameters"])
                 parts = {"parameters": new, "training_tokens": tokens, "seconds": _seconds(folder)}
-                parts["disk_bytes"] = _bytes(folder)
+                parts["disk_bytes"] = manifest.bytes
                 added.setdefault("settings", {})[name] = self.best[name].tried
             else:
                 continue
@@ -248,7 +249,7 @@ class Figures:
             added["before"] = {
                 "stages": sorted(before),
                 "seconds": None if None in seconds else round(sum(s for s in seconds if s is not None), 1),
-                "disk_bytes": sum(_bytes(there[step]) for step in before),
+                "disk_bytes": sum(read_manifest(there[step]).bytes for step in before),
             }
         return added
 
@@ -341,10 +342,6 @@ def _text_bytes(corpus: Corpus, split: str) -> int:
     """UTF-8 bytes of the text that the predicted tokens of a split stand for."""
     text, tokenizer = corpus.split(split), corpus.tokenizer
     return sum(len(str(tokenizer.decode(tokens[1:], skip_special_tokens=True)).encode()) for tokens in text.documents())
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.bytes for file in read_manifest(folder).payload.values())
 
 
 def _seconds(folder: Path) -> float | None:

@@ -258,7 +258,7 @@ def planned(names: Iterable[str], there: Mapping[str, Path], costs: Mapping[str,
     for name in names:
         folder, cost, found = out / name, costs.get(name, Cost()), there.get(name)
         if found is not None:
-            size = sum(file.bytes for file in read_manifest(found).payload.values())
+            size = read_manifest(found).bytes
             took = times.seconds_last_run if (times := times_of(found)) else None
             cost, state = cost._replace(seconds=took, bytes=size), "there" if found == folder else "found"
         else:

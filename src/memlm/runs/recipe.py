@@ -115,9 +115,8 @@ class Recipe:
             raise ConfigError("datastore.teacher is missing: a model, or a teacher section that fine-tunes one")
         if "teacher" in sections and "init" not in self.places["teacher"]:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
-        for name in ("teacher", "twin", "dapt", "lora"):
-            if name in sections and (kl_weight := self.configs[name].kl_weight) != 0:
-                raise ConfigError(f"{name}.kl_weight = {kl_weight:g}: a {name} is trained without targets, at 0")
+        for name, config in self.configs.items():
+            check_targets(name, config)
 
     @property
     def documents(self) -> list[str]:
@@ -133,6 +132,16 @@ class Recipe:
         """Where the documents of a key are; none where it is not given."""
         given = self.places.get(section, {}).get(key, [])
         return [data_path(place) for place in ([given] if isinstance(given, str) else given)]
+
+
+def check_targets(section: str, config: StageConfig) -> None:
+    """Raise unless a section that is plain fine-tuning asks for no targets.
+
+    Raises:
+        ConfigError: It does.
+    """
+    if section in ("teacher", "twin", "dapt", "lora") and (kl_weight := getattr(config, "kl_weight", 0)) != 0:
+        raise ConfigError(f"{section}.kl_weight = {kl_weight:g}: a {section} is trained without targets, at 0")
 
 
 def _place(section: str, key: str, value: Any) -> Any:

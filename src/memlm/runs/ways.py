@@ -73,13 +73,12 @@ def all_ways(rows: Iterable[str], validation: ScoreTable, heads: Mapping[str, Co
     """Every row that all of the test text is scored for, with what validation text chose for it."""
     yield Way("base", BASE, (), None)
     for row in (row for row in rows if row not in IN_CONTEXT):
-        if row in ("dapt", "lora"):
-            yield Way(row, row, (), None)
-            continue
-        first, _, second = row.partition("+")
-        under = first if first in ("dapt", "lora") else BASE
-        memories = (second,) if under != BASE else tuple(part for part in (first, second) if part)
-        yield from mixed_ways(row, under, memories, validation, heads)
+        memories = row.split("+")
+        under = memories.pop(0) if memories[0] in ("dapt", "lora") else BASE
+        if memories:
+            yield from mixed_ways(row, under, tuple(memories), validation, heads)
+        else:
+            yield Way(row, under, (), None)
 
 
 def mixed_ways(

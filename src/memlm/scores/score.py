@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.corpus.blocks import IGNORE, Block, Blocks, length_batches
-from memlm.datastore.build import checked_keys
 from memlm.errors import ModelError
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
@@ -53,27 +52,6 @@ def stored_activations(keys: NDArray[np.float16]) -> ReadActivations:
     return read
 
 
-class Collected:
-    """Activations at one tap, gathered batch by batch while `score` runs; what `stored_activations` reads."""
-
-    def __init__(self, positions: int, tap: str) -> None:
-        self._positions, self._tap = positions, tap
-        self.array: NDArray[np.float16] | None = None
-        """`(P, D)` in the order of positions; None before the first batch."""
-
-    def add(self, blocks: list[Block], activations: dict[str, Tensor]) -> None:
-        """Keep what was read where `blocks` predict.
-
-        Raises:
-            ModelError: An activation does not fit float16.
-        """
-        read = activations[self._tap].half().cpu().numpy()
-        if self.array is None:
-            self.array = np.zeros((self._positions, read.shape[-1]), np.float16)
-        for row, block in enumerate(blocks):
-            self.array[block.positions] = checked_keys(read[row, block.places])
-
-
 @torch.inference_mode()
 def score(
     voters: Mapping[str, Voter],
@@ -81,12 +59,11 @@ def score(
     *,
     base: BaseVoter | None = None,
     stored: ReadActivations | None = None,
-    on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None = None,
-    taps: frozenset[str] = frozenset(),
     batch_tokens: int = 4096,
     progress: Callable[[int], object] = lambda tokens: None,
     part: Part | None = None,
     on_kept: Callable[[int], object] = lambda tokens: None,
+    on_state: Callable[[str, Any, Tensor, NDArray[np.int64]], object] = lambda *told: None,
 ) -> dict[str, Scores]:
     """What each voter thinks of every label in `blocks`, in the order of blocks and of tokens in them.
 
@@ -98,18 +75,18 @@ def score(
         blocks: What to score.
         base: Read by memories with a tap.
         stored: Gives their activations instead.
-        on_activations: Told the blocks of each batch and what the base's `taps` read there, `(B, T, D)`.
-        taps: Those it wants.
         batch_tokens: Tokens in one forward pass, padding included.
         progress: Told how many labels were scored.
         part: Where an earlier pass of the same voters over the same blocks may have left some scores, and where this
             one keeps what it has.
         on_kept: Told how many scored labels are kept there.
+        on_state: Told, of each voter and batch, its name, its state, the labels `(B, T)`, and the positions of those
+            that count.
 
     Raises:
         ModelError: A voter gives NaN.
     """
-    wanted = taps | {voter.tap for voter in voters.values() if voter.tap is not None and stored is None}
+    wanted = {voter.tap for voter in voters.values() if voter.tap is not None and stored is None}
     base_votes = any(voter is base for voter in voters.values())
     starts = blocks.position_starts
     scores: dict[str, dict[str, NDArray[Any]]] = {
@@ -136,8 +113,6 @@ def score(
             activations = base_state.activations
         elif base is not None and wanted:
             activations = base.read(tokens.to(base.device), wanted)
-        if on_activations is not None:
-            on_activations(members, activations)
         positions = np.concatenate([np.arange(*starts[[i, i + 1]]) for i in batch])
         for name, voter in voters.items():
             state = base_state
@@ -146,7 +121,9 @@ def score(
                 if voter.tap is not None:
                     read = stored(members, tokens) if stored is not None else activations[voter.tap]
                 state = voter.step(tokens.to(voter.device), read)
-            found = voter.columns(state, labels.to(voter.device))
+            here = labels.to(voter.device)
+            on_state(name, state, here, positions)
+            found = voter.columns(state, here)
             if any(values.isnan().any() for values in found.values()):
                 raise ModelError(
                     f"{name} gives NaN, no distribution; where its weights are whole they overflow: take dtype float32"

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from filelock import Timeout
 from numpy.typing import NDArray
-from torch import Tensor
 
-from memlm.corpus.blocks import Block, Blocks, Corpus
+from memlm.corpus.blocks import Blocks, Corpus
 from memlm.errors import ArtifactError
 from memlm.files import cache_dir, digest, file_error, load_array
 from memlm.manifest import PLAN, is_finished, payload_file, read_manifest
@@ -91,19 +90,10 @@ class Scorers:
         self._vocab_size, self._dtype, self._batch_tokens = vocab_size, dtype, batch_tokens
         self._retrieval, self._load_base, self._keep_seconds = retrieval, load_base, keep_seconds
 
-    def score(
-        self,
-        text: Text,
-        *,
-        taps: frozenset[str] = frozenset(),
-        on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None = None,
-    ) -> dict[str, Scores]:
+    def score(self, text: Text) -> dict[str, Scores]:
         """What base and memories think of each label of `text`: read back where known, else computed in one pass.
 
         Where another process computes some of them it is waited for.
-
-        Args:
-            taps, on_activations: As `score` takes them; not called where nothing had to be computed.
 
         Raises:
             ModelError: A model gives NaN; nothing is kept of the pass.
@@ -113,9 +103,9 @@ class Scorers:
         if unknown := {folder for folder in folders.values() if not is_finished(folder)}:
             with computing_alone(unknown):
                 missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
-                names = sorted(folders[name].name for name in missing)
+                names = [folders[name].name for name in missing]  # in order, by which its columns are numbered
                 part = Part(cache_dir() / "scores", digest(names)[:32], Due(self._keep_seconds))
-                for name, scores in self._compute(text, missing, taps, on_activations, part).items():
+                for name, scores in self._compute(text, missing, part).items():
                     run_stage(folders[name], specs[name], partial(_save, scores=scores))
                 part.remove()
         for name, folder in folders.items():
@@ -123,14 +113,7 @@ class Scorers:
                 run_stage(folder, specs[name], lambda stage: {})
         return {name: read_scores(folder, int(text.blocks.position_starts[-1])) for name, folder in folders.items()}
 
-    def _compute(
-        self,
-        text: Text,
-        specs: Mapping[str, StageSpec],
-        taps: frozenset[str],
-        on_activations: Callable[[list[Block], dict[str, Tensor]], None] | None,
-        part: Part,
-    ) -> dict[str, Scores]:
+    def _compute(self, text: Text, specs: Mapping[str, StageSpec], part: Part) -> dict[str, Scores]:
         """The scores of these voters, from one pass over `text`, or the rest of it; none where none are asked for."""
         if not specs:
             return {}
@@ -147,11 +130,9 @@ class Scorers:
                 {titles[name]: voter for name, voter in voters.items()},
                 text.blocks,
                 base=self._base_voter if reads_base else None,
-                taps=taps,
-                on_activations=on_activations,
                 batch_tokens=self._batch_tokens,
                 progress=bar.update,
-                part=part if on_activations is None else None,  # which are to be told of every batch
+                part=part,
                 on_kept=lambda n: kept.append(f"the cache keeps the scores of {n:,} of {positions:,} labels"),
             )
         return {name: found[titles[name]] for name in voters}

@@ -89,6 +89,20 @@ def base_on_rows(
     return folder
 
 
+def finite(scores: NDArray[np.float32], base: str, split: str) -> NDArray[np.float32]:
+    """The base's scores of a split, if they are finite.
+
+    Raises:
+        ModelError: They are not.
+    """
+    if bad := int(np.count_nonzero(~np.isfinite(scores))):
+        raise ModelError(
+            f"base {base} gives no finite score at {bad:,} of {len(scores):,} {split} positions; see to its weights,"
+            " or try --dtype float32"
+        )
+    return scores
+
+
 def _labels(shard: int) -> str:
     return f"labels-{shard:05d}.npy"
 
@@ -110,12 +124,7 @@ def _read(
     with progress_bar(positions, f"{stage.sources['base']} reads the training text", initial=done) as bar:
         for i in to_do:
             labels, targets = _read_shard(rows, voter, range(*shards[i]), batch_tokens, bar.update)
-            if bad := int(np.count_nonzero(~np.isfinite(labels))):
-                raise ModelError(
-                    f"base {stage.sources['base']} gives no finite score at {bad:,} of {len(labels):,} training"
-                    " positions; see to its weights, or try --dtype float32"
-                )
-            stage.save_array(_labels(i), labels)
+            stage.save_array(_labels(i), finite(labels, stage.sources["base"], "training"))
             stage.save_array(_targets(i), targets)
     return {"positions": positions}
 
@@ -140,7 +149,7 @@ def _read_shard(
         for number, label, target in zip(
             members,
             of_labels.split(np.diff(rows.position_starts)[members].tolist()),
-            of_targets.split(np.diff(rows.support_starts)[members].tolist() if len(ids) else [0] * len(members)),
+            of_targets.split(np.diff(rows.support_starts)[members].tolist()),
             strict=True,
         ):
             labels[number], targets[number] = label, target

@@ -12,16 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.config import settings_from
-from memlm.corpus.blocks import SPLITS, Blocks, Corpus, Split, length_batches
+from memlm.corpus.blocks import IGNORE, SPLITS, Corpus, Split
 from memlm.corpus.build import build_corpus
 from memlm.corpus.readers import listed
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.confidence import FEATURES, ConfidenceHead, features
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory
 from memlm.memory.seen import check_unseen
-from memlm.memory.voter import Voter, VoterCache
 from memlm.mix.base import BaseVoter
 from memlm.models.loading import default_device, load_causal_lm, parse_dtype
 from memlm.progress import progress_bar
@@ -75,7 +74,7 @@ def fit_gate(
     Raises:
         InputError: Too little held-out text, or the memory was trained on some of it.
         ConfigError: General text is the domain's own.
-        TokenizerMismatchError: Base or memory has another tokenizer than the corpus.
+        TokenizerMismatchError: Base, memory or a corpus of general text has another tokenizer than the corpus.
         ModelError: Base or memory cannot be reached, or gives NaN.
     """
     config = settings_from(FitGateConfig, config, settings)
@@ -86,12 +85,15 @@ def fit_gate(
     bases, foreign = listed(base), listed(general)
     for place in bases:
         source.check_read_by(place)
-    held_out = _cut(source.split("validation"), config.max_tokens)
-    if held_out.n_positions < FEWEST_TOKENS or held_out.n_documents < FEWEST_DOCUMENTS:
+    whole = source.split("validation")
+    held_out = _cut(whole, config.max_tokens)
+    if not _will_do(held_out):
+        within, cure = "", "build it with a larger --validation-fraction"
+        if _will_do(whole):
+            within, cure = f" at --max-tokens {config.max_tokens}", "raise that"
         raise InputError(
-            f"corpus {corpus} has {held_out.n_positions:,} validation tokens of {held_out.n_documents} documents; a"
-            f" head needs {FEWEST_TOKENS:,} of {FEWEST_DOCUMENTS} at least: build it with a larger"
-            " --validation-fraction"
+            f"corpus {corpus} has {held_out.n_positions:,} validation tokens of {held_out.n_documents}"
+            f" documents{within}; a head needs {FEWEST_TOKENS:,} of {FEWEST_DOCUMENTS} at least: {cure}"
         )
     if config.shared_documents == "refuse":
         otherwise = "fit it on others, or with shared_documents keep"
@@ -106,7 +108,7 @@ def fit_gate(
         memory=identity,
         tokenizer=there.tokenizer if there is not None else source.manifest.tokenizer,
         base=", ".join(bases),
-        **fitted(heard, seed=config.seed),
+        **fitted(heard, names=("domain", "general")[: len(texts)], seed=config.seed),
     )
     head.save(folder)
     return head
@@ -118,11 +120,16 @@ def _beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], con
     dtype, device = parse_dtype(config.dtype, default_device()), default_device()
     model: Any = load_causal_lm(base, dtype=dtype)
     voter = BaseVoter(model.to(device), source.vocab_size, exact=False)
-    part = load_memory(folder, base=base, dtype=dtype)
+    part = load_memory(folder, base=base, dtype=dtype, with_head=False)
     part.settings = part.settings.model_copy(update={"vocab_size": source.vocab_size})
     part.check_base(voter.model)
     part.to(device)
     return [_hear(part, voter, text, config) for text in texts]
+
+
+def _will_do(split: Split) -> bool:
+    """Whether a head can be fitted on so much text."""
+    return split.n_positions >= FEWEST_TOKENS and split.n_documents >= FEWEST_DOCUMENTS
 
 
 def _cut(split: Split, tokens: int) -> Split:
@@ -138,6 +145,10 @@ def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scra
     found: list[NDArray[np.int32]] = []
     for place in known:
         other = Corpus(place)
+        if other.manifest.tokenizer != domain.manifest.tokenizer:
+            raise TokenizerMismatchError(
+                f"corpus {domain.folder} and general text {place} have different tokenizers; give its documents instead"
+            )
         for name in ("validation", "test"):
             found += list(other.split(name).documents())
     files = [place for place in places if place not in known]
@@ -165,58 +176,33 @@ def _key(document: NDArray[np.int32]) -> bytes:
     return document.tobytes()
 
 
-class _Watched(Voter):
-    """A memory whose states are kept where it is asked what it thinks of labels."""
-
-    def __init__(self, memory: Memory) -> None:
-        self.inner, self.tap, self.vocab_size = memory, memory.tap, memory.vocab_size
-        self.states: list[Tensor] = []
-
-    @property
-    def device(self) -> torch.device:
-        return self.inner.device
-
-    def new_cache(self, batch_size: int) -> VoterCache:
-        return self.inner.new_cache(batch_size)
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inner.step(*args, **kwargs)
-
-    def votes(self, state: Any, keep: slice | Tensor) -> Any:
-        return self.inner.votes(state, keep)
-
-    def label_log_probs(self, state: Any, labels: Tensor) -> dict[str, Tensor]:
-        seen = self.inner.evidence(state, labels >= 0)
-        if seen is not None:
-            self.states.append(seen.float().cpu())
-        return self.inner.label_log_probs(state, labels)
-
-
-def _hear(memory: Memory, base: BaseVoter, text: Blocks, config: FitGateConfig) -> Heard:
+def _hear(memory: Memory, base: BaseVoter, text: Split, config: FitGateConfig) -> Heard:
     """What base and memory say of a text, in one pass."""
-    watched, positions = _Watched(memory), int(text.position_starts[-1])
+    positions = int(text.position_starts[-1])
+    states = np.empty((positions, 0), np.float32)
+
+    def keep(name: str, state: Any, labels: Tensor, places: NDArray[np.int64]) -> None:
+        nonlocal states
+        seen = memory.evidence(state, labels != IGNORE) if name == "memory" else None
+        if seen is not None:
+            if not states.size:
+                states = np.empty((positions, seen.shape[-1]), np.float32)
+            states[places] = seen.float().cpu().numpy()
+
     with progress_bar(positions, "reading") as bar:
         found = score(
-            {"base": base, "memory": watched},
+            {"base": base, "memory": memory},
             text,
             base=base,
             batch_tokens=config.batch_tokens,
             progress=bar.update,
+            on_state=keep,
         )
     columns = {
         name: {column: torch.from_numpy(getattr(scores, column)) for column in ("entropy", "top1", "top1_id")}
         for name, scores in found.items()
     }
-    inputs = features(columns["base"], columns["memory"]).numpy()
-    if watched.states:
-        read = torch.cat(watched.states).numpy()
-        states, starts = np.empty_like(read), text.position_starts
-        order = [
-            np.arange(*starts[[i, i + 1]]) for batch in length_batches(text.lengths, config.batch_tokens) for i in batch
-        ]
-        states[np.concatenate(order)] = read
-        inputs = np.concatenate([states, inputs], 1)
-    assert isinstance(text, Split)
+    inputs = np.concatenate([states, features(columns["base"], columns["memory"]).numpy()], 1)
     document = text.documents_of(np.arange(positions))
     return Heard(inputs.astype(np.float32), found["base"].label, found["memory"].label, document)
 
@@ -224,14 +210,15 @@ def _hear(memory: Memory, base: BaseVoter, text: Blocks, config: FitGateConfig) 
 # --- the regression -----------------------------------------------------------------------------------------------
 
 
-def fitted(heard: Sequence[Heard], *, seed: int = 0) -> dict[str, Any]:
+def fitted(heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general"), seed: int = 0) -> dict[str, Any]:
     """The numbers of a head: `state`, `features`, `bias`, and `facts` of how it did on documents it had not seen.
 
     Every text counts alike, however long. The penalty is the one under which two halves of the documents, each fitted
     without the other, do best; then all are fitted together.
 
     Args:
-        heard: The domain's text first, then general text.
+        heard: The domain's text first, then general text; then both again, where they were heard beside another base.
+        names: What the facts call the first of them; the others are not told of.
         seed: Deals documents to the halves.
     """
     halves = [_halves(text, seed) for text in heard]
@@ -242,7 +229,7 @@ def fitted(heard: Sequence[Heard], *, seed: int = 0) -> dict[str, Any]:
     facts: dict[str, int | float] = {"penalty": best}
     weight, _ = best_mix_weight(heard[0].base, heard[0].memory)
     facts["mix_weight"] = weight
-    for name, text, values in zip(("domain", "general"), heard, judged[best], strict=False):
+    for name, text, values in zip(names, heard, judged[best], strict=False):
         parts = {
             "base": text.base,
             "fixed": mixture_label_log_probs(text.base, [text.memory], [weight]),

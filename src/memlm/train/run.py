@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from memlm.config import settings_from
 from memlm.datastore.build import read_keys
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError, TrainingError
+from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError, TrainingError
 from memlm.files import load_array
 from memlm.manifest import Manifest, read_manifest
 from memlm.memory.card import CARD_FILE, memory_card
@@ -25,11 +25,12 @@ from memlm.models.loading import WEIGHTS_FILE, check_reaches, default_device, lo
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
 from memlm.parts import KEEP_SECONDS, Due
+from memlm.progress import progress_bar
 from memlm.ranks import ALONE, Ranks, together
-from memlm.scores.score import Collected, stored_activations
+from memlm.scores.score import stored_activations
 from memlm.scores.table import Scorers, Text
 from memlm.stage import Plan, Stage, StageSpec, run_stage
-from memlm.train.beside import WithBase, base_on_rows
+from memlm.train.beside import WithBase, base_on_rows, finite
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
 from memlm.train.trainer import HeldOut, MemoryTrainer, last_whole_checkpoint, training_arguments
@@ -154,16 +155,14 @@ def plan_memory(
             return previous.facts
         held_out = None
         if validates:
-            scores = ranks.from_first(
-                _base_scores(stage, rows, base_model, memory.tap, config) if ranks.first else np.empty(0, np.float32)
-            )
+            scores = ranks.once(lambda: _base_scores(stage, rows, base_model, memory.tap, config))
             read = None
             if memory.tap is not None:
                 read = stored_activations(load_array(stage.path / _HELD_OUT, np.float16, (None, None), mapped=True))
             held_out = HeldOut(rows.validation, scores, read)
         learned = rows.train if store is None or store.keys is None else WithActivations(rows.train, store.keys)
         if through_mixture:
-            learned = WithBase(learned, _base_rows(rows, base, base_model, config, ranks))
+            learned = WithBase(learned, ranks.once(lambda: _base_rows(rows, base, base_model, config)))
         checkpoints = stage.path / _CHECKPOINTS
         arguments.output_dir = str(checkpoints)
         trainer = MemoryTrainer(
@@ -179,7 +178,7 @@ def plan_memory(
             on_saved=lambda step, steps: _say_kept(stage, step, steps),
         )
         del base_model  # where nothing reads it online, its memory is free for training
-        _train(trainer, ranks.from_first(last_whole_checkpoint(checkpoints) if ranks.first else None))
+        _train(trainer, ranks.once(lambda: last_whole_checkpoint(checkpoints)))
         trainer.check_weights()
         memory.train_beside_base(False)
         facts = _facts(trainer, rows, memory, config)
@@ -262,33 +261,26 @@ def _start(rows: TrainingData, init: str | None, goes_on: bool, base: PreTrained
     }
     if goes_on and not config.start.given():
         assert init is not None
-        memory = load_memory(init, dtype=torch.float32)
+        memory = load_memory(init, dtype=torch.float32, with_head=False)  # fitted for the old weights
         memory.check_base(base)
         shared["vocab_size"] = min(shared["vocab_size"], memory.vocab_size)
         memory.settings = memory.settings.model_copy(update=shared)
+        memory.set_window(shared["context_length"])
         return memory
     kind = memory_class(config.start.kind)
     settings = MemorySettings(kind=kind.kind, **shared)
     return kind.start(config.start, settings, init=init, base=base, seed=config.seed).float()
 
 
-def _base_rows(rows: TrainingData, base: str, model: PreTrainedModel, config: TrainConfig, ranks: Ranks) -> Path:
-    """Where the base's log-probs on the training rows are; the first process computes them."""
-
-    def find() -> Path:
-        batch_tokens = config.batch_tokens
-        return base_on_rows(rows, base, dtype=model.dtype, batch_tokens=batch_tokens, load_base=lambda: model)
-
-    return ranks.from_first(find() if ranks.first else Path())
+def _base_rows(rows: TrainingData, base: str, model: PreTrainedModel, config: TrainConfig) -> Path:
+    """Where the base's log-probs on the training rows are."""
+    return base_on_rows(rows, base, dtype=model.dtype, batch_tokens=config.batch_tokens, load_base=lambda: model)
 
 
 def _base_scores(
     stage: Stage, rows: TrainingData, base: PreTrainedModel, tap: str | None, config: TrainConfig
 ) -> NDArray[np.float32]:
-    """The base's label log-probs on the validation blocks; what it reads there at a tap is left on disk.
-
-    One pass gives both; scores that an earlier run left in the cache are read back.
-    """
+    """The base's label log-probs on the validation blocks; what it reads there at a tap is left on disk."""
     scorers = Scorers(
         stage.sources["base"],
         {},
@@ -299,28 +291,13 @@ def _base_scores(
     )
     blocks = rows.validation
     text = Text(rows.corpus_hash, "validation", blocks, rows.manifest.tokenizer, str(rows.folder))
-    if tap is None or stage.has(_HELD_OUT):
-        return _finite(scorers.score(text)["base"].label, stage)
-    keys = Collected(int(blocks.position_starts[-1]), tap)
-    label = _finite(scorers.score(text, taps=frozenset([tap]), on_activations=keys.add)["base"].label, stage)
-    if keys.array is None:
-        keys.array = read_keys(TapReader(base, tap), blocks, range(len(blocks)), batch_tokens=config.batch_tokens)
-    stage.save_array(_HELD_OUT, keys.array)
+    label = finite(scorers.score(text)["base"].label, stage.sources["base"], "validation")
+    if tap is not None and not stage.has(_HELD_OUT):
+        with progress_bar(len(label), f"reading the validation text at {tap}") as bar:
+            reader, numbers = TapReader(base, tap), range(len(blocks))
+            keys = read_keys(reader, blocks, numbers, batch_tokens=config.batch_tokens, progress=bar.update)
+        stage.save_array(_HELD_OUT, keys)
     return label
-
-
-def _finite(scores: NDArray[np.float32], stage: Stage) -> NDArray[np.float32]:
-    """The base's scores, if they are finite.
-
-    Raises:
-        ModelError: They are not.
-    """
-    if bad := int(np.count_nonzero(~np.isfinite(scores))):
-        raise ModelError(
-            f"base {stage.sources['base']} gives no finite score at {bad:,} of {len(scores):,} validation positions;"
-            " see to its weights, or try --dtype float32"
-        )
-    return scores
 
 
 def _say_kept(stage: Stage, step: int, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -106,6 +107,8 @@ def training_arguments(
 def _try_out(arguments: TrainingArguments) -> None:
     """Raise what the arguments' loggers, data loader, optimizer and schedule would raise once training starts."""
     arguments.get_process_log_level()
+    if "tensorboard" in (arguments.report_to or ()) and not os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        raise ValueError("tensorboard would write beside the checkpoints, which go: set TENSORBOARD_LOGGING_DIR")
     for callback in get_reporting_integration_callbacks(arguments.report_to):
         callback()
     if arguments.fsdp and arguments.world_size == 1:
@@ -373,6 +376,8 @@ class _AroundCheckpoints(TrainerCallback):
         state.best_model_checkpoint = f"{args.output_dir}/{PREFIX_CHECKPOINT_DIR}-{best:d}" if best else None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # the best is chosen among what was validated, whatever `save_steps` says
+        control.should_save = control.should_save or (self._validates and control.should_evaluate)
         if self._validates and state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         control.should_log = control.should_log or control.should_save
@@ -465,13 +470,11 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     Others are removed; where one of them had been whole, a warning says so.
     """
     while folder.is_dir() and (found := get_last_checkpoint(str(folder))) is not None:
-        checkpoint, was_whole = Path(found), (Path(found) / _WHOLE).is_file()
-        fault = _fault(checkpoint)
+        checkpoint = Path(found)
+        fault = _fault(checkpoint) or _fault_of_best(checkpoint)
         if fault is None:
-            fault = _fault_of_best(checkpoint)
-            if fault is None:
-                return found
-        if was_whole:
+            return found
+        if (checkpoint / _WHOLE).is_file():
             warnings.warn(f"{checkpoint} {fault}; training goes on from the one before it", stacklevel=2)
         shutil.rmtree(checkpoint)
     return None
