@@ -84,15 +84,6 @@ class Text:
     """`(1, V)` of every new token, where they are asked for."""
     done: bool = False
 
-    @classmethod
-    def of(
-        cls, ids: Int[Tensor, "1 N"], criteria: StoppingCriteriaList, config: GenerationConfig, streamer: Any
-    ) -> "Text":
-        """A text to be gone on with, that keeps what the settings ask for."""
-        told = config.return_dict_in_generate
-        scores: list[Tensor] | None = [] if told and config.output_scores else None
-        return cls(ids, criteria, streamer, config, scores, [] if told and config.output_logits else None)
-
     def __len__(self) -> int:
         return self.ids.shape[1]
 
@@ -118,6 +109,39 @@ class Text:
             self.streamer.put(token.cpu())
         told = None if self.scores is None else tuple(self.scores)
         self.done = bool(cast(Any, self.criteria)(self.ids, told).all())
+
+
+@dataclass(frozen=True)
+class Call:
+    """What transformers gives to `_sample`."""
+
+    ids: Int[Tensor, "B N"]
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    config: GenerationConfig
+    streamer: Any
+    options: dict[str, Any]
+    """Keywords of `forward`."""
+
+    @property
+    def cache(self) -> Any:
+        """The one that `generate` made or was given, by whatever name; None: none."""
+        return next((self.options[name] for name in CACHE_NAMES if self.options.get(name) is not None), None)
+
+    @property
+    def texts(self) -> list[Text]:
+        """The texts to be gone on with, that keep what the settings ask for."""
+        told = self.config.return_dict_in_generate
+        scores, logits = told and self.config.output_scores, told and self.config.output_logits
+        return [
+            Text(row[None], self.criteria, self.streamer, self.config, [] if scores else None, [] if logits else None)
+            for row in self.ids
+        ]
+
+    def chunks(self, known: int) -> list[Int[Tensor, "B C"]]:
+        """What of the prompts, behind `known` tokens, is read before the last chunk, where they are read in chunks."""
+        size = getattr(self.config, "prefill_chunk_size", None)
+        return list(self.ids[:, known:].split(size, 1))[:-1] if size else []
 
 
 def result(texts: list[Text], cache: MixedCache) -> Any:
@@ -188,25 +212,19 @@ def _of_row(processor: Any, row: int) -> Any:
     return part
 
 
-def checked_cache(mixed: Mixture, input_ids: Tensor, model_kwargs: dict[str, Any]) -> MixedCache:
+def checked_cache(mixed: Mixture, call: Call) -> MixedCache:
     """The cache of a text that is to be gone on with.
 
     Raises:
         ConfigError: Base or cache cannot go on with it.
     """
-    cache = cache_of(model_kwargs)
+    cache = call.cache
     assert isinstance(cache, MixedCache)
     known = cache.get_seq_length()
-    if known >= input_ids.shape[1]:
+    if known >= call.ids.shape[1]:
         raise ConfigError("the cache holds the whole prompt, and its last token must be read: crop the cache by one")
-    mixed._voter.check_reads(input_ids[:, known:], model_kwargs.get("attention_mask"), known)
+    mixed._voter.check_reads(call.ids[:, known:], call.options.get("attention_mask"), known)
     return cache
-
-
-def first_chunks(fresh: Int[Tensor, "B N"], config: GenerationConfig) -> list[Int[Tensor, "B C"]]:
-    """What of a prompt is read before its last chunk, where it is to be read in chunks."""
-    size = getattr(config, "prefill_chunk_size", None)
-    return list(fresh.split(size, 1))[:-1] if size else []
 
 
 def mask_for(
@@ -230,8 +248,3 @@ def mask_for(
 def positions(mask: Int[Tensor, "B N"] | None, fresh: Int[Tensor, "B T"]) -> Int[Tensor, "B T"] | None:
     """Positions of the latest tokens of texts with padding; None: the model counts."""
     return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)[:, -fresh.shape[1] :]
-
-
-def cache_of(model_kwargs: dict[str, Any]) -> Any:
-    """The cache that `generate` made or was given, by whatever name."""
-    return next((model_kwargs[name] for name in CACHE_NAMES if model_kwargs.get(name) is not None), None)

@@ -20,18 +20,16 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 from memlm.errors import ConfigError
 from memlm.mix.cache import MixedCache
 from memlm.mix.decoding import (
     CACHE_NAMES,
+    Call,
     Processed,
     Text,
-    cache_of,
     checked_cache,
-    first_chunks,
     mask_for,
     positions,
     result,
@@ -74,48 +72,33 @@ def drafts_itself(mixed: Mixture) -> bool:
     return any(memory.can_draft for memory in mixed.named_memories().values())
 
 
-def why_plain(
-    mixed: Mixture,
-    input_ids: Int[Tensor, "B N"],
-    criteria: StoppingCriteriaList,
-    streamer: Any,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> str | None:
+def why_plain(mixed: Mixture, call: Call) -> str | None:
     """Why texts can only be decoded step by step; None where drafts can be made."""
-    base, cache = type(mixed.base).__name__, cache_of(model_kwargs)
+    base, cache, given = type(mixed.base).__name__, call.cache, call.options
     if not isinstance(cache, MixedCache):
         return "there is no cache"
     if mixed._is_stateful or not all(hasattr(layer, "crop") for layer in cache.layers):
         return f"{base} cannot take tokens back from its cache"
-    if config.output_attentions or config.output_hidden_states:
+    if call.config.output_attentions or call.config.output_hidden_states:
         return "attentions or hidden states are asked for"
-    if len(input_ids) > 1 and (why := _why_one_text(mixed, input_ids, cache, criteria, streamer, config, model_kwargs)):
+    if len(call.ids) > 1 and (why := _why_one_text(mixed, call, cache)):
         return f"a batch, and {why}"
     known = {*CACHE_NAMES, "attention_mask", "position_ids", "use_cache", "logits_to_keep"}
     known |= {"mix_weight", "evidence_mask", "cache_position", "tokenizer"}
-    places, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
-    lengths = torch.tensor(input_ids.shape[1]) if mask is None else mask.sum(1)
+    places, mask = given.get("position_ids"), given.get("attention_mask")
+    lengths = torch.tensor(call.ids.shape[1]) if mask is None else mask.sum(1)
     if mask is not None and not bool(mask[:, -1].all()):
         return "there is padding on the right"
     if places is not None and bool((places[:, -1].to(lengths.device) != lengths - 1).any()):
         return "positions are given"
-    if strange := [name for name, value in model_kwargs.items() if name not in known and value is not None]:
+    if strange := [name for name, value in given.items() if name not in known and value is not None]:
         return f"{strange[0]} is given"
     return None
 
 
-def _why_one_text(
-    mixed: Mixture,
-    input_ids: Int[Tensor, "B N"],
-    cache: MixedCache,
-    criteria: StoppingCriteriaList,
-    streamer: Any,
-    config: GenerationConfig,
-    model_kwargs: dict[str, Any],
-) -> str | None:
+def _why_one_text(mixed: Mixture, call: Call, cache: MixedCache) -> str | None:
     """Why drafts can be made for one text at a time only; None where they can be for a batch."""
-    base, heard = type(mixed.base).__name__, model_kwargs.get("evidence_mask")
+    base, heard = type(mixed.base).__name__, call.options.get("evidence_mask")
     if not mixed._voter.abilities.padding:
         return f"{base} reads padding as text"
     if not all(type(layer) is DynamicLayer for layer in cache.layers):
@@ -124,13 +107,13 @@ def _why_one_text(
         return "what a part keeps of texts cannot be moved row by row"
     if mixed.gate.sleep and mixed.gate.gate != "none":
         return "its memories sleep"
-    if streamer is not None:
+    if call.streamer is not None:
         return "a streamer hears all texts at once"
-    if strange := strange_criterion(criteria):
+    if strange := strange_criterion(call.criteria):
         return f"{strange} may look at all texts at once"
-    if heard is not None and heard.shape[1] > input_ids.shape[1]:
+    if heard is not None and heard.shape[1] > call.ids.shape[1]:
         return "the evidence mask is longer than the prompts"
-    if (turn := _turn(mixed)) is not None and (config.max_length or turn + 1) > turn:
+    if (turn := _turn(mixed)) is not None and (call.config.max_length or turn + 1) > turn:
         return f"{base} reads all texts otherwise once one has {turn} tokens"
     return None
 
@@ -156,33 +139,23 @@ def _most(mixed: Mixture, texts: list[Text]) -> int:
     return most
 
 
-def decode_drafted(
-    mixed: Mixture,
-    input_ids: Int[Tensor, "B N"],
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: Any,
-    pace: Pace,
-    model_kwargs: dict[str, Any],
-    judging: "Judge | None" = None,
-) -> Any:
-    """Go on with texts by drafts; arguments as `_sample` of transformers takes them.
+def decode_drafted(mixed: Mixture, call: Call, pace: Pace, judging: "Judge | None" = None) -> Any:
+    """Go on with texts by drafts.
 
     Args:
+        pace: How many are drafted at a time.
         judging: What decides which drafted tokens are accepted; `judge` if None.
     """
-    judging, cache = judging or judge, checked_cache(mixed, input_ids, model_kwargs)
-    processed, sampled = Processed(processors, len(input_ids)), bool(config.do_sample)
-    texts = [Text.of(row[None], criteria, config, streamer) for row in input_ids]
+    judging, cache, texts = judging or judge, checked_cache(mixed, call), call.texts
+    processed, sampled = Processed(call.processors, len(texts)), bool(call.config.do_sample)
     drafter = drafter_of(mixed, processed, sampled=sampled)
     pace.share = drafter.share
-    mask: Tensor | None = model_kwargs.get("attention_mask")
+    mask: Tensor | None = call.options.get("attention_mask")
     if mask is None and len(texts) > 1:
-        mask = torch.ones_like(input_ids)
+        mask = torch.ones_like(call.ids)
     mask = None if mask is None else mask.to(mixed.device)
     before = [0] * len(texts)  # columns of the cache that hold nothing of a text; they come first
-    given: dict[str, Any] = {key: model_kwargs.get(key) for key in ("mix_weight", "evidence_mask")}
+    given: dict[str, Any] = {key: call.options.get(key) for key in ("mix_weight", "evidence_mask")}
 
     def read(tokens: Int[Tensor, "B T"], drafts: Drafts | None = None) -> Any:
         whole = mask_for(mask, cache.get_seq_length() + tokens.shape[1], before)
@@ -205,12 +178,12 @@ def decode_drafted(
 
     prompt_is_read = False
     try:
-        for part in first_chunks(input_ids[:, cache.get_seq_length() :], config):
+        for part in call.chunks(cache.get_seq_length()):
             read(part.to(mixed.device))
         while not all(text.done for text in texts):
             began, known = time.perf_counter(), cache.get_seq_length()
             live, ids = [not text.done for text in texts], [text.ids for text in texts]
-            fresh = torch.cat([row[:, -1:] for row in ids]) if prompt_is_read else input_ids[:, known:]
+            fresh = torch.cat([row[:, -1:] for row in ids]) if prompt_is_read else call.ids[:, known:]
             fresh = fresh.to(mixed.device)
             count = min(pace.next(), _most(mixed, texts)) if prompt_is_read else 0
             if count > 0 and (len(cache.unread) or mixed._rule.asleep(cache.rule, known, 0, 1)):

@@ -10,38 +10,27 @@ Source: arXiv:2605.00419.
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from memlm.mix.components import not_finite
-from memlm.mix.decoding import Processed, Text, checked_cache, mask_for, positions, result
+from memlm.mix.decoding import Call, Processed, checked_cache, mask_for, positions, result
 from memlm.mix.members import Mixture
 from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, settle_weights
 
 
-def decode_drawn(
-    mixed: Mixture,
-    input_ids: Int[Tensor, "1 N"],
-    processors: LogitsProcessorList,
-    criteria: StoppingCriteriaList,
-    config: GenerationConfig,
-    streamer: Any,
-    model_kwargs: dict[str, Any],
-) -> Any:
-    """Sample a text, at each token only from the component that is drawn; arguments as `_sample` takes them."""
-    cache = checked_cache(mixed, input_ids, model_kwargs)
-    text, processed = Text.of(input_ids, criteria, config, streamer), Processed(processors)
+def decode_drawn(mixed: Mixture, call: Call) -> Any:
+    """Sample a text, at each token only from the component that is drawn."""
+    cache, (text,), processed = checked_cache(mixed, call), call.texts, Processed(call.processors)
     voters: dict[str, Any] = {"": mixed._voter, **mixed.named_memories()}
     caches: dict[str, Any] = {name: cache.of(name, part) if name else cache.of_base for name, part in voters.items()}
-    weights = _fixed_weights(mixed, model_kwargs)
+    weights = _fixed_weights(mixed, call)
     assert weights is not None
     names, chances = list(voters), torch.tensor([max(0.0, 1 - sum(weights)), *weights]).double()
     known = cache.get_seq_length()
     read = {name: known - len(cache.unread) if name else known for name in names}
     cache.unread = Unread()  # what the memories have not read is read from the text
-    mask: Tensor | None = model_kwargs.get("attention_mask")
+    mask: Tensor | None = call.options.get("attention_mask")
     mask = None if mask is None else mask.to(mixed.device)
 
     def catch_up(name: str, length: int) -> Any:
@@ -72,38 +61,34 @@ def decode_drawn(
     return result([text], cache)
 
 
-def _fixed_weights(mixed: Mixture, model_kwargs: dict[str, Any]) -> list[float] | None:
+def _fixed_weights(mixed: Mixture, call: Call) -> list[float] | None:
     """Each memory's weight at every token of a text; None where a gate weighs them.
 
     Raises:
         ConfigError: A weight of this call is out of range.
     """
-    asked = model_kwargs.get("mix_weight")
+    asked = call.options.get("mix_weight")
     if asked is None and not isinstance(mixed._rule, FixedWeights):
         return None
     weights = settle_weights(mixed._weights, asked, per_row=True)
     return [float(torch.as_tensor(weight).flatten()[0]) for weight in weights.values()]
 
 
-def why_not_drawn(
-    mixed: Mixture,
-    processors: LogitsProcessorList,
-    config: GenerationConfig,
-    warp: str | None,
-    model_kwargs: dict[str, Any],
-) -> str | None:
+def why_not_drawn(mixed: Mixture, call: Call, warp: str | None) -> str | None:
     """Why components cannot be drawn for this text, other than `why_plain`; None where they can."""
-    if not config.do_sample:
+    if len(call.ids) > 1:
+        return "components are drawn for one text at a time"
+    if not call.config.do_sample:
         return "drawing samples: pass do_sample=True, or decode with drafting"
-    if config.output_scores or config.output_logits:
+    if call.config.output_scores or call.config.output_logits:
         return "the mixture's scores are not known where only one component is read: leave them out"
-    if _fixed_weights(mixed, model_kwargs) is None:
+    if _fixed_weights(mixed, call) is None:
         return "a gate has to hear all components: fix the weights (gate='none' or mix_weight)"
     if not all(memory.can_draft for memory in mixed.named_memories().values()):
         return "a memory reads the base's states, so nothing is saved"
-    if len(processors) and warp is None:
+    if len(call.processors) and warp is None:
         return (
-            f"{type(processors[0]).__name__} would act on each component instead of the mixture: sample at temperature"
-            " 1 without top-k and top-p, or accept that with warp='components'"
+            f"{type(call.processors[0]).__name__} would act on each component instead of the mixture: sample at"
+            " temperature 1 without top-k and top-p, or accept that with warp='components'"
         )
     return None

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 from memlm.errors import ConfigError
 from memlm.mix.base import narrowed
 from memlm.mix.components import Watch
-from memlm.mix.decoding import strange_processor
+from memlm.mix.decoding import Call, strange_processor
 from memlm.mix.drafting import Judge, check_drafting, decode_drafted, warn_plain, why_plain
 from memlm.mix.drawing import decode_drawn, why_not_drawn
 from memlm.mix.members import Mixture
@@ -136,21 +136,19 @@ class GeneratingMixture(Mixture, GenerationMixin):
     ) -> Any:
         """transformers' loop of greedy decoding and sampling; with `drafting` or `drawing` ours, see `generate`."""
         watch = model_kwargs.pop("watch", None)  # the loops of ours look for themselves
-        mixed, given = self, (input_ids, logits_processor, stopping_criteria, generation_config)
+        given = input_ids, logits_processor, stopping_criteria, generation_config
         if drafting is not None or drawing:
-            why = why_plain(mixed, input_ids, stopping_criteria, streamer, generation_config, model_kwargs)
+            call = Call(*given, streamer, model_kwargs)
             if drawing:
-                one_text = None if len(input_ids) == 1 else "components are drawn for one text at a time"
-                why = one_text or why
-                why = why or why_not_drawn(mixed, logits_processor, generation_config, warp, model_kwargs)
-                if why:
+                if why := why_not_drawn(self, call, warp) or why_plain(self, call):
                     raise ConfigError(f"nothing can be drawn: {why}")
-                return decode_drawn(mixed, *given, streamer, model_kwargs)
+                return decode_drawn(self, call)
+            why = why_plain(self, call)
             if why is None and (strange := strange_processor(logits_processor, len(input_ids))):
                 why = f"{strange} may be more than a function of text and scores"
             if why is None:
                 pace = drafting if isinstance(drafting, Pace) else Pace(None if drafting == "auto" else drafting)
-                return decode_drafted(mixed, *given, streamer, pace, model_kwargs, draft_judge)
+                return decode_drafted(self, call, pace, draft_judge)
             warn_plain(why)
         plain = {"synced_gpus": synced_gpus, "streamer": streamer, "watch": watch}
         return cast(Any, super())._sample(*given, **plain, **model_kwargs)
