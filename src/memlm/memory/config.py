@@ -3,7 +3,8 @@
 A setting of a kind is an option of `memlm train` and a key of a recipe's `train` section, beside those of training.
 """
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +16,12 @@ UNNAMED = "memory"
 MAX_LAYERS = 10_000
 MAX_WIDTH = 1 << 20
 """Of any part of a memory, so that no size overflows."""
+_T = TypeVar("_T")
+
+
+def by_name(memory: _T | Mapping[str, _T]) -> dict[str, _T]:
+    """Name to memory, also of a single one that has no name."""
+    return dict(memory) if isinstance(memory, Mapping) else {UNNAMED: memory}
 
 
 class StartConfig(StageConfig):

@@ -161,10 +161,13 @@ class Memory(nn.Module, Voter):
 
     def confidence(self, state: Any, keep: slice | Tensor) -> Float[Tensor, "B T2"]:
         """What the head makes of the memory's own state at the places in `keep`; 0 where it has none to look at."""
-        seen = None if self.confidence_head is None else self.evidence(state, (slice(None), keep))
-        if self.confidence_head is None or seen is None:
-            return torch.zeros((), device=self.device)
-        return self.confidence_head.of_state(seen)
+        found = self._own_confidence(state, (slice(None), keep))
+        return torch.zeros((), device=self.device) if found is None else found
+
+    def _own_confidence(self, state: Any, places: Any) -> Tensor | None:
+        """What the head makes of the memory's own state at some places; None where it looks at none."""
+        seen = None if self.confidence_head is None else self.evidence(state, places)
+        return None if self.confidence_head is None or seen is None else self.confidence_head.of_state(seen)
 
     def quote(self, states: Any, tokens: Int[Tensor, "R"], count: int) -> list[list[int]]:
         """Up to `count` tokens of held text for each of some states: where the nearest that said a token goes on.
@@ -177,10 +180,8 @@ class Memory(nn.Module, Voter):
 
     def columns(self, state: Any, labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         found = super().columns(state, labels)
-        seen = None if self.confidence_head is None else self.evidence(state, labels != IGNORE)
-        if self.confidence_head is None or seen is None:
-            return found
-        return found | {"confidence": self.confidence_head.of_state(seen).cpu()}
+        own = self._own_confidence(state, labels != IGNORE)
+        return found if own is None else found | {"confidence": own.cpu()}
 
     # --- what transformers' Trainer asks of a model ---------------------------------------------------------------
 
