@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from transformers.utils import logging
 
 from memlm.config import read_recipe
@@ -51,17 +52,18 @@ def quick_overrides(recipe: str, out: Path) -> list[str]:
     from benchmarks.stage_memory import write_documents, write_teacher
 
     documents, model = out / "documents.txt", out / "model"
-    if not documents.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        write_teacher(model)
-        write_documents(documents, _TOKENS)
-        lines = documents.read_text(encoding="utf-8").splitlines()
-        backwards = "\n".join(" ".join(reversed(line.split())) for line in lines)
-        (out / "general.txt").write_text(backwards, encoding="utf-8")
-        (out / "general-fit.txt").write_text(backwards.replace(" ", "  "), encoding="utf-8")
-        for split, is_last_first in (("validation", False), ("test", True)):
-            part = [" ".join(sorted(line.split(), reverse=is_last_first)) for line in lines[: len(lines) // 8]]
-            (out / f"{split}.txt").write_text("\n".join(part), encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    with FileLock(out / ".lock"):  # studies side by side share it
+        if not documents.exists():
+            write_teacher(model)
+            write_documents(documents, _TOKENS)
+            lines = documents.read_text(encoding="utf-8").splitlines()
+            backwards = "\n".join(" ".join(reversed(line.split())) for line in lines)
+            (out / "general.txt").write_text(backwards, encoding="utf-8")
+            (out / "general-fit.txt").write_text(backwards.replace(" ", "  "), encoding="utf-8")
+            for split, is_last_first in (("validation", False), ("test", True)):
+                part = [" ".join(sorted(line.split(), reverse=is_last_first)) for line in lines[: len(lines) // 8]]
+                (out / f"{split}.txt").write_text("\n".join(part), encoding="utf-8")
     found = []
     for name, section in read_recipe(recipe).items():
         given: dict[str, Any] = {key: str(model) for key in section if key in ("tokenizer", "init", "teacher", "base")}

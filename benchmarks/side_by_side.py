@@ -23,7 +23,7 @@ _STUDIES = {name: f"benchmarks/studies/{name}-million.yaml" for name in ("medqua
 _NO_LIVE = ("--set", "study.live_k=[]")
 ARMS = ("twin", "mixture", "mixed", "imitation")
 _FROM_TARGETS = ("mixed", "imitation")
-_QUICK = ("medquad-corpora", "medquad-mixed", "medquad-all")
+_QUICK = ("medquad-corpora", "medquad-twin")
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from memlm.errors import ConfigError, MemlmError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled
 from memlm.evaluate.perplexity import evaluate_perplexity
-from memlm.files import digest
+from memlm.files import digest, replacing
 from memlm.manifest import read_manifest
 from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import GatedMemory, weight_rule
@@ -319,7 +319,8 @@ def quick_settings(study: Path, out: Path) -> list[str]:
     found, words = quick_overrides(str(study), out), (out / "general.txt").read_text(encoding="utf-8").splitlines()
     for part, lines in (("fit", words[::2]), ("test", words[1::2])):
         articles = (f" = {number} = \n{line}\n" for number, line in enumerate(lines))
-        (out / f"{part}.txt").write_text("".join(articles), encoding="utf-8")
+        with replacing(out / f"{part}.txt") as temporary:
+            temporary.write_text("".join(articles), encoding="utf-8")
     general = {"fit": str(out / "fit.txt"), "test": str(out / "test.txt"), "tokens": 3000}
     settings = read_recipe(study)["study"]
     search = {name: values[:1] for name, values in settings.get("search", {}).items()}

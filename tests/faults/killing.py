@@ -34,7 +34,7 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.errors import MemlmError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import evaluate_perplexity
-from memlm.files import file_digest
+from memlm.files import file_digest, is_half_written
 from memlm.manifest import read_manifest
 from memlm.memory.adapt import adapt_memory
 from memlm.stage import Stage, StageSpec, run_stage
@@ -211,10 +211,15 @@ class Runs:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """Every file below `folder` and its checksum; of a manifest its hash, and of times nothing."""
+    """Every file below `folder` and its checksum; of a manifest its hash, and of times nothing.
+
+    What a killed process leaves half-written in the cache is not gone on with, and not looked for.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if name.startswith("home/") and is_half_written(path):
+            continue
         if path.name == "manifest.json":
             found[name] = read_manifest(path.parent).hash
         elif not path.is_dir():
