@@ -28,8 +28,10 @@ This is not a language model to be served alone. It is a *memory*: it votes on t
 ```python
 from memlm import MixedLM
 
-model = MixedLM.from_pretrained({base}, memory="THIS_FOLDER_OR_HUB_ID", mix_weight={weight})
+model = MixedLM.from_pretrained({base}, memory="THIS_FOLDER_OR_HUB_ID")  # weighed token by token
 ```
+
+{fixed}
 
 {serves}
 
@@ -79,7 +81,7 @@ def memory_card(
         facts=facts,
         sources=sources,
         train=facts["corpus"]["splits"]["train"],
-        weight=settings.mix_weight if settings.mix_weight is not None else 0.5,
+        fixed=_fixed(settings.mix_weight),
         tag={"decoder": "memory-decoder", "mlp": "mlp-memory"}.get(settings.kind, settings.kind),
         serves=_serves(settings, sources),
         start=_start(config, sources),
@@ -96,6 +98,13 @@ def _serves(settings: MemorySettings, sources: dict[str, str]) -> str:
     if settings.tap is None:
         return "Any causal language model with the same tokenizer can stand in for the base."
     return f"It reads `{settings.tap}` of {sources['base']} and serves this base alone."
+
+
+def _fixed(weight: float | None) -> str:
+    chosen = "=w`" if weight is None else f"={weight}`, which validation text chose,"
+    return (
+        f"`mix_weight{chosen} fixes the weight at every token instead, which harms text outside of the corpus's domain."
+    )
 
 
 def _start(config: dict[str, Any], sources: dict[str, str]) -> str:
