@@ -10,7 +10,7 @@ from memlm.corpus.blocks import Corpus
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import gate_of
 from memlm.evaluate.report import weights_of
-from memlm.memory.config import by_name
+from memlm.memory.config import named
 from memlm.mix.gate import Gate
 from memlm.scores.gated import gated_label_log_probs
 from memlm.scores.mixtures import mixture_label_log_probs
@@ -41,7 +41,7 @@ def passages(
         Nothing where every document is shorter.
     """
     source, config = Corpus(corpus), config or EvaluateConfig()
-    memories = by_name(memory)
+    memories = named(memory)
     tables = score_corpus(
         source, base, memories, dtype=config.dtype, batch_tokens=config.batch_tokens, retrieval=retrieval
     )

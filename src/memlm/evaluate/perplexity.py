@@ -19,7 +19,7 @@ from memlm.evaluate.report import MIXTURE, Report, fixed_of, weights_of
 from memlm.files import write_json
 from memlm.manifest import read_manifest
 from memlm.memory.confidence import ConfidenceHead
-from memlm.memory.config import UNNAMED
+from memlm.memory.config import UNNAMED, named
 from memlm.memory.loading import read_head, read_settings
 from memlm.memory.retrieval import RetrievalSettings, Validated
 from memlm.memory.seen import check_unseen
@@ -82,7 +82,7 @@ def evaluate_perplexity(
     config = settings_from(EvaluateConfig, config, settings)
     base = str(base)
     memory = {name: str(place) for name, place in memory.items()} if isinstance(memory, Mapping) else str(memory)
-    memories = memory if isinstance(memory, dict) else {UNNAMED: memory}
+    memories = named(memory)
     source = Corpus(corpus)
     splits = source.manifest.facts["splits"]
     if not splits["test"]["positions"]:
@@ -120,15 +120,15 @@ def evaluate_perplexity(
     resampled = Resampled(test.document, {**parts, _FIXED: fixed}, config)
     report = Report({name: resampled.perplexity(name) for name in parts})
 
-    def named(values: Sequence[float]) -> float | dict[str, float]:
+    def as_given(values: Sequence[float]) -> float | dict[str, float]:
         return dict(zip(memories, values, strict=True)) if isinstance(memory, Mapping) else values[0]
 
-    chosen = {"mix_weight": named(weights), "mix_weight_from": "validation" if given is None else "given"}
+    chosen = {"mix_weight": as_given(weights), "mix_weight_from": "validation" if given is None else "given"}
     report[MIXTURE]["gate"] = rule.config.gate if isinstance(rule, Gate) else "none"
     if gated is None or not isinstance(rule, Gate):
         report[MIXTURE] |= chosen
     else:
-        report[MIXTURE]["mean_weight"] = named([round(float(mean), 4) for mean in gated[1].mean(0)])
+        report[MIXTURE]["mean_weight"] = as_given([round(float(mean), 4) for mean in gated[1].mean(0)])
         if rule.config.sleep:
             report[MIXTURE]["asleep"] = round(float((gated[1] == 0).all(-1).mean()), 4)
         report[MIXTURE]["ratio_to_fixed"] = resampled.ratio(MIXTURE, _FIXED)
@@ -253,10 +253,10 @@ def report_spec(
 ) -> StageSpec:
     """What `evaluate_perplexity` with these arguments makes in its `out`."""
     made, config = read_manifest(corpus, "corpus"), config or EvaluateConfig()
-    named = {_input(n, memory): m for n, m in memory.items()} if isinstance(memory, Mapping) else {UNNAMED: memory}
-    sources = {"base": base, **named}
+    parts = {_input(n, memory): m for n, m in memory.items()} if isinstance(memory, Mapping) else {UNNAMED: memory}
+    sources = {"base": base, **parts}
     weighs = gate_config(gate, weight_given=config.mix_weight is not None)
-    heads = {name: head.digest for name, head in _heads(named).items() if head is not None}
+    heads = {name: head.digest for name, head in _heads(parts).items() if head is not None}
     return StageSpec(
         "evaluation",
         config=config.deciding

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from memlm.memory.config import named
+
 _BASE, _MIXTURE, _OTHER = "#555555", "#b0413e", "#1f5fa8"
 
 
@@ -170,16 +172,12 @@ def fixed_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def weights_of(report: Mapping[str, Any]) -> dict[str, float]:
     """Those fixed weights by name."""
-    return _by_name(fixed_of(report)["mix_weight"])
+    return named(fixed_of(report)["mix_weight"])
 
 
 def mean_weights_of(report: Mapping[str, Any]) -> dict[str, float]:
     """The mean weights under the gate by name; none where there is none."""
-    return _by_name(report["mixture"].get("mean_weight", {}))
-
-
-def _by_name(weight: float | dict[str, float]) -> dict[str, float]:
-    return weight if isinstance(weight, dict) else {"memory": weight}
+    return named(report["mixture"].get("mean_weight", {}))
 
 
 def _zoomed(low: float, high: float) -> tuple[float, float]:

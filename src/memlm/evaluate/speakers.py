@@ -15,7 +15,7 @@ class Speakers:
     def __init__(self, mixed: MixedLM) -> None:
         self._mixed, self._gate = mixed, mixed.gate
         gate, weights = mixed.gate.gate, mixed.mix_weights
-        together = len(weights) == len(mixed.memories) and sum(weights.values()) <= 1
+        together = len(weights) == len(mixed.memories) and sum(weights.values()) <= 1 + 1e-6  # as where they are set
         self.names = [BASE]
         self.names += [FIXED] if gate == "none" or together else []
         self.names += [] if gate == "none" else [str(gate)]

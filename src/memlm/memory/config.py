@@ -19,9 +19,9 @@ MAX_WIDTH = 1 << 20
 _T = TypeVar("_T")
 
 
-def by_name(memory: _T | Mapping[str, _T]) -> dict[str, _T]:
-    """Name to memory, also of a single one that has no name."""
-    return dict(memory) if isinstance(memory, Mapping) else {UNNAMED: memory}
+def named(given: _T | Mapping[str, _T]) -> dict[str, _T]:
+    """Memories by name, or what each has, also of a single one that has no name."""
+    return dict(given) if isinstance(given, Mapping) else {UNNAMED: given}
 
 
 class StartConfig(StageConfig):

@@ -54,8 +54,8 @@ class Gate(WeightRule):
                     f"gate = {config.gate!r}: memory {name!r} has no confidence head; fit one with memlm gate"
                 )
         self.has_own = self.by_confidence or all(m.mix_weight is not None for m in self.memories.values())
-        shares = {"alone_share": _ALONE_BESIDE_CONFIDENCE} if self.by_confidence else {}
-        self.explanations = Explanations(len(self.memories), own=self.has_own, **shares)
+        alone = _ALONE_BESIDE_CONFIDENCE if self.by_confidence else 0.5
+        self.explanations = Explanations(len(self.memories), own=self.has_own, alone_share=alone)
         self.follows = config.gate != "confidence"
         """Whether it keeps a posterior."""
         self.sleep = Sleep(config.sleep, config.sleep_below)

@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
 from memlm.files import check_no_links, read_json
 from memlm.memory.confidence import ConfidenceHead
-from memlm.memory.config import by_name
+from memlm.memory.config import named
 from memlm.memory.loading import load_memory, read_head, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.retrieval import RetrievalSettings, Validated
@@ -60,7 +60,7 @@ def load_mixture(
             base_kwargs.setdefault("attn_implementation", config._attn_implementation)
     place, other = Path(base), memory is not None
     base, memory, saved = _open_saved(str(base), memory)
-    sources = by_name(memory)
+    sources = named(memory)
     gate = gate_config(gate, weight_given=mix_weight is not None)
     if saved is not None:
         if gate.gate is None:
@@ -113,7 +113,7 @@ def load_beside(
         TokenizerMismatchError: One has another tokenizer than the base, as far as that is known.
         ModelError: One cannot be reached.
     """
-    sources = by_name(memory)
+    sources = named(memory)
     name = name or base.config.name_or_path or None
     if name is not None and find_tokenizer(name, **(where or {})) is not None:
         check_tokenizers(name, sources, where, memory_kwargs)

@@ -12,7 +12,7 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from memlm.errors import ConfigError
 from memlm.files import lasting_name
-from memlm.memory.config import by_name
+from memlm.memory.config import named
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.base import BaseVoter
@@ -70,7 +70,7 @@ class Mixture(PreTrainedModel):
             ModelError: It cannot be reached.
         """
         check_window(memory_window)
-        given = by_name(memory)
+        given = named(memory)
         check_names(given)
         if not all(isinstance(part, Memory) for part in given.values()):
             given = load_beside(base, given)

@@ -23,7 +23,7 @@ class Explanations:
     """How many."""
     own: bool
     """Whether they have weights of their own."""
-    alone_share: float = 0.5
+    alone_share: float
     """Share of the prior of memories that those alone have, where they have weights of their own."""
 
     @property

@@ -22,7 +22,7 @@ from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import Memory
 from memlm.memory.seen import check_unseen
 from memlm.mix.base import BaseVoter
-from memlm.models.loading import default_device, load_causal_lm, parse_dtype
+from memlm.models.loading import default_device, load_on_default_device
 from memlm.progress import progress_bar
 from memlm.scores.mixtures import best_mix_weight, mixture_label_log_probs, perplexity
 from memlm.scores.score import score
@@ -117,13 +117,12 @@ def fit_gate(
 def _beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], config: FitGateConfig) -> list[Heard]:
     """The texts as a head sees them where the memory stands beside this base."""
     source.check_fits(base)
-    dtype, device = parse_dtype(config.dtype, default_device()), default_device()
-    model: Any = load_causal_lm(base, dtype=dtype)
-    voter = BaseVoter(model.to(device), source.vocab_size, exact=False)
-    part = load_memory(folder, base=base, dtype=dtype, with_head=False)
+    model = load_on_default_device(base, config.dtype)
+    voter = BaseVoter(model, source.vocab_size, exact=False)
+    part = load_memory(folder, base=base, dtype=model.dtype, with_head=False)
     part.settings = part.settings.model_copy(update={"vocab_size": source.vocab_size})
     part.check_base(voter.model)
-    part.to(device)
+    part.to(voter.device)
     return [_hear(part, voter, text, config) for text in texts]
 
 
