@@ -65,6 +65,12 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder / "memlm"
 
 
+@pytest.fixture
+def python(program: Path) -> str:
+    """A Python that has imported the library and starts at once."""
+    return str(program.with_name("python"))
+
+
 @pytest.fixture(autouse=True)
 def _quick_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """However slow the machine is: no line of progress comes between what tests look at."""

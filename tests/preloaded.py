@@ -1,4 +1,4 @@
-"""The command line as a program that starts at once: each call is a fork of a process that has imported all of it.
+"""The command line, and a Python, that start at once: each call is a fork of a process that has imported all of it.
 
 Importing torch and transformers takes seconds of every command; a page of the docs has twenty of them.
 """
@@ -7,12 +7,14 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,18 +23,20 @@ _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    socket.send_fds(server, [json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode() + b"\\n"], [0, 1, 2])
+    socket.send_fds(server, [json.dumps([sys.argv, os.getcwd(), dict(os.environ)]).encode() + b"\\n"], [0, 1, 2])
     sys.exit(int(server.recv(16) or b"70"))
 """
 
 
 @contextlib.contextmanager
 def preloaded_program(folder: Path) -> Iterator[None]:
-    """Puts a program `memlm` into `folder`, which works for as long as the `with` block lasts."""
+    """Puts programs into `folder`, which work for as long as the `with` block lasts: `memlm`, and `python`, which knows
+    the forms `-c CODE` and `-m MODULE`."""
     address = str(folder / "socket")
-    program = folder / "memlm"
-    program.write_text(_CLIENT.format(python=sys.executable, address=address))
-    program.chmod(0o755)
+    for name in ("memlm", "python"):
+        program = folder / name
+        program.write_text(_CLIENT.format(python=sys.executable, address=address))
+        program.chmod(0o755)
     server = subprocess.Popen([sys.executable, __file__, address])
     try:
         while not Path(address).exists():
@@ -72,21 +76,30 @@ def _serve(address: str) -> None:
 
 
 def _run(request: list, streams: list[int]) -> None:
-    arguments, folder, environment = request
+    (program, *arguments), folder, environment = request
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["memlm", *arguments]
+    form, what, *others = ["-m", "memlm", *arguments] if Path(program).name == "memlm" else arguments
+    sys.executable = str(Path(program).with_name("python"))
+    sys.path[0] = folder  # in place of this file's
+    sys.path += [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
+    sys.argv = ["-c" if form == "-c" else "memlm", *others]
     status = 1
     try:
-        from memlm.cli import main
-
-        main()
+        if form == "-c":
+            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_module(what, run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
     finally:
         with contextlib.suppress(OSError):
             sys.stdout.flush()

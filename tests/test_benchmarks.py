@@ -471,13 +471,16 @@ def test_every_benchmark_is_in_a_piece() -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_report_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_whole_report_at_toy_size(
+    tmp_path: Path, python: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Of the pieces that run benchmarks one; the toy run of all of them is another test."""
     of_benchmarks = [piece for piece in accelerator.PIECES if piece.command[:2] == ("-m", "benchmarks")]
     assert {name for piece in of_benchmarks for name in piece.command[2:]} <= set(command.NAMES)
     assert all(piece.quick in (None, (*piece.command, "--quick")) for piece in of_benchmarks)
     run = [piece for piece in accelerator.PIECES if piece not in of_benchmarks or piece.name in ("quality", "teacher")]
     only = [argument for piece in run for argument in ("--only", piece.name)]
+    monkeypatch.setattr(sys, "executable", python)
     assert accelerator.main(["--quick", "--out", str(tmp_path), "--work", str(tmp_path / "work"), *only]) == 0
     for piece in run:
         report = report_of(piece.name, tmp_path)

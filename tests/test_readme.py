@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +32,7 @@ def test_the_readme_has_commands_to_test() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("language", "block"), BLOCKS)
 def test_commands_of_the_pages_run(
-    language: str, block: str, tokenizer: PreTrainedTokenizerFast, program: Path, tmp_path: Path
+    language: str, block: str, tokenizer: PreTrainedTokenizerFast, program: Path, python: str, tmp_path: Path
 ) -> None:
     """`smollm2` is already fetched, so to say: a model of 10 thin layers lies where the command would put it."""
     model = tmp_path / "home" / "models" / "smollm2"
@@ -47,7 +46,7 @@ def test_commands_of_the_pages_run(
     path = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     shell = [shutil.which("bash") or "bash", "-euo", "pipefail", "-c"]
     found = subprocess.run(
-        [*(shell if language == "bash" else [sys.executable, "-c"]), block],
+        [*(shell if language == "bash" else [python, "-c"]), block],
         cwd=work,
         env={**os.environ, "PATH": path, "MEMLM_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -29,7 +29,9 @@ def test_a_page_of_every_stage_is_whole_and_needs_no_network(
     assert [base64.b64decode(found)[:4] for found in pictures] == [b"\x89PNG"] * 2
     assert f"{report['mixture']['perplexity']:.2f}" in page
     recall = read_manifest(datastore_folder).facts["recall"]["value"]
-    assert f"value {recall}" in page
+    assert f"<td>recall · value</td><td>{recall}</td>" in page
+    agreeing = read_manifest(targets_folder).facts["label_likeliest"]
+    assert f"<td>label_likeliest</td><td>{agreeing}</td>" in page
     for entry in read_manifest(memory_folder).facts["validation"]["history"]:
         assert str(entry["mixture_perplexity"]) in page
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,19 +161,9 @@ def test_tasks_in_which_the_base_is_not_above_chance_are_not_pooled() -> None:
 
 
 def test_lm_evals_own_command_runs_a_mixture(
-    task_folder: Path, memory_folder: Path, model_folder: str, tmp_path: Path
+    task_folder: Path, memory_folder: Path, model_folder: str, program: Path, tmp_path: Path
 ) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "memlm",
-        "evaluate",
-        "lm-eval",
-        "--base",
-        model_folder,
-        "--memory",
-        str(memory_folder),
-    ]
+    command = [program, "evaluate", "lm-eval", "--base", model_folder, "--memory", str(memory_folder)]
     command += ["--mix-weight", "0.9", "--gate", "none", "--tasks", "toy", "--include_path", str(task_folder)]
     done = subprocess.run(
         [*command, "--output_path", str(tmp_path)], capture_output=True, text=True, timeout=300, check=False

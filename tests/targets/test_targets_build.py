@@ -109,13 +109,20 @@ def test_validation_blocks_and_tokenizer_are_in_the_folder(targets_folder: Path,
         assert (targets_folder / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_the_facts_are_means_over_positions(targets_folder: Path, datastore_folder: Path) -> None:
+def test_the_facts_are_means_over_positions(targets_folder: Path, datastore_folder: Path, corpus_folder: Path) -> None:
     manifest, found = read_manifest(targets_folder, "targets"), positions(targets_folder)
     facts = manifest.facts
     assert facts["positions"] == len(found)
     assert facts["mean_support"] == pytest.approx(np.mean([len(ids) for _, ids, _ in found]), abs=1e-3)  # three digits
     assert facts["mean_top1"] == pytest.approx(np.mean([probs[0] for _, _, probs in found]), abs=1e-3)  # float16
     assert 0 <= facts["mean_lost_mass"] <= 1e-3
+    labels = Corpus(corpus_folder).split("train").labels()
+    likeliest = [ids[0] == label for (_, ids, _), label in zip(found, labels, strict=True)]
+    kept = [label in ids for (_, ids, _), label in zip(found, labels, strict=True)]
+    assert 0.2 < np.mean(likeliest) < np.mean(kept) < 1
+    assert (facts["label_likeliest"], facts["label_kept"]) == pytest.approx(
+        (np.mean(likeliest), np.mean(kept)), abs=1e-4
+    )
     assert facts["vocab_size"] == VOCABULARY
     assert manifest.inputs == {"datastore": read_manifest(datastore_folder).hash}
     assert not [name for name in manifest.payload if name.startswith("stats")]

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +121,7 @@ def test_every_kind_of_training_on_two_ranks_is_that_on_one(
     targets_folder: Path,
     datastore_folder: Path,
     model_folder: str,
+    python: str,
     tmp_path: Path,
 ) -> None:
     """All in one go, as a script does that calls the library; each a second time, when it is finished."""
@@ -139,7 +139,7 @@ def test_every_kind_of_training_on_two_ranks_is_that_on_one(
         name: {"data": str(targets_folder), **SETTINGS, "batch_size": 2, **kind, "out": str(tmp_path / "two" / name)}
         for name, kind in kinds.items()
     }
-    with two_ranks(sys.executable, "-c", _SWEEP, json.dumps(list(kinds.values()))) as ranks:
+    with two_ranks(python, "-c", _SWEEP, json.dumps(list(kinds.values()))) as ranks:
         (code, hashes, problems), other = ended(ranks)
     assert code == other[0] == 0, problems + other[2]
     assert hashes == other[1]
@@ -160,7 +160,7 @@ def test_a_rank_that_is_killed_ends_the_other_and_both_go_on_to_the_same_bytes(
     command = [targets_folder, "--init", model_folder, *QUICK, "--max-steps", 60, "--validations", 6]
     whole = trained(program, tmp_path / "whole", *command)
     out = tmp_path / "killed"
-    with two_ranks(sys.executable, "-m", "memlm", "train", *command, "--out", out) as ranks:
+    with two_ranks(program, "train", *command, "--out", out) as ranks:
         until = time.monotonic() + 60
         while not list(out.glob("checkpoints/*/whole")):
             assert time.monotonic() < until

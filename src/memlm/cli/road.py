@@ -183,9 +183,10 @@ def targets(
         else import_released(datastore, released, out=out)
     )
     facts = manifest.facts
+    agreeing = f", and the token that follows at {facts['label_likeliest']:.0%}" if facts["label_likeliest"] else ""
     text = (
         f"targets of {facts['positions']:,} positions, {facts['mean_support']:.1f} tokens each, likeliest"
-        f" {facts['mean_top1']:.3f} on average; {facts['mean_lost_mass']:.2%} of the mass left out\n"
+        f" {facts['mean_top1']:.3f} on average{agreeing}; {facts['mean_lost_mass']:.2%} of the mass left out\n"
         + next_line("memlm", "train", out, "--init", manifest.sources.get("teacher", "MODEL"), "--out", "FOLDER")
     )
     print_made(out, manifest, as_json, _choice(facts) + text)

@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def folder_page(folders: Sequence[str | Path], title: str) -> str:
         facts = {name: fact for name, fact in manifest.facts.items() if name not in ("training", "validation")}
         for name, values in (("from", manifest.sources), ("facts", facts), ("settings", manifest.config)):
             if values:
-                body.append(html_table([[name, ""], *([key, _told(value)] for key, value in values.items())]))
+                body.append(html_table([[name, ""], *_flat(values)]))
     return page(title, body)
 
 
@@ -103,8 +103,17 @@ def _drawn(draw: Callable[[], Any], told: str) -> list[str]:
     return []
 
 
+def _flat(values: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Name and value, one line each; what is within another carries its name."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from ([f"{key} · {inner}", told] for inner, told in _flat(value))
+        else:
+            yield [str(key), _told(value)]
+
+
 def _told(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    text = ", ".join(f"{k} {_told(v)}" for k, v in value.items()) if isinstance(value, Mapping) else str(value)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    text = str(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"

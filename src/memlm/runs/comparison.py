@@ -59,10 +59,10 @@ def comparison_html(report: Mapping[str, Any], plot: Path | None) -> str:
     """The report as one page; the plot is part of it."""
     body = ["<ul>", *(f"<li>{html.escape(fact)}</li>" for fact in _facts(report)), "</ul>"]
     body.append(f"<p><small>{bold(html.escape(_NOTES))}</small></p>")
+    if plot is not None:
+        body.append(picture(plot.read_bytes(), "perplexities with their intervals"))
     for title, rows in _tables(report):
         body += [heading(title), html_table(rows)]
-    if plot is not None:
-        body += [heading("Picture"), picture(plot.read_bytes(), "perplexities with their intervals")]
     return page(_TITLE, body)
 
 

@@ -296,13 +296,16 @@ def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparsePr
     """Write the blocks of one shard, with what the facts will need of it."""
     counts = votes.counts.numpy()
     first_of = np.cumsum(counts) - counts
+    ids, probs = votes.ids.numpy().astype(np.int32), votes.probs.half().numpy()
+    labels = np.concatenate([block.input_ids[block.predicted] for block in blocks])
     statistics = {
         "positions": len(counts),
         "support": int(counts.sum()),
         "lost_mass": float(votes.lost_mass.double().sum()),
         "top1": float(votes.probs[torch.from_numpy(first_of)].double().sum()),
+        "label_likeliest": int((ids[first_of] == labels).sum()),
+        "label_kept": int((ids == np.repeat(labels, counts)).sum()),
     }
-    ids, probs = votes.ids.numpy().astype(np.int32), votes.probs.half().numpy()
     bounds = np.append(first_of, counts.sum())
 
     def rows() -> Iterator[dict[str, NDArray]]:
@@ -330,11 +333,18 @@ def _write_rest(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: di
     copy_payload(corpus.folder, corpus.manifest, stage.path, "tokenizer/")
     stats = [read_statistics(stage.path / _shard(i)) for i in range(n_shards)]
     positions = sum(s["positions"] for s in stats)
+
+    def mean(name: str, digits: int) -> float | None:
+        """Over positions; None where an older version, which did not count it, wrote a shard."""
+        return round(sum(s[name] for s in stats) / positions, digits) if all(name in s for s in stats) else None
+
     return {
         "positions": positions,
-        "mean_support": round(sum(s["support"] for s in stats) / positions, 3),
-        "mean_lost_mass": round(sum(s["lost_mass"] for s in stats) / positions, 6),
-        "mean_top1": round(sum(s["top1"] for s in stats) / positions, 4),
+        "mean_support": mean("support", 3),
+        "mean_lost_mass": mean("lost_mass", 6),
+        "mean_top1": mean("top1", 4),
+        "label_likeliest": mean("label_likeliest", 4),
+        "label_kept": mean("label_kept", 4),
         "vocab_size": corpus.vocab_size,
         "corpus": {"hash": corpus.manifest.hash, **corpus.manifest.facts},
         "corpus_config": corpus.manifest.config,

@@ -352,7 +352,7 @@ def _facts(trainer: MemoryTrainer, rows: TrainingData, memory: Memory, config: T
         "steps": trainer.state.global_step,
         "epochs": round(float(trainer.state.epoch or 0), 4),
         "corpus": rows.corpus_facts,
-        "targets": {k: v for k, v in rows.manifest.facts.items() if k.startswith("mean_")},
+        "targets": {k: v for k, v in rows.manifest.facts.items() if k.startswith(("mean_", "label_"))},
         "targets_config": _targets_in_force(rows.manifest) if rows.manifest.kind == "targets" else None,
         "training": [
             {k: entry[k] for k in _LOGGED if k in entry} for entry in trainer.state.log_history if "loss" in entry
