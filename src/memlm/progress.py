@@ -78,9 +78,7 @@ def told_to(listener: Listener) -> Iterator[None]:
         _listener = before
 
 
-def progress_bar(
-    total: int, description: str, *, unit: str = "tok", initial: int = 0, line_seconds: float | None = None
-) -> tqdm:
+def progress_bar(total: int, description: str, *, unit: str = "tok", initial: int = 0) -> tqdm:
     """A bar over `total` units.
 
     Args:
@@ -88,14 +86,12 @@ def progress_bar(
         description: What is done.
         unit: What is counted; one bar has one rate.
         initial: What an earlier run has done already; it is in no rate.
-        line_seconds: Where neither a terminal nor a notebook is there to draw in: seconds between two lines; as
-            `LINE_SECONDS` says if None.
     """
     if _listener is not None:
         return _ToldBar(_listener, description, total, initial)
     drawn = sys.stderr.isatty() or "ipykernel" in sys.modules
     if speaks() and not drawn:
-        return _LineBar(description, total, initial, unit, LINE_SECONDS if line_seconds is None else line_seconds)
+        return _LineBar(description, total, initial, unit, LINE_SECONDS)
     return tqdm(
         total=total or None,
         desc=description,

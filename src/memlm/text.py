@@ -1,7 +1,10 @@
 """Text as people see it: what came from elsewhere made harmless; durations, sizes, tables."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 
 def printable(text: str) -> str:
@@ -42,3 +45,16 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines, columns aligned on the left."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))] if rows else []
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def in_runs(items: Iterable[_T], text_of: Callable[[_T], str], characters: int) -> Iterator[list[_T]]:
+    """The items in order, so many together that their texts have `characters` at least."""
+    run, size = [], 0
+    for item in items:
+        run.append(item)
+        size += len(text_of(item))
+        if size >= characters:
+            yield run
+            run, size = [], 0
+    if run:
+        yield run

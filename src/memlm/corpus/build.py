@@ -34,6 +34,7 @@ from memlm.models.tokenizers import (
 )
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage
+from memlm.text import in_runs
 
 _NAMED = 10  # skipped files that a manifest names
 _BACKSLASHED = r"\\\1"
@@ -105,7 +106,7 @@ def plan_corpus(
         shards = (
             (split, shard)
             for split, found in files.items()
-            for shard in _shards(read_documents(found, config, met), shard_characters)
+            for shard in in_runs(read_documents(found, config, met), lambda document: document.text, shard_characters)
         )
         try:
             _tokenize(stage, shards, loaded, around, config)
@@ -185,19 +186,6 @@ def _enclosed(ids: NDArray[np.int32], start: int | None, end: int | None, config
     first = [] if start is None or (config.special_tokens and ids[0] == start) else [start]
     last = [] if end is None or (config.special_tokens and ids[-1] == end) else [end]
     return np.concatenate([first, ids, last]).astype(np.int32)
-
-
-def _shards(documents: Iterator[Document], characters: int) -> Iterator[list[Document]]:
-    shard: list[Document] = []
-    size = 0
-    for document in documents:
-        shard.append(document)
-        size += len(document.text)
-        if size >= characters:
-            yield shard
-            shard, size = [], 0
-    if shard:
-        yield shard
 
 
 def document_hash(text: str, seed: int) -> np.uint64:

@@ -1,24 +1,17 @@
 """What base and memories say of the next token at the same places, and whether all of it is finite."""
 
-import inspect
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from memlm.corpus.blocks import IGNORE
 from memlm.errors import ModelError
-from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
-from memlm.mix.base import BaseState, BaseVoter
-from memlm.mix.cache import MixedCache
-from memlm.mix.gate import places_of
+from memlm.mix.base import BaseState
 from memlm.mix.mixture import mix_log_probs
-from memlm.mix.sleep import Unread
-from memlm.mix.weights import Step, Weight, WeightRule
+from memlm.mix.weights import Weight
 
 
 @dataclass(frozen=True)
@@ -57,104 +50,6 @@ class Components:
         for name, votes in self.votes.items():
             if isinstance(votes, Tensor) and bool(votes[..., 0].isnan().any()):
                 raise not_finite(name)
-
-
-def read_components(
-    base: BaseVoter,
-    memories: Mapping[str, Memory],
-    rule: WeightRule,
-    input_ids: Int[Tensor, "B T"],
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cache: MixedCache | None,
-    logits_to_keep: int | Tensor,
-    *,
-    evidence_mask: Tensor | None,
-    taps: Iterable[str],
-    read: Mapping[str, tuple[Any, Votes]],
-    **inputs: Any,
-) -> Components:
-    """Let the base read new tokens, then the memories unless they sleep, then the rule weigh what they say.
-
-    Args as `MixedLM.components`; `inputs` go to the base.
-    """
-    length, past = input_ids.shape[1], cache.get_seq_length() if cache is not None else 0
-    caches = {name: cache.of(name, memory) if cache is not None else None for name, memory in memories.items()}
-    heard = {memory.tap for memory in memories.values() if memory.tap is not None}
-    state = base.step(
-        input_ids,
-        attention_mask=attention_mask,
-        cache=cache.of_base if cache is not None else None,
-        position_ids=position_ids,
-        taps={*taps, *heard},
-        **inputs,
-    )
-    keep = _kept(logits_to_keep)
-    logits = base.logits(state, keep)
-    normaliser = torch.logsumexp(logits, -1, keepdim=True)
-
-    tokens, asked, missed = input_ids, rule.places(keep, length), Unread()
-    if cache is not None:
-        if rule.asleep(cache.rule, past, len(cache.unread), length):
-            cache.unread.add(input_ids, state.hidden, {tap: state.activations[tap] for tap in heard})
-            return Components(state, logits, normaliser, {}, [0.0] * len(memories), {})
-        missed, cache.unread = cache.unread, missed
-    unread = len(missed)
-    if unread:  # the memories wake, and read what they missed
-        tokens = missed.before(input_ids)
-        keep, asked = places_of(keep, length) + unread, slice(None)
-
-    votes, states = {}, {}
-    for name, memory in memories.items():
-        if name in read:
-            states[name], known = read[name]
-        else:
-            activations = state.activations[memory.tap] if memory.tap is not None else None
-            if unread and memory.tap is not None and activations is not None:
-                activations = missed.before_activations(memory.tap, activations)
-            hint = {"keep": asked} if "keep" in inspect.signature(memory.step).parameters else {}
-            states[name] = memory.step(tokens, activations, attention_mask=attention_mask, cache=caches[name], **hint)
-            known = memory.votes(states[name], keep)
-        votes[name] = known.to(logits.device)
-
-    def columns(began: int, end: int) -> list[dict[str, Tensor]]:
-        labels = torch.full_like(tokens, IGNORE)
-        labels[:, began:end] = tokens[:, began + 1 : end + 1]
-        whole = replace(state, hidden=missed.before_hidden(state.hidden)) if unread else state
-        found = [base.columns(whole, labels.to(base.device))]
-        found += [memory.columns(states[name], labels.to(memory.device)) for name, memory in memories.items()]
-        shape = len(tokens), end - began
-        return [{name: values.view(shape).to(logits.device) for name, values in part.items()} for part in found]
-
-    step = Step(
-        tokens=tokens.to(logits.device),
-        past=past - unread,
-        keep=keep,
-        base=logits,
-        normaliser=normaliser,
-        memories=votes,
-        real=None if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool().to(logits.device),
-        evidence=_evidence(evidence_mask, past - unread, tokens.to(logits.device)),
-        confidence=lambda name: memories[name].confidence(states[name], keep).to(logits.device),
-        unread=unread,
-        columns=columns,
-    )
-    weights = rule.weights(step, cache.rule if cache is not None else None)
-    return Components(state, logits, normaliser, votes, weights, states)
-
-
-def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
-    if isinstance(logits_to_keep, Tensor):
-        return logits_to_keep
-    return slice(-logits_to_keep, None) if logits_to_keep else slice(None)
-
-
-def _evidence(mask: Tensor | None, past: int, tokens: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"] | None:
-    """A mask of a text at these tokens, that come after `past` others; True beyond its end."""
-    if mask is None or mask.shape[1] <= past:
-        return None
-    here = mask[:, past : past + tokens.shape[1]].bool()
-    return nn.functional.pad(here, (0, tokens.shape[1] - here.shape[1]), value=True).to(tokens.device)
 
 
 class Watch:

@@ -17,6 +17,7 @@ from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchEr
 from memlm.files import digest, read_json
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, read_manifest
 from memlm.models.loading import adapted_base, load_config, resolve
+from memlm.text import in_runs
 
 _PROBE = (
     "Hello, world!  Two  spaces\n\n\tand a tab. don't I'LL we've 1234567890 3.14 1,000 naïve Ünïcödé "
@@ -213,7 +214,7 @@ class TextEncoder:
         """
         rows: list[list[NDArray[np.int32]]] = []
         pieces = ((name, text[a:b], a) for name, text in texts for a, b in itertools.pairwise(_cuts(text)))
-        for batch in _batches(pieces):
+        for batch in in_runs(pieces, lambda piece: piece[1], 4 * PIECE):
             for (_, piece, start), ids in zip(batch, self._ids(batch), strict=True):
                 rows += [] if start else [[]]
                 rows[-1].append(np.array(self._without_line_end(piece, ids) if start else ids, np.int32))
@@ -245,18 +246,6 @@ def _cuts(text: str) -> list[int]:
         cut = max((match.end() for match in ends), default=text.rfind(" ", start + 1, end))
         cuts.append(cut if cut > start else end)
     return [*cuts, len(text)]
-
-
-def _batches(pieces: Iterable[tuple[str, str, int]]) -> Iterator[list[tuple[str, str, int]]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece[1])
-        if size >= 4 * PIECE:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def without_special_tokens(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
