@@ -31,7 +31,7 @@ with socket.socket(socket.AF_UNIX) as server:
 @contextlib.contextmanager
 def preloaded_program(folder: Path) -> Iterator[None]:
     """Puts programs into `folder`, which work for as long as the `with` block lasts: `memlm`, and `python`, which knows
-    the forms `-c CODE` and `-m MODULE`."""
+    the forms `-c CODE`, `-m MODULE` and `FILE`."""
     address = str(folder / "socket")
     for name in ("memlm", "python"):
         program = folder / name
@@ -82,17 +82,20 @@ def _run(request: list, streams: list[int]) -> None:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    form, what, *others = ["-m", "memlm", *arguments] if Path(program).name == "memlm" else arguments
+    form, *others = ["-m", "memlm", *arguments] if Path(program).name == "memlm" else arguments
     sys.executable = str(Path(program).with_name("python"))
     sys.path[0] = folder  # in place of this file's
     sys.path += [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path not in sys.path]
-    sys.argv = ["-c" if form == "-c" else "memlm", *others]
+    sys.argv = [form, *others] if form not in ("-c", "-m") else [others[0] if form == "-m" else "-c", *others[1:]]
     status = 1
     try:
         if form == "-c":
-            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+            exec(compile(others[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif form == "-m":
+            runpy.run_module(others[0], run_name="__main__", alter_sys=True)
         else:
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
+            sys.path[0] = str(Path(form).parent)
+            runpy.run_path(form, run_name="__main__")
         status = 0
     except SystemExit as end:
         if isinstance(end.code, str):

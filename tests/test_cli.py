@@ -393,11 +393,12 @@ def test_a_plan_is_a_table_or_one_object(
     assert not out.parent.exists()
 
 
-def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, program: Path, tmp_path: Path) -> None:
     """Training shows bars on a terminal; a pipe gets results on stdout and nothing on stderr."""
     found = shell(
         *("train", corpus_folder, "--init", model_folder, "--kl-weight", 0, "--max-steps", 2, "--json"),
         *("--out", tmp_path / "m"),
+        program=program,
     )
     assert ok(found)["steps"] == 2
 

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -88,11 +87,11 @@ def write_mlp(out: Path, vocab_size: int) -> None:
 
 
 @pytest.mark.slow
-def test_no_folder_breaks_a_reader(root: Path) -> None:
+def test_no_folder_breaks_a_reader(root: Path, python: str) -> None:
     assert sum(CASES.values()) >= 10_000
     script = Path(__file__).with_name("fuzzing.py")
     found = subprocess.run(
-        [sys.executable, str(script), str(root)],
+        [python, str(script), str(root)],
         input=json.dumps(CASES),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -165,15 +165,13 @@ def explain(
     else:
         found = [explain_passage(model, tokenizer, text, **shared) for text in texts]
     if html is not None:
+        from memlm.evaluate.page import page
         from memlm.files import replacing
 
-        parts = [explanation_html(part) for part in found]
-        if passages is not None:
-            parts = [f"<p>{passage_line(part)}</p>\n{page}" for part, page in zip(found, parts, strict=True)]
-        joined = "\n<hr>\n".join(parts)
-        page = f'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>memlm explain</title>\n{joined}\n'
+        lines = [f"<p>{passage_line(part)}</p>" if passages is not None else "" for part in found]
+        parts = [line + explanation_html(part) for line, part in zip(lines, found, strict=True)]
         with replacing(html) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+            temporary.write_text(page("What the memories changed", ["\n<hr>\n".join(parts)]), encoding="utf-8")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if passages is None:
         print_result(asdict(found[0]), as_json, explanation_text(found[0], colour=colour), styled=True)
@@ -299,7 +297,8 @@ def generate_text(
         **inputs,
         max_new_tokens=max_new_tokens,
         do_sample=samples,
-        num_beams=1,  # whatever the base's own config says: text is shown as it comes
+        num_beams=1,  # whatever the base's own config says: text is shown as it comes, and tokens are all that is asked
+        return_dict_in_generate=False,
         streamer=streamer,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,
