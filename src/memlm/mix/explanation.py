@@ -256,7 +256,8 @@ def explanation_html(explanation: Explanation) -> str:
         spans.append(f'<span style="{shade}" title="{_html(chr(10).join(lines))}">{_html(token.text)}</span>')
     return (
         f'<div style="white-space: pre-wrap">{_html(explanation.prompt)}{"".join(spans)}</div>'
-        f"<small>{_html(explanation.weighed)}. {_html(explanation.note)}</small>"
+        f"<small>Green: likelier with the memories than for the base alone; red: less likely. "
+        f"{_html(explanation.weighed)}. {_html(explanation.note)}</small>"
     )
 
 
