@@ -183,7 +183,8 @@ def targets(
         else import_released(datastore, released, out=out)
     )
     facts = manifest.facts
-    agreeing = f", and the token that follows at {facts['label_likeliest']:.0%}" if facts["label_likeliest"] else ""
+    share = facts.get("label_likeliest")  # no older version counted it
+    agreeing = f", and the token that follows at {share:.0%}" if share is not None else ""
     text = (
         f"targets of {facts['positions']:,} positions, {facts['mean_support']:.1f} tokens each, likeliest"
         f" {facts['mean_top1']:.3f} on average{agreeing}; {facts['mean_lost_mass']:.2%} of the mass left out\n"
