@@ -393,6 +393,12 @@ def test_it_loads_in_the_precision_asked_for(folder: Path) -> None:
             load_memory(folder, **wrong)
 
 
+def test_device_map_auto_is_the_accelerator_where_there_is_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("meta"))
+    assert load_memory(folder, device_map="auto").device.type == "meta"
+    assert load_memory(folder).device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -21,7 +21,15 @@ from memlm.memory.config import MAX_LAYERS, MAX_WIDTH, MLPStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import GivenActivations
 from memlm.models.heads import Head, find_head
-from memlm.models.loading import WEIGHTS_FILE, block_list, find_file, parse_dtype, tensor_shapes, where_from
+from memlm.models.loading import (
+    WEIGHTS_FILE,
+    block_list,
+    default_device,
+    find_file,
+    parse_dtype,
+    tensor_shapes,
+    where_from,
+)
 from memlm.models.taps import find_tap, first_tensor, get_module, probe, resolve_tap, tap_width, watch
 
 SIZES = {"small": (18, 768, 3072), "medium": (36, 1024, 4096), "large": (54, 1280, 5120)}
@@ -275,7 +283,7 @@ def _precision_and_device(kwargs: Mapping[str, Any]) -> tuple[torch.dtype | None
         if device.keys() != {""}:
             raise ConfigError(f"device_map = {device}: an MLP memory is on one device")
         device = device[""]
-    return dtype, None if device == "auto" else device
+    return dtype, default_device() if device == "auto" else device
 
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
