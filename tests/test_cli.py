@@ -498,6 +498,16 @@ def test_explain_prints_tokens_with_snippets_or_one_object(
 
 
 @pytest.mark.slow
+def test_a_base_whose_own_config_asks_for_more_than_tokens_is_given_them(
+    memlm: Callable[..., Result], model_folder: str, memory_folder: Path, tmp_path: Path
+) -> None:
+    base = shutil.copytree(model_folder, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"return_dict_in_generate": true, "output_scores": true}')
+    asked = ("the memory", "--memory", memory_folder, "--max-new-tokens", 4, "--json")
+    found, plain = (ok(memlm("generate", *asked, "--base", which))["text"] for which in (base, model_folder))
+    assert found == plain
+
+
 def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path, program: Path) -> None:
     both = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32", "--temperature", 0)
     lines = "hello\n/weight 0.3\n/weight 7\n/clear\nagain\n\nnever read\n"
