@@ -134,8 +134,12 @@ class Split:
     def lengths(self) -> NDArray[np.int64]:
         return self._windows[:, 1] - self._windows[:, 0]
 
-    @cached_property
+    @property
     def position_starts(self) -> NDArray[np.int64]:
+        return self._position_starts
+
+    @cached_property
+    def _position_starts(self) -> NDArray[np.int64]:
         predict_from = self._windows[:, 2]
         firsts = np.searchsorted(self.offsets[:-1], predict_from, side="left")  # document starts before that token
         return np.append(predict_from - firsts, self.n_positions)
