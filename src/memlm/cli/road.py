@@ -177,11 +177,10 @@ def targets(
     quiet()
     from memlm.targets.build import build_targets, import_released
 
-    manifest = (
-        build_targets(datastore, out=out, teacher=teacher, config=config)
-        if released is None
-        else import_released(datastore, released, out=out)
-    )
+    if released is None:
+        manifest = build_targets(datastore, out=out, teacher=teacher, config=config)
+    else:
+        manifest = import_released(datastore, released, out=out)
     facts = manifest.facts
     agreeing = f", and the token that follows at {facts['label_likeliest']:.0%}" if facts["label_likeliest"] else ""
     text = (

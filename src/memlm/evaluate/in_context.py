@@ -7,7 +7,6 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,7 +46,7 @@ class InContext:
         """`(blocks,)` tokens in each block."""
         return np.array([len(block.input_ids) for block in self.blocks], dtype=np.int64)
 
-    @cached_property
+    @property
     def position_starts(self) -> NDArray[np.int64]:
         """`(blocks + 1,)` the first position of each block, and the number of positions."""
         return np.append(0, np.cumsum([int(block.predicted.sum()) for block in self.blocks])).astype(np.int64)
@@ -191,8 +190,7 @@ def in_context_label_log_probs(
 def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
     """Blocks and places in them at which predictions of `stride` tokens begin, evenly spread."""
     starts = []
-    for number in range(len(split)):
-        predicted = int(np.diff(split.position_starts[number : number + 2])[0])
+    for number, predicted in enumerate(np.diff(split.position_starts).tolist()):
         starts += [(number, place) for place in range(0, predicted, config.stride)]
     wanted = min(len(starts), -(-config.positions // config.stride))
     chosen = np.linspace(0, len(starts) - 1, wanted).round().astype(int)
