@@ -345,7 +345,9 @@ class IVFIndex(Index):
             if size := index.invlists.list_size(number):
                 ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), size)  # the list's own memory
                 ids[:] = new_ids[ids]
-        added = np.setdiff1d(np.arange(len(keys)), new_ids)
+        is_new = np.ones(len(keys), bool)
+        is_new[new_ids[new_ids >= 0]] = False
+        added = np.flatnonzero(is_new)
         for start in range(0, len(added), self.sizes.filled):
             ids = added[start : start + self.sizes.filled]
             block = keys.gather(ids)
