@@ -295,10 +295,9 @@ def _module_text(name: str, path: Path) -> str:
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             text := ast.get_docstring(node)
         ):
-            if isinstance(node, ast.ClassDef):
-                parts.append(f"class {node.name}\n{text}")
-            else:
-                parts.append(f"def {node.name}({ast.unparse(node.args)})\n{text}")
+            is_class = isinstance(node, ast.ClassDef)
+            head = f"class {node.name}" if is_class else f"def {node.name}({ast.unparse(node.args)})"
+            parts.append(f"{head}\n{text}")
     body = "\n\n".join(part for part in parts if part)
     return f"{name}\n\n{body}" if len(body) >= _SHORTEST else ""
 

@@ -53,11 +53,8 @@ def info(
 
 
 def _info_lines(folder: Path, manifest: Any, times: Any) -> Iterator[str]:
-    kind = (
-        f"{manifest.config['kind']} memory"
-        if manifest.kind == "memory" and "kind" in manifest.config
-        else manifest.kind
-    )
+    says_kind = manifest.kind == "memory" and "kind" in manifest.config
+    kind = f"{manifest.config['kind']} memory" if says_kind else manifest.kind
     yield f"{folder}: {kind}, {size(manifest.bytes)} in {len(manifest.payload)} files"
     if times is not None:
         yield f"made {_date(times.finished)}; its last run took {duration(times.seconds_last_run)}"
@@ -106,11 +103,8 @@ def _rows(values: dict[str, Any]) -> Iterator[str]:
         inner = list(value.values()) if isinstance(value, dict) else []
         if len(inner) > 1 and all(isinstance(row, dict) and row.keys() == inner[0].keys() and row for row in inner):
             plain.append((name, ""))
-            columns = list(inner[0])
-            plain += [
-                ("", line)
-                for line in table([["", *columns], *([key, *map(_shown, row.values())] for key, row in value.items())])
-            ]
+            cells = [["", *inner[0]], *([key, *map(_shown, row.values())] for key, row in value.items())]
+            plain += [("", line) for line in table(cells)]
         else:
             plain.append((name, _shown(value)))
     return iter(table(plain))

@@ -177,11 +177,10 @@ def targets(
     quiet()
     from memlm.targets.build import build_targets, import_released
 
-    manifest = (
-        build_targets(datastore, out=out, teacher=teacher, config=config)
-        if released is None
-        else import_released(datastore, released, out=out)
-    )
+    if released is None:
+        manifest = build_targets(datastore, out=out, teacher=teacher, config=config)
+    else:
+        manifest = import_released(datastore, released, out=out)
     facts = manifest.facts
     share = facts.get("label_likeliest")  # no older version counted it
     agreeing = f", and the token that follows at {share:.0%}" if share is not None else ""

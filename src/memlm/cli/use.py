@@ -1,6 +1,5 @@
 """Commands that use memories: generate, explain, chat."""
 
-import contextlib
 import os
 import re
 import sys
@@ -342,14 +341,13 @@ def chat(
     for line in _lines():
         if line == "/clear":
             turns = []
-        elif line.startswith("/weight"):
+        elif line.startswith(("/weight", "/gate")):
             try:
-                model.set_mix_weight(weights_by_name(line.removeprefix("/weight").split(), model.memories))
-            except ConfigError as error:
-                say(f"error: {error}")
-        elif line.startswith("/gate"):
-            try:
-                model.set_gate(_with_gate(model.gate, line.removeprefix("/gate").strip() or None))
+                if line.startswith("/weight"):
+                    model.set_mix_weight(weights_by_name(line.removeprefix("/weight").split(), model.memories))
+                else:
+                    name = line.removeprefix("/gate").strip() or None
+                    model.set_gate(GateConfig.parse({**model.gate.model_dump(), "gate": name}))
             except ConfigError as error:
                 say(f"error: {error}")
         else:
@@ -363,22 +361,14 @@ def chat(
             turns.append({"role": "assistant", "content": answer})
 
 
-def _with_gate(gate: GateConfig, name: str | None) -> GateConfig:
-    """The same settings under another gate."""
-    return GateConfig.parse({**gate.model_dump(), "gate": name})
-
-
 def _lines() -> Iterator[str]:
     """What is typed, up to an empty line."""
     mark = "> " if sys.stdin.isatty() else ""
-    with contextlib.suppress(EOFError):
-        while line := _line(mark).strip():
-            yield line
-
-
-def _line(mark: str) -> str:
     try:
-        return input(mark)
+        while line := input(mark).strip():
+            yield line
+    except EOFError:
+        return
     except UnicodeDecodeError as error:
         raise InputError(
             f"what was typed or piped is not {error.encoding}; see to the encoding of the terminal"

@@ -110,7 +110,7 @@ def plan_corpus(
         )
         try:
             _tokenize(stage, shards, loaded, around, config)
-            facts = {**_told(met, config), **_compile(stage, config, met, [*files][1:])}
+            facts = _compile(stage, config, met, [*files][1:])
         except InputError:  # other settings or documents are needed, which what is there would be in the way of
             stage.remove("raw")
             raise
@@ -249,19 +249,12 @@ class ReadingFacts(Facts):
     held_out_inside_documents: list[Literal["train", "validation", "test"]] = Field(default_factory=list)
 
 
-def _told(met: Met, config: CorpusConfig) -> dict[str, Any]:
-    """What a manifest says of a reading."""
-    return {
-        "files_skipped": len(met.skipped),
-        "files_skipped_first": met.skipped[:_NAMED],
-        "documents_empty": met.empty,
-        "text_files": met.text_files,
-        "separators_found": met.separators if met.text_files and config.document_separator else None,
-    }
-
-
 def _compile(stage: Stage, config: CorpusConfig, met: Met, given: list[str]) -> dict:
-    """Choose each split's documents and write them; `given` are the splits that have documents of their own."""
+    """Choose each split's documents and write them; `given` are the splits that have documents of their own.
+
+    Returns:
+        What the manifest is to say of the reading and of the splits.
+    """
     raw = _Raw(stage.path / "raw")
     usable = raw.lengths >= 2
     config = config.model_copy(update={f"{split}_fraction": 0.0 for split in given})
@@ -276,6 +269,11 @@ def _compile(stage: Stage, config: CorpusConfig, met: Met, given: list[str]) -> 
         _, first = np.unique(raw.hashes[here], return_index=True)  # the first of each text, in the order of hashes
         parts[split] = [_Part(int(d), 0, int(raw.lengths[d])) for d in here[first]]
     facts: dict = {
+        "files_skipped": len(met.skipped),
+        "files_skipped_first": met.skipped[:_NAMED],
+        "documents_empty": met.empty,
+        "text_files": met.text_files,
+        "separators_found": met.separators if met.text_files and config.document_separator else None,
         "documents_read": len(raw.lengths),
         "documents_too_short": int((~usable).sum()),
         "documents_repeated": int(wanted.sum()) - sum(map(len, parts.values())),

@@ -383,8 +383,7 @@ def _parquet(stream: IO[bytes], path: Path, config: CorpusConfig) -> Iterator[tu
     try:
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names
-        if column not in names:
-            raise InputError(f"{path} has no column {column!r} ({_columns(names)}); name it with --text-column")
+        _check_column(column, names, str(path), "; name it with --text-column")
         # a text that is kept once, for many rows, is not unpacked for each of them
         file = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=[column])
         for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
@@ -429,8 +428,7 @@ def _saved(folder: Path, column: str) -> Iterator[tuple[str, Any]]:
         try:
             with pa.memory_map(str(path)) as file:
                 names = pa.ipc.open_stream(file).schema.names
-                if column not in names:
-                    raise InputError(f"dataset {folder} has no column {column!r} ({_columns(names)})")
+                _check_column(column, names, f"dataset {folder}")
                 file.seek(0)
                 options = pa.ipc.IpcReadOptions(included_fields=[names.index(column)])
                 for batch in pa.ipc.open_stream(file, options=options):
@@ -445,14 +443,14 @@ def _saved(folder: Path, column: str) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path} cannot be read as Arrow: {reason_of(error)}") from None
 
 
-def _columns(names: Iterable[str]) -> str:
-    return f"columns: {', '.join(names)[:200]}"
+def _check_column(column: str, names: list[str], where: str, cure: str = "") -> None:
+    if column not in names:
+        raise InputError(f"{where} has no column {column!r} (columns: {', '.join(names)[:200]}){cure}")
 
 
 def _hub_rows(source: str, column: str) -> Iterator[tuple[str, Any]]:
     dataset = _from_hub(source)
-    if column not in dataset.column_names:
-        raise InputError(f"dataset {source} has no column {column!r} ({_columns(dataset.column_names)})")
+    _check_column(column, dataset.column_names, f"dataset {source}")
     for number, row in enumerate(dataset.select_columns([column]), start=1):
         yield f" row {number}", row[column]
 

@@ -252,7 +252,8 @@ def read_keys(
     """
     numbers = np.asarray(blocks)
     starts = np.append(0, np.cumsum(np.diff(split.position_starts)[numbers]))
-    padded = _padded(split.lengths[numbers])
+    lengths = split.lengths[numbers]
+    padded = np.minimum(-(-lengths // _LENGTHS) * _LENGTHS, lengths.max())
     batches = list(length_batches(padded, batch_tokens))
     positions = [int((starts[batch + 1] - starts[batch]).sum()) for batch in batches]
     done, out = (0, None) if part is None else _kept_keys(part, len(batches), int(starts[-1]))
@@ -264,8 +265,8 @@ def read_keys(
         found = checked_keys(keys())
         if out is None:
             out = np.empty((int(starts[-1]), found.shape[1]), np.float16)
-        lengths = starts[batch + 1] - starts[batch]
-        for start, rows in zip(starts[batch], np.split(found, np.cumsum(lengths)[:-1]), strict=True):
+        ends = np.cumsum(starts[batch + 1] - starts[batch])
+        for start, rows in zip(starts[batch], np.split(found, ends[:-1]), strict=True):
             out[start : start + len(rows)] = rows
         progress(len(found))
         if part is not None and number < len(batches) and part.offer(number, partial(dict, keys=out)):
@@ -280,11 +281,6 @@ def _kept_keys(part: Part, batches: int, positions: int) -> tuple[int, NDArray[n
     keys = arrays.get("keys")
     fits = keys is not None and keys.dtype == np.float16 and keys.ndim == 2 and len(keys) == positions
     return (done, keys) if fits and 0 < done < batches else (0, None)
-
-
-def _padded(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What blocks of these lengths are padded to."""
-    return np.minimum(-(-lengths // _LENGTHS) * _LENGTHS, lengths.max())
 
 
 def checked_keys(activations: NDArray[np.float16]) -> NDArray[np.float16]:

@@ -172,17 +172,16 @@ def same_documents(old: Split, new: Split) -> NDArray[np.int64]:
     Each document of `old` is found at most once, also if several texts have the same tokens: an entry keeps one id.
     """
     unused: dict[bytes, list[int]] = defaultdict(list)
-    for document in range(old.n_documents):
-        unused[_tokens_digest(old, document)].append(document)
+    for number, tokens in enumerate(old.documents()):
+        unused[_digest(tokens)].append(number)
     found = np.full(new.n_documents, -1)
-    for document in range(new.n_documents):
-        if candidates := unused.get(_tokens_digest(new, document)):
-            found[document] = candidates.pop(0)
+    for number, tokens in enumerate(new.documents()):
+        if candidates := unused.get(_digest(tokens)):
+            found[number] = candidates.pop(0)
     return found
 
 
-def _tokens_digest(split: Split, document: int) -> bytes:
-    tokens = split.tokens[split.offsets[document] : split.offsets[document + 1]]
+def _digest(tokens: NDArray[np.int32]) -> bytes:
     return hashlib.blake2b(tokens.tobytes(), digest_size=16).digest()
 
 

@@ -23,8 +23,7 @@ def pack(distances: Floats, numbers: Ints) -> Ints:
 
 def unpack(packed: Ints) -> Neighbors:
     """What `pack` was given; `inf` and -1 for a missing neighbour."""
-    numbers = packed & (LARGEST_NUMBER + 1)
-    return distances_in(packed), np.where(packed == MISSING, -1, numbers)
+    return distances_in(packed), np.where(packed == MISSING, -1, packed & (LARGEST_NUMBER + 1))
 
 
 def distances_in(packed: Ints) -> Floats:

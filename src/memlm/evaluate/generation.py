@@ -136,10 +136,7 @@ def distinct(said: Sequence[Sequence[int]], n: int) -> float:
 
 def repeated(said: Sequence[Sequence[int]], n: int = _REPEATED) -> float:
     """Share of n-grams that came before in the same continuation, on average over continuations."""
-    shares = []
-    for tokens in said:
-        grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    shares = [1 - distinct([tokens], n) if len(tokens) >= n else 0.0 for tokens in said]
     return float(np.mean(shares)) if shares else 0.0
 
 

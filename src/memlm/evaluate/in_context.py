@@ -7,7 +7,6 @@ import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -50,10 +49,6 @@ class InContext:
     @property
     def position_starts(self) -> NDArray[np.int64]:
         """`(blocks + 1,)` the first position of each block, and the number of positions."""
-        return self._starts
-
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
         return np.append(0, np.cumsum([int(block.predicted.sum()) for block in self.blocks])).astype(np.int64)
 
     def __len__(self) -> int:
@@ -144,10 +139,8 @@ def context_of(config: InContextConfig, block_size: int, base: str) -> int:
     Raises:
         ConfigError: Passage and text do not fit.
     """
-    wanted, longest = (
-        config.context or block_size + config.passage_tokens + _BETWEEN,
-        longest_context(load_config(base)),
-    )
+    wanted = config.context or block_size + config.passage_tokens + _BETWEEN
+    longest = longest_context(load_config(base))
     context = wanted if longest is None else min(wanted, longest)
     check_in_context(config, context)
     return context
@@ -197,8 +190,7 @@ def in_context_label_log_probs(
 def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
     """Blocks and places in them at which predictions of `stride` tokens begin, evenly spread."""
     starts = []
-    for number in range(len(split)):
-        predicted = int(np.diff(split.position_starts[number : number + 2])[0])
+    for number, predicted in enumerate(np.diff(split.position_starts).tolist()):
         starts += [(number, place) for place in range(0, predicted, config.stride)]
     wanted = min(len(starts), -(-config.positions // config.stride))
     chosen = np.linspace(0, len(starts) - 1, wanted).round().astype(int)
@@ -293,11 +285,8 @@ class InContextBase(nn.Module):
         for start in range(0, max_new_tokens, self._config.stride):
             count = min(self._config.stride, max_new_tokens - start)
             read = [self.read(text) for text in texts]
-            longest = max(len(tokens) for tokens in read)
-            padded = prompts.new_zeros(len(read), longest)
-            mask = torch.zeros_like(padded)
-            for row, tokens in enumerate(read):
-                padded[row, longest - len(tokens) :], mask[row, longest - len(tokens) :] = tokens, 1
+            padded = pad_sequence(read, batch_first=True, padding_side="left")
+            mask = pad_sequence([torch.ones_like(tokens) for tokens in read], batch_first=True, padding_side="left")
             found = self.base.generate(  # type: ignore[operator]
                 padded,
                 attention_mask=mask,
@@ -306,7 +295,7 @@ class InContextBase(nn.Module):
                 streamer=None if streamer is None else _NewOnly(streamer),
                 **options,
             )
-            texts = torch.cat([texts, found[:, longest:]], 1)
+            texts = torch.cat([texts, found[:, padded.shape[1] :]], 1)
         return texts
 
 

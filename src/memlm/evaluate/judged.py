@@ -39,13 +39,14 @@ def judged(
     return _by_candidates(items, speaker)  # type: ignore[arg-type]
 
 
-def _log_likelihoods(speaker: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+def _requests(kind: Any, arguments: Sequence[tuple]) -> list[Any]:
     from lm_eval.api.instance import Instance
 
-    requests = [
-        Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=number) for number, pair in enumerate(pairs)
-    ]
-    return [found for found, _ in speaker.loglikelihood(requests, disable_tqdm=True)]
+    return [Instance(request_type=kind, doc={}, arguments=a, idx=number) for number, a in enumerate(arguments)]
+
+
+def _log_likelihoods(speaker: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    return [found for found, _ in speaker.loglikelihood(_requests("loglikelihood", pairs), disable_tqdm=True)]
 
 
 def _by_words(
@@ -66,13 +67,8 @@ def _by_words(
 
 
 def _by_answers(items: Sequence[Question], speaker: Any, task: PaperTask) -> dict[str, NDArray[np.float64]]:
-    from lm_eval.api.instance import Instance
-
     settings = {"until": list(task.stop), "max_gen_toks": task.new_tokens, "do_sample": False}
-    requests = [
-        Instance(request_type="generate_until", doc={}, arguments=(item.prompt, dict(settings)), idx=number)
-        for number, item in enumerate(items)
-    ]
+    requests = _requests("generate_until", [(item.prompt, dict(settings)) for item in items])
     said = [text.strip() for text in speaker.generate_until(requests, disable_tqdm=True)]
     pairs = list(zip(said, items, strict=True))
     return {

@@ -90,10 +90,8 @@ def run_lm_eval(arguments: Sequence[str], **model_args: Any) -> None:
     from lm_eval.__main__ import cli_evaluate
 
     given = {name: value for name, value in model_args.items() if value is not None}
-    before, sys.argv = (
-        sys.argv,
-        ["lm-eval", "run", "--model", "memlm", "--model_args", json.dumps(given), *arguments],
-    )
+    before = sys.argv
+    sys.argv = ["lm-eval", "run", "--model", "memlm", "--model_args", json.dumps(given), *arguments]
     try:
         with lm_eval_errors("lm-eval"):
             cli_evaluate()

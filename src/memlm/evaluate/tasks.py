@@ -323,8 +323,7 @@ def tasks_table(report: Mapping[str, Any]) -> str:
 def _changes(row: Mapping[str, Any]) -> str:
     told = []
     for way, change in row["change"].items():
-        low_high = (
-            "" if change["interval"] is None else " ({:+.1f} to {:+.1f})".format(*(100 * np.array(change["interval"])))
-        )
+        interval = change["interval"]
+        low_high = "" if interval is None else " ({:+.1f} to {:+.1f})".format(*(100 * end for end in interval))
         told.append(f"{way} {100 * change['value']:+.1f}{low_high}")
     return ", ".join(told)

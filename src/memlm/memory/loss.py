@@ -187,7 +187,7 @@ class _LabelTiles:
         self, owner: Tensor, ids: Tensor, label: Tensor, shape: tuple[int, int], tile: tuple[int, int]
     ) -> None:
         """Position, token and weight of each entry, `(E,)`; positions and tokens of the whole, and of a tile."""
-        self._owner, self._ids, self._label = owner, ids, label
+        self._owner, self._ids, self.label = owner, ids, label
         self.firsts, self.starts = range(0, shape[0], tile[0]), range(0, shape[1], tile[1])
         tiles = len(self.firsts) * len(self.starts)
         place = owner // tile[0] * len(self.starts) + ids // tile[1]
@@ -218,7 +218,7 @@ class _LabelTiles:
 
     def weights(self, entries: Tensor | slice, there: Tensor | None) -> Tensor:
         """Of these entries; 0 for one that is not there."""
-        return self._label[entries] if there is None else self._label * there
+        return self.label[entries] if there is None else self.label * there
 
     def of_group(self, group: int) -> Tensor | slice:
         """Numbers of the entries of a range of positions; of others too where they are not sorted."""
@@ -226,10 +226,6 @@ class _LabelTiles:
             return slice(None)
         first = group * len(self.starts)
         return self._order[self._edges[first] : self._edges[first + len(self.starts)]]
-
-    def weigh(self, entries: Tensor | slice, weights: Tensor) -> None:
-        """Give entries other weights."""
-        self._label[entries] = weights
 
 
 @dataclass(frozen=True)
@@ -359,7 +355,7 @@ def _walk(given: _Given, sparse: _SparseLabel, output: _Output, gradients: _Grad
         if confidence is not None:
             entries = label_tiles.of_group(group)
             weights, mass = _reweighed(sparse, confidence, scores, normaliser, entries)
-            label_tiles.weigh(entries, weights)
+            label_tiles.label[entries] = weights
             mass = mass[here, None]
         for rows, table, logits, (entries, at, there), slope in kept or tiles(group, states):
             # in place: softmax times mass; what is kept are exponentials by now

@@ -158,8 +158,7 @@ def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str
     if not _is_released(tensors):
         raise ArtifactError(f"{name} is no MLP Memory; a plain causal LM needs no conversion: --memory {name}")
     tokenizer = load_tokenizer(resolve(base))
-    own_tokenizer = find_tokenizer(name)
-    if own_tokenizer is not None:
+    if (own_tokenizer := find_tokenizer(name)) is not None:
         check_same(own_tokenizer, tokenizer, name, f"base {base}")
     tap, width, blocks = _place(base, base_config, tap, position)
     ids = vocabulary_size(tokenizer)

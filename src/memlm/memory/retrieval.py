@@ -205,12 +205,11 @@ class RetrievalMemory(Memory):
     def label_log_probs(self, state: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"]) -> dict[str, Tensor]:
         there = labels != IGNORE
         queries, wanted = state[there], labels[there].cpu()
-        parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": [], "top1_id": []}
+        parts = []
         for start in range(0, len(queries), _POSITIONS_AT_ONCE):
             found = self.retrieve(queries[start : start + _POSITIONS_AT_ONCE])
-            parts["label"].append(found.of(wanted[start : start + _POSITIONS_AT_ONCE]).log())
-            for name, values in found.summary().items():
-                parts[name].append(values)
+            label = found.of(wanted[start : start + _POSITIONS_AT_ONCE]).log()
+            parts.append({"label": label, **found.summary()})
         return joined(parts)
 
     def evidence(self, state: Float[Tensor, "B T D"], places: Any) -> Float[Tensor, "... D"]:

@@ -125,7 +125,7 @@ class _Probe:
             chunks=steps and _succeeds(partial(self.goes_on, [3, 4])),
             takes_back=steps and _succeeds(self.takes_back),
             rows=steps and _succeeds(self.changes_rows),
-            padding=_succeeds(partial(self.heeds_padding, [5, 6, 7] if steps else [])),
+            padding=_succeeds(partial(self.goes_on, [5, 6, 7] if steps else [], *self.padded())),
         )
 
     def new_cache(self) -> DynamicCache:
@@ -149,9 +149,6 @@ class _Probe:
     def _same_behind_padding(self, found: Float[Tensor, "B T V"]) -> bool:
         first = self.same(found[0], self.whole[0])
         return first and self.same(found[1, _PADDED:], self.whole[1, :-_PADDED])
-
-    def heeds_padding(self, cuts: Sequence[int]) -> bool:
-        return self.goes_on(cuts, *self.padded())
 
     def takes_back(self) -> bool:
         cache = self.new_cache()

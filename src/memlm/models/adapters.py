@@ -105,11 +105,8 @@ def without_layers_of_peft(model: PreTrainedModel) -> PreTrainedModel:
                 module.merge(safe_merge=True)
             plain = module.get_base_layer()
         elif isinstance(module, ModulesToSaveWrapper):
-            own = (
-                []
-                if module.disable_adapters
-                else [part for part in module.active_adapters if part in module.modules_to_save]
-            )
+            active = [] if module.disable_adapters else module.active_adapters
+            own = [part for part in active if part in module.modules_to_save]
             plain = module.modules_to_save[own[0]] if own else module.original_module
         elif isinstance(module, AuxiliaryTrainingWrapper):
             raise ConfigError(f"{name} is trained in a way that cannot be merged here; merge it with PEFT first")
@@ -179,7 +176,8 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
 
     active = active_adapters(model)
     config: Any = copy.deepcopy(model.peft_config[active[0]])  # type: ignore[index]
-    lost = config.peft_type.value in _LOST or getattr(config, "use_dora", False) or _trains_tokens(config)
+    trains_tokens = getattr(config, "trainable_token_indices", None) is not None
+    lost = config.peft_type.value in _LOST or getattr(config, "use_dora", False) or trains_tokens
     if len(active) > 1 or config.is_prompt_learning or lost:
         kind = "DORA" if getattr(config, "use_dora", False) else config.peft_type.value
         what = f"adapters {', '.join(active)}" if len(active) > 1 else f"adapter of type {kind}"
@@ -195,10 +193,6 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
-
-
-def _trains_tokens(config: Any) -> bool:
-    return getattr(config, "trainable_token_indices", None) is not None
 
 
 def _check_scaling(model: PreTrainedModel, name: str, config: Any) -> None:

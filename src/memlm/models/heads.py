@@ -1,6 +1,7 @@
 """A causal LM as a body that gives hidden states and a head that turns them into logits."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -166,13 +167,12 @@ def label_log_probs(
     Returns:
         `label`, `entropy` (nats) and `top1` (a probability) in float32, `top1_id` in int32; each `(P,)` on the CPU.
     """
-    parts: dict[str, list[Tensor]] = {"label": [], "entropy": [], "top1": [], "top1_id": []}
+    parts = []
     for start in range(0, len(labels), chunk):
         logits = head(hidden[start : start + chunk])[..., :vocab_size].float()
         log_probs = (logits / temperature).log_softmax(-1)
-        parts["label"].append(log_probs.gather(-1, labels[start : start + chunk, None])[:, 0].cpu())
-        for name, values in summary(log_probs).items():
-            parts[name].append(values.cpu())
+        label = log_probs.gather(-1, labels[start : start + chunk, None])[:, 0]
+        parts.append({name: values.cpu() for name, values in {"label": label, **summary(log_probs)}.items()})
     return joined(parts)
 
 
@@ -183,7 +183,7 @@ def summary(log_probs: Float[Tensor, "... V"]) -> dict[str, Tensor]:
     return {"entropy": entropy, "top1": likeliest.exp(), "top1_id": ids.int()}
 
 
-def joined(parts: dict[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Columns of scores, each from its chunks; an empty one where there is no chunk."""
-    nothing = {"top1_id": torch.empty(0, dtype=torch.int32)}
-    return {n: torch.cat(found) if found else nothing.get(n, torch.empty(0)) for n, found in parts.items()}
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Columns of scores, each from its chunks; empty ones where there is no chunk."""
+    nothing = dict.fromkeys(("label", "entropy", "top1"), torch.empty(0)) | {"top1_id": torch.empty(0).int()}
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else nothing

@@ -126,8 +126,7 @@ def _check_same_blocks(kept: nn.Module, blocks: nn.ModuleList, chosen: Sequence[
         ours = dict(_described(block, place, range(len(chosen))))
         theirs = dict(_described(blocks[number], number, chosen, len(blocks)))
         for name in (*theirs, *ours):
-            if ours.get(name) != theirs.get(name):
-                was, now = theirs.get(name), ours.get(name)
+            if (was := theirs.get(name)) != (now := ours.get(name)):
                 raise _other_function(chosen, f"block {number} would be another one ({name}: {was}, would be {now})")
 
 

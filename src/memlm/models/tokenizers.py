@@ -104,8 +104,7 @@ def check_reads(
         ModelError: It cannot be reached.
     """
     size = load_config(model).get_text_config().vocab_size
-    own = find_tokenizer(model)
-    if own is not None:
+    if (own := find_tokenizer(model)) is not None:
         check_same(tokenizer, own, data, label)
     if size < vocab_size:
         for ids in there():

@@ -29,7 +29,7 @@ def gated_label_log_probs(table: ScoreTable, gate: Gate) -> tuple[NDArray[np.flo
     memories = [table.voters[name] for name in gate.memories]
     told = torch.from_numpy(np.stack([m.label for m in memories], -1).astype(np.float64))
     of_base = torch.from_numpy(base.label.astype(np.float64))
-    own = gate.own_weights(of_base, lambda: [_columns(scores) for scores in (base, *memories)])
+    own = gate.own_weights(of_base, lambda: [columns_of(scores) for scores in (base, *memories)])
     own = None if own is None else own.double()
     if gate.config.gate == "confidence":
         assert own is not None
@@ -43,7 +43,8 @@ def gated_label_log_probs(table: ScoreTable, gate: Gate) -> tuple[NDArray[np.flo
     return parts.logsumexp(-1).numpy(), weights.numpy()
 
 
-def _columns(scores: Scores) -> dict[str, Tensor]:
+def columns_of(scores: Scores) -> dict[str, Tensor]:
+    """What a voter thinks, column by column, as tensors."""
     return {name: torch.from_numpy(getattr(scores, name)) for name in COLUMNS}
 
 

@@ -1,6 +1,7 @@
 """Mixtures computed from scores, and the weights that are best for them."""
 
 from collections.abc import Sequence
+from functools import reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +19,9 @@ def mixture_label_log_probs(
 ) -> NDArray[np.float64]:
     """Label log-probs of the mixture, `(P,)` in float64; a part of weight 0 is left out, so 0 and 1 are exact."""
     total = min(1.0, sum(weights))
-    mixed = None
-    for part, weight, log_weight in (
-        (base, 1 - total, np.log1p(-total) if total < 1 else 0.0),
-        *((part, weight, np.log(weight) if weight else 0.0) for part, weight in zip(memories, weights, strict=True)),
-    ):
-        if weight > 0:
-            weighted = part.astype(np.float64) + log_weight
-            mixed = weighted if mixed is None else np.logaddexp(mixed, weighted)
-    assert mixed is not None
-    return mixed
+    parts = [(base, np.log1p(-total))] if total < 1 else []
+    parts += [(part, np.log(weight)) for part, weight in zip(memories, weights, strict=True) if weight > 0]
+    return reduce(np.logaddexp, (part.astype(np.float64) + log_weight for part, log_weight in parts))
 
 
 def perplexity(log_probs: LabelLogProbs) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from memlm.corpus.blocks import IGNORE, Block, Blocks, length_batches
 from memlm.errors import ModelError
@@ -101,12 +102,9 @@ def score(
         on_kept(scored)
     for number, batch in enumerate(batches[done:], done + 1):
         members = [blocks[int(i)] for i in batch]
-        longest = max(len(b.input_ids) for b in members)
-        tokens = torch.from_numpy(np.stack([np.pad(b.input_ids, (0, longest - len(b.input_ids))) for b in members]))
-        tokens = tokens.long()
-        labels = torch.full(tokens.shape, IGNORE)
-        for row, block in enumerate(members):
-            labels[row, : len(block.input_ids) - 1] = torch.from_numpy(block.labels[1:])
+        tokens = pad_sequence([torch.from_numpy(b.input_ids.astype(np.int64)) for b in members], batch_first=True)
+        following = [torch.from_numpy(np.append(b.labels[1:], IGNORE)) for b in members]
+        labels = pad_sequence(following, batch_first=True, padding_value=IGNORE)
         base_state, activations = None, {}
         if base is not None and base_votes:
             base_state = base.step(tokens.to(base.device), taps=wanted)

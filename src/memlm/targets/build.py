@@ -109,6 +109,7 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
         "exclude_document": config.exclude_document,
         "target_mass": config.target_mass,
     }
+    mixing = {"teacher_share": chosen["teacher_share"], "max_support": config.max_support}
 
     def keep(done: int) -> None:
         stage.kept = f"the targets of {done:,} of {split.n_positions:,} positions"
@@ -134,7 +135,9 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
                     keep(done + at + len(own))
             found = SparseProbs.concatenate(votes)
             if chosen["teacher_share"]:
-                found = _with_teacher(found, store, teacher(), np.asarray(blocks), start, config, chosen)
+                heard = hear(teacher(), store.facts.tap, split, np.asarray(blocks), store.corpus.vocab_size)
+                with progress_bar(stop - start, f"{store.teacher} reads") as read:
+                    found = mixed_targets(found, heard, start, read.update, target_mass=config.target_mass, **mixing)
             write(_write_shard, stage, i, [split[b] for b in blocks], found)
             write(part.remove)
             done += stop - start
@@ -174,29 +177,6 @@ def _told(judged: Judged, temperature: float, neighbours: float) -> dict[str, An
     told = {"teacher": 0.0, "mixed": neighbours}
     perplexities = {name: round(math.exp(judged.nats(temperature, share)), 4) for name, share in told.items()}
     return {"positions": len(judged.teacher), **perplexities}
-
-
-def _with_teacher(
-    votes: SparseProbs,
-    store: Datastore,
-    teacher: PreTrainedModel,
-    blocks: NDArray[np.int64],
-    first: int,
-    config: TargetsConfig,
-    chosen: dict[str, Any],
-) -> SparseProbs:
-    """Votes of the positions of these blocks with the teacher's share in them."""
-    split = store.corpus.split("train")
-    with progress_bar(len(votes.counts), f"{store.teacher} reads") as bar:
-        return mixed_targets(
-            votes,
-            hear(teacher, store.facts.tap, split, blocks, store.corpus.vocab_size),
-            first,
-            bar.update,
-            teacher_share=chosen["teacher_share"],
-            target_mass=config.target_mass,
-            max_support=config.max_support,
-        )
 
 
 def import_released(

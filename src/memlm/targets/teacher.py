@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from memlm.corpus.blocks import Split, length_batches
@@ -47,10 +48,8 @@ def hear(model: PreTrainedModel, tap: str, split: Split, blocks: NDArray[np.int6
     logits_at_once = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS
     for batch in length_batches(split.lengths[blocks], max(1, logits_at_once // vocab_size)):
         read = [split[int(blocks[i])] for i in batch]
-        tokens = np.zeros((len(read), max(len(block.input_ids) for block in read)), np.int64)
-        for row, block in enumerate(read):
-            tokens[row, : len(block.input_ids)] = block.input_ids
-        fed = torch.from_numpy(tokens).to(device)
+        tokens = pad_sequence([torch.from_numpy(block.input_ids.astype(np.int64)) for block in read], batch_first=True)
+        fed = tokens.to(device)
         with capture(model, [tap]) as found:
             logits = model(input_ids=fed, use_cache=False).logits
         keys = by_row(found, tap, fed)
@@ -60,7 +59,7 @@ def hear(model: PreTrainedModel, tap: str, split: Split, blocks: NDArray[np.int6
             positions=np.concatenate([np.arange(block.positions.start, block.positions.stop) for block in read]),
             keys=keys[rows, places].float().cpu(),
             log_probs=logits[rows, places, :vocab_size].float().log_softmax(-1),
-            labels=torch.from_numpy(tokens[rows, places + 1]),
+            labels=tokens[rows, places + 1],
         )
 
 

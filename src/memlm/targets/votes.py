@@ -209,9 +209,7 @@ def search_neighbors(
         if own is not None:
             excluded = found == own[rows, None]
             if exclude_document:
-                excluded |= (
-                    split.documents_of(found.reshape(-1)).reshape(found.shape) == split.documents_of(own[rows])[:, None]
-                )
+                excluded |= split.documents_of(found) == split.documents_of(own[rows])[:, None]
             found_distances = np.where(excluded, np.inf, found_distances)
             found = np.where(excluded, -1, found)
         best, best_ids = nearest_first(found_distances, found, k)

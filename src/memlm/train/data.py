@@ -14,6 +14,7 @@ from datasets.table import MemoryMappedTable, concat_tables
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -266,12 +267,9 @@ def collate(rows: list[dict[str, NDArray]]) -> dict[str, Tensor]:
         `target_counts` (P,), `target_ids` and `target_probs` (S,); with stored activations `activations` (P, D); with
         a base beside `base_labels` (P,) and `base_targets` (S,).
     """
-    longest = max(len(row["input_ids"]) for row in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels = torch.full((len(rows), longest), IGNORE)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row["input_ids"])] = torch.as_tensor(row["input_ids"].astype(np.int64))
-        labels[i, : len(row["labels"])] = torch.as_tensor(row["labels"].astype(np.int64))
+    input_ids = pad_sequence([torch.from_numpy(row["input_ids"].astype(np.int64)) for row in rows], batch_first=True)
+    given = [torch.from_numpy(row["labels"].astype(np.int64)) for row in rows]
+    labels = pad_sequence(given, batch_first=True, padding_value=IGNORE)
     batch = {"input_ids": input_ids, "labels": labels, "places": predicting_places(labels)}
     for name in ("target_counts", "target_ids", "target_probs", "activations", "base_labels", "base_targets"):
         if name in rows[0]:

@@ -24,6 +24,7 @@ from memlm.memory.seen import check_unseen
 from memlm.mix.base import BaseVoter
 from memlm.models.loading import default_device, load_on_default_device
 from memlm.progress import progress_bar
+from memlm.scores.gated import columns_of
 from memlm.scores.mixtures import best_mix_weight, mixture_label_log_probs, perplexity
 from memlm.scores.score import score
 from memlm.train.gate_config import FitGateConfig
@@ -139,7 +140,7 @@ def _cut(split: Split, tokens: int) -> Split:
 
 def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scratch: Path) -> Split:
     """General text as one split; what the domain's corpus holds as well is refused."""
-    own = {_key(text) for name in SPLITS for text in domain.split(name).documents()}
+    own = {text.tobytes() for name in SPLITS for text in domain.split(name).documents()}
     known = [place for place in places if is_artifact(place)]
     found: list[NDArray[np.int32]] = []
     for place in known:
@@ -158,7 +159,7 @@ def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scra
         reading |= {"text_column": config.text_column, "block_size": domain.config.block_size}
         build_corpus(files, tokenizer=str(domain.folder / "tokenizer"), out=folder, **split, **reading)
         found += list(Corpus(folder).split("train").documents())
-    if both := sum(_key(text) in own for text in found):
+    if both := sum(text.tobytes() in own for text in found):
         raise ConfigError(
             f"{both} of {len(found)} general documents are in corpus {domain.folder} too: general text is what the"
             " memory was not made for"
@@ -169,10 +170,6 @@ def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scra
     like = domain.split("validation")
     whole = Split(np.concatenate(found), offsets, like.block_size, like.step, like.cross_documents)
     return _cut(whole, config.general_tokens)
-
-
-def _key(document: NDArray[np.int32]) -> bytes:
-    return document.tobytes()
 
 
 def _hear(memory: Memory, base: BaseVoter, text: Split, config: FitGateConfig) -> Heard:
@@ -197,11 +194,8 @@ def _hear(memory: Memory, base: BaseVoter, text: Split, config: FitGateConfig) -
             progress=bar.update,
             on_state=keep,
         )
-    columns = {
-        name: {column: torch.from_numpy(getattr(scores, column)) for column in ("entropy", "top1", "top1_id")}
-        for name, scores in found.items()
-    }
-    inputs = np.concatenate([states, features(columns["base"], columns["memory"]).numpy()], 1)
+    seen_beside = features(columns_of(found["base"]), columns_of(found["memory"]))
+    inputs = np.concatenate([states, seen_beside.numpy()], 1)
     document = text.documents_of(np.arange(positions))
     return Heard(inputs.astype(np.float32), found["base"].label, found["memory"].label, document)
 
@@ -242,11 +236,9 @@ def fitted(heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general
 def _halves(text: Heard, seed: int) -> NDArray[np.bool_]:
     """Which positions are of the first half of the documents, dealt at random."""
     documents = int(text.document.max()) + 1
-    first = np.zeros(documents, bool)
-    first[np.random.default_rng(seed).permutation(documents)[: documents // 2]] = True
     if documents == 1:  # halves of the one there is
         return np.arange(len(text.document)) < len(text.document) // 2
-    return first[text.document]
+    return np.isin(text.document, np.random.default_rng(seed).permutation(documents)[: documents // 2])
 
 
 def _judged(heard: Sequence[Heard], halves: Sequence[NDArray[np.bool_]], penalty: float) -> list[NDArray[np.float64]]:

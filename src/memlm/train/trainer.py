@@ -382,9 +382,7 @@ class _AroundCheckpoints(TrainerCallback):
             control.should_evaluate = control.should_save = True
         control.should_log = control.should_log or control.should_save
         if not control.should_save:
-            control.should_save = (
-                broadcast_object_list([bool(self._due)])[0] if args.world_size > 1 else bool(self._due)
-            )
+            control.should_save = broadcast_object_list([bool(self._due)])[0]
 
 
 class _TokenBar(TrainerCallback):
