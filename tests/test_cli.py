@@ -202,6 +202,7 @@ def ok(result: Result) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_road_by_hand(
     memlm: Callable[..., Result], model_folder: str, documents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -393,6 +394,7 @@ def test_a_plan_is_a_table_or_one_object(
     assert not out.parent.exists()
 
 
+@pytest.mark.slow
 def test_work_is_quiet_when_piped(corpus_folder: Path, model_folder: str, program: Path, tmp_path: Path) -> None:
     """Training shows bars on a terminal; a pipe gets results on stdout and nothing on stderr."""
     found = shell(
@@ -508,6 +510,7 @@ def test_a_base_whose_own_config_asks_for_more_than_tokens_is_given_them(
     assert found == plain
 
 
+@pytest.mark.slow
 def test_chat_reads_lines_from_a_pipe(model_folder: str, memory_folder: Path, program: Path) -> None:
     both = ("--base", model_folder, "--memory", memory_folder, "--dtype", "float32", "--temperature", 0)
     lines = "hello\n/weight 0.3\n/weight 7\n/clear\nagain\n\nnever read\n"
@@ -1143,6 +1146,7 @@ NEEDED = {
 """Commands with options that are numbers, and what else they are to be given."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_number_of_a_command_has_bounds(
     memlm: Callable[..., Result], command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch

@@ -25,6 +25,8 @@ from memlm.runs.compare import Comparison
 from memlm.runs.comparison import comparison_text
 from memlm.runs.figures import Figures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def sections(documents: str, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ def test_importing_the_package_imports_nothing_else() -> None:
     assert not heavy & {name.split(".")[0] for name in loaded}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["memlm", "transformers", "transformers.models.auto.modeling_auto"])
 def test_importing_the_package_makes_auto_classes_know_mixtures(first: str, tmp_path: Path) -> None:
     """Whichever is imported first."""

@@ -19,6 +19,8 @@ from memlm.runs.estimate import corpus_tokens
 from memlm.runs.plan import Planned, plan_recipe, plan_table, run_folder, run_recipe
 from memlm.runs.recipe import SECTIONS, Recipe, data_path
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 

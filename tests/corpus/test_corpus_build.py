@@ -370,6 +370,7 @@ def test_lines_of_json_are_not_told_to_be_cut(folder: Path, model_folder: str) -
         shutil.rmtree(folder.with_name("corpus"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoilt", ["train", "validation"])
 def test_documents_that_cannot_be_read_leave_nothing_in_the_way_of_others(
     tmp_path: Path, model_folder: str, spoilt: str

@@ -93,6 +93,7 @@ def test_a_tap_may_be_named_or_missing(corpus_folder: Path, model_folder: str, t
     assert build(corpus_folder, model_folder, tmp_path / "e").facts["tap"] == "model.layers.1.mlp"  # the same place
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", ["exact", "ivf-flat", "ivf-pq"])
 def test_an_interrupted_pass_goes_on_to_the_same_bytes(
     corpus_folder: Path, model_folder: str, tmp_path: Path, index: str

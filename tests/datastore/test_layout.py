@@ -42,6 +42,7 @@ def test_lists_of_which_most_are_empty_are_found_good(tmp_path: Path, kind: str)
     IndexLayout(tmp_path / "i").check(facts, (5, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_byte_that_is_no_centroid_and_no_code_decides(tmp_path: Path, kind: str) -> None:
     facts = written(tmp_path / "i", kind, entries=30, nlist=2)

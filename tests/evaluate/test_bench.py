@@ -12,6 +12,8 @@ from memlm.evaluate import bench as bench_module
 from memlm.evaluate.bench import bench, bench_table
 from memlm.evaluate.config import BenchConfig, PassageConfig
 
+pytestmark = pytest.mark.slow
+
 QUICK = BenchConfig(new_tokens=4, prompt_tokens=6, score_tokens=16, rounds=2, dtype="float32")
 
 

@@ -72,6 +72,7 @@ def short(documents: str, model_folder: str, tmp_path: Path) -> Path:
     return make_corpus(str(tmp_path / "short.txt"), model_folder, tmp_path / "short", **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "gate", ["posterior", "confidence", "both", GateConfig(gate="posterior", prior=0.3, switch=0.1)]
 )
@@ -89,6 +90,7 @@ def test_an_evaluation_equals_reading_token_by_token(
     assert report["mixture"]["gate"] == (gate if isinstance(gate, str) else gate.gate)
 
 
+@pytest.mark.slow
 def test_live_retrieval_and_a_decoder_under_one_gate(
     short: Path, model_folder: str, memory_folder: Path, datastore_folder: Path
 ) -> None:

@@ -17,6 +17,8 @@ from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import load_causal_lm
 from memlm.train.run import train_memory
 
+pytestmark = pytest.mark.slow
+
 SMALL = GenerationConfig(passages=12, prompt_tokens=4, new_tokens=5, batch_size=5, dtype="float32")
 
 

@@ -629,6 +629,7 @@ def too_large(model: Any) -> None:
     model.model.layers[0].mlp.down_proj.weight *= 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("role", "change", "dtype"),
     [

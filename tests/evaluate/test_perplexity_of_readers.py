@@ -32,6 +32,8 @@ from memlm.repair import repair_folder
 from memlm.scores.table import score_corpus
 from memlm.targets.config import RetrievalConfig
 
+pytestmark = pytest.mark.slow
+
 EXACT = EvaluateConfig(dtype="float32", bootstrap=50)
 FEW = RetrievalConfig(k=16, target_temperature=4.0)
 

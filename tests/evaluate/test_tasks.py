@@ -21,6 +21,8 @@ from memlm.mix.mixed_lm import MixedLM
 from memlm.models.tokenizers import load_tokenizer
 from memlm.targets.config import RetrievalConfig
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("lm_eval")
 
 ITEMS = [

@@ -219,6 +219,7 @@ def other_targets(documents: str, other_folder: str, tmp_path_factory: pytest.Te
     return folder / "targets"
 
 
+@pytest.mark.slow
 def test_training_goes_on_and_starts_ahead_of_random_rows(
     adapted_folder: Path, memory_folder: Path, other_folder: str, other_targets: Path, tmp_path: Path
 ) -> None:

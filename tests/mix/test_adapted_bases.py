@@ -85,6 +85,7 @@ def by_memlm(folder: str, adapter: str) -> PreTrainedModel:
 WAYS = [by_peft, by_peft_under_another_name, by_transformers, by_memlm]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("include_base", [False, True])
 @pytest.mark.parametrize("adapted", WAYS)
 def test_an_adapter_is_saved_and_found_again(

@@ -37,6 +37,7 @@ def logits(model: MixedLM) -> Tensor:
     return model(some_tokens(2, 9)).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
 def test_a_copy_computes_with_its_own_weights(trio: MixedLM, copied: Callable[[MixedLM], MixedLM]) -> None:
     expected = logits(trio)

@@ -62,6 +62,7 @@ def assert_same_but_for_ties(model: MixedLM, found: Tensor, expected: Tensor, **
 # --- greedy -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GATED, ids=str)
 @pytest.mark.parametrize("drafting", [1, 4, "auto"])
 def test_drafts_change_no_token(case: dict[str, Any], drafting: Any) -> None:
@@ -352,6 +353,7 @@ SETTINGS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "options"), SETTINGS, ids=str)
 def test_sampled_tokens_have_the_mixtures_own_distribution(case: dict[str, Any], options: dict[str, Any]) -> None:
     torch.manual_seed(1)

@@ -24,6 +24,8 @@ from memlm.mix.drafts import earlier
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [7, 4, 11]
 
 

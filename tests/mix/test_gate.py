@@ -201,6 +201,7 @@ def test_of_a_prompt_the_latest_tokens_count(case: dict[str, Any], window: int) 
             torch.testing.assert_close(found[row, length - 9], torch.tensor(list(slow.values())), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("steps", [[10], [7, 1, 2], [1] * 10])
 def test_tokens_outside_the_evidence_mask_say_nothing(case: dict[str, Any], steps: list[int]) -> None:

@@ -61,6 +61,7 @@ def test_weights_are_those_of_a_slow_twin(case: dict[str, Any]) -> None:
     assert others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("rows", [1, 3])
@@ -93,6 +94,7 @@ def test_memories_read_only_where_they_wake_and_then_what_they_missed(case: dict
     assert read[:: len(model.memories)] == [1, 7, 7, 7, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("cropped", [1, 2, 5])
 def test_a_cache_that_is_cropped_repeated_and_reordered_goes_on_as_if_it_never_had(
@@ -146,6 +148,7 @@ def test_padding_on_the_left_is_no_time(case: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[:, 3:], logits_of(model, tokens), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("window", [2, 100])
 def test_after_a_prompt_the_memories_sleep_as_in_a_text_that_begins_with_its_window(
@@ -191,6 +194,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["posterior", "both", "confidence"])
 @pytest.mark.parametrize(
     "options",
@@ -254,6 +258,7 @@ def test_a_crop_across_the_edge_of_what_is_unread_goes_on_exactly(case: dict[str
     torch.testing.assert_close(torch.cat(found, 1), logits_of(model, tokens)[:, 6 - cropped :], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("keep", [[0, 6], [2, 9], [4, 5, 11], [3, 1]])
 def test_at_places_with_gaps_between_the_weights_are_those_of_the_whole(case: dict[str, Any], keep: list[int]) -> None:

@@ -76,6 +76,7 @@ BESIDE = {"gate"}
 """Settings of another class."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_keywords_are_settings(stage: str, folders: Folders, tmp_path: Path) -> None:
     """The folder records them, and the same settings as `config` find it finished."""

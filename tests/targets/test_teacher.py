@@ -60,6 +60,7 @@ def test_a_mixed_target_is_the_dense_mixture_cut_to_its_likeliest_tokens(
         assert found.lost_mass[row] == pytest.approx(1 - float(total), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_batches_come_back_in_the_order_of_positions(targets_folder: Path, datastore_folder: Path) -> None:
     store = Datastore(datastore_folder)
     model, split = load_causal_lm(store.teacher, dtype=torch.float32), store.corpus.split("train")

@@ -16,6 +16,8 @@ from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory
 from memlm.train.trainer import last_whole_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CONFIG = TrainConfig(
     max_steps=8, batch_size=2, dtype="float32", kl_weight=0, trainer={"eval_steps": 2, "save_steps": 2}
 )

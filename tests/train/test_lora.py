@@ -17,6 +17,8 @@ from memlm.models.loading import load_causal_lm
 from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory
 
+pytestmark = pytest.mark.slow
+
 LORA = {"dtype": "float32", "max_steps": 6, "batch_size": 4, "kl_weight": 0.0, "lora_rank": 2, "learning_rate": 1e-2}
 
 

@@ -19,6 +19,8 @@ from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData
 from memlm.train.run import train_memory
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"dtype": "float32", "max_steps": 4, "batch_size": 4, "objective": "mixture"}
 
 

@@ -16,6 +16,8 @@ from memlm.train.fields import ALLOWED, REFUSED
 from memlm.train.run import train_memory
 from memlm.train.trainer import check_trainer_fields, training_arguments
 
+pytestmark = pytest.mark.slow
+
 QUICK: dict[str, Any] = {"max_steps": 3, "batch_size": 2, "dtype": "float32", "kl_weight": 0}
 
 
