@@ -217,6 +217,7 @@ def test_a_third_of_qwens_blocks_is_eleven() -> None:
     assert mlp_decoding.third_of(base) == 11  # 11 * 3 * 1536 * 8960 = 454M
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mlp_scoring.SHAPES)
 def test_the_decoders_beside_a_pair_have_as_many_parameters(name: str) -> None:
     shape, meta = mlp_scoring.SHAPES[name], torch.device("meta")
@@ -414,6 +415,7 @@ def test_trainers_that_train_differently_are_told_apart() -> None:
         training_step._prove_losses(losses | {"distillation": [2.1, 1.5]})
 
 
+@pytest.mark.slow
 def test_help_that_loads_something_heavy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(help_time, "HEAVY", ("torch", "pydantic"))
     with pytest.raises(WrongAnswerError, match="pydantic"):

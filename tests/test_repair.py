@@ -32,6 +32,8 @@ from memlm.train import run as train_module
 from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[..., Manifest]
 
 

@@ -25,6 +25,8 @@ from memlm.models.loading import default_device, load_causal_lm
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 
+pytestmark = pytest.mark.slow
+
 MLP = {"kind": "mlp", "layers": 1}
 TRAINED = ("decoder", "mlp-stored", "mlp-online", "adapted")
 KINDS = ("decoder", "mlp-stored", "mlp-online", "retrieval")

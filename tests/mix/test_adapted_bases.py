@@ -23,7 +23,9 @@ from memlm.models.identity import model_identity
 from memlm.models.loading import load_causal_lm, load_config
 from memlm.models.tokenizers import fingerprint, load_tokenizer
 
-pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")]  # PEFT calls it
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+]  # PEFT calls it, pytest.mark.slow]
 try:
     check_peft_version(min_version=MIN_PEFT_VERSION)
 except ValueError as mismatch:  # transformers 5.24 asks for one that is not out yet

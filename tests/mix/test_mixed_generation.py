@@ -205,6 +205,7 @@ def test_a_prompt_read_in_chunks_gives_the_same(family: str, chunk: int) -> None
     assert found[1].tolist() == twin(model, prompt[1, 6:], 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CACHED)
 @pytest.mark.parametrize(("beams", "gate"), [(1, "none"), (3, "none"), (1, "posterior"), (3, "posterior")])
 def test_a_static_cache_of_the_base_gives_the_same(family: str, beams: int, gate: Any) -> None:

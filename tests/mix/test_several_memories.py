@@ -24,6 +24,8 @@ from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.retrieval import RetrievalMemory
 
+pytestmark = pytest.mark.slow
+
 # float32 logits of tiny models, added up in another order: errors below 1e-5, ten times that allowed
 CLOSE = {"rtol": 0, "atol": 1e-4}
 

@@ -21,7 +21,7 @@ from memlm.memory.confidence import FEATURES, ConfidenceHead
 from memlm.memory.loading import load_memory
 from memlm.train.gate import Heard, fit_gate, fitted
 
-pytestmark = pytest.mark.filterwarnings(LONG_TEXT)
+pytestmark = [pytest.mark.filterwarnings(LONG_TEXT), pytest.mark.slow]
 
 
 def heard(rows: int, seed: int, *, better: float = 3.0, width: int = 3) -> Heard:

@@ -21,6 +21,8 @@ from memlm.stage import locked
 from memlm.train.data import TrainingData
 from memlm.train.run import plan_memory, train_memory
 
+pytestmark = pytest.mark.slow
+
 SETTINGS: dict[str, Any] = {"dtype": "float32", "max_steps": 4, "seed": 3, "warmup": 0, "learning_rate": 0.01}
 QUICK = [f"--{name.replace('_', '-')}={value}" for name, value in {**SETTINGS, "batch_size": 2}.items()]
 

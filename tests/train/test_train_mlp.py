@@ -31,6 +31,8 @@ from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
 from memlm.train.run import train_memory
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"kind": "mlp", "layers": 2, "dtype": "float32", "max_steps": 6, "batch_size": 4, "learning_rate": 5e-3}
 STILL = {**QUICK, "max_steps": 1, "learning_rate": 1e-12}
 """At this learning rate no float32 weight moves visibly, so the saved memory is its start."""
