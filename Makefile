@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 help:
 	@echo "make demo    train a small memory and show what it gained (at most ten minutes, sized to the machine)"
-	@echo "make quick   lint and the tests that are not slow"
+	@echo "make quick   lint and the tests that are not slow: less than two minutes"
 	@echo "make accelerator-report   GPU tests, benchmarks and medquad in pieces of under 8 minutes"
 	@echo "make test    what CI runs: ruff, import-linter, pyright, pytest"
 	@echo "make format  format the code"
