@@ -1193,6 +1193,18 @@ def test_an_interrupt_says_that_work_goes_on(
     assert "the same command goes on where this one was" in found.err
 
 
+@pytest.mark.parametrize("command", ["generate", "explain"])
+def test_what_keeps_nothing_goes_on_nowhere(
+    command: str, memlm: Callable[..., Result], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memlm.mix.mixed_lm.MixedLM.on_default_device", stopped)
+    found = memlm(command, "hello", "--base", model_folder, "--memory", memory_folder)
+    assert (found.code, found.err.strip()) == (130, "memlm: stopped")
+
+
 def test_json_numbers_are_those_of_the_arrays_in_the_cache(memlm: Callable[..., Result], world: World) -> None:
     report = ok(memlm(*world.evaluate("--json", "--mix-weight", 0, "--dtype", "float32")))
     folders = (world.tmp / "home" / "scores").iterdir()

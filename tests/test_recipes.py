@@ -12,7 +12,7 @@ from interruption import interrupted_after
 
 from benchmarks.recipe import quick_overrides
 from memlm.config import read_recipe
-from memlm.errors import ConfigError, MemlmError, OutputExistsError
+from memlm.errors import ConfigError, InputError, MemlmError, OutputExistsError
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
 from memlm.runs.estimate import corpus_tokens
@@ -207,7 +207,9 @@ def test_documents_are_looked_for_below_memlm_data(
     documents: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert data_path("corpus/a.txt") == "corpus/a.txt"  # perhaps the name of a dataset
+    assert data_path("corpus/a") == "corpus/a"  # perhaps the name of a dataset
+    with pytest.raises(InputError, match=r"corpus/a\.txt is neither here nor in data: .* MEMLM_DATA=FOLDER"):
+        data_path("corpus/a.txt")
     (tmp_path / "data" / "corpus").mkdir(parents=True)
     (tmp_path / "data" / "corpus" / "a.txt").touch()
     assert data_path("corpus/a.txt") == "data/corpus/a.txt"
@@ -215,7 +217,7 @@ def test_documents_are_looked_for_below_memlm_data(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text(Path(documents).read_text())
     monkeypatch.setenv("MEMLM_DATA", str(tmp_path / "elsewhere"))
-    assert data_path("corpus/a.txt") == "corpus/a.txt"
+    assert data_path("corpus/a") == "corpus/a"
     recipe = changed(tiny("b.txt", model_folder), "targets", k=100_000)  # stops once the corpus is there
     with pytest.raises(ConfigError, match="k = 100000 is larger"):
         run_recipe(recipe, tmp_path / "out")

@@ -168,7 +168,10 @@ def test_a_bad_parquet_file_or_column_is_named(tmp_path: Path) -> None:
         read(tmp_path / "b.parquet", text_column="n")
 
 
-def test_what_cannot_be_documents_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_documents_is_refused(tmp_path: Path, corpus_folder: Path, memory_folder: Path) -> None:
+    for ours in (corpus_folder, memory_folder):
+        with pytest.raises(InputError, match="is a folder that memlm wrote; name the documents themselves"):
+            find_sources([str(ours)])
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
     with pytest.raises(InputError, match=r"a\.pdf has an unknown format; known: \.txt, \.md"):
         find_sources([str(tmp_path / "a.pdf")])

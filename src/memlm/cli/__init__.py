@@ -113,6 +113,7 @@ def _options(
 
 
 _INTERRUPTED, _TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # as shells report a process that a signal ended
+_SPEAK = (["generate"], ["explain"], ["chat"])  # and keep nothing
 
 
 def main() -> None:
@@ -125,7 +126,8 @@ def main() -> None:
         _end(error)
     except SystemExit as stop:
         if stop.code in (_INTERRUPTED, _TERMINATED):
-            say(f"\nmemlm: stopped{_kept(stop)}; the same command goes on where this one was")
+            goes_on = "" if sys.argv[1:2] in _SPEAK else "; the same command goes on where this one was"
+            say(f"\nmemlm: stopped{_kept(stop)}{goes_on}")
         raise
     except BrokenPipeError:
         sys.stderr.close()

@@ -94,7 +94,7 @@ def corpus(
         f" {read.documents_repeated:,} repetitions and {read.documents_near_duplicate:,} near-duplicates out"
     ]
     lines += [f"  {name:<11}{s.documents:>9,} documents{s.tokens:>13,} tokens" for name, s in splits.items()]
-    lines.append(next_line("memlm", "datastore", out, "--teacher", tokenizer, "--out", "FOLDER"))
+    lines.append(next_line("memlm", "train", out, "--init", tokenizer, "--out", "FOLDER"))
     print_made(out, manifest, as_json, "\n".join(lines))
     for line in corpus_notes(manifest):
         say(f"memlm: note: {line}")

@@ -171,6 +171,7 @@ def explain(
         parts = [line + explanation_html(part) for line, part in zip(lines, found, strict=True)]
         with replacing(html) as temporary:
             temporary.write_text(page("What the memories changed", ["\n<hr>\n".join(parts)]), encoding="utf-8")
+        say(f"{html} shows it as a page")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     if passages is None:
         print_result(asdict(found[0]), as_json, explanation_text(found[0], colour=colour), styled=True)

@@ -86,12 +86,14 @@ def find_sources(places: Iterable[str]) -> Sources:
     Hidden files, and what systems leave beside others, are left out of folders.
 
     Raises:
-        InputError: A folder holds no readable file, or cannot be read, or a file has an unknown format.
+        InputError: A folder holds no readable file, cannot be read or is memlm's own, or a file has an unknown format.
     """
     sources = Sources()
     for place in places:
         path = Path(place)
         try:
+            if path.is_dir() and _is_ours(path):
+                raise InputError(f"{place} is a folder that memlm wrote; name the documents themselves")
             if path.is_dir() and not any((path / name).is_file() for name in _SAVED):
                 _search(path, sources)
             elif path.is_file() and text_format(path) is None:

@@ -256,7 +256,7 @@ def explanation_html(explanation: Explanation) -> str:
         spans.append(f'<span style="{shade}" title="{_html(chr(10).join(lines))}">{_html(token.text)}</span>')
     return (
         f'<div style="white-space: pre-wrap">{_html(explanation.prompt)}{"".join(spans)}</div>'
-        f"<small>Green: likelier with the memories than without; red: less likely. "
+        f"<small>Green: likelier with the memories than without; red: less likely. Point at a token for its figures. "
         f"{_html(explanation.weighed)}. {_html(explanation.note)}</small>"
     )
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from memlm.config import StageConfig, nearest
 from memlm.corpus.config import CorpusConfig
+from memlm.corpus.readers import text_format
 from memlm.datastore.config import DatastoreConfig
-from memlm.errors import ConfigError
+from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import CompareConfig, EvaluateConfig
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
@@ -154,6 +155,18 @@ def _place(section: str, key: str, value: Any) -> Any:
 
 
 def data_path(place: str) -> str:
-    """A document path of a recipe below `$MEMLM_DATA` (default `data/`); absolute paths and dataset names stay."""
-    below = Path(os.environ.get("MEMLM_DATA", "data")) / place
-    return str(below) if below.exists() else place
+    """A document path of a recipe below `$MEMLM_DATA` (default `data/`); absolute paths and dataset names stay.
+
+    Raises:
+        InputError: It can only be a file, and is neither there nor here.
+    """
+    folder = os.environ.get("MEMLM_DATA", "data")
+    below = Path(folder) / place
+    if below.exists():
+        return str(below)
+    if text_format(Path(place)) is not None and not Path(place).exists():
+        raise InputError(
+            f"{place} is neither here nor in {folder}: name the folder that it is in, MEMLM_DATA=FOLDER memlm ...;"
+            " recipes/README.md says where the text of recipes comes from"
+        )
+    return place
