@@ -389,7 +389,7 @@ def test_what_cannot_be_is_told_before_anything_is_trained(
     with pytest.raises(ConfigError, match=r"in_context.passage_tokens = 256: leaves no room"):
         Comparison(changed(sections, "compare", in_context={}), tmp_path / "b").run()
     for key in ("general", "general_fit"):
-        with pytest.raises(InputError, match=r"'nowhere\.txt' is no file or folder here"):
+        with pytest.raises(InputError, match=r"nowhere\.txt is neither here nor in data"):
             Comparison(changed(sections, "compare", **{key: "nowhere.txt"}), tmp_path / "c").run()
     monkeypatch.setattr("memlm.models.adapters.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="lora_rank needs peft"):

@@ -207,9 +207,10 @@ def test_documents_are_looked_for_below_memlm_data(
     documents: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert data_path("corpus/a") == "corpus/a"  # perhaps the name of a dataset
+    assert data_path("corpus/a.txt") == "corpus/a.txt"
     with pytest.raises(InputError, match=r"corpus/a\.txt is neither here nor in data: .* MEMLM_DATA=FOLDER"):
-        data_path("corpus/a.txt")
+        _ = Recipe(tiny("corpus/a.txt", model_folder)).documents
+    assert Recipe(tiny("corpus/a", model_folder)).documents == ["corpus/a"]  # perhaps the name of a dataset
     (tmp_path / "data" / "corpus").mkdir(parents=True)
     (tmp_path / "data" / "corpus" / "a.txt").touch()
     assert data_path("corpus/a.txt") == "data/corpus/a.txt"
@@ -217,7 +218,7 @@ def test_documents_are_looked_for_below_memlm_data(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "b.txt").write_text(Path(documents).read_text())
     monkeypatch.setenv("MEMLM_DATA", str(tmp_path / "elsewhere"))
-    assert data_path("corpus/a") == "corpus/a"
+    assert data_path("corpus/a.txt") == "corpus/a.txt"
     recipe = changed(tiny("b.txt", model_folder), "targets", k=100_000)  # stops once the corpus is there
     with pytest.raises(ConfigError, match="k = 100000 is larger"):
         run_recipe(recipe, tmp_path / "out")

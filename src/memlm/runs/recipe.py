@@ -130,9 +130,19 @@ class Recipe:
         return {split: self.paths("corpus", f"{split}_documents") for split in ("validation", "test")}
 
     def paths(self, section: str, key: str) -> list[str]:
-        """Where the documents of a key are; none where it is not given."""
+        """Where the documents of a key are; none where it is not given.
+
+        Raises:
+            InputError: One can only be a file, and is not there.
+        """
         given = self.places.get(section, {}).get(key, [])
-        return [data_path(place) for place in ([given] if isinstance(given, str) else given)]
+        places = [data_path(place) for place in ([given] if isinstance(given, str) else given)]
+        if lost := next((p for p in places if text_format(Path(p)) is not None and not Path(p).exists()), None):
+            raise InputError(
+                f"{lost} is neither here nor in {_data()}: name the folder that it is in, MEMLM_DATA=FOLDER memlm ...;"
+                " recipes/README.md says where the text of recipes comes from"
+            )
+        return places
 
 
 def check_targets(section: str, config: StageConfig) -> None:
@@ -155,18 +165,10 @@ def _place(section: str, key: str, value: Any) -> Any:
 
 
 def data_path(place: str) -> str:
-    """A document path of a recipe below `$MEMLM_DATA` (default `data/`); absolute paths and dataset names stay.
+    """A document path of a recipe below `$MEMLM_DATA` (default `data/`); absolute paths and dataset names stay."""
+    below = Path(_data()) / place
+    return str(below) if below.exists() else place
 
-    Raises:
-        InputError: It can only be a file, and is neither there nor here.
-    """
-    folder = os.environ.get("MEMLM_DATA", "data")
-    below = Path(folder) / place
-    if below.exists():
-        return str(below)
-    if text_format(Path(place)) is not None and not Path(place).exists():
-        raise InputError(
-            f"{place} is neither here nor in {folder}: name the folder that it is in, MEMLM_DATA=FOLDER memlm ...;"
-            " recipes/README.md says where the text of recipes comes from"
-        )
-    return place
+
+def _data() -> str:
+    return os.environ.get("MEMLM_DATA", "data")
