@@ -210,6 +210,9 @@ def test_documents_are_looked_for_below_memlm_data(
     assert data_path("corpus/a.txt") == "corpus/a.txt"
     with pytest.raises(InputError, match=r"corpus/a\.txt is neither here nor in data: .* MEMLM_DATA=FOLDER"):
         _ = Recipe(tiny("corpus/a.txt", model_folder)).documents
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"; did you mean notes\.txt\?$"):
+        _ = Recipe(tiny("note.txt", model_folder)).documents
     assert Recipe(tiny("corpus/a", model_folder)).documents == ["corpus/a"]  # perhaps the name of a dataset
     (tmp_path / "data" / "corpus").mkdir(parents=True)
     (tmp_path / "data" / "corpus" / "a.txt").touch()

@@ -10,6 +10,7 @@ from memlm.corpus.readers import text_format
 from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import CompareConfig, EvaluateConfig
+from memlm.files import near_here
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import TrainConfig
 
@@ -140,7 +141,7 @@ class Recipe:
         if lost := next((p for p in places if text_format(Path(p)) is not None and not Path(p).exists()), None):
             raise InputError(
                 f"{lost} is neither here nor in {_data()}: name the folder that it is in, MEMLM_DATA=FOLDER memlm ...;"
-                " recipes/README.md says where the text of recipes comes from"
+                f" recipes/README.md says where the text of recipes comes from{near_here(lost)}"
             )
         return places
 
