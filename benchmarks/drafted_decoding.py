@@ -37,7 +37,8 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     """A line per way: its time per token over that of the base alone, transformers' own `generate`.
 
     A base of Qwen2.5-1.5B's shape with random weights, and a memory of its tokenizer with a tenth of its other weights,
-    in the precision of the device; decisions as recorded (`accepted.json`), or half accepted in a quick run.
+    in the precision of the device; decisions as recorded (`accepted.json`), or half accepted in a quick run. Static:
+    caches of that kind, behind which an accelerator's steps are compiled.
     """
     device = default_device()
     dtype = default_dtype(device)
@@ -79,6 +80,8 @@ def measure(base: Any, part: Any, decisions: dict[str, list[bool]], *, new: int,
     sides: dict[str, Callable[[], object]] = {
         "base": lambda: decode(base, prompt, new),
         "undrafted": lambda: decode(mixtures[0.6], prompt, new),
+        "base static": lambda: decode(base, prompt, new, cache_implementation="static"),
+        "undrafted static": lambda: decode(mixtures[0.6], prompt, new, cache_implementation="static"),
     }
     for name, decided in decisions.items():
         sides[name] = _replayed(mixtures[0.6], prompt, new, itertools.cycle(decided), Pace())

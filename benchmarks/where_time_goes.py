@@ -1,5 +1,6 @@
 """What a training step and a decoded token wait for: the device's work, or the host that launches it."""
 
+import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from memlm.train.config import TrainConfig
 from memlm.train.trainer import training_arguments
 
 _LAYERS = 15  # half of SmolLM2's
+_STATIC = {"cache_implementation": "static"}
 _LISTED = 12  # operations that take longest
 
 
@@ -31,7 +33,8 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     """A line per way, without a bar: `ratio` is the device's work over the time that passes.
 
     Training steps of half of SmolLM2's blocks at 32 rows of 240 tokens: cross-entropy, distillation, and on an
-    accelerator the first compiled; decoded tokens of a base of SmolLM2's shape alone and beside such a memory.
+    accelerator the first compiled; decoded tokens of a base of SmolLM2's shape alone and beside such a memory, with
+    dynamic and with static caches.
     `seconds` is measured without the profiler, a step or a token; `device_seconds`, `launches` and what takes longest
     (`host` and `device`: name, seconds, calls) with it. On a CPU the device is the host.
     """
@@ -81,15 +84,17 @@ def trained(
 
 
 def decoded(device: torch.device, *, quick: bool) -> dict[str, tuple[float, dict[str, Any]]]:
-    """Way to seconds of a token, and what is in it."""
+    """Way to seconds of a token, and what is in it; behind static caches an accelerator's steps are compiled."""
     shapes = (tiny_config(), tiny_config()) if quick else (_smollm2(30), _smollm2(_LAYERS))
     base, part = (random_model(shape, dtype=default_dtype(device), device=device) for shape in shapes)
     memory = MemoryDecoder(part, MemorySettings(kind="decoder", vocab_size=base.config.vocab_size))
     prompt, tokens, found = random_tokens(1, 8, base.config.vocab_size, device), 4 if quick else 16, {}
-    for name, model in {"base": base, "mixture": MixedLM(base, memory, 0.5)}.items():
+    models, caches = {"base": base, "mixture": MixedLM(base, memory, 0.5)}, {"": {}, "/static": _STATIC}
+    for (side, model), (kind, options) in itertools.product(models.items(), caches.items()):
+        name = side + kind
 
-        def work(model: Any = model) -> object:
-            return decode(model, prompt, tokens)
+        def work(model: Any = model, options: dict[str, Any] = options) -> object:
+            return decode(model, prompt, tokens, **options)
 
         with torch.inference_mode():
             work()

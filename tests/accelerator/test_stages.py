@@ -159,15 +159,17 @@ def test_perplexity_is_that_of_a_mixture_on_the_cpu(
     assert report["mixture"]["perplexity"] == pytest.approx(np.exp(np.concatenate(lost).mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_generation_takes_the_likeliest_token_at_each_step(
-    kind: str, memories: dict[str, Path], model_folder: str
+    kind: str, cache: str, memories: dict[str, Path], model_folder: str
 ) -> None:
-    """Its logits come from caches; here each step is read anew, on the CPU."""
+    """Its logits come from caches, static ones by compiled steps; here each step is read anew, on the CPU."""
     prompt = AutoTokenizer.from_pretrained(model_folder)("the memory reads", return_tensors="pt")
     model = mixed(kind, memories, model_folder)
     device = default_device()
-    found = model.to(device).generate(**prompt.to(device), max_new_tokens=8, do_sample=False, pad_token_id=0)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "cache_implementation": cache}
+    found = model.to(device).generate(**prompt.to(device), **options)
     assert found.device.type == device.type
     model, found = model.cpu(), found.cpu()
     assert found.shape[1] > prompt["input_ids"].shape[1]

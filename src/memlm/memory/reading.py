@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from memlm.errors import ModelError
 from memlm.memory.voter import NoCache, VoterCache, moved
 from memlm.models.abilities import CACHE, abilities, cache_argument
+from memlm.models.compiling import CompiledSteps, Room, with_whole_mask
 from memlm.models.loading import device_of
 
 
@@ -34,9 +35,40 @@ class TokenCache(VoterCache):
         self.mask = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
         self.starts: Tensor | None = None  # (B,) first token in the window, per row
         self.fits = True  # whether all windows start at 0, which is known without asking the device
-        self.inner: DynamicCache | None = None
+        self.inner: Cache | None = None
         self.inner_mask = self.mask
         self.is_whole = True  # whether no padding is in `inner`; False where that was not asked
+        self.room: Room | None = None
+        self.still: StaticCache | None = None  # where keys and values stand still, if they are to
+
+    def hold(self, room: Room) -> None:
+        self.room = room
+
+    def loosen(self) -> None:
+        """Let keys and values move, as changing rows or windows, or too many tokens, ask for."""
+        if self.still is not None and self.inner is self.still:
+            loose, ends = DynamicCache(), self.inner_mask.shape[1]
+            loose.layers = cast(Any, [DynamicLayer() for _ in self.still.layers])
+            for number, layer in enumerate(self._still_layers()):
+                loose.update(layer.keys[:, :, :ends], layer.values[:, :, :ends], number)
+            self.inner = loose
+
+    def tighten(self) -> None:
+        """Let keys and values stand where they stood before they were let move, if they fit there."""
+        if self.still is None or self.inner is None or self.inner is self.still:
+            return
+        rows, columns = self.inner_mask.shape
+        if any(layer.batch_size != rows or layer.max_cache_len < columns for layer in self._still_layers()):
+            return
+        layers: Any = self.inner.layers
+        self.still.reset()
+        for number, layer in enumerate(layers):
+            self.still.update(layer.keys, layer.values, number)
+        self.inner = self.still
+
+    def _still_layers(self) -> list[Any]:
+        layers: Any = () if self.still is None else self.still.layers
+        return [layer for layer in layers if layer.is_initialized]
 
     def drop_inner(self) -> None:
         """Forget keys and values; the next step makes them again."""
@@ -57,6 +89,8 @@ class TokenCache(VoterCache):
         self.tokens, self.mask = self.tokens[:, :-tokens], self.mask[:, :-tokens]
         if self.inner is None:
             return
+        if not getattr(self.inner, "is_croppable", False):  # static caches can since transformers 5.24
+            self.loosen()
         kept = self.inner_mask.shape[1] - tokens
         if kept <= 0 or not self.inner_mask[:, kept:].all() or any(self.inner.is_sliding):
             self.drop_inner()
@@ -72,6 +106,7 @@ class TokenCache(VoterCache):
         self.tokens, self.mask = moved(self.tokens, by, 1)[:, :kept], _moved_mask(self.mask, by)[:, :kept]
         if self.inner is None:
             return
+        self.loosen()
         width = self.inner_mask.shape[1]
         ends = self.inner_mask.flip(1).long().cumsum(1).tolist()  # tokens from each place on, counted from the end
         there = all(
@@ -89,6 +124,7 @@ class TokenCache(VoterCache):
     def select(self, rows: Int[Tensor, "B2"]) -> None:
         self.tokens, self.mask = self.tokens[rows], self.mask[rows]
         if self.inner is not None and self.starts is not None:
+            self.loosen()
             self.inner.batch_select_indices(rows)
             self.inner_mask, self.starts = self.inner_mask[rows], self.starts[rows]
 
@@ -167,6 +203,7 @@ class WindowedReader:
         self._takes_positions = "position_ids" in parameters
         self._cache_name = cache_argument(parameters)
         self._takes_cache = self._cache_name is not None and _keeps_keys_alone(model)
+        self._compiled = CompiledSteps(model, model.base_model)
         self._warned = False
 
     @property
@@ -205,7 +242,8 @@ class WindowedReader:
         if attention_mask is not None and tokens.shape[1] > 1:
             cache.heed(attention_mask[:, : -tokens.shape[1]])
         if self.keeps_keys and not cache.tokens.shape[1]:
-            cache.inner, cache.inner_mask = self._empty(), mask[:, :0]
+            cache.still = self._still(cache.room)
+            cache.inner, cache.inner_mask = self._empty() if cache.still is None else cache.still, mask[:, :0]
             cache.starts = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
             cache.fits = cache.is_whole = True
         text, text_mask = torch.cat([cache.tokens, tokens], 1), torch.cat([cache.mask, mask], 1)
@@ -220,11 +258,15 @@ class WindowedReader:
             stay = cache.starts is not None and torch.equal(cache.starts, starts) and torch.equal(starts, before)
         if cache.inner is not None and stay:
             cache.is_whole = cache.is_whole and (attention_mask is None or bool(mask.all()))
-            states = self._go_on(cache.inner, cache.inner_mask, tokens, mask, is_whole=cache.is_whole)
+            if cache.still is not None and cache.inner_mask.shape[1] + tokens.shape[1] > _room_of(cache.still):
+                cache.loosen()
+            states = self._go_on(cache.inner, cache.inner_mask, tokens, mask, is_whole=cache.is_whole, room=cache.room)
             cache.inner_mask = torch.cat([cache.inner_mask, mask], 1)
         else:
+            cache.loosen()
             states = self._read_windows(cache, text, text_mask, known, mask, keep)
             cache.is_whole = bool(cache.inner_mask.all())
+            cache.tighten()
         cache.starts, cache.tokens, cache.mask, cache.fits = starts, text, text_mask, fits
         return states
 
@@ -323,6 +365,14 @@ class WindowedReader:
     def _empty(self) -> DynamicCache:
         return DynamicCache(config=self.model.config)
 
+    def _still(self, room: Room | None) -> StaticCache | None:
+        """Where keys and values stand still, if they are to and all are kept alike."""
+        if room is None or self._run is not None:
+            return None
+        length = room.length if self.window is None else min(room.length, self.window)
+        still = StaticCache(config=self.model.config, max_cache_len=length)
+        return None if any(still.is_sliding) else still
+
     def _hidden(self, tokens: Int[Tensor, "B T"], **inputs: Any) -> Float[Tensor, "B T D"]:
         run = self._run or self.model.base_model
         found = run(input_ids=tokens, **{"use_cache": False, **inputs})
@@ -330,17 +380,19 @@ class WindowedReader:
 
     def _go_on(
         self,
-        inner: DynamicCache,
+        inner: Cache,
         inner_mask: Bool[Tensor, "B L"],
         tokens: Tensor,
         mask: Bool[Tensor, "B T"],
         *,
         is_whole: bool = False,
+        room: Room | None = None,
     ) -> Float[Tensor, "B T D"]:
         """States of tokens behind those in `inner`, which is extended.
 
         Args:
             is_whole: That there is no padding is known, and the device need not be asked.
+            room: Of a static cache, behind which single tokens may be read by what is compiled.
         """
         inner_mask = torch.cat([inner_mask, mask], 1)
         inputs: dict[str, Tensor] = {}
@@ -348,6 +400,10 @@ class WindowedReader:
             inputs["attention_mask"] = inner_mask.long()
         if self._takes_positions:
             inputs["position_ids"] = (inner_mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        if isinstance(inner, StaticCache):
+            inputs = with_whole_mask(self.model, tokens, inner, inputs)
+        if (read := self._compiled.read(tokens, inner, room, inputs)) is not None:
+            return read[0][0]
         return self._hidden(tokens, use_cache=True, **{self._cache_name or CACHE: inner}, **inputs)
 
     def _warn_beyond_window(self, starts: Int[Tensor, "B"]) -> None:
@@ -373,7 +429,12 @@ def _keeps_keys_alone(model: PreTrainedModel) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
 
-def _rows_of(cache: DynamicCache, rows: Int[Tensor, "B2"]) -> DynamicCache:
+def _room_of(cache: StaticCache) -> int:
+    """Tokens that a static cache holds at most."""
+    return cast(Any, cache.layers[0]).max_cache_len
+
+
+def _rows_of(cache: Cache, rows: Int[Tensor, "B2"]) -> Cache:
     """A cache of some rows of the batch; the other is left as it is."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
@@ -381,9 +442,7 @@ def _rows_of(cache: DynamicCache, rows: Int[Tensor, "B2"]) -> DynamicCache:
     return part
 
 
-def _joined(
-    parts: Sequence[tuple[Tensor, DynamicCache, Tensor]], batch_size: int
-) -> tuple[DynamicCache, Bool[Tensor, "B L"]]:
+def _joined(parts: Sequence[tuple[Tensor, Cache, Tensor]], batch_size: int) -> tuple[Cache, Bool[Tensor, "B L"]]:
     """One cache of the rows of several, flush right, and its mask.
 
     Args:

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from memlm.corpus.blocks import IGNORE
+from memlm.models.compiling import Room
 from memlm.models.heads import Head, label_log_probs
 from memlm.targets.votes import SparseProbs
 
@@ -18,6 +19,10 @@ Votes = Tensor | SparseProbs
 
 class VoterCache(ABC):
     """What is kept of the tokens read so far; all parts of a mixture move together through generation."""
+
+    def hold(self, room: Room) -> None:  # noqa: B027
+        """Before any token: let what is kept stand still, and steps be compiled. A cache that cannot leaves this as it
+        is."""
 
     @abstractmethod
     def crop(self, tokens: int) -> None:

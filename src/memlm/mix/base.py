@@ -16,6 +16,7 @@ from memlm.errors import ConfigError
 from memlm.memory.voter import HeadVoter, VoterCache, moved
 from memlm.models.abilities import CACHE, Abilities, abilities, cache_argument, check_causal
 from memlm.models.adapters import unwrapped
+from memlm.models.compiling import CompiledSteps, Room, with_whole_mask
 from memlm.models.heads import Head, find_head
 from memlm.models.loading import device_of, embedding_rows, longest_context
 from memlm.models.taps import by_row, capture
@@ -26,7 +27,11 @@ class BaseCache(VoterCache):
 
     def __init__(self, inner: Cache) -> None:
         self.inner = inner
+        self.room: Room | None = None
         self._read = 0
+
+    def hold(self, room: Room) -> None:
+        self.room = room
 
     @property
     def length(self) -> int:
@@ -119,6 +124,7 @@ class BaseVoter(HeadVoter):
         self.arguments = set(parameters)
         self._cache_name = cache_argument(self.arguments)
         self._takes_more = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._compiled = CompiledSteps(model, self._reader)
 
     @property
     def device(self) -> torch.device:
@@ -168,14 +174,21 @@ class BaseVoter(HeadVoter):
             use_cache: Passed to the model.
             inputs: Further arguments; those that the model does not know are left out.
         """
-        if cache is not None:
-            inputs[self._cache_name or CACHE] = cache.inner
         known = {name: value for name, value in inputs.items() if name in self.arguments or self._takes_more}
         for name, value in (("attention_mask", attention_mask), ("position_ids", position_ids)):
             if value is not None and name in self.arguments:
                 known[name] = value
-        with capture(self.model, taps) as found:
-            output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)
+        taps = tuple(taps)
+        if cache is not None and cache.room is not None:
+            known = with_whole_mask(self.model, tokens, cache.inner, known)
+        read = None if cache is None else self._compiled.read(tokens, cache.inner, cache.room, known, taps)
+        if read is not None:
+            output, found = read
+        else:
+            if cache is not None:
+                known[self._cache_name or CACHE] = cache.inner
+            with capture(self.model, taps) as found:
+                output = self._reader(input_ids=tokens, use_cache=use_cache, return_dict=True, **known)
         if cache is not None:
             cache.has_read(tokens.shape[1])
         return BaseState(

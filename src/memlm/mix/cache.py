@@ -11,6 +11,7 @@ from memlm.memory.protocol import Memory
 from memlm.memory.voter import VoterCache
 from memlm.mix.base import BaseCache
 from memlm.mix.sleep import Unread
+from memlm.models.compiling import Room
 
 
 class MixedCache(Cache):
@@ -39,6 +40,11 @@ class MixedCache(Cache):
         if name not in self.memories or self._made_for[name]() is not memory:
             raise ConfigError(f"the cache is older than memory {name!r}; start a new one after adding a memory")
         return self.memories[name]
+
+    def hold(self, room: Room) -> None:
+        """Before any token: keys and values of all parts that can stand still, and their steps are compiled."""
+        for part in self._parts():
+            part.hold(room)
 
     def _parts(self) -> Iterator[VoterCache]:
         yield self.of_base

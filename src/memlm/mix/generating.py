@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import (
     GenerationConfig,
     GenerationMixin,
+    StaticCache,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation import GenerationMode
@@ -22,6 +23,7 @@ from memlm.mix.drawing import decode_drawn, why_not_drawn
 from memlm.mix.members import Mixture
 from memlm.mix.pace import Pace
 from memlm.models.abilities import CACHE
+from memlm.models.compiling import Room
 from memlm.models.loading import longest_context
 
 
@@ -100,6 +102,11 @@ class GeneratingMixture(Mixture, GenerationMixin):
             return
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs[CACHE] = self.new_cache(rows, own.get(CACHE))
+        if isinstance(own.get(CACHE), StaticCache):
+            model_kwargs[CACHE].hold(Room(max_cache_length, generation_config))
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        return False  # base and memories are compiled each for itself
 
     def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any) -> Any:
         if kwargs["generation_config"].assistant_early_exit is not None:

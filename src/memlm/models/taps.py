@@ -86,7 +86,7 @@ def find_tap(model: PreTrainedModel, depth: float = 1.0) -> str:
         called.append(name)
         if not _weights(children[name]):
             return
-        if isinstance(_module_input(args, kwargs), FakeTensor):  # no values to compare: attention comes first
+        if isinstance(module_input(args, kwargs), FakeTensor):  # no values to compare: attention comes first
             mixers.update([name] if not mixers else ())
         elif _mixes_tokens(children[name], args, kwargs):
             mixers.add(name)
@@ -120,7 +120,7 @@ def _mixes_tokens(module: nn.Module, args: tuple, kwargs: dict) -> bool:
     Args:
         args, kwargs: As it is called with the probe.
     """
-    given = _module_input(args, kwargs)
+    given = module_input(args, kwargs)
     try:
         others = _rows(given.clone(), _PROBE)
         others[:, :-1] *= -2
@@ -210,7 +210,8 @@ def tap_width(model: PreTrainedModel, tap: str) -> int:
     return model.config.get_text_config().hidden_size
 
 
-def _module_input(args: tuple, kwargs: dict) -> Tensor:
+def module_input(args: tuple, kwargs: dict) -> Tensor:
+    """The first tensor that a module is called with."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
@@ -284,7 +285,7 @@ def capture(model: PreTrainedModel, taps: Iterable[str], *, stop: bool = False) 
             raise ModelError(
                 f"tap {tap} of {type(model).__name__} is called several times in a forward pass; name another"
             )
-        found[tap] = _module_input(args, kwargs).detach()
+        found[tap] = module_input(args, kwargs).detach()
         if stop and len(found) == len(modules):
             raise _ForwardStoppedError
 

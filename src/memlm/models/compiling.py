@@ -1,0 +1,144 @@
+"""Steps of single tokens behind a static cache, compiled where transformers would compile its own."""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from transformers import Cache, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from memlm.models.abilities import CACHE, cache_argument
+from memlm.models.loading import device_of
+from memlm.models.taps import get_module, module_input, tap_width
+
+_KNOWN = {"attention_mask", "position_ids"}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a call of `generate` with `cache_implementation="static"` wants of every cache."""
+
+    length: int
+    """Tokens that it holds at most."""
+    generation: GenerationConfig
+    """Says whether steps are compiled, and how."""
+
+
+class CompiledSteps:
+    """One token at a time, read by a compiled body. On an accelerator a step is then one launch instead of hundreds.
+
+    Keys and values stand where they are, and the mask is made outside, as long as the whole cache, so that one graph
+    serves all steps.
+    """
+
+    def __init__(self, model: PreTrainedModel, body: nn.Module) -> None:
+        """
+        Args:
+            model: A causal LM.
+            body: What is compiled: itself, or its body.
+        """
+        self._model, self._body = model, body
+        self._cache_name = cache_argument(inspect.signature(body.forward).parameters) or CACHE
+        self._made: tuple[CompileConfig, Callable[..., Any]] | None = None
+        self._held: dict[str, Tensor] = {}  # tap to `(B, 1, D)`: what went into that module
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own
+        return self.__dict__ | {"_made": None, "_held": {}}
+
+    def read(
+        self,
+        tokens: Int[Tensor, "B T"],
+        cache: Cache,
+        room: Room | None,
+        inputs: Mapping[str, Any],
+        taps: Collection[str] = (),
+    ) -> tuple[Any, dict[str, Float[Tensor, "B T D"]]] | None:
+        """What the body gives, states or logits first, and what goes into each tap; both are copies, for the next step
+        writes where they were.
+
+        None where nothing was read: unless tokens are one each, behind a static cache, nothing else is asked for, and
+        transformers would compile such a step of the model (it looks at the device, the configuration, and how the
+        model is quantised and laid out).
+
+        Args:
+            cache: Extended by the token.
+            inputs: Further ones of the body: `position_ids`, and an `attention_mask` as `with_whole_mask` makes it.
+        """
+        if room is None or tokens.shape[1] != 1 or not cache.is_compileable or not inputs.keys() <= _KNOWN:
+            return None
+        some: Any = self._model
+        if not some._valid_auto_compile_criteria({CACHE: cache}, room.generation):
+            return None
+        config = room.generation.compile_config or some._default_compile_config()
+        if self._made is None or self._made[0] != config:
+            self._made = config, torch.compile(partial(_step, self._body), **config.to_dict())
+        told = tree_map_only(Tensor, _packed, {"input_ids": tokens, **inputs})
+        with self._holding(taps, len(tokens)) as held:
+            output = self._made[1](held, use_cache=True, return_dict=True, **{self._cache_name: cache}, **told)
+        first = next(iter(output))
+        output[first] = output[first].clone()
+        return output, {tap: part.clone() for tap, part in held.items()}
+
+    @contextmanager
+    def _holding(self, taps: Collection[str], rows: int) -> Iterator[dict[str, Tensor]]:
+        """Where a step leaves what goes into each tap: always the same place, as its graph asks for."""
+        if self._held.keys() != set(taps) or any(len(part) != rows for part in self._held.values()):
+            self._held = {
+                tap: torch.empty(
+                    rows, 1, tap_width(self._model, tap), dtype=self._model.dtype, device=device_of(self._model)
+                )
+                for tap in taps
+            }
+            for part in self._held.values():
+                torch._dynamo.mark_static_address(part)
+        hooks = [
+            get_module(self._model, tap).register_forward_pre_hook(partial(_leave, part), with_kwargs=True)
+            for tap, part in self._held.items()
+        ]
+        try:
+            yield self._held
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _step(body: nn.Module, held: dict[str, Tensor], **inputs: Any) -> Any:
+    """The body's output; where its hooks write is NaN unless they do."""
+    for part in held.values():
+        part.fill_(torch.nan)
+    return body(**inputs)
+
+
+def _leave(place: Tensor, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    place.copy_(module_input(args, kwargs).view_as(place))
+
+
+def _packed(part: Tensor) -> Tensor:
+    """The same with strides that follow from its shape alone; a slice of a growing text has others at every step, and
+    a graph serves one kind of strides."""
+    return part.clone(memory_format=torch.contiguous_format)
+
+
+def with_whole_mask(
+    model: PreTrainedModel, tokens: Int[Tensor, "B T"], cache: Cache, inputs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Inputs of a model whose `attention_mask`, if they have one, is as its layers take it behind a static cache: a row
+    for each token over all that the cache has room for, or one such for each kind of layer."""
+    if inputs.get("attention_mask") is None:
+        return {**inputs}
+    make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
+    found = make(
+        config=model.config,
+        inputs_embeds=torch.empty((*tokens.shape, 0), dtype=model.dtype, device=tokens.device),
+        attention_mask=inputs["attention_mask"].long(),
+        past_key_values=cache,
+        position_ids=inputs.get("position_ids"),
+    )
+    return {**inputs, "attention_mask": found}
