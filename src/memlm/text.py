@@ -1,8 +1,8 @@
 """Text as people see it: what came from elsewhere made harmless; durations, sizes, tables."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -58,3 +58,12 @@ def in_runs(items: Iterable[_T], text_of: Callable[[_T], str], characters: int) 
             run, size = [], 0
     if run:
         yield run
+
+
+def flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values; what is within another carries its name."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from ((f"{key} · {inner}", told) for inner, told in flat(value))
+        else:
+            yield str(key), value

@@ -14,7 +14,7 @@ from memlm.cli.printing import memory_line, print_result
 from memlm.errors import ArtifactError, MemlmError
 from memlm.files import read_json
 from memlm.manifest import GATE_FILE
-from memlm.text import duration, one_line, size, table
+from memlm.text import duration, flat, one_line, size, table
 
 
 def info(
@@ -106,7 +106,7 @@ def _rows(values: dict[str, Any]) -> Iterator[str]:
             cells = [["", *inner[0]], *([key, *map(_shown, row.values())] for key, row in value.items())]
             plain += [("", line) for line in table(cells)]
         else:
-            plain.append((name, _shown(value)))
+            plain += [(key, _shown(part)) for key, part in flat({name: value})]
     return iter(table(plain))
 
 
@@ -115,7 +115,7 @@ def _shown(value: Any) -> str:
         return {True: "yes", False: "no", None: "-"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    text = ", ".join(f"{k} {_shown(v)}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    text = str(value)
     return text if len(text) <= 400 else text[:399] + "…"
 
 

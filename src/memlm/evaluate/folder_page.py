@@ -2,7 +2,7 @@
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from memlm.evaluate.plot import deterministic_figure, report_figure
 from memlm.evaluate.report import Report
 from memlm.files import read_json
 from memlm.manifest import Manifest, read_manifest
+from memlm.text import flat
 
 _CURVES = {
     "loss": "loss",
@@ -41,7 +42,7 @@ def folder_page(folders: Sequence[str | Path], title: str) -> str:
         facts = {name: fact for name, fact in manifest.facts.items() if name not in ("training", "validation")}
         for name, values in (("from", manifest.sources), ("facts", facts), ("settings", manifest.config)):
             if values:
-                body.append(html_table([[name, ""], *_flat(values)]))
+                body.append(html_table([[name, ""], *([key, _told(value)] for key, value in flat(values))]))
     return page(title, body)
 
 
@@ -55,7 +56,7 @@ def training_figure(facts: Mapping[str, Any]) -> Any:
     left, right = figure.subplots(1, 2)
     for key, label in _CURVES.items():
         points = [(entry["step"], entry[key]) for entry in facts.get("training", []) if entry.get(key) is not None]
-        if points:
+        if any(value for _, value in points):  # plain fine-tuning has no KL
             left.plot(*zip(*points, strict=True), label=label)
     left.set_xlabel("step")
     left.set_ylabel("nats a position")
@@ -101,15 +102,6 @@ def _drawn(draw: Callable[[], Any], told: str) -> list[str]:
         deterministic_figure(draw, place)
         return [picture(place.read_bytes(), told)]
     return []
-
-
-def _flat(values: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Name and value, one line each; what is within another carries its name."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from ([f"{key} · {inner}", told] for inner, told in _flat(value))
-        else:
-            yield [str(key), _told(value)]
 
 
 def _told(value: Any) -> str:

@@ -2,8 +2,9 @@
 
 import contextlib
 import copy
+import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -321,7 +322,7 @@ class Mixture(PreTrainedModel):
                 activations = state.activations[memory.tap] if memory.tap is not None else None
                 if unread and memory.tap is not None and activations is not None:
                     activations = missed.before_activations(memory.tap, activations)
-                hint = {"keep": asked} if "keep" in inspect.signature(memory.step).parameters else {}
+                hint = {"keep": asked} if _takes_keep(type(memory).step) else {}
                 states[name] = memory.step(
                     tokens, activations, attention_mask=attention_mask, cache=caches[name], **hint
                 )
@@ -380,6 +381,12 @@ class Mixture(PreTrainedModel):
         voter = self._voter
         drafts = voter.keeps_cache and voter.abilities.chunks and voter.abilities.takes_back
         return bool(getattr(self.base, "_is_stateful", False)) or not drafts
+
+
+@functools.cache
+def _takes_keep(step: Callable[..., Any]) -> bool:
+    """Whether a memory's `step` is told at which places it will vote."""
+    return "keep" in inspect.signature(step).parameters
 
 
 def _kept(logits_to_keep: int | Tensor) -> slice | Tensor:
