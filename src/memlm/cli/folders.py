@@ -11,6 +11,7 @@ import typer
 from memlm.cli.checks import check_file_to_write
 from memlm.cli.options import Json
 from memlm.cli.printing import memory_line, print_result
+from memlm.corpus.config import SPLITS
 from memlm.errors import ArtifactError, MemlmError
 from memlm.files import read_json
 from memlm.manifest import GATE_FILE
@@ -179,7 +180,7 @@ def _good(kind: str, facts: dict[str, Any]) -> str:
     """What is to be known first of a folder's quality."""
     try:
         if kind == "corpus":
-            return ", ".join(f"{name} {split['tokens']:,}" for name, split in facts["splits"].items())
+            return ", ".join(f"{name} {facts['splits'][name]['tokens']:,}" for name in SPLITS)
         if kind == "datastore":
             return f"{facts['entries']:,} entries, recall {facts['recall']['value']:.3f}"
         if kind == "targets":

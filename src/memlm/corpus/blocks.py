@@ -8,17 +8,16 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
-from memlm.corpus.config import CorpusConfig
+from memlm.corpus.config import SPLITS, CorpusConfig
 from memlm.errors import ArtifactError
 from memlm.files import load_array
 from memlm.manifest import Facts, Manifest, check_payload, payload_file, read_manifest
 from memlm.models.loading import check_reaches
 from memlm.models.tokenizers import check_reads, load_tokenizer, vocabulary_size
 
-SPLITS = ("train", "validation", "test")
 _SOME = 1 << 24  # token ids looked at at a time
 MAX_VOCABULARY = 1 << 24  # ten times what any tokenizer has; a manifest that says more is not believed
 TOKENIZER = "tokenizer"
@@ -181,6 +180,11 @@ class CorpusFacts(Facts):
 
     vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
     splits: dict[Literal["train", "validation", "test"], SplitFacts] = Field(min_length=len(SPLITS))
+
+    @field_validator("splits")
+    @classmethod
+    def _in_order(cls, splits: dict[str, SplitFacts]) -> dict[str, SplitFacts]:
+        return {name: splits[name] for name in SPLITS}  # a manifest's keys are sorted
 
 
 class Corpus:

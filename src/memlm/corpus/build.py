@@ -16,8 +16,8 @@ from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from memlm.config import nearest, settings_from
-from memlm.corpus.blocks import SPLITS, CorpusFacts
-from memlm.corpus.config import CorpusConfig
+from memlm.corpus.blocks import CorpusFacts
+from memlm.corpus.config import SPLITS, CorpusConfig
 from memlm.corpus.near_duplicates import OverlapFinder
 from memlm.corpus.readers import Document, Met, find_sources, listed, read_documents, source_digest
 from memlm.errors import ConfigError, InputError

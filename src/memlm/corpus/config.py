@@ -6,6 +6,8 @@ from pydantic import Field, field_validator, model_validator
 
 from memlm.config import MAX_COUNT, MAX_SEED, StageConfig
 
+SPLITS = ("train", "validation", "test")
+
 
 class CorpusConfig(StageConfig):
     """How documents become splits of token blocks."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from memlm.corpus.blocks import SPLITS, Corpus
-from memlm.corpus.config import CorpusConfig
+from memlm.corpus.blocks import Corpus
+from memlm.corpus.config import SPLITS, CorpusConfig
 from memlm.corpus.readers import find_sources
 from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.index import nlist_in_force

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.config import settings_from
-from memlm.corpus.blocks import IGNORE, SPLITS, Corpus, Split
+from memlm.corpus.blocks import IGNORE, Corpus, Split
 from memlm.corpus.build import build_corpus
+from memlm.corpus.config import SPLITS
 from memlm.corpus.readers import listed
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.manifest import is_artifact, read_manifest
