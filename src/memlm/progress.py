@@ -37,22 +37,23 @@ class _LineBar(tqdm):
         super().__init__(total=total, initial=initial, disable=True)
         self._description, self._unit, self._seconds = description, unit, seconds
         self._first, self._start, self._last = initial, time.monotonic(), time.monotonic()
-        self._told = self._closed = False
+        self._told: float | None = None  # what was said last
+        self._closed = False
         self.postfix = None  # a bar that draws nothing has none until it is set
 
     def update(self, n: float | None = 1) -> None:
         self.n += n or 0
-        if time.monotonic() - self._last >= self._seconds / (1 if self._told else 6):
+        if time.monotonic() - self._last >= self._seconds / (6 if self._told is None else 1):
             self._tell()
 
     def close(self) -> None:
-        if self._told and not self._closed:  # what was too short for a line needs none at the end
+        if self._told not in (None, self.n) and not self._closed:  # what was too short for a line needs none at the end
             self._tell()
         self._closed = True
         super().close()
 
     def _tell(self) -> None:
-        self._told, self._last = True, time.monotonic()
+        self._told, self._last = self.n, time.monotonic()
         count = f"{self.n:,.0f}"
         if self.total:
             count += f" of {self.total:,.0f}"
