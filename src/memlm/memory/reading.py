@@ -58,7 +58,7 @@ class TokenCache(VoterCache):
         if self.still is None or self.inner is None or self.inner is self.still:
             return
         rows, columns = self.inner_mask.shape
-        if any(layer.batch_size != rows or layer.max_cache_len < columns for layer in self._still_layers()):
+        if columns > _room_of(self.still) or any(layer.batch_size != rows for layer in self._still_layers()):
             return
         layers: Any = self.inner.layers
         self.still.reset()

@@ -103,7 +103,9 @@ class GeneratingMixture(Mixture, GenerationMixin):
         rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         model_kwargs[CACHE] = self.new_cache(rows, own.get(CACHE))
         if isinstance(own.get(CACHE), StaticCache):
-            model_kwargs[CACHE].hold(Room(max_cache_length, generation_config))
+            single = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            part = model_kwargs[CACHE] if single else model_kwargs[CACHE].of_base  # beams move a memory's rows
+            part.hold(Room(max_cache_length, generation_config, compiles=single))
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         return False  # base and memories are compiled each for itself

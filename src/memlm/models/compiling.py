@@ -19,6 +19,7 @@ from memlm.models.loading import device_of
 from memlm.models.taps import get_module, module_input, tap_width
 
 _KNOWN = {"attention_mask", "position_ids"}
+_OF_PICTURES = ("token_type_ids", "mm_token_type_ids", "block_sequence_ids")  # some models' masks depend on them
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Room:
     """Tokens that it holds at most."""
     generation: GenerationConfig
     """Says whether steps are compiled, and how."""
+    compiles: bool = True
+    """False where rows change places between steps, and so what a graph writes into would."""
 
 
 class CompiledSteps:
@@ -71,7 +74,13 @@ class CompiledSteps:
             cache: Extended by the token.
             inputs: Further ones of the body: `position_ids`, and an `attention_mask` as `with_whole_mask` makes it.
         """
-        if room is None or tokens.shape[1] != 1 or not cache.is_compileable or not inputs.keys() <= _KNOWN:
+        if (
+            room is None
+            or not room.compiles
+            or tokens.shape[1] != 1
+            or not cache.is_compileable
+            or not inputs.keys() <= _KNOWN
+        ):
             return None
         some: Any = self._model
         if not some._valid_auto_compile_criteria({CACHE: cache}, room.generation):
@@ -140,5 +149,7 @@ def with_whole_mask(
         attention_mask=inputs["attention_mask"].long(),
         past_key_values=cache,
         position_ids=inputs.get("position_ids"),
+        is_first_iteration=tokens.shape[1] > 1,
+        **{name: inputs[name] for name in _OF_PICTURES if name in inputs},
     )
     return {**inputs, "attention_mask": found}
