@@ -65,13 +65,13 @@ _TESTS = ("-m", "pytest", "-q", "-o", "addopts=", "-W", "default", "-p", "no:cac
 PIECES = (
     Piece("machine", 300, ("-m", "benchmarks.machine"), ("-m", "benchmarks.machine", "--quick")),
     Piece("tests", 300, _TESTS, (*_TESTS, "-k", "keys_and_values"), needs=("pytest",)),  # CI runs them all besides
-    _benchmarks("where-time-goes", 150, "where_time_goes"),
+    _benchmarks("where-time-goes", 300, "where_time_goes"),
     _benchmarks("training", 300, "distillation_loss", "training_step"),
     *_side_by_side(2),
     *_recipe("medquad", 3),
     *_recipe("medquad-mlp", 3),
     _benchmarks("decoding", 300, "mixture", "mixture_decoding", "mlp_decoding", "mlp_scoring", "gate_decoding"),
-    _benchmarks("drafting", 300, "drafted_decoding", "drafting_exactness"),
+    _benchmarks("drafting", 420, "drafted_decoding", "drafting_exactness"),
     _benchmarks("teacher", 300, "teacher_pass", "votes_to_targets"),
     _benchmarks("retrieval", 470, "knn_decoding"),
     _benchmarks("search", 470, "target_search"),

@@ -88,7 +88,7 @@ def decoded(device: torch.device, *, quick: bool) -> dict[str, tuple[float, dict
     shapes = (tiny_config(), tiny_config()) if quick else (_smollm2(30), _smollm2(_LAYERS))
     base, part = (random_model(shape, dtype=default_dtype(device), device=device) for shape in shapes)
     memory = MemoryDecoder(part, MemorySettings(kind="decoder", vocab_size=base.config.vocab_size))
-    prompt, tokens, found = random_tokens(1, 8, base.config.vocab_size, device), 4 if quick else 16, {}
+    prompt, tokens, found = random_tokens(1, 8, base.config.vocab_size, device), 4 if quick else 64, {}
     models, caches = {"base": base, "mixture": MixedLM(base, memory, 0.5)}, {"": {}, "/static": _STATIC}
     for (side, model), (kind, options) in itertools.product(models.items(), caches.items()):
         name = side + kind
