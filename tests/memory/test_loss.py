@@ -31,7 +31,7 @@ class Case:
     kl_weight: float
     scale: float = 1.0
     softcap: float | None = None
-    tile: tuple[int, int] | None = None
+    tile: Any = None
 
     def fused(self, kl_weight: float | None = None, beside: Beside | None = None) -> DistillationLoss:
         linear = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=self.bias is not None)
@@ -100,7 +100,7 @@ def make_case(
     kl_weight: float = 0.5,
     scale: float = 1.0,
     softcap: float | None = None,
-    tile: tuple[int, int] | None = None,
+    tile: tuple[int, ...] | None = None,
     half: bool = False,
     seed: int = 0,
 ) -> Case:
@@ -230,6 +230,27 @@ def test_tiles_of_any_size_give_the_same(tile: tuple[int, int]) -> None:
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tile", [(8, 5, 3), (8, 5, 1), (4, 7, 2), (4, 20, 3), (8, 20, 8), (3, 4, 2)])
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_in_half_precision_logits_may_be_widened_a_few_positions_at_a_time(
+    tile: tuple[int, int, int], share: float | None
+) -> None:
+    whole = make_case(positions=8, vocab_size=20, support=6, bias=True, softcap=5.0)
+    beside = None if share is None else whole.beside(share)[1]
+
+    def found(tile: Any) -> list[Tensor]:
+        case = replace(whole, tile=tile)
+        if beside is not None:
+            beside.confidence.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = case.fused(beside=beside).loss
+        gradients = case.gradients(loss)
+        return [loss.detach(), *gradients, *([] if beside is None else [beside.confidence.grad])]
+
+    for mine, reference in zip(found(tile), found(tile[:2]), strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-6, atol=1e-6)
+
+
 def test_padded_rows_of_the_head_get_no_gradient_and_no_probability() -> None:
     case = make_case(padding=3)
     _, weight, bias = case.gradients(case.fused().loss)
@@ -333,7 +354,7 @@ def test_tiles_hold_all_positions_in_half_precision_and_all_tokens_in_full() -> 
     cpu = torch.device("cpu")
     assert _tile(0, 50_000, torch.bfloat16, cpu) == (1, 2**20)
     assert _tile(1024, 50_000, torch.bfloat16, cpu) == (1024, 1024)
-    assert _tile(65_536, 50_000, torch.bfloat16, cpu) == (65_536, 384)
+    assert _tile(65_536, 50_000, torch.bfloat16, cpu) == (65_536, 1024)
     assert _tile(65_536, 50_000, torch.float32, cpu) == (128, 50_000)
     assert _tile(65_536, 256, torch.float32, cpu) == (4096, 256)
 
@@ -368,9 +389,9 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
-@pytest.mark.parametrize("tile", [(64, 16), (16, 200)])
+@pytest.mark.parametrize("tile", [(64, 16), (16, 200), (64, 16, 10), (32, 50, 8)])
 def test_in_bfloat16_the_error_is_no_larger_than_the_naive_one(
-    seed: int, softcap: float | None, autocast: bool, tile: tuple[int, int]
+    seed: int, softcap: float | None, autocast: bool, tile: tuple[int, ...]
 ) -> None:
     case = make_case(
         positions=64, width=64, vocab_size=200, support=8, padding=0, bias=False, softcap=softcap, tile=tile, seed=seed

@@ -28,7 +28,8 @@ _DEVICE_LOGITS = 2**28  # every tile is some hundred launches
 _KERNEL_LOGITS = 2**25  # or ten, where each is one kernel; 64 MiB in half precision
 KERNEL_DEVICES: tuple[str, ...] = ("cuda",)
 _FEWEST_POSITIONS = 128  # with fewer, adding up gradients of the head takes as long as the products
-_FEWEST_TOKENS = 384  # with fewer, adding up gradients of hidden states does
+_FEWEST_TOKENS = 1024  # with fewer, adding up gradients of hidden states does
+_CPU_WIDENED = 2**18  # of a tile in half precision, as many logits at a time are float32
 _FEW_TILES = 8  # up to which every tile looks at the whole label instead of its part of it
 
 _ADDS_WIDENED = hasattr(torch.ops.aten.addmm, "dtype_out")  # products of half precision, added up in float32
@@ -73,7 +74,7 @@ def distillation_loss(
     target_ids: Int[Tensor, "S"] | None = None,
     target_probs: Float[Tensor, "S"] | None = None,
     beside: Beside | None = None,
-    tile: tuple[int, int] | None = None,
+    tile: tuple[int, int] | tuple[int, int, int] | None = None,
 ) -> DistillationLoss:
     """KL to sparse targets plus cross-entropy of the labels, summed over positions.
 
@@ -89,7 +90,8 @@ def distillation_loss(
         target_ids: Tokens of all targets, one position after another.
         target_probs: Their probabilities; renormalised here, for float16 storage rounds them.
         beside: The base in the mixture that is trained; None: the memory alone is.
-        tile: Positions and tokens whose logits exist at a time; None: by precision and device.
+        tile: Positions and tokens whose logits exist at a time, and in half precision, of how many of these positions
+            they are float32 at a time; None: by precision and device.
 
     Raises:
         ValueError: kl_weight is above 0 and there are no targets, or the base's log-probs of them are missing.
@@ -122,7 +124,7 @@ def distillation_loss(
         head.bias,
         confidence,
         _SparseLabel(owner, ids, label, target_counts if kl_weight > 0 else None, of_base, share),
-        _Output(vocab_size, head.scale, head.softcap, dtype, tile or _tile(len(labels), vocab_size, dtype, device)),
+        _Output(vocab_size, head.scale, head.softcap, dtype, *_cut(tile, len(labels), vocab_size, dtype, device)),
     )
     negative_entropy = torch.xlogy(q, q).sum()
     return DistillationLoss(
@@ -131,6 +133,18 @@ def distillation_loss(
         cross_entropy=-log_probs[: len(labels)].sum(),
         mixture=-mixed[: len(labels)].sum(),
     )
+
+
+def _cut(
+    tile: tuple[int, ...] | None, positions: int, vocab_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[int, int], int]:
+    """Positions and tokens of a tile, and of how many of these positions logits are float32 at a time."""
+    at_once, tokens, *run = tile or _tile(positions, vocab_size, dtype, device)
+    if not run:
+        half_on_cpu = dtype.itemsize <= 2 and device.type == "cpu"
+        run = [max(1, _CPU_WIDENED // min(tokens, vocab_size)) if half_on_cpu else at_once]
+    whole = at_once >= positions or at_once % run[0] == 0  # runs are counted through all tiles
+    return (at_once, tokens), min(run[0], at_once) if whole and dtype.itemsize <= 2 else at_once
 
 
 def _tile(positions: int, vocab_size: int, dtype: torch.dtype, device: torch.device) -> tuple[int, int]:
@@ -220,12 +234,11 @@ class _LabelTiles:
         """Of these entries; 0 for one that is not there."""
         return self.label[entries] if there is None else self.label * there
 
-    def of_group(self, group: int) -> Tensor | slice:
-        """Numbers of the entries of a range of positions; of others too where they are not sorted."""
+    def of_groups(self, first: int, end: int) -> Tensor | slice:
+        """Numbers of the entries of some ranges of positions; of others too where they are not sorted."""
         if self._edges is None:
             return slice(None)
-        first = group * len(self.starts)
-        return self._order[self._edges[first] : self._edges[first + len(self.starts)]]
+        return self._order[self._edges[first * len(self.starts)] : self._edges[end * len(self.starts)]]
 
 
 @dataclass(frozen=True)
@@ -256,6 +269,8 @@ class _Output:
     dtype: torch.dtype
     """Of products."""
     tile: tuple[int, int]
+    run: int
+    """Positions of a tile whose logits are float32 at a time."""
 
 
 class _Given(NamedTuple):
@@ -310,69 +325,91 @@ def _reweighed(
 def _walk(given: _Given, sparse: _SparseLabel, output: _Output, gradients: _Gradients) -> tuple[Tensor, Tensor]:
     """The label's logits and every position's normaliser; gradients are added up on the way."""
     hidden, weight, bias, confidence = given
-    positions, owner, tile, dtype = len(hidden), sparse.owner, output.tile, output.dtype
-    vocab_size, softcap = output.vocab_size, output.softcap
+    positions, owner, dtype = len(hidden), sparse.owner, output.dtype
+    (at_once, tokens), run, vocab_size, softcap = output.tile, output.run, output.vocab_size, output.softcap
     label = sparse.weights if confidence is None else sparse.weights.clone()
-    label_tiles = _LabelTiles(owner, sparse.ids, label, (positions, vocab_size), tile)
+    label_tiles = _LabelTiles(owner, sparse.ids, label, (positions, vocab_size), (run, tokens))
     starts = label_tiles.starts
 
     # made once: memory that is freed and asked for again costs a page fault per 4 KiB
-    products = hidden.new_empty(min(tile[0], positions) * min(tile[1], vocab_size), dtype=dtype)
-    floats = products if dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+    products = hidden.new_empty(min(at_once, positions) * min(tokens, vocab_size), dtype=dtype)
+    in_place = dtype == torch.float32
+    floats = (
+        products if in_place else hidden.new_empty(min(run, positions) * min(tokens, vocab_size), dtype=torch.float32)
+    )
 
-    def tiles(group: int, states: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Any, Tensor | None]]:
-        """Rows of the head, themselves, their logits (G, C), the label's entries, the cap's slope."""
+    def parts(states: Tensor) -> Iterator[tuple[int, slice, Tensor, Tensor]]:
+        """Number and rows of a range of tokens, these rows of the head, and their products (G, C)."""
         for part, start in enumerate(starts):
-            rows = slice(start, min(start + tile[1], vocab_size))
+            rows = slice(start, min(start + tokens, vocab_size))
             table = weight[rows].to(dtype)  # (C, D)
-            size = len(states), len(table)
-            product = torch.mm(states, table.T, out=_view(products, size))  # (G, C)
-            logits = product if floats is products else _view(floats, size).copy_(product)
-            if bias is not None:
-                logits += bias[rows]
-            if output.scale != 1.0:
-                logits *= output.scale
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
-            slope = 1 - (logits / softcap) ** 2 if softcap is not None else None
-            yield rows, table, logits, label_tiles.entries(group, part, size), slope
+            yield part, rows, table, torch.mm(states, table.T, out=_view(products, (len(states), len(table))))
+
+    def runs(first: int, count: int) -> Iterator[tuple[int, slice, slice]]:
+        """Number of a run of positions, and where they are, of all and of the group's `count` from `first` on."""
+        for begin in range(0, count, run):
+            end = min(begin + run, count)
+            yield (first + begin) // run, slice(first + begin, first + end), slice(begin, end)
+
+    def logits_of(product: Tensor, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Logits (R, C) of a run, and the cap's slope."""
+        logits = product if in_place else _view(floats, product.shape).copy_(product)
+        if bias is not None:
+            logits += bias[rows]
+        if output.scale != 1.0:
+            logits *= output.scale
+        if softcap is not None:
+            logits.div_(softcap).tanh_().mul_(softcap)
+        return logits, 1 - (logits / softcap) ** 2 if softcap is not None else None
 
     scores = torch.zeros(len(owner), device=hidden.device)  # logits of the label's entries
     normaliser = torch.full((positions,), -torch.inf, device=hidden.device)
-    for group, first in enumerate(label_tiles.firsts):
-        here = slice(first, first + tile[0])
+    for first in range(0, positions, at_once):
+        here = slice(first, min(first + at_once, positions))
         states = hidden[here].to(dtype)  # (G, D)
-        kept = list(tiles(group, states)) if len(starts) == 1 else None
-        for _, _, logits, (entries, at, there), _ in kept or tiles(group, states):
-            found = logits.view(-1)[at]
-            scores[entries] = found if there is None else torch.where(there, found, scores)
-            peak = logits.amax(1)
-            total = logits.sub_(peak[:, None]).exp_().sum(1)  # torch.logsumexp takes twice as long
-            normaliser[here] = torch.logaddexp(normaliser[here], total.log() + peak)
+        kept = (
+            None  # of full precision, whose tiles have all tokens: the head, exponentials, their sum, the cap's slope
+        )
+        for part, rows, table, product in parts(states):
+            for number, where, within in runs(first, len(states)):
+                logits, slope = logits_of(product[within], rows)
+                entries, at, there = label_tiles.entries(number, part, (len(logits), logits.shape[1]))
+                found = logits.view(-1)[at]
+                scores[entries] = found if there is None else torch.where(there, found, scores)
+                peak = logits.amax(1)
+                total = logits.sub_(peak[:, None]).exp_().sum(1)  # torch.logsumexp takes twice as long
+                normaliser[where] = torch.logaddexp(normaliser[where], total.log() + peak)
+                if in_place and len(starts) == 1:
+                    kept = table, product, total[:, None], slope
         if not gradients.any:
             continue
         mass = None  # of a position's entries; 1 where no mixture weighs them anew
         if confidence is not None:
-            entries = label_tiles.of_group(group)
+            entries = label_tiles.of_groups(first // run, -(-here.stop // run))
             weights, mass = _reweighed(sparse, confidence, scores, normaliser, entries)
             label_tiles.label[entries] = weights
-            mass = mass[here, None]
-        for rows, table, logits, (entries, at, there), slope in kept or tiles(group, states):
-            # in place: softmax times mass; what is kept are exponentials by now
-            if kept:
-                grad = logits.div_(total[:, None] if mass is None else total[:, None] / mass)
-            else:
-                below = normaliser[here, None]
-                grad = logits.sub_(below if mass is None else below - mass.log()).exp_()
-            grad.view(-1).index_add_(0, at, label_tiles.weights(entries, there), alpha=-1)
-            if slope is not None:
-                grad *= slope
-            if output.scale != 1.0:
-                grad *= output.scale
-            if gradients.bias is not None:
-                gradients.bias[rows] += grad.sum(0)
-            grad = grad if floats is products else _view(products, grad.shape).copy_(grad)
-            gradients.add(here, rows, grad, states, table)
+            mass = mass[:, None]
+        for part, rows, table, product in parts(states) if kept is None else [(0, slice(0, vocab_size), *kept[:2])]:
+            for number, where, within in runs(first, len(states)):
+                # in place: softmax times mass
+                if kept is not None:
+                    *_, total, slope = kept
+                    grad = product.div_(total if mass is None else total / mass[where])
+                else:
+                    grad, slope = logits_of(product[within], rows)
+                    below = normaliser[where, None]
+                    grad.sub_(below if mass is None else below - mass[where].log()).exp_()
+                entries, at, there = label_tiles.entries(number, part, (len(grad), grad.shape[1]))
+                grad.view(-1).index_add_(0, at, label_tiles.weights(entries, there), alpha=-1)
+                if slope is not None:
+                    grad *= slope
+                if output.scale != 1.0:
+                    grad *= output.scale
+                if gradients.bias is not None:
+                    gradients.bias[rows] += grad.sum(0)
+                if not in_place:
+                    product[within] = grad
+            gradients.add(here, rows, product, states, table)
     return scores, normaliser
 
 
