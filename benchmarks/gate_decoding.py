@@ -65,9 +65,9 @@ def measure(
     """
     mixtures = {"fixed": mixture(base, part, "none")} | {gate: mixture(base, part, gate) for gate in GATES}
     tokens = random_tokens(batch, context + steps, mixtures["fixed"].vocab_size, base.device)
-    exact = [copy.deepcopy(model).float() for model in (base, part)]  # a weight adds up what half precision rounds
+    exact = copy.deepcopy(base).float(), copy.deepcopy(part).float()  # a weight adds up what half precision rounds
     for gate in GATES:
-        prove_weights(mixture(*exact, gate), tokens[:, :12])
+        prove_weights(mixture(exact[0], exact[1], gate), tokens[:, :12])
     del exact
     sides = {name: decoder(model, tokens[:, :context], tokens[:, context:]) for name, model in mixtures.items()}
     timing = interleave(sides, device=base.device, rounds=rounds)
