@@ -37,7 +37,9 @@ class Components:
             return self.logits
         mixed = mix_log_probs(self.logits, list(self.votes.values()), self.weights, self.normaliser)
         total = sum(self.weights)
-        return torch.where(total[..., None] == 0, self.logits, mixed) if isinstance(total, Tensor) else mixed
+        if not isinstance(total, Tensor) or (total.device.type == "cpu" and bool(total.all())):
+            return mixed
+        return torch.where(total[..., None] == 0, self.logits, mixed)
 
     def check_finite(self) -> None:
         """Raise unless base and memories gave finite scores, as far as their first tells.

@@ -179,7 +179,12 @@ def label_log_probs(
 def summary(log_probs: Float[Tensor, "... V"]) -> dict[str, Tensor]:
     """`entropy` (nats) and `top1` (a probability) in float32, `top1_id` in int32, of each distribution."""
     likeliest, ids = log_probs.max(-1)
-    entropy = -(log_probs.exp() * log_probs).nan_to_num(0.0).sum(-1)
+    parts = log_probs.exp()
+    if parts.requires_grad:
+        parts = (parts * log_probs).nan_to_num(0.0)
+    else:  # in place: fresh memory of this size costs more than what is computed
+        parts.mul_(log_probs).nan_to_num_(0.0)
+    entropy = -parts.sum(-1)
     return {"entropy": entropy, "top1": likeliest.exp(), "top1_id": ids.int()}
 
 
