@@ -155,6 +155,20 @@ def test_padding_on_the_left_is_no_evidence(case: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[:, 3:], weights_of(model, tokens), **CLOSE)
 
 
+@pytest.mark.parametrize("end", [2, 3, 4])
+def test_what_is_said_after_padding_is_no_evidence_where_a_chunk_ends_with_it(end: int) -> None:
+    """Beside Bloom, which says more of padding than that all tokens are alike."""
+    model = MixedLM(family_model("bloom", VOCAB), decoder_memory(VOCAB, seed=7), 0.4, gate="posterior")
+    tokens = some_tokens(1, 8)
+    padded = torch.nn.functional.pad(tokens, (3, 0), value=5)
+    mask = torch.nn.functional.pad(torch.ones_like(tokens), (3, 0), value=0)
+    cache, parts = model.new_cache(1), []
+    for start, stop in ((0, end), (end, 11)):
+        chunk = {"attention_mask": mask[:, :stop]}
+        parts.append(weights_of(model, padded[:, start:stop], cache=cache, use_cache=True, **chunk))
+    torch.testing.assert_close(torch.cat(parts, 1)[:, 3:], weights_of(model, tokens), **CLOSE)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_cache_that_was_cropped_repeated_and_reordered_goes_on_as_if_it_never_had(case: dict[str, Any]) -> None:
     model, tokens = mixture(**case), some_tokens(2, 12)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -170,27 +171,22 @@ def test_what_stands_still_is_let_go_and_caught_again() -> None:
     assert not isinstance(cache.inner, StaticCache), "two rows do not fit"
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-def test_a_memory_that_reads_the_base_reads_it_from_the_graph(family: str) -> None:
-    """One with random weights, so that what it reads matters; then it is taken away and put back."""
-    base, compiler = family_model(family, VOCAB), Compiler()
+def reading(base: Any) -> MLPMemory:
+    """A memory that reads the base, with random weights, so that what it reads matters."""
     style = FFNStyle(gated=True, bias=False, norm="rms", norm_eps=1e-5, activation="silu")
     tap = find_tap(base, 0.5)
-    memory = MLPMemory(
-        MLPSettings(
-            kind="mlp",
-            vocab_size=VOCAB,
-            style=style,
-            tap=tap,
-            input_width=tap_width(base, tap),
-            base_blocks=len(block_list(base)[1]),
-            layers=2,
-            width=32,
-            ffn_width=40,
-        )
-    )
+    shape = {"input_width": tap_width(base, tap), "base_blocks": len(block_list(base)[1]), "layers": 2, "width": 32}
+    memory = MLPMemory(MLPSettings(kind="mlp", vocab_size=VOCAB, style=style, tap=tap, ffn_width=40, **shape))
     for number, parameter in enumerate(memory.parameters()):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(number))
+    return memory
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_a_memory_that_reads_the_base_reads_it_from_the_graph(family: str) -> None:
+    """It is then taken away and put back."""
+    base, compiler = family_model(family, VOCAB), Compiler()
+    memory = reading(base)
     model = MixedLM(base, memory, 0.7)
     tokens, mask = padded(6, 4)
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 10}
@@ -209,3 +205,54 @@ def test_a_memory_that_reads_the_base_reads_it_from_the_graph(family: str) -> No
     check(2)
     model.add_memory("memory", memory, 0.7)
     check(2)
+
+
+def test_what_a_graph_leaves_outlives_inference_mode_and_follows_the_precision() -> None:
+    base, compiler = family_model("llama", VOCAB), Compiler()
+    model = MixedLM(base, reading(base), 0.7).bfloat16()
+    prompt = token_ids(1, 5, vocab_size=VOCAB)
+    options: dict[str, Any] = {"max_new_tokens": 10, "return_dict_in_generate": True, "output_logits": True}
+    with torch.inference_mode():
+        generate(model, prompt, compile_config=compiler.config(), **options)
+    model.float()
+    found = generate(model, prompt, compile_config=compiler.config(), **options)
+    plain = generate(model, prompt, cache_implementation="dynamic", **options)
+    for one, other in zip(found.logits, plain.logits, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_threads_leave_each_other_what_they_read() -> None:
+    """One text is longer than the other, so that a thread reads a prompt while the other takes single steps."""
+    base, compiler = family_model("llama", VOCAB), Compiler()
+    model = MixedLM(base, reading(base), 0.7)
+    prompts = [token_ids(1, length, vocab_size=VOCAB) for length in (5, 9)]
+    options: dict[str, Any] = {"max_new_tokens": 12, "compile_config": compiler.config()}
+    expected = [generate(model, prompt, cache_implementation="dynamic", max_new_tokens=12) for prompt in prompts]
+    for prompt in prompts:
+        generate(model, prompt, **options)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda prompt: generate(model, prompt, **options), prompts * 3))
+    for one, other in zip(found, expected * 3, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_prompt_of_one_token_is_not_traced() -> None:
+    """What a traced step makes is not known to stand still."""
+    model, compiler = mixed(), Compiler()
+    prompt = token_ids(1, 1, vocab_size=VOCAB)
+    options: dict[str, Any] = {"max_new_tokens": 12, "return_dict_in_generate": True}
+    found = generate(model, prompt, compile_config=compiler.config(), **options)
+    assert found.sequences[0, 1:].tolist() == twin(model, prompt[0], 12)
+    assert compiler.graphs == 2
+    cache: Any = found[CACHE]
+    for part in (cache.base, cache.memories["memory"].inner):
+        assert all(hasattr(layer.keys, "_dynamo_static_input_type") for layer in part.layers)
+
+
+@pytest.mark.filterwarnings("ignore:decoded step by step")
+@pytest.mark.parametrize("family", ["mistral", "gemma3"])
+def test_a_static_window_of_the_base_takes_nothing_back(family: str) -> None:
+    model = mixed(family)
+    prompt = token_ids(1, 6, vocab_size=VOCAB)
+    found = generate(model, prompt, max_new_tokens=14, drafting=5)
+    assert found[0, 6:].tolist() == twin(model, prompt[0], 14)

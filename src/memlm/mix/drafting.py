@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from memlm.errors import ConfigError
 from memlm.mix.cache import MixedCache
@@ -77,7 +77,7 @@ def why_plain(mixed: Mixture, call: Call) -> str | None:
     base, cache, given = type(mixed.base).__name__, call.cache, call.options
     if not isinstance(cache, MixedCache):
         return "there is no cache"
-    if mixed._is_stateful or not all(hasattr(layer, "crop") for layer in cache.layers):
+    if mixed._is_stateful or not all(map(_crops, cache.layers)):
         return f"{base} cannot take tokens back from its cache"
     if call.config.output_attentions or call.config.output_hidden_states:
         return "attentions or hidden states are asked for"
@@ -94,6 +94,11 @@ def why_plain(mixed: Mixture, call: Call) -> str | None:
     if strange := [name for name, value in given.items() if name not in known and value is not None]:
         return f"{strange[0]} is given"
     return None
+
+
+def _crops(layer: Any) -> bool:
+    """Whether tokens can be taken back; a static layer with a window knows that from the start."""
+    return hasattr(layer, "crop") and (not isinstance(layer, StaticLayer) or layer.is_croppable)
 
 
 def _why_one_text(mixed: Mixture, call: Call, cache: MixedCache) -> str | None:

@@ -184,7 +184,8 @@ class Gate(WeightRule):
             said[:, followed + 1] = votes.of_each(step.tokens[:, followed + 1])
         heard = ~said.isnan().any(-1)
         if step.real is not None:
-            heard &= step.real & torch.nn.functional.pad(step.real[:, :-1], (1, 0), value=True)
+            before_first = torch.ones_like(heard[:, 0]) if step.real_before is None else step.real_before
+            heard &= step.real & torch.cat([before_first[:, None], step.real[:, :-1]], 1)
         if step.evidence is not None:
             heard &= step.evidence
         rule = FixedShare(prior, self.config.switch)

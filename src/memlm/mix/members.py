@@ -338,6 +338,10 @@ class Mixture(PreTrainedModel):
             shape = len(tokens), end - began
             return [{name: values.view(shape).to(logits.device) for name, values in part.items()} for part in found]
 
+        width = tokens.shape[1]
+        before = (
+            attention_mask[:, -width - 1] if attention_mask is not None and attention_mask.shape[1] > width else None
+        )
         step = Step(
             tokens=tokens.to(logits.device),
             past=past - unread,
@@ -345,7 +349,8 @@ class Mixture(PreTrainedModel):
             base=logits,
             normaliser=normaliser,
             memories=votes,
-            real=None if attention_mask is None else attention_mask[:, -tokens.shape[1] :].bool().to(logits.device),
+            real=None if attention_mask is None else attention_mask[:, -width:].bool().to(logits.device),
+            real_before=None if before is None else before.bool().to(logits.device),
             evidence=_evidence(evidence_mask, past - unread, tokens.to(logits.device)),
             confidence=lambda name: memories[name].confidence(states[name], keep).to(logits.device),
             unread=unread,

@@ -36,6 +36,8 @@ class Step:
     """The memories' votes there, in their order."""
     real: Bool[Tensor, "B T"] | None = None
     """False where a new token is padding; None: none is."""
+    real_before: Bool[Tensor, "B"] | None = None
+    """False where the token before the new ones is padding; None: none is."""
     evidence: Bool[Tensor, "B T"] | None = None
     """False where a new token says nothing of who explains the text; None: all say something."""
     confidence: Callable[[str], Float[Tensor, "B T2"]] = lambda name: torch.zeros(())

@@ -1,10 +1,12 @@
 """Steps of single tokens behind a static cache, compiled where transformers would compile its own."""
 
 import inspect
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -51,9 +53,13 @@ class CompiledSteps:
         self._cache_name = cache_argument(inspect.signature(body.forward).parameters) or CACHE
         self._made: tuple[CompileConfig, Callable[..., Any]] | None = None
         self._held: dict[str, Tensor] = {}  # tap to `(B, 1, D)`: what went into that module
+        self._lock = threading.Lock()  # what is held is written by one thread at a time
 
     def __getstate__(self) -> dict[str, Any]:  # a copy compiles its own
-        return self.__dict__ | {"_made": None, "_held": {}}
+        return self.__dict__ | {"_made": None, "_held": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
 
     def read(
         self,
@@ -66,9 +72,9 @@ class CompiledSteps:
         """What the body gives, states or logits first, and what goes into each tap; both are copies, for the next step
         writes where they were.
 
-        None where nothing was read: unless tokens are one each, behind a static cache, nothing else is asked for, and
-        transformers would compile such a step of the model (it looks at the device, the configuration, and how the
-        model is quantised and laid out).
+        None where nothing was read: unless tokens are one each, behind others in a static cache, nothing else is asked
+        for, and transformers would compile such a step of the model (it looks at the device, the configuration, and how
+        the model is quantised and laid out).
 
         Args:
             cache: Extended by the token.
@@ -82,29 +88,31 @@ class CompiledSteps:
             or not inputs.keys() <= _KNOWN
         ):
             return None
+        if not all(getattr(layer, "is_initialized", True) for layer in cache.layers):
+            return None  # a place that is made while a step is traced is not known to stand still
         some: Any = self._model
         if not some._valid_auto_compile_criteria({CACHE: cache}, room.generation):
             return None
         config = room.generation.compile_config or some._default_compile_config()
         if self._made is None or self._made[0] != config:
-            self._made = config, torch.compile(partial(_step, self._body), **config.to_dict())
+            self._made = config, torch.compile(_step_of(self._body), **config.to_dict())
         told = tree_map_only(Tensor, _packed, {"input_ids": tokens, **inputs})
-        with self._holding(taps, len(tokens)) as held:
+        with self._lock, self._holding(taps, len(tokens)) as held:
             output = self._made[1](held, use_cache=True, return_dict=True, **{self._cache_name: cache}, **told)
-        first = next(iter(output))
-        output[first] = output[first].clone()
-        return output, {tap: part.clone() for tap, part in held.items()}
+            first = next(iter(output))
+            output[first] = output[first].clone()
+            return output, {tap: part.clone() for tap, part in held.items()}
 
     @contextmanager
     def _holding(self, taps: Collection[str], rows: int) -> Iterator[dict[str, Tensor]]:
         """Where a step leaves what goes into each tap: always the same place, as its graph asks for."""
-        if self._held.keys() != set(taps) or any(len(part) != rows for part in self._held.values()):
-            self._held = {
-                tap: torch.empty(
-                    rows, 1, tap_width(self._model, tap), dtype=self._model.dtype, device=device_of(self._model)
-                )
-                for tap in taps
-            }
+        kind = {"dtype": self._model.dtype, "device": device_of(self._model)}
+        sizes = {tap: (rows, 1, tap_width(self._model, tap)) for tap in taps}
+        if {tap: (*part.shape, part.dtype, part.device) for tap, part in self._held.items()} != {
+            tap: (*size, *kind.values()) for tap, size in sizes.items()
+        }:
+            with torch.inference_mode(False):  # it outlives the call, which may be in that mode
+                self._held = {tap: torch.empty(size, **kind) for tap, size in sizes.items()}
             for part in self._held.values():
                 torch._dynamo.mark_static_address(part)
         hooks = [
@@ -118,15 +126,21 @@ class CompiledSteps:
                 hook.remove()
 
 
-def _step(body: nn.Module, held: dict[str, Tensor], **inputs: Any) -> Any:
-    """The body's output; where its hooks write is NaN unless they do."""
-    for part in held.values():
-        part.fill_(torch.nan)
-    return body(**inputs)
+def _step_of(body: nn.Module) -> Callable[..., Any]:
+    """A function that gives the body's output; where its hooks write is NaN unless they do."""
+
+    def step(held: dict[str, Tensor], **inputs: Any) -> Any:
+        for part in held.values():
+            part.fill_(torch.nan)
+        return body(**inputs)
+
+    # with code of its own: dynamo counts graphs by it, and makes eight at most
+    return FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
 
 
 def _leave(place: Tensor, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    place.copy_(module_input(args, kwargs).view_as(place))
+    if torch.compiler.is_compiling():  # another thread may run the module as it is
+        place.copy_(module_input(args, kwargs).view_as(place))
 
 
 def _packed(part: Tensor) -> Tensor:
