@@ -294,7 +294,10 @@ class _Pending:
 
     def of(self, token: Int[Tensor, "B"]) -> Float[Tensor, "B K"]:
         """What each explanation gave the token after the last place."""
-        return self.taken(places=torch.tensor([self.base.shape[1] - 1])).of_each(token[:, None])[:, 0]
+        last = self
+        if self.base.shape[1] > 1:
+            last = self.taken(places=torch.tensor([self.base.shape[1] - 1]))
+        return last.of_each(token[:, None])[:, 0]
 
     def without(self, surplus: Sequence[int], before: "_Pending | None") -> "_Pending":
         """The votes but for those at the last places of each row; what is left ends where it did.
