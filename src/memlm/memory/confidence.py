@@ -85,11 +85,14 @@ class ConfidenceHead(StageConfig):
     def _state(self) -> Tensor:
         return torch.tensor(self.state, dtype=torch.float32)
 
+    @cached_property
+    def _features(self) -> Tensor:
+        return torch.tensor(self.features, dtype=torch.float32)
+
     def weight(self, of_state: Float[Tensor, "..."], base: Columns, memory: Columns) -> Float[Tensor, "..."]:
         """The memory's weight."""
         found = features(base, memory)
-        weights = torch.tensor(self.features, dtype=found.dtype, device=found.device)
-        return torch.sigmoid(of_state + found @ weights + self.bias)
+        return torch.sigmoid(of_state + found @ self._features.to(found) + self.bias)
 
 
 def features(base: Columns, memory: Columns) -> Float[Tensor, "... F"]:

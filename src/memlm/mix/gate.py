@@ -156,7 +156,7 @@ class Gate(WeightRule):
             memories = [
                 {**_summary(votes, shape), "confidence": step.confidence(name)} for name, votes in step.memories.items()
             ]
-            return [summary(step.base - step.normaliser), *memories]
+            return [summary(step.base, step.normaliser), *memories]
 
         return self.own_weights(step.normaliser[..., 0], columns)
 

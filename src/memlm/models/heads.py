@@ -176,15 +176,22 @@ def label_log_probs(
     return joined(parts)
 
 
-def summary(log_probs: Float[Tensor, "... V"]) -> dict[str, Tensor]:
-    """`entropy` (nats) and `top1` (a probability) in float32, `top1_id` in int32, of each distribution."""
+def summary(log_probs: Float[Tensor, "... V"], normaliser: Float[Tensor, "... 1"] | None = None) -> dict[str, Tensor]:
+    """`entropy` (nats) and `top1` (a probability) in float32, `top1_id` in int32, of each distribution.
+
+    Args:
+        log_probs: Or logits, of which `normaliser` is the logsumexp.
+    """
     likeliest, ids = log_probs.max(-1)
-    parts = log_probs.exp()
-    if parts.requires_grad:
-        parts = (parts * log_probs).nan_to_num(0.0)
+    shift = log_probs.new_zeros(()) if normaliser is None else normaliser
+    if torch.is_grad_enabled() and log_probs.requires_grad:
+        parts = ((log_probs - shift).exp() * log_probs).nan_to_num(0.0)
     else:  # in place: fresh memory of this size costs more than what is computed
+        parts = log_probs.exp() if normaliser is None else (log_probs - shift).exp_()
         parts.mul_(log_probs).nan_to_num_(0.0)
     entropy = -parts.sum(-1)
+    if normaliser is not None:
+        entropy, likeliest = entropy + normaliser[..., 0], likeliest - normaliser[..., 0]
     return {"entropy": entropy, "top1": likeliest.exp(), "top1_id": ids.int()}
 
 
