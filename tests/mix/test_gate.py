@@ -155,6 +155,16 @@ def test_padding_on_the_left_is_no_evidence(case: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[:, 3:], weights_of(model, tokens), **CLOSE)
 
 
+def test_gradients_flow_after_a_call_in_inference_mode() -> None:
+    model, tokens = mixture("both"), some_tokens(1, 6)
+    with torch.inference_mode():
+        before = model(tokens).logits
+    model.base.requires_grad_(True)  # as an adapter in training would be
+    model(tokens, labels=tokens).loss.backward()
+    assert all(bool(part.grad.isfinite().all()) for part in model.base.parameters())
+    torch.testing.assert_close(model(tokens).logits.detach(), before, **CLOSE)
+
+
 @pytest.mark.parametrize("end", [2, 3, 4])
 def test_what_is_said_after_padding_is_no_evidence_where_a_chunk_ends_with_it(end: int) -> None:
     """Beside Bloom, which says more of padding than that all tokens are alike."""

@@ -83,11 +83,13 @@ class ConfidenceHead(StageConfig):
 
     @cached_property
     def _state(self) -> Tensor:
-        return torch.tensor(self.state, dtype=torch.float32)
+        with torch.inference_mode(False):  # it outlives the call
+            return torch.tensor(self.state, dtype=torch.float32)
 
     @cached_property
     def _features(self) -> Tensor:
-        return torch.tensor(self.features, dtype=torch.float32)
+        with torch.inference_mode(False):
+            return torch.tensor(self.features, dtype=torch.float32)
 
     def weight(self, of_state: Float[Tensor, "..."], base: Columns, memory: Columns) -> Float[Tensor, "..."]:
         """The memory's weight."""

@@ -59,13 +59,14 @@ class Gate(WeightRule):
         self.follows = config.gate != "confidence"
         """Whether it keeps a posterior."""
         self.sleep = Sleep(config.sleep, config.sleep_below)
+        self._priors: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def new_state(self, batch_size: int) -> "GateCache":
         return GateCache(batch_size)
 
     def places(self, keep: slice | Tensor, tokens: int) -> slice | Tensor:
-        kept = places_of(keep, tokens)
-        return slice(max(0, int(kept.min()) - self.config.prompt_window), None) if len(kept) else keep
+        kept = places_of(keep, tokens).tolist()
+        return slice(max(0, min(kept) - self.config.prompt_window), None) if kept else keep
 
     def asleep(self, state: VoterCache | None, past: int, unread: int, tokens: int) -> bool:
         if not self.sleep.tokens or not isinstance(state, GateCache) or state.left is None:
@@ -76,11 +77,12 @@ class Gate(WeightRule):
         assert state is None or isinstance(state, GateCache)
         own, length = self._own(step), step.tokens.shape[1]
         kept = places_of(step.keep, length)
-        first = int(kept.min()) if len(kept) else length  # a place whose votes are there
+        places = kept.tolist()  # Python counts a few of them in less time than torch
+        first = min(places, default=length)  # a place whose votes are there
         began = max(0, first - step.unread - self.config.prompt_window)
         began = began + step.unread if began else 0
-        gaps = len(kept) and int(kept.max()) - first + 1 != len(kept.unique())
-        end = min(int(kept.max()) if gaps else first, length - 1)
+        gaps = places and max(places) - first + 1 != len(set(places))
+        end = min(max(places) if gaps else first, length - 1)
         before = None
         if began < end and (self.follows or self.sleep.tokens):
             before = self._hear_prompt(step, began, end)
@@ -90,7 +92,8 @@ class Gate(WeightRule):
             along = self._posterior(step, own, kept, before, known)
         else:
             along = step.base.new_zeros(*step.tokens.shape, 0)
-        weights, left = self._weights(along[:, kept], own), None
+        whole = places == list(range(length))
+        weights, left = self._weights(along if whole else along[:, kept], own), None
         if self.sleep.tokens:
             asleep, left = self._sleep(step, along, weights, kept, before, known)
             weights = weights.masked_fill(asleep[:, kept, None], 0.0)
@@ -170,7 +173,7 @@ class Gate(WeightRule):
     ) -> Float[Tensor, "B T K"]:
         """Log-posteriors after every token."""
         rows, length = step.tokens.shape
-        prior = self.explanations.log_prior(self.config.prior, step.base)
+        prior = self._log_prior(step.base)
         start = prior.expand(rows, -1) if known is None or known.history is None else known.history[:, -1]
         # what was said of each new token before it came; of the first one by the step before
         said = torch.full((rows, length, len(prior)), float("nan"), device=step.base.device)
@@ -178,8 +181,7 @@ class Gate(WeightRule):
             said[:, 0] = known.pending.of(step.tokens[:, 0])
         if before is not None:
             said[:, before.began + 1 : before.end + 1] = before.said
-        followed = kept[kept < length - 1]
-        if len(followed):
+        if length > 1 and len(followed := kept[kept < length - 1]):
             votes = _Pending.at(step, own, (kept < length - 1).nonzero()[:, 0], self.explanations)
             said[:, followed + 1] = votes.of_each(step.tokens[:, followed + 1])
         heard = ~said.isnan().any(-1)
@@ -190,6 +192,13 @@ class Gate(WeightRule):
             heard &= step.evidence
         rule = FixedShare(prior, self.config.switch)
         return rule.along(start, said.nan_to_num(nan=0.0, neginf=-float("inf")), heard)
+
+    def _log_prior(self, like: Tensor) -> Float[Tensor, "K"]:
+        kind = like.dtype, like.device
+        if kind not in self._priors:
+            with torch.inference_mode(False):  # it outlives the call
+                self._priors[kind] = self.explanations.log_prior(self.config.prior, like)
+        return self._priors[kind]
 
     def _hear_prompt(self, step: Step, began: int, end: int) -> "_Heard":
         """What was said of the tokens after the places from `began` to `end`, whose votes are not kept."""
