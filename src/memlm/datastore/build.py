@@ -33,7 +33,7 @@ from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 _TAP_FILE = "tap.txt"
 
 _VALUES_AT_ONCE = 65536
-_LENGTHS = 16  # a batch's length is a multiple of it, and its rows fill whole quarters of `batch_tokens`:
+_LENGTHS = 32  # a batch's length is a multiple of it, and its rows fill whole quarters of `batch_tokens`:
 _QUARTERS = 4  # few shapes, for oneDNN keeps what it made for each shape that it met
 
 _Batch = tuple[NDArray[np.int64], Callable[[], NDArray[np.float16]]]
