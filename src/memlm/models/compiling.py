@@ -139,7 +139,7 @@ def _step_of(body: nn.Module) -> Callable[..., Any]:
 
 
 def _leave(place: Tensor, module: nn.Module, args: tuple, kwargs: dict) -> None:
-    if torch.compiler.is_compiling():  # another thread may run the module as it is
+    if torch.compiler.is_dynamo_compiling():  # so in traced code alone: another thread may run the module as it is
         place.copy_(module_input(args, kwargs).view_as(place))
 
 
