@@ -37,7 +37,7 @@ class Room:
 
 
 class CompiledSteps:
-    """One token at a time, read by a compiled body. On an accelerator a step is then one launch instead of hundreds.
+    """One token at a time, read by a compiled body. On an accelerator a step is hundreds of launches otherwise.
 
     Keys and values stand where they are, and the mask is made outside, as long as the whole cache, so that one graph
     serves all steps.
