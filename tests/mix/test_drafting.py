@@ -452,18 +452,28 @@ def test_plain_steps_tell_how_often_drafts_would_be_accepted(sampling: dict[str,
         votes = memory.votes(memory.step(text), slice(None))[0]
         logits = model(text).logits[0]
     at = PROMPT.shape[1]  # the first new token comes with the prompt
-    for drafted, likely in rounds:
+    for step, (drafted, likely) in enumerate(rounds):
         if drafted == 0:
             place = at
-            if sampling["do_sample"]:
+            if step >= 4 and step % 4:  # the first are asked, then one of four
+                assert likely is None
+            elif sampling["do_sample"]:
                 p, q = ((scores[place] / 0.7).softmax(-1) for scores in (logits, votes))
-                expected = float(torch.minimum(p, q).sum())
+                assert likely == pytest.approx(float(torch.minimum(p, q).sum()), abs=1e-3)
             else:
-                expected = float(logits[place].argmax() == votes[place].argmax())
-            assert likely == pytest.approx(expected, abs=1e-3)
+                assert likely == float(logits[place].argmax() == votes[place].argmax())
             at += 1
             continue
         break
+
+
+def test_plain_steps_that_tell_nothing_make_nothing_forgotten() -> None:
+    pace = Pace(share=0.1)
+    for step in range(100):
+        likely = 0.75 if step < 8 else None
+        pace.saw(0, [], 1.0, likely)
+    assert pace.acceptance == pytest.approx(0.75)
+    assert pace.accepted + pace.refused > 5
 
 
 # --- what cannot be ---------------------------------------------------------------------------------------------------

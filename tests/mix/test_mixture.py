@@ -16,7 +16,8 @@ from transformers import DynamicCache
 from memlm.errors import ConfigError
 from memlm.memory.voter import VoterCache
 from memlm.mix.cache import MixedCache
-from memlm.mix.mixture import mix_log_probs
+from memlm.mix.decoding import likeliest
+from memlm.mix.mixture import logsumexp, mix_log_probs
 from memlm.mix.weights import FixedWeights, Step, Weight, check_weights
 from memlm.targets.votes import SparseProbs
 
@@ -239,6 +240,33 @@ def test_gradients_flow_to_logits_votes_and_weights_as_through_the_probabilities
     )
     for ours, its in zip(found, torch.autograd.grad(plain, leaves, cotangent), strict=True):
         torch.testing.assert_close(ours, its, rtol=1e-4, atol=1e-5)
+
+
+def test_the_normaliser_is_torchs_logsumexp_and_so_are_its_gradients() -> None:
+    torch.manual_seed(0)
+    rows = 10 * torch.randn(6, 3, 1000)
+    rows[1, 0] = 5.0  # all alike
+    rows[2, 0, 0] = torch.finfo(torch.float32).min  # as models rule tokens out
+    rows[2, 1, :999] = -torch.inf
+    rows.requires_grad_()
+    ours, theirs = logsumexp(rows), torch.logsumexp(rows.double(), -1, keepdim=True)
+    torch.testing.assert_close(ours.double(), theirs, atol=4e-6, rtol=1e-6)
+    pull = torch.randn(6, 3, 1)
+    (of_ours,), (of_theirs,) = (torch.autograd.grad((pull * said).sum(), rows) for said in (ours, theirs))
+    torch.testing.assert_close(of_ours, of_theirs, atol=1e-5, rtol=1e-4)
+    for wrong in (torch.nan, torch.inf):
+        assert not logsumexp(torch.tensor([[1.0, wrong, 2.0]])).isfinite().any()
+    assert not logsumexp(torch.full((1, 4), -torch.inf)).isfinite().any()
+
+
+def test_the_likeliest_token_is_torchs_argmax() -> None:
+    torch.manual_seed(0)
+    scores = torch.randint(0, 40, (4, 3, 5000)).float()  # many ties, of which the first counts
+    scores[0, 0] = -torch.inf
+    assert (likeliest(scores) == scores.argmax(-1)).all()
+    assert (likeliest(scores[:, -1]) == scores[:, -1].argmax(-1)).all()
+    assert likeliest(scores[0, 0]) == 0
+    assert likeliest(scores).dtype == torch.long
 
 
 def test_a_mixture_of_many_memories_makes_two_tensors_of_the_bases_size() -> None:

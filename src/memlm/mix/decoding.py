@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -71,6 +72,13 @@ def strange_criterion(criteria: StoppingCriteriaList) -> str | None:
     return next((type(criterion).__name__ for criterion in criteria if type(criterion) not in known), None)
 
 
+def likeliest(scores: Float[Tensor, "... V"]) -> Int[Tensor, "..."]:
+    """`argmax` over tokens; on a CPU numpy's, which takes a tenth of the time of torch's."""
+    if scores.device.type != "cpu":
+        return scores.argmax(-1)
+    return torch.from_numpy(np.asarray(scores.detach().numpy().argmax(-1)))
+
+
 @dataclass
 class Text:
     """A text under way, and what ends it."""
@@ -101,14 +109,32 @@ class Text:
             scores, logits: `(1, V)`, what it was chosen by.
         """
         self.ids = torch.cat([self.ids, token[:, None].to(self.ids.device)], 1)
-        if self.scores is not None:
-            self.scores.append(scores.clone())  # of many that were made together
-        if self.logits is not None:
-            self.logits.append(logits.clone())
+        self._keep(scores, logits)
         if self.streamer is not None:
             self.streamer.put(token.cpu())
         told = None if self.scores is None else tuple(self.scores)
         self.done = bool(cast(Any, self.criteria)(self.ids, told).all())
+
+    def _keep(self, scores: Tensor, logits: Tensor) -> None:
+        if self.scores is not None:
+            self.scores.append(scores.clone())  # of many that were made together
+        if self.logits is not None:
+            self.logits.append(logits.clone())
+
+    @staticmethod
+    def add_to_all(texts: "Sequence[Text]", tokens: Tensor, scores: Tensor, logits: Tensor) -> None:
+        """Put a token at the end of each of several texts of one length, as `add` does one by one.
+
+        Args:
+            tokens: `(B,)`.
+            scores, logits: `(B, V)`, what they were chosen by.
+        """
+        ids = torch.cat([text.ids for text in texts])
+        ids = torch.cat([ids, tokens[:, None].to(ids.device)], 1)
+        done = cast(Any, texts[0].criteria)(ids, None).tolist()
+        for row, text in enumerate(texts):
+            text.ids, text.done = ids[row : row + 1], done[row]
+            text._keep(scores[row : row + 1], logits[row : row + 1])
 
 
 @dataclass(frozen=True)

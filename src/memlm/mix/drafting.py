@@ -30,6 +30,7 @@ from memlm.mix.decoding import (
     Processed,
     Text,
     checked_cache,
+    likeliest,
     mask_for,
     positions,
     result,
@@ -206,12 +207,7 @@ def decode_drafted(mixed: Mixture, call: Call, pace: Pace, judging: "Judge | Non
                 logits = parts.mixed()
                 scores = processed(ids, chunk[:, :0] if drafts is None else drafts.tokens, logits)
                 accepted, last = judging(scores, drafts, sampled)
-                for row, text in enumerate(texts):
-                    drafted = () if drafts is None else drafts.tokens[row, : accepted[row], None]
-                    for place, token in enumerate((*drafted, last[row : row + 1])):
-                        if text.done:
-                            break
-                        text.add(token, scores[row, place, None], logits[row, place, None])
+                _write(texts, drafts, accepted, last, scores, logits)
             finally:  # what the caches know is all but the last token, also where a streamer or a criterion raised
                 keep([len(text) - 1 for text in texts])
             drafter.saw(parts.states, [0 if drafts is None else place for place in accepted], logits.shape[1])
@@ -219,7 +215,7 @@ def decode_drafted(mixed: Mixture, call: Call, pace: Pace, judging: "Judge | Non
                 lengths = [0] * len(texts) if drafts is None else drafts.lengths
                 judged = [pair for pair, alive in zip(zip(lengths, accepted, strict=True), live, strict=True) if alive]
                 likely = None
-                if drafts is None and pace.fixed is None and judging is judge:
+                if drafts is None and pace.asks and judging is judge:
                     likely = drafter.agreement(ids, parts.votes, scores[:, -1])
                     likely = None if likely is None else float(likely[torch.tensor(live)].mean())
                 pace.saw(chunk.shape[1] - 1, judged if drafts is not None else [], time.perf_counter() - began, likely)
@@ -236,6 +232,20 @@ def decode_drafted(mixed: Mixture, call: Call, pace: Pace, judging: "Judge | Non
     return result(texts, cache)
 
 
+def _write(
+    texts: list[Text], drafts: Drafts | None, accepted: list[int], last: Tensor, scores: Tensor, logits: Tensor
+) -> None:
+    """Put what was accepted at the end of each text, and the token that comes after it."""
+    if drafts is None and len(texts) > 1 and not any(text.done for text in texts) and len(set(map(len, texts))) == 1:
+        return Text.add_to_all(texts, last, scores[:, 0], logits[:, 0])
+    for row, text in enumerate(texts):
+        drafted = () if drafts is None else drafts.tokens[row, : accepted[row], None]
+        for place, token in enumerate((*drafted, last[row : row + 1])):
+            if text.done:
+                break
+            text.add(token, scores[row, place, None], logits[row, place, None])
+
+
 Judge = Callable[[Tensor, "Drafts | None", bool], tuple[list[int], Tensor]]
 """As `judge`."""
 
@@ -250,14 +260,14 @@ def judge(scores: Float[Tensor, "B P V"], drafts: Drafts | None, sampled: bool) 
     """
     rows = torch.arange(len(scores), device=scores.device)
     if drafts is None:
-        last = torch.multinomial(scores[:, 0].softmax(-1), 1)[:, 0] if sampled else scores[:, 0].argmax(-1)
+        last = torch.multinomial(scores[:, 0].softmax(-1), 1)[:, 0] if sampled else likeliest(scores[:, 0])
         return [0] * len(scores), last
     drafted, lengths = drafts.tokens.to(scores.device), torch.tensor(drafts.lengths, device=scores.device)
     there = torch.arange(drafted.shape[1], device=scores.device) < lengths[:, None]
     if not sampled:
-        likeliest = scores.argmax(-1)
-        accepted = ((likeliest[:, :-1] == drafted) & there).long().cumprod(1).sum(1)
-        return accepted.tolist(), likeliest[rows, accepted]
+        chosen = likeliest(scores)
+        accepted = ((chosen[:, :-1] == drafted) & there).long().cumprod(1).sum(1)
+        return accepted.tolist(), chosen[rows, accepted]
     probs, of_drafter = scores.softmax(-1), drafts.probs
     chance = probs[:, :-1].gather(2, drafted[..., None])[..., 0]
     if of_drafter is not None:

@@ -14,7 +14,7 @@ from memlm.errors import ModelError
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.cache import MixedCache
-from memlm.mix.decoding import Processed
+from memlm.mix.decoding import Processed, likeliest
 from memlm.mix.members import Mixture
 
 _LONGEST_MATCH = 4
@@ -105,7 +105,7 @@ class MemoryDrafter(Drafter):
         own = self.processed(texts, torch.empty(len(texts), 0, dtype=torch.long), cast(Tensor, votes[self.name]))[:, -1]
         if self.sampled:
             return torch.minimum(own.softmax(-1), scores.softmax(-1)).sum(-1)
-        return (own.argmax(-1) == scores.argmax(-1)).float()
+        return (likeliest(own) == likeliest(scores)).float()
 
     def draft(
         self, texts: Sequence[Int[Tensor, "1 N"]], fresh: Int[Tensor, "B 1"], cache: MixedCache, count: int
@@ -129,7 +129,7 @@ class MemoryDrafter(Drafter):
                     probs.append(scores.softmax(-1))
                     token = torch.multinomial(probs[-1], 1)
                 else:
-                    token = scores.argmax(-1, keepdim=True)
+                    token = likeliest(scores)[:, None]
                 tokens = torch.cat([tokens, token.to(tokens.device)], 1)
         except BaseException:
             if states:

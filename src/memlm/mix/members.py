@@ -32,6 +32,7 @@ from memlm.mix.loading import (
     load_beside,
     settings_of,
 )
+from memlm.mix.mixture import logsumexp
 from memlm.mix.sleep import Unread
 from memlm.mix.weights import FixedWeights, MixWeight, Step, WeightRule, settle_weights
 from memlm.models.adapters import has_adapter
@@ -301,7 +302,7 @@ class Mixture(PreTrainedModel):
         )
         keep = _kept(logits_to_keep)
         logits = base.logits(state, keep)
-        normaliser = torch.logsumexp(logits, -1, keepdim=True)
+        normaliser = logsumexp(logits)
 
         tokens, asked, missed = input_ids, rule.places(keep, length), Unread()
         if cache is not None:

@@ -27,10 +27,14 @@ class Pace:
     """What drafting one token costs at least, of a plain step: a memory's part of it; 0 for a lookup."""
     observed: bool = False
     """Whether plain steps tell how often drafts would be accepted."""
+    plain: int = 0
+    """Plain steps taken so far."""
 
     _DECAY = 0.9
     _TRIED = (0, 2)
     _PAUSE = 24
+    _ASKED = (4, 4)
+    """Of the plain steps the first few are asked what a draft would have been worth, then one of so many."""
 
     def next(self) -> int:
         """Tokens to draft now."""
@@ -52,6 +56,12 @@ class Pace:
             return 0 if self.observed else 2  # so that it is seen when drafts begin to pay
         return best
 
+    @property
+    def asks(self) -> bool:
+        """Whether the plain step at hand should tell how likely a draft would have been accepted, which costs time."""
+        first, every = self._ASKED
+        return self.fixed is None and (self.plain < first or self.plain % every == 0)
+
     def saw(self, drafted: int, judged: Sequence[tuple[int, int]], seconds: float, likely: float | None = None) -> None:
         """Take a round into account.
 
@@ -62,13 +72,17 @@ class Pace:
             likely: Chance that a token drafted for a plain step would have been accepted; None: not known.
         """
         rows = max(1, len(judged))
+        self.plain += drafted == 0
         self.drafted_tokens += sum(count for count, _ in judged)
         self.accepted_tokens += sum(accepted for _, accepted in judged)
-        self.accepted = self._DECAY * self.accepted + sum(accepted for _, accepted in judged) / rows
-        self.refused = self._DECAY * self.refused + sum(accepted < count for count, accepted in judged) / rows
+        accepted = sum(accepted for _, accepted in judged) / rows
+        refused = sum(accepted < count for count, accepted in judged) / rows
         if likely is not None:
             self.observed = True
-            self.accepted, self.refused = self.accepted + likely, self.refused + 1 - likely
+            accepted, refused = accepted + likely, refused + 1 - likely
+        if judged or likely is not None:  # else nothing was learnt, and nothing is forgotten
+            self.accepted = self._DECAY * self.accepted + accepted
+            self.refused = self._DECAY * self.refused + refused
         before, weight = self.rounds.get(drafted, (seconds, 0.0))
         new = weight * self._DECAY + 1
         mean = before + (seconds - before) / new
