@@ -52,7 +52,11 @@ def _own_cache(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process is left with one alone at the end; a file stays together,
-    for what its tests share is made once."""
+    for what its tests share is made once. Of a grid of cases those that are left out belong to the table."""
+    for item in items:
+        grid, case = item.get_closest_marker("grid"), getattr(item, "callspec", None)
+        if grid is not None and case is not None and sum(case.indices.values()) % grid.args[0]:
+            item.add_marker("table")
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
 

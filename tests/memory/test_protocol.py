@@ -141,6 +141,7 @@ def test_votes_are_given_only_where_asked(memory: Memory) -> None:
     torch.testing.assert_close(log_votes(memory, state, places), everywhere[:, places], **CLOSE)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [5, 1, 1, 9, 5], [20, 1], [2, 19]], ids=str)
 def test_reading_with_a_cache_equals_reading_at_once(memory: Memory, chunks: list[int]) -> None:
     tokens = some_tokens(2)
@@ -156,6 +157,7 @@ def test_a_batch_equals_its_rows_alone(memory: Memory) -> None:
         torch.testing.assert_close(together[row : row + 1], read(memory, tokens[row : row + 1]), **CLOSE)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("chunks", [[LENGTH], [1] * LENGTH, [12, 3, 6]], ids=str)
 def test_left_padding_changes_nothing(memory: Memory, chunks: list[int]) -> None:
     lengths = [LENGTH, LENGTH - 4, 3]
@@ -174,6 +176,7 @@ def test_left_padding_changes_nothing(memory: Memory, chunks: list[int]) -> None
     torch.testing.assert_close(read(memory, garbage, mask=mask)[mask], together[mask], **CLOSE)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("cropped", [0, 1, 3, 11, LENGTH])
 def test_crop_then_going_on_equals_a_fresh_read(memory: Memory, cropped: int) -> None:
     tokens, others = some_tokens(2), some_tokens(2, length=14, seed=1)

@@ -62,6 +62,7 @@ def assert_same_but_for_ties(model: MixedLM, found: Tensor, expected: Tensor, **
 # --- greedy -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.grid(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", GATED, ids=str)
 @pytest.mark.parametrize("drafting", [1, 4, "auto"])

@@ -53,6 +53,7 @@ def assert_rows_alike(model: MixedLM, found: Tensor, expected: Tensor, mask: Ten
 awake = [case for case in GATED if "sleep" not in case]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("case", awake, ids=str)
 @pytest.mark.parametrize("drafting", [1, 4, "auto"])
 def test_drafts_change_no_token_of_a_batch(case: dict[str, Any], drafting: Any) -> None:

@@ -129,6 +129,7 @@ def test_logits_are_the_mixture_with_those_weights(case: dict[str, Any]) -> None
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("steps", [[1] * 10, [4, 1, 1, 4], [3, 7]])
 def test_steps_with_a_cache_weigh_as_the_whole_text(case: dict[str, Any], steps: list[int]) -> None:
@@ -225,6 +226,7 @@ def test_of_a_prompt_the_latest_tokens_count(case: dict[str, Any], window: int) 
             torch.testing.assert_close(found[row, length - 9], torch.tensor(list(slow.values())), **CLOSE)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("steps", [[10], [7, 1, 2], [1] * 10])

@@ -61,6 +61,7 @@ def test_weights_are_those_of_a_slow_twin(case: dict[str, Any]) -> None:
     assert others
 
 
+@pytest.mark.grid(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("steps", STEPS)
@@ -94,6 +95,7 @@ def test_memories_read_only_where_they_wake_and_then_what_they_missed(case: dict
     assert read[:: len(model.memories)] == [1, 7, 7, 7, 7]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("cropped", [1, 2, 5])
@@ -148,6 +150,7 @@ def test_padding_on_the_left_is_no_time(case: dict[str, Any]) -> None:
     torch.testing.assert_close(torch.cat(parts, 1)[:, 3:], logits_of(model, tokens), **CLOSE)
 
 
+@pytest.mark.grid(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("window", [2, 100])
@@ -194,6 +197,7 @@ def met(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.grid(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["posterior", "both", "confidence"])
 @pytest.mark.parametrize(
@@ -242,6 +246,7 @@ def test_logits_that_a_caller_writes_to_are_its_own() -> None:
         found.fill_(-3.0)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("cropped", [1, 3, 4])
 def test_a_crop_across_the_edge_of_what_is_unread_goes_on_exactly(case: dict[str, Any], cropped: int) -> None:
@@ -258,6 +263,7 @@ def test_a_crop_across_the_edge_of_what_is_unread_goes_on_exactly(case: dict[str
     torch.testing.assert_close(torch.cat(found, 1), logits_of(model, tokens)[:, 6 - cropped :], **CLOSE)
 
 
+@pytest.mark.grid(3)
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLEEPY)
 @pytest.mark.parametrize("keep", [[0, 6], [2, 9], [4, 5, 11], [3, 1]])
@@ -276,6 +282,7 @@ GATES = [
 ]
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("before", GATES)
 @pytest.mark.parametrize("after", GATES)
 def test_another_gate_in_the_middle_of_a_text_weighs_from_there_on(

@@ -75,6 +75,7 @@ def padded(*lengths: int) -> tuple[Tensor, Tensor]:
     return token_ids(len(lengths), max(lengths), vocab_size=VOCAB) * mask, mask
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(("window", "compiles"), [(None, False), (30, False), (6, False), (6, True)])
 @pytest.mark.parametrize("family", CACHED)
 def test_greedy_equals_the_plain_loop(family: str, window: int | None, compiles: bool) -> None:

@@ -59,7 +59,7 @@ def test_an_interrupted_run_with_adapters_gives_the_bytes_of_one_in_a_go(
 def test_the_checkpoint_that_is_kept_is_the_best_of_what_was_asked_for(
     corpus_folder: Path, model_folder: str, tmp_path: Path
 ) -> None:
-    config = {"dtype": "float32", "epochs": 6, "batch_size": 4, "kl_weight": 0.0, "learning_rate": 3e-2}
+    config = {"dtype": "float32", "epochs": 3, "batch_size": 8, "kl_weight": 0.0, "learning_rate": 3e-2}
     for keep in ("mixture", "memory"):
         facts = train_memory(corpus_folder, init=model_folder, out=tmp_path / keep, keep=keep, **config).facts
         history = facts["validation"]["history"]

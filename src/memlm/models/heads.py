@@ -95,12 +95,13 @@ def find_head(model: PreTrainedModel, *, exact: bool = False) -> Head:
     probe = torch.arange(3, device=device_of(model))[None] % config.vocab_size
     with torch.no_grad():
         expected = model(input_ids=probe, use_cache=False).logits.float()
-        found = head(body(input_ids=probe, use_cache=False)[0]).float()
+        hidden = body(input_ids=probe, use_cache=False)[0]
+        found = head(hidden).float()
     tolerance = 0.0 if exact else 1e-3 if model.dtype == torch.float32 else 5e-2
     if (
         expected.shape != found.shape
         or (expected - found).abs().max() > tolerance * expected.abs().max().clamp(min=1)
-        or not _holds_far_out(model, body, head, probe)
+        or not _holds_far_out(model, head, probe, hidden)
     ):
         raise ModelError(
             f"{type(model).__name__} changes its logits after the output layer in a way memlm does not know"
@@ -123,8 +124,12 @@ class _Louder(nn.Module):
 
 
 @torch.no_grad()
-def _holds_far_out(model: PreTrainedModel, body: nn.Module, head: Head, probe: Tensor) -> bool:
-    """Whether the head holds for large logits too; what bounds them would be lost in rounding among small ones."""
+def _holds_far_out(model: PreTrainedModel, head: Head, probe: Tensor, hidden: Tensor) -> bool:
+    """Whether the head holds for large logits too; what bounds them would be lost in rounding among small ones.
+
+    Args:
+        hidden: What the body makes of the probe.
+    """
     inner = unwrapped(model)
     path = next((name for name, module in inner.named_modules() if module is head.linear), None)
     if path is None:
@@ -142,7 +147,7 @@ def _holds_far_out(model: PreTrainedModel, body: nn.Module, head: Head, probe: T
         owner = part
     owner._modules[last] = _Louder(head.linear)
     expected = copied(input_ids=probe, use_cache=False).logits.float()
-    found = replace(head, linear=_Louder(head.linear))(body(input_ids=probe, use_cache=False)[0]).float()
+    found = replace(head, linear=_Louder(head.linear))(hidden).float()
     return not bool((expected - found).abs().max() > 0.02 * expected.abs().max())  # NaN is for others to name
 
 
