@@ -49,13 +49,7 @@ def write_rows(
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
         left = iter(rows)
         while batch := list(itertools.islice(left, batch_rows)):
-            columns = []
-            for field in schema:
-                arrays = [row[field.name] for row in batch]
-                offsets = np.cumsum([0, *map(len, arrays)]).astype(np.int32)
-                flat = pa.array(np.concatenate(arrays), type=field.type.value_type)
-                columns.append(pa.ListArray.from_arrays(pa.array(offsets), flat))
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
 
 
 def read_statistics(path: Path) -> dict[str, Any]:
