@@ -1,7 +1,7 @@
 """Search structures over keys. To add one, write a subclass and name it in `INDEXES`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +9,6 @@ from typing import Any, Self
 import faiss
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -220,8 +219,18 @@ class ExactIndex(Index):
         return search_lists(queries, None, entries, read, k, self.sizes, centre=centre, dtype=self.dtype)
 
     def _by_blocks(self, queries: Floats, k: int, dtype: torch.dtype) -> Neighbors:
-        asked, centre = (torch.from_numpy(array).to(self._device) for array in (queries, self.keys.centre))
-        best, ids = nearest_by_blocks(asked.to(dtype), self._blocks(), k, centre)
+        """As `_search`, in this precision, by matrix products on the device."""
+        centre = torch.from_numpy(self.keys.centre).to(self._device)
+        asked = torch.from_numpy(queries).to(self._device).to(dtype) - centre
+        norms = asked.square().sum(1, keepdim=True)
+        best = asked.new_full((len(asked), k), torch.inf)  # (P, k)
+        ids = torch.full_like(best, -1, dtype=torch.long)
+        for start, block in self._blocks():
+            keys = block.to(dtype).sub_(centre)
+            distances = torch.addmm(keys.square().sum(1), asked, keys.T, alpha=-2).add_(norms).clamp_(min=0)
+            found, columns = distances.topk(min(k, len(keys)), largest=False, sorted=False)
+            best, order = torch.cat([best, found], 1).topk(k, largest=False)
+            ids = torch.cat([ids, columns + start], 1).gather(1, order)
         return best.float().cpu().numpy(), ids.cpu().numpy()
 
     def _blocks(self) -> Iterator[tuple[int, Tensor]]:
@@ -238,33 +247,6 @@ class ExactIndex(Index):
             yield found[-1]
             found = found if keep else []
         self._held = found
-
-
-def nearest_by_blocks(
-    queries: Float[Tensor, "P D"],
-    blocks: Iterable[tuple[int, Float[Tensor, "B D"]]],
-    k: int,
-    centre: Float[Tensor, "D"],
-) -> tuple[Float[Tensor, "P k"], Int[Tensor, "P k"]]:
-    """Squared L2 distances to the nearest keys, ascending, and their ids; `inf` and -1 where there is none.
-
-    Args:
-        queries: In the precision of the computing, on the device that computes.
-        blocks: First id and keys of each block, on that device, in any precision.
-        k: Neighbours wanted.
-        centre: Taken from queries and keys, on that device.
-    """
-    queries = queries - centre
-    norms = queries.square().sum(1, keepdim=True)
-    best = queries.new_full((len(queries), k), torch.inf)
-    ids = torch.full_like(best, -1, dtype=torch.long)
-    for start, block in blocks:
-        keys = block.to(queries.dtype).sub_(centre)
-        distances = torch.addmm(keys.square().sum(1), queries, keys.T, alpha=-2).add_(norms).clamp_(min=0)
-        found, columns = distances.topk(min(k, len(keys)), largest=False, sorted=False)
-        best, order = torch.cat([best, found], 1).topk(k, largest=False)
-        ids = torch.cat([ids, columns + start], 1).gather(1, order)
-    return best, ids
 
 
 class IVFIndex(Index):
@@ -312,9 +294,9 @@ class IVFIndex(Index):
         built._fill(keys)
         return built
 
-    @abstractmethod
     def _coded(self, keys: Floats) -> Floats:
-        """What the index makes codes of for these keys."""
+        """What the index makes codes of for these keys: themselves, unless a kind needs them otherwise."""
+        return keys
 
     def _assign(self, keys: Floats) -> Ints:
         """`(P,)` the list of each key."""
@@ -420,9 +402,6 @@ class IVFFlatIndex(IVFIndex):
             return index.search_preassigned(queries, k, probed, coarse)  # in differences
         entries = np.array([index.invlists.list_size(number) for number in range(index.nlist)])
         return search_lists(queries, probed, entries, self._list, k, self.sizes, centre=self.centre)
-
-    def _coded(self, keys: Floats) -> Floats:
-        return keys
 
 
 class IVFPQIndex(IVFIndex):
