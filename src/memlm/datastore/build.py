@@ -262,7 +262,9 @@ def read_keys(
         on_kept(sum(positions[:done]))
     left = _read_batches(reader, split, numbers, padded, batches[done:], batch_tokens)
     for number, (batch, keys) in enumerate(_one_ahead(left), done + 1):
-        found = checked_keys(keys())
+        found = keys()
+        if not np.isfinite(found).all():
+            raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
         if out is None:
             out = np.empty((int(starts[-1]), found.shape[1]), np.float16)
         ends = np.cumsum(starts[batch + 1] - starts[batch])
@@ -281,17 +283,6 @@ def _kept_keys(part: Part, batches: int, positions: int) -> tuple[int, NDArray[n
     keys = arrays.get("keys")
     fits = keys is not None and keys.dtype == np.float16 and keys.ndim == 2 and len(keys) == positions
     return (done, keys) if fits and 0 < done < batches else (0, None)
-
-
-def checked_keys(activations: NDArray[np.float16]) -> NDArray[np.float16]:
-    """The same, all finite.
-
-    Raises:
-        ModelError: An activation does not fit float16.
-    """
-    if not np.isfinite(activations).all():
-        raise ModelError("an activation at the tap overflows float16 (or is NaN); choose another --tap")
-    return activations
 
 
 def _read_batches(

@@ -46,15 +46,11 @@ class DatastoreConfig(StageConfig):
     """Draws training vectors and the recall sample."""
 
     @model_validator(mode="after")
-    def _lists_have_keys(self) -> Self:
+    def _fit_each_other(self) -> Self:
         if self.nlist is not None and self.train_vectors < self.nlist:
             raise ValueError(
                 f"train_vectors {self.train_vectors} must not be below nlist {self.nlist}: a list needs a key"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _codes_need_pq(self) -> Self:
         if not self.keep_keys and self.index not in ("auto", "ivf-pq"):
             raise ValueError(f"keep_keys false keeps codes only, so index must be ivf-pq or auto, not {self.index}")
         return self
