@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from memlm.config import nearest, settings_from
 from memlm.corpus.blocks import CorpusFacts
 from memlm.corpus.config import SPLITS, CorpusConfig
-from memlm.corpus.near_duplicates import OverlapFinder
+from memlm.corpus.near_duplicates import overlaps
 from memlm.corpus.readers import Document, Met, find_sources, listed, read_documents, source_digest
 from memlm.errors import ConfigError, InputError
 from memlm.files import read_json
@@ -406,10 +406,9 @@ def _more_documents(config: CorpusConfig, facts: ReadingFacts) -> str:
 def _drop_near_duplicates(
     raw: _Raw, candidates: list[_Part], chosen: dict[str, list[_Part]], config: CorpusConfig
 ) -> tuple[list[_Part], int]:
-    finder = OverlapFinder([raw.tokens(part) for part in candidates], config.near_duplicate_ngram)
-    for part in itertools.chain.from_iterable(chosen.values()):
-        finder.scan(raw.tokens(part))
-    keep = finder.overlaps() <= config.near_duplicate_overlap
+    others = map(raw.tokens, itertools.chain.from_iterable(chosen.values()))
+    shares = overlaps([raw.tokens(part) for part in candidates], others, config.near_duplicate_ngram)
+    keep = shares <= config.near_duplicate_overlap
     return [part for part, kept in zip(candidates, keep, strict=True) if kept], int((~keep).sum())
 
 

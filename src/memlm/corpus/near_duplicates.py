@@ -1,5 +1,7 @@
 """Which held-out documents nearly repeat other documents, by the long n-grams they share."""
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,29 +22,16 @@ def ngram_hashes(tokens: NDArray[np.int32], n: int) -> NDArray[np.uint64]:
     return hashes
 
 
-class OverlapFinder:
-    """Counts, for a fixed set of held-out documents, how many of their n-grams occur elsewhere.
+def overlaps(held_out: list[NDArray[np.int32]], others: Iterable[NDArray[np.int32]], n: int) -> NDArray[np.float64]:
+    """Per held-out document, the share of its n-grams that occur in `others`; 0 for one shorter than n.
 
-    It keeps the hashes of the held-out documents only, so the other side can be any number of tokens long.
+    Hashes of the held-out documents are kept only, so the other side can be any number of tokens long.
     """
-
-    def __init__(self, held_out: list[NDArray[np.int32]], n: int) -> None:
-        self.n = n
-        self._per_document = [ngram_hashes(tokens, n) for tokens in held_out]
-        self._known = np.unique(np.concatenate([np.empty(0, np.uint64), *self._per_document]))
-        self._seen = np.zeros(len(self._known), bool)
-
-    def scan(self, tokens: NDArray[np.int32]) -> None:
-        """Note which known n-grams occur in `tokens`."""
-        if not len(self._known):
-            return
-        hashes = ngram_hashes(tokens, self.n)
-        at = np.searchsorted(self._known, hashes).clip(max=len(self._known) - 1)
-        self._seen[at[self._known[at] == hashes]] = True
-
-    def overlaps(self) -> NDArray[np.float64]:
-        """Per held-out document, the share of its n-grams seen; 0 for one shorter than n."""
-        return np.array(
-            [self._seen[np.searchsorted(self._known, h)].mean() if len(h) else 0.0 for h in self._per_document],
-            np.float64,
-        )
+    per_document = [ngram_hashes(tokens, n) for tokens in held_out]
+    known = np.unique(np.concatenate([np.empty(0, np.uint64), *per_document]))
+    seen = np.zeros(len(known), bool)
+    for tokens in others if len(known) else ():
+        hashes = ngram_hashes(tokens, n)
+        at = np.searchsorted(known, hashes).clip(max=len(known) - 1)
+        seen[at[known[at] == hashes]] = True
+    return np.array([seen[np.searchsorted(known, h)].mean() if len(h) else 0.0 for h in per_document], np.float64)
