@@ -333,12 +333,10 @@ def _json(text: IO[str], path: Path, config: CorpusConfig, met: Met) -> Iterator
         return
     try:
         value = json.loads(whole)
-    except json.JSONDecodeError as error:
-        if not error.msg.startswith("Extra data"):
-            raise InputError(f"{path} is not JSON: {error}") from None
-        yield from _jsonl(io.StringIO(whole), path, config)
-        return
-    except (RecursionError, ValueError):
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg.startswith("Extra data"):
+            yield from _jsonl(io.StringIO(whole), path, config)
+            return
         value = _parse(whole, str(path))
     one = not isinstance(value, list)
     rows = [value] if one else value
