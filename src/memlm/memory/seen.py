@@ -114,18 +114,15 @@ def _key(corpus: Corpus, alike: bool) -> _Key:
     """What tells documents of a corpus apart from those of another: their tokens but for those that enclose them, or,
     where tokenizers differ, their text."""
     tokenizer = corpus.tokenizer
-    ends = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "cls", "sep")}
+    ids = (getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "cls", "sep"))
+    ends = [id_ for id_ in ids if id_ is not None]
 
     def of_text(document: NDArray[np.int32]) -> bytes:
         text = str(tokenizer.decode(document, skip_special_tokens=True)).strip()
         return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() if text else b""
 
     def of_tokens(document: NDArray[np.int32]) -> bytes:
-        start, end = 0, len(document)
-        while start < end and int(document[start]) in ends:
-            start += 1
-        while end > start and int(document[end - 1]) in ends:
-            end -= 1
-        return blake2b(document[start:end].tobytes(), digest_size=16).digest() if end > start else b""
+        own = np.flatnonzero(~np.isin(document, ends))
+        return blake2b(document[own[0] : own[-1] + 1].tobytes(), digest_size=16).digest() if len(own) else b""
 
     return of_tokens if alike else of_text
