@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from memlm.config import settings_from
 from memlm.errors import ConfigError
 from memlm.manifest import Facts, Manifest, is_artifact, read_manifest
-from memlm.memory.card import CARD_FILE
+from memlm.memory.card import CARD_FILE, CARD_HEAD
 from memlm.memory.config import AdaptConfig
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_settings
@@ -24,15 +24,7 @@ from memlm.models.tokenizers import fingerprint, load_tokenizer, vocabulary_size
 from memlm.models.vocabularies import Alignment, align_vocabularies
 from memlm.stage import Stage, StageSpec, run_stage
 
-_CARD = """---
-library_name: memlm
-tags:
-- memlm
-- memory-decoder
----
-
-# A memory on its way to another tokenizer
-
+_CARD = """
 This is not a language model, and not yet a memory to be used: its rows of embeddings and head are new, and it was not
 trained since. Go on with `memlm train TARGETS --init THIS_FOLDER`, on targets of a teacher with the new tokenizer.
 
@@ -102,7 +94,9 @@ def adapt_memory(
         parameters = sum(p.numel() for p in adapted.parameters())
         adapted.save_pretrained(stage.path)
         new.save_pretrained(stage.path)
-        stage.save_text(CARD_FILE, _CARD.format(**stage.sources, parameters=parameters, tokens=tokens_line(tokens)))
+        head = CARD_HEAD.format(tag="memory-decoder", title="A memory on its way to another tokenizer")
+        rest = _CARD.format(**stage.sources, parameters=parameters, tokens=tokens_line(tokens))
+        stage.save_text(CARD_FILE, head + rest)
         return {"parameters": parameters, "tokens": tokens, **_epochs(name, config)}
 
     return run_stage(out, spec, work)

@@ -13,15 +13,18 @@ from memlm.text import as_markdown
 
 CARD_FILE = "README.md"
 
-_TEMPLATE = """---
+CARD_HEAD = """---
 library_name: memlm
 tags:
 - memlm
 - {tag}
 ---
 
-# A memory for frozen language models
+# {title}
+"""
+"""How every card begins, which `push_to_hub` knows by the library's name."""
 
+_TEMPLATE = """
 This is not a language model to be served alone. It is a *memory*: it votes on the next token beside a frozen base,
 `p = w * p_memory + (1 - w) * p_base`.
 
@@ -75,14 +78,14 @@ def memory_card(
             made += f"; the teacher's own distribution has a share of {share:g}"
     else:
         made = "imported"
-    return _TEMPLATE.format(
+    tag = {"decoder": "memory-decoder", "mlp": "mlp-memory"}.get(settings.kind, settings.kind)
+    return CARD_HEAD.format(tag=tag, title="A memory for frozen language models") + _TEMPLATE.format(
         base=base,
         settings=settings,
         facts=facts,
         sources=sources,
         train=facts["corpus"]["splits"]["train"],
         fixed=_fixed(settings.mix_weight),
-        tag={"decoder": "memory-decoder", "mlp": "mlp-memory"}.get(settings.kind, settings.kind),
         serves=_serves(settings, sources),
         start=_start(config, sources),
         teacher=sources.get("teacher", "none"),

@@ -19,7 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from memlm.errors import ArtifactError, ConfigError, ModelError, reason_of
 from memlm.manifest import Manifest
-from memlm.memory.card import CARD_FILE
+from memlm.memory.card import CARD_FILE, CARD_HEAD
 from memlm.memory.mlp import MLPMemory, MLPSettings, check_tensors, shapes
 from memlm.models.identity import model_identity
 from memlm.models.loading import block_list, find_file, load_config, resolve
@@ -30,15 +30,7 @@ from memlm.stage import Stage, StageSpec, run_stage
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)  # as transformers prefers
 _NESTED, _NESTED_CONFIG = "knn_generator", "mlp_memory_config.json"
 
-_CARD = """---
-library_name: memlm
-tags:
-- memlm
-- mlp-memory
----
-
-# A released MLP Memory
-
+_CARD = """
 This is not a language model to be served alone. It is a *memory*: it votes on the next token beside a frozen base,
 `p = w * p_memory + (1 - w) * p_base`. It reads `{tap}` of {base} and serves this base alone.
 
@@ -189,7 +181,8 @@ def convert_released(source: str | Path, *, base: str, out: str | Path, tap: str
         }
         memory.save_pretrained(stage.path)
         tokenizer.save_pretrained(stage.path)
-        stage.save_text(CARD_FILE, _CARD.format(**facts, **stage.sources))
+        head = CARD_HEAD.format(tag="mlp-memory", title="A released MLP Memory")
+        stage.save_text(CARD_FILE, head + _CARD.format(**facts, **stage.sources))
         return facts
 
     return run_stage(out, spec, work)
