@@ -13,13 +13,13 @@ import sys
 from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from memlm.config import first_problem
-from memlm.errors import ArtifactError
-from memlm.files import damaged, digest, file_digest, read_json
+from memlm.config import StageConfig, first_problem
+from memlm.errors import ArtifactError, ConfigError
+from memlm.files import damaged, digest, file_digest, read_json, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -261,6 +261,34 @@ def copy_payload(folder: str | Path, manifest: Manifest, out: Path, start: str =
         if name.startswith(start):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(payload_file(folder, manifest, name), out / name)
+
+
+class FoundLater(StageConfig):
+    """What is found out about a finished folder, and kept in it beside its manifest; no hash covers it."""
+
+    file_name: ClassVar[str]
+    most_bytes: ClassVar[int] = 1 << 20
+    cure: ClassVar[str]
+    """What to do where the file is damaged."""
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Self | None:
+        """What is kept in `folder`; None where nothing is.
+
+        Raises:
+            ArtifactError: The file is damaged.
+        """
+        path = Path(folder) / cls.file_name
+        if not path.is_file():
+            return None
+        try:
+            return cls.parse(read_json(path, limit=cls.most_bytes))
+        except ConfigError as error:
+            raise ArtifactError(f"{path}: {error}; {cls.cure}") from None
+
+    def save(self, folder: str | Path) -> None:
+        """Write it to `folder`."""
+        write_json(Path(folder) / self.file_name, self.model_dump(mode="json"))
 
 
 class Times(Facts):

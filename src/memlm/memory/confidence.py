@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from memlm.config import StageConfig
-from memlm.errors import ArtifactError, ConfigError
-from memlm.files import digest, read_json, write_json
-from memlm.manifest import GATE_FILE
+from memlm.errors import ConfigError
+from memlm.files import digest
+from memlm.manifest import GATE_FILE, FoundLater
 
 FEATURES = ("entropy of the base", "entropy of the memory", "log top-1 of the base", "log top-1 of the memory", "agree")
 """What every confidence looks at beside the memory's own state: no part of it depends on which base stands there."""
@@ -23,11 +21,15 @@ Columns = Mapping[str, Tensor]
 """`entropy` (nats), `top1` (a probability) and `top1_id` of a voter at some places."""
 
 
-class ConfidenceHead(StageConfig):
+class ConfidenceHead(FoundLater):
     """A logistic regression: `c = sigmoid(state . h + features . f + bias)` is the weight of the memory.
 
     It is fitted on the likelihood of the mixture, `-log((1 - c) p_base(y) + c p_memory(y))`, on held-out text.
     """
+
+    file_name = GATE_FILE
+    most_bytes = 1 << 26
+    cure = "delete it, or fit it anew with memlm gate"
 
     memory: str
     """Identity of the memory that it was fitted for."""
@@ -41,25 +43,6 @@ class ConfidenceHead(StageConfig):
     """The base that stood beside the memory."""
     facts: dict[str, int | float] = Field(default_factory=dict)
     """Tokens it was fitted on, and perplexities there."""
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "ConfidenceHead | None":
-        """The head in a memory's folder; None where there is none.
-
-        Raises:
-            ArtifactError: The file is damaged.
-        """
-        path = Path(folder) / GATE_FILE
-        if not path.is_file():
-            return None
-        try:
-            return cls.parse(read_json(path, limit=1 << 26))
-        except ConfigError as error:
-            raise ArtifactError(f"{path}: {error}; delete it, or fit it anew with memlm gate") from None
-
-    def save(self, folder: str | Path) -> None:
-        """Write it to a memory's folder."""
-        write_json(Path(folder) / GATE_FILE, self.model_dump(mode="json"))
 
     def of_state(self, state: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
         """The part of the logit that the memory's own state gives, in float32.

@@ -12,13 +12,11 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from memlm.config import StageConfig
 from memlm.corpus.blocks import IGNORE
 from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, ModelError
-from memlm.files import read_json, write_json
-from memlm.manifest import VALIDATED
+from memlm.manifest import VALIDATED, FoundLater
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.reading import GivenActivations, WindowedReader
 from memlm.models.heads import joined
@@ -49,8 +47,11 @@ class RetrievalSettings(MemorySettings):
         return self.model_copy(update={"retrieval": RetrievalConfig(**{**self.retrieval.model_dump(), **given})})
 
 
-class Validated(StageConfig):
+class Validated(FoundLater):
     """What validation text chose for a datastore, kept beside its manifest for mixtures to come."""
+
+    file_name = VALIDATED
+    cure = "delete it, the next evaluation writes it anew"
 
     mix_weight: float = Field(ge=0, le=1)
     """Its weight."""
@@ -58,21 +59,6 @@ class Validated(StageConfig):
     """With which base."""
     retrieval: RetrievalConfig
     """How it was searched."""
-
-    @classmethod
-    def read(cls, folder: str | Path) -> "Validated | None":
-        """What is kept in a datastore's folder; None where nothing is.
-
-        Raises:
-            ArtifactError: The file is damaged.
-        """
-        path = Path(folder) / VALIDATED
-        if not path.is_file():
-            return None
-        try:
-            return cls.parse(read_json(path))
-        except ConfigError as error:
-            raise ArtifactError(f"{path}: {error}; delete it, the next evaluation writes it anew") from None
 
     def settings(self, found: RetrievalSettings, asked: RetrievalConfig | None) -> RetrievalSettings:
         """A datastore's settings where nothing else is asked for; another search has no weight of its own."""
@@ -84,7 +70,7 @@ class Validated(StageConfig):
     def keep(self, folder: str | Path) -> None:
         """Write it to a datastore's folder, if that may be written to."""
         with contextlib.suppress(OSError):
-            write_json(Path(folder) / VALIDATED, self.model_dump(mode="json"))
+            self.save(folder)
 
 
 def datastore_settings(folder: str | Path, config: RetrievalConfig | None = None) -> RetrievalSettings:
