@@ -40,12 +40,12 @@ class WithBase(AroundRows):
         super().__init__(rows)
         shards, manifest = shard_blocks(rows.position_starts, _SHARD_POSITIONS), read_manifest(folder, "base-rows")
 
-        def held(name: Callable[[int], str], dtype: type[np.floating]) -> list[NDArray[Any]]:
-            paths = [payload_file(folder, manifest, name(i)) for i in range(len(shards))]
+        def held(kind: str, dtype: type[np.floating]) -> list[NDArray[Any]]:
+            paths = [payload_file(folder, manifest, _file(kind, i)) for i in range(len(shards))]
             return [load_array(path, dtype, (None,), mapped=True) for path in paths]
 
         self._ends = np.array([end for _, end in shards])
-        self._labels, self._targets = held(_labels, np.float32), held(_targets, np.float16)
+        self._labels, self._targets = held("labels", np.float32), held("targets", np.float16)
 
     def __getitem__(self, index: int) -> dict[str, NDArray]:
         shard = int(np.searchsorted(self._ends, index, "right"))
@@ -103,12 +103,8 @@ def finite(scores: NDArray[np.float32], base: str, split: str) -> NDArray[np.flo
     return scores
 
 
-def _labels(shard: int) -> str:
-    return f"labels-{shard:05d}.npy"
-
-
-def _targets(shard: int) -> str:
-    return f"targets-{shard:05d}.npy"
+def _file(kind: str, shard: int) -> str:
+    return f"{kind}-{shard:05d}.npy"
 
 
 def _read(
@@ -118,14 +114,14 @@ def _read(
     voter = BaseVoter(load_base(), data.vocab_size, exact=False)
     positions = int(rows.position_starts[-1])
     shards = shard_blocks(rows.position_starts, _SHARD_POSITIONS)
-    to_do = [i for i in range(len(shards)) if not stage.has(_targets(i))]
+    to_do = [i for i in range(len(shards)) if not stage.has(_file("targets", i))]
     starts = rows.position_starts[[[first, end] for first, end in shards]]
     done = positions - sum(int(np.diff(starts[i])[0]) for i in to_do)
     with progress_bar(positions, f"{stage.sources['base']} reads the training text", initial=done) as bar:
         for i in to_do:
             labels, targets = _read_shard(rows, voter, range(*shards[i]), batch_tokens, bar.update)
-            stage.save_array(_labels(i), finite(labels, stage.sources["base"], "training"))
-            stage.save_array(_targets(i), targets)
+            stage.save_array(_file("labels", i), finite(labels, stage.sources["base"], "training"))
+            stage.save_array(_file("targets", i), targets)
     return {"positions": positions}
 
 

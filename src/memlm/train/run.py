@@ -138,6 +138,9 @@ def plan_memory(
     )
 
     def work(stage: Stage) -> dict[str, Any]:
+        def say_kept(step: int, steps: int) -> None:
+            stage.kept = f"training up to step {step:,} of {steps:,}"
+
         base_model: PreTrainedModel = load_causal_lm(base, dtype=dtype).to(device)  # type: ignore[arg-type]
         torch.manual_seed(config.seed)
         memory = _start(rows, init, goes_on, base_model, config)
@@ -175,7 +178,7 @@ def plan_memory(
             batch_tokens=config.batch_tokens,
             online=TapReader(base_model, memory.tap) if memory.tap is not None and store is None else None,
             due=Due(keep_seconds),
-            on_saved=lambda step, steps: _say_kept(stage, step, steps),
+            on_saved=say_kept,
         )
         del base_model  # where nothing reads it online, its memory is free for training
         _train(trainer, ranks.once(lambda: last_whole_checkpoint(checkpoints)))
@@ -298,10 +301,6 @@ def _base_scores(
             keys = read_keys(reader, blocks, numbers, batch_tokens=config.batch_tokens, progress=bar.update)
         stage.save_array(_HELD_OUT, keys)
     return label
-
-
-def _say_kept(stage: Stage, step: int, steps: int) -> None:
-    stage.kept = f"training up to step {step:,} of {steps:,}"
 
 
 def _train(trainer: MemoryTrainer, checkpoint: str | None) -> None:
