@@ -3,7 +3,7 @@
 import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
@@ -115,15 +115,11 @@ class CompiledSteps:
                 self._held = {tap: torch.empty(size, **kind) for tap, size in sizes.items()}
             for part in self._held.values():
                 torch._dynamo.mark_static_address(part)
-        hooks = [
-            get_module(self._model, tap).register_forward_pre_hook(partial(_leave, part), with_kwargs=True)
-            for tap, part in self._held.items()
-        ]
-        try:
+        with ExitStack() as hooks:
+            for tap, part in self._held.items():
+                module = get_module(self._model, tap)
+                hooks.enter_context(module.register_forward_pre_hook(partial(_leave, part), with_kwargs=True))
             yield self._held
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _step_of(body: nn.Module) -> Callable[..., Any]:
