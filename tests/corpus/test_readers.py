@@ -235,7 +235,8 @@ def test_json_of_something_else_is_skipped_in_a_folder_and_told_of(tmp_path: Pat
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "package.json").write_text('{"name": "x", "scripts": {}}')
     (tmp_path / "b.json").write_text('{"text": "two"}')
-    sources, met = find_sources([str(tmp_path)]), Met(found=find_sources([str(tmp_path)]).found)
+    met = Met()
+    sources = find_sources([str(tmp_path)], met)
     assert [d.text for d in read_documents(sources, CorpusConfig(), met)] == ["one", "two"]
     assert met.skipped == ["package.json"]
 
@@ -298,9 +299,10 @@ def test_hidden_files_and_what_systems_leave_are_left_out_of_folders_and_others_
         (folder / name).write_bytes(b"\x00\x05\x16\x07")
     (folder / "linked").symlink_to(tmp_path, target_is_directory=True)
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
-    sources = find_sources([str(folder)])
+    met = Met()
+    sources = find_sources([str(folder)], met)
     assert [Path(source).name for source in sources] == ["a.txt", "b.md"]
-    shown = [name.removeprefix(f"{folder.name}/") for name in sources.skipped]
+    shown = [name.removeprefix(f"{folder.name}/") for name in met.skipped]
     assert shown == ["d.png", "deep/c.docx", "gone.txt", "linked"]
     assert read(folder) == ["a.txt", "deep/b.md"]
 

@@ -87,7 +87,8 @@ def plan_corpus(
     """
     config = config or CorpusConfig()
     places = {"train": documents, **{split: found for split, found in (given or {}).items() if found}}
-    files = {split: find_sources(found) for split, found in places.items()}
+    searched = Met()
+    files = {split: find_sources(found, searched) for split, found in places.items()}
     loaded = load_tokenizer(resolve(tokenizer))
     tokenizer_id = fingerprint(loaded)
     around = [special_id(loaded, getattr(config, role), role) for role in ("start_token", "end_token")]
@@ -101,8 +102,7 @@ def plan_corpus(
     )
 
     def work(stage: Stage) -> dict[str, Any]:
-        met = Met(set().union(*(found.found for found in files.values())))
-        met.skipped += itertools.chain.from_iterable(found.skipped for found in files.values())
+        met = Met(searched.found, [*searched.skipped])  # a copy: a plan may be worked out again
         shards = (
             (split, shard)
             for split, found in files.items()

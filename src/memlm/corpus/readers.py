@@ -8,7 +8,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -40,25 +40,14 @@ class Document:
     text: str
 
 
-class Sources(list[str]):
-    """Files and datasets, in the order of reading."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-        """Those that nobody named, but that were found in a folder."""
-        self.skipped: list[str] = []
-        """What else is in the folders."""
-
-
 @dataclass
 class Met:
-    """What is to be told of a reading, beside its documents."""
+    """What is to be told of a search and a reading, beside their documents."""
 
-    found: Collection[str] = ()
-    """Sources that nobody named."""
+    found: set[str] = field(default_factory=set)
+    """Sources that nobody named, but that were found in a folder."""
     skipped: list[str] = field(default_factory=list)
-    """Files that were not read, for they hold nothing that is known."""
+    """What else is in folders, and files that were not read, for they hold nothing that is known."""
     empty: int = 0
     """Documents that are missing (null) or blank."""
     text_files: int = 0
@@ -80,22 +69,22 @@ def listed(places: str | Path | Iterable[str | Path] | None) -> list[str]:
     return [str(place) for place in ([places] if isinstance(places, str | Path) else places or ())]
 
 
-def find_sources(places: Iterable[str]) -> Sources:
+def find_sources(places: Iterable[str], met: Met | None = None) -> list[str]:
     """Files in `places`, folders searched in sorted order; dataset names and dataset folders stay as they are.
 
-    Hidden files, and what systems leave beside others, are left out of folders.
+    Hidden files, and what systems leave beside others, are left out of folders. `met` is told what is in them.
 
     Raises:
         InputError: A folder holds no readable file, cannot be read or is memlm's own, or a file has an unknown format.
     """
-    sources = Sources()
+    sources, met = [], Met() if met is None else met
     for place in places:
         path = Path(place)
         try:
             if path.is_dir() and _is_ours(path):
                 raise InputError(f"{place} is a folder that memlm wrote; name the documents themselves")
             if path.is_dir() and not any((path / name).is_file() for name in _SAVED):
-                _search(path, sources)
+                sources += _search(path, met)
             elif path.is_file() and text_format(path) is None:
                 known = ", ".join(FORMATS)
                 raise InputError(f"{place} has an unknown format; known: {known}, each also as .gz or .zst")
@@ -108,8 +97,8 @@ def find_sources(places: Iterable[str]) -> Sources:
     return sources
 
 
-def _search(folder: Path, sources: Sources) -> None:
-    """Add what is in a folder."""
+def _search(folder: Path, met: Met) -> list[str]:
+    """The files in a folder."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -127,11 +116,11 @@ def _search(folder: Path, sources: Sources) -> None:
         if path.is_file() and text_format(path):
             known.append(str(path))
         else:
-            sources.skipped.append(utf8(str(Path(folder.name, inside))))
+            met.skipped.append(utf8(str(Path(folder.name, inside))))
     if not known:
         raise InputError(f"folder {folder} holds no {', '.join(FORMATS)} file (.gz and .zst are read too)")
-    sources += known
-    sources.found.update(known)
+    met.found.update(known)
+    return known
 
 
 def _is_ours(folder: Path) -> bool:
