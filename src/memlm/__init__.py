@@ -47,9 +47,9 @@ if TYPE_CHECKING:
     from memlm.targets.build import build_targets as build_targets
     from memlm.targets.config import RetrievalConfig as RetrievalConfig
     from memlm.targets.config import TargetsConfig as TargetsConfig
+    from memlm.train.config import FitGateConfig as FitGateConfig
     from memlm.train.config import TrainConfig as TrainConfig
     from memlm.train.gate import fit_gate as fit_gate
-    from memlm.train.gate_config import FitGateConfig as FitGateConfig
     from memlm.train.run import train_memory as train_memory
 
 __version__ = "0.1.0"
@@ -78,9 +78,8 @@ _NAMES = {
     "repair": "repair_folder",
     "targets.build": "build_targets",
     "targets.config": "RetrievalConfig TargetsConfig",
-    "train.config": "TrainConfig",
+    "train.config": "FitGateConfig TrainConfig",
     "train.gate": "fit_gate",
-    "train.gate_config": "FitGateConfig",
     "train.run": "train_memory",
 }
 _HOMES = {name: f"memlm.{module}" for module, names in _NAMES.items() for name in names.split()}

@@ -21,8 +21,7 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.memory.config import AdaptConfig
 from memlm.targets.config import TargetsConfig
-from memlm.train.config import TrainConfig
-from memlm.train.gate_config import FitGateConfig
+from memlm.train.config import FitGateConfig, TrainConfig
 
 _LEAKS = 0.7
 """Perplexity on training text over that on held-out text below which a teacher knows the former by heart."""

@@ -28,7 +28,7 @@ from memlm.progress import progress_bar
 from memlm.scores.gated import columns_of
 from memlm.scores.mixtures import best_mix_weight, mixture_label_log_probs, perplexity
 from memlm.scores.score import score
-from memlm.train.gate_config import FitGateConfig
+from memlm.train.config import FitGateConfig
 
 FEWEST_TOKENS, FEWEST_DOCUMENTS = 1000, 4
 """Held-out text that a head needs; with less it would learn these documents by heart."""
