@@ -265,7 +265,8 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
             yield stage
             return
         out.mkdir(parents=True, exist_ok=True)
-        _refuse_links(out)
+        if links := [path for path in _inside(out) if path.is_symlink()]:  # which could lead out of it
+            raise OutputExistsError(f"{links[0]} is a link, which no stage makes; delete it or choose another output")
         with locked(out):
             if manifest := check_output(out, spec):
                 stage.settle(manifest)  # of a run that was stopped just before the end, or that ended just now
@@ -336,12 +337,6 @@ def _inside(folder: Path) -> list[Path]:
             if look == _LOOKS:
                 raise
     return []
-
-
-def _refuse_links(folder: Path) -> None:
-    """Raise an OutputExistsError where there is a link in an unfinished folder, for it could lead out of it."""
-    if links := [path for path in _inside(folder) if path.is_symlink()]:
-        raise OutputExistsError(f"{links[0]} is a link, which no stage makes; delete it or choose another output")
 
 
 def _part_hard_links(folder: Path) -> None:
