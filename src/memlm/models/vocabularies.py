@@ -41,7 +41,7 @@ def align_vocabularies(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
     how = ["unknown"] * len(pieces)
     for id_, text in theirs.special.items():
         role = _same_role(id_, old, new)
-        found = role if role is not None else ours.special_ids.get(text)
+        found = role if role is not None else ours.ids.get(text)
         if found is not None and found in ours.special:
             pieces[id_], how[id_] = [found], "shared" if role is None else "role"
     missing: list[int] = []
@@ -73,20 +73,19 @@ class _Vocabulary:
         byte_level = tokenizer.convert_tokens_to_string(["a", "Ġ"]) == "a "
         self.texts = {id_: text for text, id_ in tokenizer.get_vocab().items() if id_ < rows}
         self.special = {id_: text for id_, text in self.texts.items() if id_ in special}
-        self.special_ids = {text: id_ for id_, text in self.special.items()}
         self.content = {
             id_: _content(text, byte_level=byte_level, added=id_ in added)
             for id_, text in sorted(self.texts.items())
             if id_ not in special
         }
-        self._ids = {text: id_ for id_, text in self.texts.items()}
+        self.ids = {text: id_ for id_, text in self.texts.items()}
         # 'A' may be there as <0x41> too; the token that texts are really split into wins, then the lowest id
         ranked = sorted(self.content, key=lambda id_: (bool(_BYTE_TOKEN.fullmatch(self.texts[id_])), id_), reverse=True)
         self.by_content = {self.content[id_]: id_ for id_ in ranked}
 
     def find(self, text: str, content: bytes) -> int | None:
         """The ordinary token that stands for `content`; the one spelt `text` where several do."""
-        id_ = self._ids.get(text)
+        id_ = self.ids.get(text)
         return id_ if id_ is not None and self.content.get(id_) == content else self.by_content.get(content)
 
 
