@@ -69,15 +69,10 @@ class ConfidenceHead(FoundLater):
         with torch.inference_mode(False):  # it outlives the call
             return torch.tensor(self.state, dtype=torch.float32)
 
-    @cached_property
-    def _features(self) -> Tensor:
-        with torch.inference_mode(False):
-            return torch.tensor(self.features, dtype=torch.float32)
-
     def weight(self, of_state: Float[Tensor, "..."], base: Columns, memory: Columns) -> Float[Tensor, "..."]:
         """The memory's weight."""
         found = features(base, memory)
-        return torch.sigmoid(of_state + found @ self._features.to(found) + self.bias)
+        return torch.sigmoid(of_state + found @ found.new_tensor(self.features) + self.bias)
 
 
 def features(base: Columns, memory: Columns) -> Float[Tensor, "... F"]:
