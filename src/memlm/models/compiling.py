@@ -96,7 +96,9 @@ class CompiledSteps:
         config = room.generation.compile_config or some._default_compile_config()
         if self._made is None or self._made[0] != config:
             self._made = config, torch.compile(_step_of(self._body), **config.to_dict())
-        told = tree_map_only(Tensor, _packed, {"input_ids": tokens, **inputs})
+        # strides that follow from shapes alone: a slice of a growing text has others at every step, a graph serves one kind
+        packed = partial(torch.clone, memory_format=torch.contiguous_format)
+        told = tree_map_only(Tensor, packed, {"input_ids": tokens, **inputs})
         with self._lock, self._holding(taps, len(tokens)) as held:
             output = self._made[1](held, use_cache=True, return_dict=True, **{self._cache_name: cache}, **told)
             first = next(iter(output))
@@ -137,12 +139,6 @@ def _step_of(body: nn.Module) -> Callable[..., Any]:
 def _leave(place: Tensor, module: nn.Module, args: tuple, kwargs: dict) -> None:
     if torch.compiler.is_dynamo_compiling():  # so in traced code alone: another thread may run the module as it is
         place.copy_(module_input(args, kwargs).view_as(place))
-
-
-def _packed(part: Tensor) -> Tensor:
-    """The same with strides that follow from its shape alone; a slice of a growing text has others at every step, and
-    a graph serves one kind of strides."""
-    return part.clone(memory_format=torch.contiguous_format)
 
 
 def with_whole_mask(
