@@ -172,9 +172,9 @@ def _save_keys(
     if not missing and stage.has(_TAP_FILE):
         return (stage.path / _TAP_FILE).read_text().strip()
     if extension is not None:
-        config = config.model_copy(update={"tap": extension.tap})
+        config = config.model_copy(update={"tap": extension.store.facts.tap})
     reader = cache(lambda: TapReader(*load_teacher(teacher, config)))  # loaded where there is something to read
-    tap = reader().tap if extension is None else extension.tap
+    tap = reader().tap if extension is None else extension.store.facts.tap
     stage.save_text(_TAP_FILE, tap + "\n")
     bounds = {i: split.position_starts[list(shards[i])].tolist() for i in missing}
     total, done = split.n_positions, split.n_positions - sum(stop - start for start, stop in bounds.values())

@@ -51,11 +51,6 @@ class Extension:
             )
 
     @property
-    def tap(self) -> str:
-        """Path of the module whose input the old keys are."""
-        return self.store.facts.tap
-
-    @property
     def facts(self) -> dict[str, Any]:
         """Documents and entries that were reused, read by the teacher, and dropped."""
         reused = self._source >= 0
