@@ -79,13 +79,6 @@ def train_memory(
         return run_stage(out, *plan, ranks)
 
 
-def _for_data(data: str | Path, config: TrainConfig) -> TrainConfig:
-    """The settings, where they do not say what a corpus without targets is trained with."""
-    if "kl_weight" in config.model_fields_set or read_manifest(data, "targets", "corpus").kind == "targets":
-        return config
-    return config.model_copy(update={"kl_weight": 0.0})
-
-
 def plan_memory(
     data: str | Path,
     *,
@@ -100,7 +93,9 @@ def plan_memory(
 
     Besides those of validations a checkpoint is saved every `keep_seconds`.
     """
-    config = _for_data(data, config or TrainConfig())
+    config = config or TrainConfig()
+    if "kl_weight" not in config.model_fields_set and read_manifest(data, "targets", "corpus").kind == "corpus":
+        config = config.model_copy(update={"kl_weight": 0.0})  # a corpus has no targets
     rows = TrainingData(data, with_targets=config.kl_weight > 0)
     base, goes_on = check_start(config, init=init, base=base, block_size=rows.corpus_config.block_size)
     if init is not None:
