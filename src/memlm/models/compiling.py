@@ -96,7 +96,8 @@ class CompiledSteps:
         config = room.generation.compile_config or some._default_compile_config()
         if self._made is None or self._made[0] != config:
             self._made = config, torch.compile(_step_of(self._body), **config.to_dict())
-        # strides that follow from shapes alone: a slice of a growing text has others at every step, a graph serves one kind
+        # with strides that follow from shapes alone: a slice of a growing text has others at every step, and a graph
+        # serves one kind of strides
         packed = partial(torch.clone, memory_format=torch.contiguous_format)
         told = tree_map_only(Tensor, packed, {"input_ids": tokens, **inputs})
         with self._lock, self._holding(taps, len(tokens)) as held:
