@@ -16,7 +16,6 @@ from transformers import DynamicCache
 from memlm.errors import ConfigError
 from memlm.memory.voter import VoterCache
 from memlm.mix.cache import MixedCache
-from memlm.mix.decoding import likeliest
 from memlm.mix.mixture import logsumexp, mix_log_probs
 from memlm.mix.weights import FixedWeights, Step, Weight, check_weights
 from memlm.targets.votes import SparseProbs
@@ -257,16 +256,6 @@ def test_the_normaliser_is_torchs_logsumexp_and_so_are_its_gradients() -> None:
     for wrong in (torch.nan, torch.inf):
         assert not logsumexp(torch.tensor([[1.0, wrong, 2.0]])).isfinite().any()
     assert not logsumexp(torch.full((1, 4), -torch.inf)).isfinite().any()
-
-
-def test_the_likeliest_token_is_torchs_argmax() -> None:
-    torch.manual_seed(0)
-    scores = torch.randint(0, 40, (4, 3, 5000)).float()  # many ties, of which the first counts
-    scores[0, 0] = -torch.inf
-    assert (likeliest(scores) == scores.argmax(-1)).all()
-    assert (likeliest(scores[:, -1]) == scores[:, -1].argmax(-1)).all()
-    assert likeliest(scores[0, 0]) == 0
-    assert likeliest(scores).dtype == torch.long
 
 
 def test_a_mixture_of_many_memories_makes_two_tensors_of_the_bases_size() -> None:

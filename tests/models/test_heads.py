@@ -5,7 +5,7 @@ from families import TAPS, VOCABULARY, WIDTH, family_config, family_model, token
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig
 
 from memlm.errors import ModelError
-from memlm.models.heads import Head, check_plain_head, find_head, label_log_probs
+from memlm.models.heads import Head, check_plain_head, find_head, label_log_probs, likeliest
 
 
 @pytest.mark.parametrize("family", [*TAPS, "mamba"])
@@ -148,3 +148,13 @@ def test_a_slice_is_multiplied_as_the_model_does(dtype: torch.dtype, rows: int, 
         found = find_head(model)(model.base_model(tokens)[0][:, -kept:])
     assert found.shape == expected.shape
     assert torch.equal(found, expected)
+
+
+def test_the_likeliest_token_is_torchs_argmax() -> None:
+    torch.manual_seed(0)
+    scores = torch.randint(0, 40, (4, 3, 5000)).float()  # many ties, of which the first counts
+    scores[0, 0] = -torch.inf
+    assert (likeliest(scores) == scores.argmax(-1)).all()
+    assert (likeliest(scores[:, -1]) == scores[:, -1].argmax(-1)).all()
+    assert likeliest(scores[0, 0]) == 0
+    assert likeliest(scores).dtype == torch.long

@@ -30,7 +30,6 @@ from memlm.mix.decoding import (
     Processed,
     Text,
     checked_cache,
-    likeliest,
     mask_for,
     positions,
     result,
@@ -40,6 +39,7 @@ from memlm.mix.drafts import Drafts, drafter_of
 from memlm.mix.gate_config import LONGEST_DRAFT
 from memlm.mix.members import Mixture
 from memlm.mix.pace import Pace
+from memlm.models.heads import likeliest
 from memlm.models.loading import longest_context
 
 

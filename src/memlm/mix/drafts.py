@@ -14,8 +14,9 @@ from memlm.errors import ModelError
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import Votes
 from memlm.mix.cache import MixedCache
-from memlm.mix.decoding import Processed, likeliest
+from memlm.mix.decoding import Processed
 from memlm.mix.members import Mixture
+from memlm.models.heads import likeliest
 
 _LONGEST_MATCH = 4
 _SHORTEST_MATCH = 2

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -187,17 +188,23 @@ def summary(log_probs: Float[Tensor, "... V"], normaliser: Float[Tensor, "... 1"
     Args:
         log_probs: Or logits, of which `normaliser` is the logsumexp.
     """
-    likeliest, ids = log_probs.max(-1)
-    shift = log_probs.new_zeros(()) if normaliser is None else normaliser
+    ids = likeliest(log_probs)
+    top = log_probs.gather(-1, ids[..., None])[..., 0]
     if torch.is_grad_enabled() and log_probs.requires_grad:
-        parts = ((log_probs - shift).exp() * log_probs).nan_to_num(0.0)
+        parts = (log_probs.softmax(-1) * log_probs).nan_to_num(0.0)
     else:  # in place: fresh memory of this size costs more than what is computed
-        parts = log_probs.exp() if normaliser is None else (log_probs - shift).exp_()
-        parts.mul_(log_probs).nan_to_num_(0.0)
+        parts = log_probs.softmax(-1).mul_(log_probs).nan_to_num_(0.0)
     entropy = -parts.sum(-1)
     if normaliser is not None:
-        entropy, likeliest = entropy + normaliser[..., 0], likeliest - normaliser[..., 0]
-    return {"entropy": entropy, "top1": likeliest.exp(), "top1_id": ids.int()}
+        entropy, top = entropy + normaliser[..., 0], top - normaliser[..., 0]
+    return {"entropy": entropy, "top1": top.exp(), "top1_id": ids.int()}
+
+
+def likeliest(scores: Float[Tensor, "... V"]) -> Int[Tensor, "..."]:
+    """`argmax` over tokens; on a CPU numpy's, which takes a tenth of the time of torch's."""
+    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+        return scores.argmax(-1)
+    return torch.from_numpy(np.asarray(scores.detach().numpy().argmax(-1)))
 
 
 def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
