@@ -48,11 +48,9 @@ def folder_page(folders: Sequence[str | Path], title: str) -> str:
 
 def training_figure(facts: Mapping[str, Any]) -> Any:
     """Training curves by step, and validation perplexities of memory and mixture with the weight that was best."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
     for key, label in _CURVES.items():
         points = [(entry["step"], entry[key]) for entry in facts.get("training", []) if entry.get(key) is not None]

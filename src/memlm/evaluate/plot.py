@@ -39,11 +39,9 @@ def report_figure(report: dict[str, Any]) -> Any:
     Both are drawn as large as the difference between base and mixture allows; what lies further off is written at the
     edge. Nothing is drawn through pyplot, whose figures and backend are the caller's.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     choice, result = figure.subplots(1, 2)
     _draw_choice(choice, report)
     _draw_result(result, report)
@@ -57,12 +55,10 @@ def plot_bench(report: dict[str, Any], path: Path) -> None:
 
 def bench_figure(report: dict[str, Any]) -> Any:
     """A figure of what `memlm bench` found: time per decoded and per scored token over the base's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = {name: row for name, row in report.items() if name != "machine"}
     figure = Figure(figsize=(7, 0.8 + 0.5 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for shift, key, title, color in ((-0.2, "ratio", "decoding", _MIXTURE), (0.2, "scoring_ratio", "scoring", _OTHER)):
         ratios = {place: row[key] for place, row in enumerate(rows.values()) if key in row}

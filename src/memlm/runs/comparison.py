@@ -68,12 +68,10 @@ def comparison_html(report: Mapping[str, Any], plot: Path | None) -> str:
 
 def comparison_figure(report: Mapping[str, Any]) -> Any:
     """Perplexity of every row on the test text with its interval, beside the base's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = [row for row in report["rows"] if "test" in row]
     figure = Figure(figsize=(9, 0.8 + 0.32 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots()
     base = rows[0]["test"]["perplexity"]
     for place, row in enumerate(rows):
