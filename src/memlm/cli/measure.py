@@ -25,7 +25,7 @@ from memlm.cli.printing import next_line, print_result, quiet, say
 from memlm.config import MAX_COUNT, MAX_SEED
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig, PassageConfig
-from memlm.files import write_json
+from memlm.files import replacing, write_json
 from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig
 
@@ -260,11 +260,10 @@ def bench(
         base, memories, lines, gate=gate, retrieval=retrieval, in_context=in_context, passages=passages, config=config
     )
     if plot is not None:
-        from memlm.evaluate.plot import plot_bench
-        from memlm.files import replacing
+        from memlm.evaluate.plot import bench_figure, deterministic_figure
 
         with replacing(plot) as temporary:
-            plot_bench(report, temporary)
+            deterministic_figure(lambda: bench_figure(report), temporary)
     print_result(report, as_json, bench_table(report))
 
 

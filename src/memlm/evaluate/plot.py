@@ -48,11 +48,6 @@ def report_figure(report: dict[str, Any]) -> Any:
     return figure
 
 
-def plot_bench(report: dict[str, Any], path: Path) -> None:
-    """Write `bench_figure` as a PNG."""
-    deterministic_figure(lambda: bench_figure(report), path)
-
-
 def bench_figure(report: dict[str, Any]) -> Any:
     """A figure of what `memlm bench` found: time per decoded and per scored token over the base's."""
     from matplotlib.figure import Figure
@@ -97,15 +92,15 @@ def _matplotlib() -> Any:
 
 def _draw_choice(axes: Any, report: dict[str, Any]) -> None:
     """Validation perplexity against the memories' weight, and the base's as a line."""
-    curve, fixed = report["validation"], fixed_of(report)
-    total = sum(weights_of(report).values())
+    curve, fixed, weights = report["validation"], fixed_of(report), weights_of(report)
+    total = sum(weights.values())
     points = [
         (w, value)
         for w, value in zip(curve["mix_weights"], curve["perplexities"] or [], strict=bool(curve["perplexities"]))
         if value is not None
     ]
     axes.set_title(f"validation, {curve['tokens']:,} tokens", fontsize=10)
-    axes.set_xlabel(f"weight of {' + '.join(memory_names(report))}")
+    axes.set_xlabel(f"weight of {' + '.join(weights)}")
     axes.set_ylabel("perplexity of the mixture")
     axes.set_xlim(0, 1)
     if points:
@@ -129,7 +124,7 @@ def _draw_choice(axes: Any, report: dict[str, Any]) -> None:
 
 def _draw_result(axes: Any, report: dict[str, Any]) -> None:
     """Test perplexities with their intervals, by name; the base's as a line and a band."""
-    names = ["base", *memory_names(report), "mixture"]
+    names = ["base", *weights_of(report), "mixture"]
     base, mixture = report["base"], report["mixture"]
     shown = [value for part in (base, mixture) for value in (part["perplexity"], *(part["interval"] or [])) if value]
     low, high = _zoomed(min(shown), max(shown)) if shown else (0.0, 1.0)
@@ -152,13 +147,8 @@ def _draw_result(axes: Any, report: dict[str, Any]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.6)
     axes.set_xlabel("perplexity, 95% interval" if base["interval"] else "perplexity")
-    axes.set_title(f"test, {report['tokens']:,} tokens: {ratio_line(report)}", fontsize=9)
+    axes.set_title(f"test, {report['tokens']:,} tokens: {ratio_line('mixture / base', report['ratio'])}", fontsize=9)
     axes.grid(alpha=0.3, axis="x")
-
-
-def memory_names(report: dict[str, Any]) -> list[str]:
-    """What a report calls its memories."""
-    return list(weights_of(report))
 
 
 def fixed_of(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,13 +157,8 @@ def fixed_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """Those fixed weights by name."""
+    """Those fixed weights by what the report calls its memories."""
     return named(fixed_of(report)["mix_weight"])
-
-
-def mean_weights_of(report: Mapping[str, Any]) -> dict[str, float]:
-    """The mean weights under the gate by name; none where there is none."""
-    return named(report["mixture"].get("mean_weight", {}))
 
 
 def _zoomed(low: float, high: float) -> tuple[float, float]:
@@ -187,10 +172,7 @@ def number(perplexity: float | None, digits: int = 2) -> str:
     return "infinite" if perplexity is None else f"{perplexity:.{digits}f}"
 
 
-def ratio_line(report: dict[str, Any]) -> str:
-    """Mixture over base, with its interval where there is one."""
-    ratio = report["ratio"]
-    if ratio["perplexity"] is None:
-        return "mixture / base infinite"
+def ratio_line(what: str, ratio: dict[str, Any]) -> str:
+    """One perplexity over another, which `what` names, with its interval where there is one."""
     interval = "" if ratio["interval"] is None else " ({:.4f} to {:.4f})".format(*ratio["interval"])
-    return f"mixture / base {ratio['perplexity']:.4f}{interval}"
+    return f"{what} {number(ratio['perplexity'], 4)}{interval}"

@@ -3,8 +3,8 @@
 import html
 from typing import Any
 
-from memlm.evaluate.plot import fixed_of, mean_weights_of, memory_names, number, ratio_line, weights_of
-from memlm.memory.config import UNNAMED
+from memlm.evaluate.plot import fixed_of, number, ratio_line, weights_of
+from memlm.memory.config import UNNAMED, named
 from memlm.scores.table import BASE
 
 MIXTURE = "mixture"
@@ -24,7 +24,7 @@ class Report(dict[str, Any]):
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What each row is called, and its figures."""
-    memories = [(f"{name} alone", report[name]) for name in memory_names(report)]
+    memories = [(f"{name} alone", report[name]) for name in weights_of(report)]
     fixed = (f"mixture, weight {_shown(weights_of(report))}", fixed_of(report))
     if report[MIXTURE].get("gate", "none") == "none":
         return [("base alone", report[BASE]), *memories, fixed]
@@ -43,18 +43,17 @@ def _interval(row: dict[str, Any]) -> str:
 def _notes(report: dict[str, Any]) -> list[str]:
     chosen = "chosen on validation" if fixed_of(report)["mix_weight_from"] == "validation" else "given"
     documents = f"{report['documents']:,} document{'s' if report['documents'] > 1 else ''}"
+    single = "; no interval: one document" if report["documents"] == 1 else ""
     return [
-        f"{ratio_line(report)}{'; no interval: one document' if report['documents'] == 1 else ''}",
+        f"{ratio_line('mixture / base', report['ratio'])}{single}",
         f"{report['tokens']:,} test tokens of {documents}; mix_weight {chosen}",
         *([] if report[MIXTURE].get("gate", "none") == "none" else [_gate_line(report)]),
     ]
 
 
 def _gate_line(report: dict[str, Any]) -> str:
-    ratio = report[MIXTURE]["ratio_to_fixed"]
-    interval = "" if ratio["interval"] is None else " ({:.4f} to {:.4f})".format(*ratio["interval"])
-    against = f"gate / fixed weight {number(ratio['perplexity'], 4)}{interval}"
-    return f"{against}; mean weight under the gate {_shown(mean_weights_of(report))}"
+    against = ratio_line("gate / fixed weight", report[MIXTURE]["ratio_to_fixed"])
+    return f"{against}; mean weight under the gate {_shown(named(report[MIXTURE]['mean_weight']))}"
 
 
 def report_table(report: dict[str, Any]) -> str:
@@ -64,7 +63,7 @@ def report_table(report: dict[str, Any]) -> str:
     lines = [f"{'':<{width}}{'perplexity':>12}   95% interval"]
     lines += [f"{label:<{width}}{number(row['perplexity']):>12}   {_interval(row)}".rstrip() for label, row in rows]
     lines += [*_notes(report), ""]
-    columns = {name: max(10, len(name) + 2) for name in (BASE, *memory_names(report), MIXTURE)}
+    columns = {name: max(10, len(name) + 2) for name in (BASE, *weights_of(report), MIXTURE)}
     heads = "".join(f"{name:>{wide}}" for name, wide in columns.items())
     lines.append(f"{'label seen in training':<24}{'tokens':>9}{heads}")
     for row in report["by_label_frequency"]:
