@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -59,36 +59,28 @@ class Text:
     """Folder that the text is read from."""
 
 
+@dataclass(frozen=True)
 class Scorers:
     """A base and memories that score texts; each is loaded when something it has not scored is asked for."""
 
-    def __init__(
-        self,
-        base: str,
-        memories: Mapping[str, str],
-        *,
-        vocab_size: int,
-        dtype: torch.dtype,
-        batch_tokens: int,
-        retrieval: RetrievalConfig | None = None,
-        load_base: Callable[[], Any] | None = None,
-        keep_seconds: float = KEEP_SECONDS,
-    ) -> None:
-        """
-        Args:
-            base: Path, hub id or packaged name.
-            memories: Name to path, hub id or packaged name; their settings (temperature, context) apply, and those
-                with a tap read the base.
-            vocab_size: Ids of the tokenizer are below it.
-            dtype: Precision of all.
-            batch_tokens: Tokens in one forward pass.
-            retrieval: Neighbours and temperature of datastores; as they say if None.
-            load_base: Gives the base, where the caller has it; None: it is loaded.
-            keep_seconds: What a pass has scored is kept so often.
-        """
-        self._base, self._memories = base, dict(memories)
-        self._vocab_size, self._dtype, self._batch_tokens = vocab_size, dtype, batch_tokens
-        self._retrieval, self._load_base, self._keep_seconds = retrieval, load_base, keep_seconds
+    base: str
+    """Path, hub id or packaged name."""
+    memories: Mapping[str, str]
+    """Name to path, hub id or packaged name; their settings (temperature, context) apply, and those with a tap read the
+    base."""
+    _: KW_ONLY
+    vocab_size: int
+    """Ids of the tokenizer are below it."""
+    dtype: torch.dtype
+    """Precision of all."""
+    batch_tokens: int
+    """Tokens in one forward pass."""
+    retrieval: RetrievalConfig | None = None
+    """Neighbours and temperature of datastores; as they say if None."""
+    load_base: Callable[[], Any] | None = None
+    """Gives the base, where the caller has it; None: it is loaded."""
+    keep_seconds: float = KEEP_SECONDS
+    """What a pass has scored is kept so often."""
 
     def score(self, text: Text) -> dict[str, Scores]:
         """What base and memories think of each label of `text`: read back where known, else computed in one pass.
@@ -98,13 +90,13 @@ class Scorers:
         Raises:
             ModelError: A model gives NaN; nothing is kept of the pass.
         """
-        specs = {name: self._spec(text, name) for name in (BASE, *self._memories)}
+        specs = {name: self._spec(text, name) for name in (BASE, *self.memories)}
         folders = {n: cache_dir() / "scores" / digest([spec.config, spec.inputs])[:32] for n, spec in specs.items()}
         if unknown := {folder for folder in folders.values() if not is_finished(folder)}:
             with computing_alone(unknown):
                 missing = {name: spec for name, spec in specs.items() if not is_finished(folders[name])}
                 names = [folders[name].name for name in missing]  # in order, by which its columns are numbered
-                part = Part(cache_dir() / "scores", digest(names)[:32], Due(self._keep_seconds))
+                part = Part(cache_dir() / "scores", digest(names)[:32], Due(self.keep_seconds))
                 for name, scores in self._compute(text, missing, part).items():
                     run_stage(folders[name], specs[name], partial(_save, scores=scores))
                 part.remove()
@@ -130,7 +122,7 @@ class Scorers:
                 {titles[name]: voter for name, voter in voters.items()},
                 text.blocks,
                 base=self._base_voter if reads_base else None,
-                batch_tokens=self._batch_tokens,
+                batch_tokens=self.batch_tokens,
                 progress=bar.update,
                 part=part,
                 on_kept=lambda n: kept.append(f"the cache keeps the scores of {n:,} of {positions:,} labels"),
@@ -138,36 +130,36 @@ class Scorers:
         return {name: found[titles[name]] for name in voters}
 
     def _spec(self, text: Text, name: str) -> StageSpec:
-        model = self._memories.get(name, self._base)
+        model = self.memories.get(name, self.base)
         config: dict[str, Any] = {
-            "dtype": str(self._dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "as_memory": name != BASE,
-            "batch_tokens": self._batch_tokens,
+            "batch_tokens": self.batch_tokens,
             "split": text.split,
             "columns": list(COLUMNS),
         }
         inputs = {"corpus": text.corpus, "model": model_identity(model)}
         settings = read_settings(model) if name != BASE else None
         if settings is not None and settings.tap is not None:
-            inputs["base"] = model_identity(self._base)
+            inputs["base"] = model_identity(self.base)
         head = read_head(model, settings) if name != BASE else None
         if head is not None:
             config["confidence"] = head.digest
         if isinstance(settings, RetrievalSettings):
-            config["retrieval"] = settings.searched_by(self._retrieval).retrieval.found
+            config["retrieval"] = settings.searched_by(self.retrieval).retrieval.found
         sources = {"corpus": text.source, "model": model}
         return StageSpec("scores", config=config, inputs=inputs, tokenizer=text.tokenizer, sources=sources)
 
     @cached_property
     def _base_voter(self) -> BaseVoter:
-        load = self._load_base or (lambda: load_causal_lm(self._base, dtype=self._dtype).to(default_device()))  # type: ignore[arg-type]
-        return BaseVoter(load(), self._vocab_size, exact=False)
+        load = self.load_base or (lambda: load_causal_lm(self.base, dtype=self.dtype).to(default_device()))  # type: ignore[arg-type]
+        return BaseVoter(load(), self.vocab_size, exact=False)
 
     def _voter(self, name: str) -> Voter:
         if name == BASE:
             return self._base_voter
-        voter = load_memory(self._memories[name], base=self._base, retrieval=self._retrieval, dtype=self._dtype)
-        voter.settings = voter.settings.model_copy(update={"vocab_size": self._vocab_size})
+        voter = load_memory(self.memories[name], base=self.base, retrieval=self.retrieval, dtype=self.dtype)
+        voter.settings = voter.settings.model_copy(update={"vocab_size": self.vocab_size})
         if voter.tap is not None:
             voter.check_base(self._base_voter.model)
         return voter.to(default_device())
