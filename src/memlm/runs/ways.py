@@ -70,31 +70,23 @@ class Way:
 
 
 def all_ways(rows: Iterable[str], validation: ScoreTable, heads: Mapping[str, ConfidenceHead | None]) -> Iterator[Way]:
-    """Every row that all of the test text is scored for, with what validation text chose for it."""
+    """Every row that all of the test text is scored for, with what validation text chose for it.
+
+    Memories stand beside a base with the weight that is best on that text, and under the gate.
+    """
     yield Way("base", BASE, (), None)
     for row in (row for row in rows if row not in IN_CONTEXT):
         memories = row.split("+")
         under = memories.pop(0) if memories[0] in ("dapt", "lora") else BASE
-        if memories:
-            yield from mixed_ways(row, under, tuple(memories), validation, heads)
-        else:
+        if not memories:
             yield Way(row, under, (), None)
-
-
-def mixed_ways(
-    row: str,
-    under: str,
-    memories: tuple[str, ...],
-    validation: ScoreTable,
-    heads: Mapping[str, ConfidenceHead | None],
-) -> Iterator[Way]:
-    """Memories beside a base, with the weight that is best on validation text, and under the gate."""
-    base = validation.voters[under].label
-    labels = [validation.voters[name].label for name in memories]
-    weights = best_mix_weights(base, labels)
-    yield Way(row, under, memories, weights)
-    own = [best_mix_weight(base, label)[0] for label in labels]
-    known = {name: GatedMemory(w, heads.get(name)) for name, w in zip(memories, own, strict=True)}
-    rule = weight_rule(gate_config(None), known)
-    assert isinstance(rule, Gate)
-    yield Way(row, under, memories, weights, rule)
+            continue
+        base = validation.voters[under].label
+        labels = [validation.voters[name].label for name in memories]
+        weights = best_mix_weights(base, labels)
+        yield Way(row, under, tuple(memories), weights)
+        own = [best_mix_weight(base, label)[0] for label in labels]
+        known = {name: GatedMemory(w, heads.get(name)) for name, w in zip(memories, own, strict=True)}
+        rule = weight_rule(gate_config(None), known)
+        assert isinstance(rule, Gate)
+        yield Way(row, under, tuple(memories), weights, rule)
