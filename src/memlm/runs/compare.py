@@ -14,7 +14,7 @@ from memlm.files import digest
 from memlm.manifest import GATE_FILE, read_manifest
 from memlm.memory.confidence import ConfidenceHead
 from memlm.models.identity import model_identity
-from memlm.runs.compare_recipe import CompareRecipe, Point
+from memlm.runs.compare_recipe import CompareRecipe
 from memlm.runs.comparison import write_comparison
 from memlm.runs.figures import Figures
 from memlm.runs.plan import make_step
@@ -41,7 +41,10 @@ class Comparison(CompareRecipe):
                 self.check_corpus(Corpus(there["corpus"]))  # and what training starts from
                 for line in corpus_notes(read_manifest(there["corpus"])):
                     say(f"note: {line}")
-        best = {row: self._best(points, there) for row, points in self.points.items()}
+        best = {
+            row: min(points, key=lambda point: point.validation_perplexity(there))
+            for row, points in self.points.items()
+        }
         folders = {row: there[point.name] for row, point in best.items()}
         if "knn" in self.parts:
             folders["knn"] = there["datastore"]
@@ -61,15 +64,6 @@ class Comparison(CompareRecipe):
                 report["notes"] = [f"nothing was timed: {error}"]
             write_comparison(report, self.out)
         return report
-
-    def _best(self, points: list[Point], there: Mapping[str, Path]) -> Point:
-        """The point that is best on validation text, by what its settings keep the best checkpoint by."""
-
-        def perplexity(point: Point) -> float:
-            facts = read_manifest(there[point.name], "memory").facts
-            return facts["validation"]["best"][f"{point.config.keep}_perplexity"]
-
-        return min(points, key=perplexity)
 
     def _with_heads(self, folders: Mapping[str, Path], corpus: Corpus, say: Callable[[str], None]) -> dict[str, Path]:
         """The memories again, with heads that were fitted here; none without general text or enough held-out text.

@@ -1,6 +1,7 @@
 """What a comparison asks for: rows, models to be trained for them, and what can be refused before hours of work."""
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import IN_CONTEXT, ROWS, CompareConfig, EvaluateConfig, InContextConfig
 from memlm.evaluate.in_context import context_of
 from memlm.evaluate.tasks import TaskSet
+from memlm.manifest import read_manifest
 from memlm.memory.seen import check_unseen
 from memlm.models.adapters import check_peft
 from memlm.models.loading import load_config
@@ -46,6 +48,11 @@ class Point:
     config: TrainConfig
     tried: dict[str, Any]
     """Setting to value, of those that are searched."""
+
+    def validation_perplexity(self, there: Mapping[str, Path]) -> float:
+        """Of the best checkpoint, by what its settings keep that by; `there` leads from a step to its folder."""
+        facts = read_manifest(there[self.name], "memory").facts
+        return facts["validation"]["best"][f"{self.config.keep}_perplexity"]
 
 
 def _searched(asked: dict[str, list[Any]], sections: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[Any]]]:

@@ -1,6 +1,7 @@
 """What the rows of a comparison reach: perplexities, tasks, times, and what they add to the base."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,25 +36,22 @@ from memlm.targets.config import RetrievalConfig
 from memlm.targets.teacher import judge
 
 
+@dataclass(frozen=True)
 class Figures:
     """Models that were made for a comparison, and what is found out about them."""
 
-    def __init__(
-        self,
-        asked: CompareRecipe,
-        there: Mapping[str, Path],
-        best: Mapping[str, Point],
-        folders: Mapping[str, Path],
-    ) -> None:
-        """
-        Args:
-            asked: The comparison.
-            there: Step to its folder.
-            best: Row to the best point that was trained for it.
-            folders: Row to its model, with the head that was fitted for it.
-        """
-        self.asked, self.there, self.best, self.folders = asked, there, best, folders
-        self.corpus = Corpus(there["corpus"])
+    asked: CompareRecipe
+    there: Mapping[str, Path]
+    """Step to its folder."""
+    best: Mapping[str, Point]
+    """Row to the best point that was trained for it."""
+    folders: Mapping[str, Path]
+    """Row to its model, with the head that was fitted for it."""
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The corpus of the comparison."""
+        return Corpus(self.there["corpus"])
 
     def report(self) -> dict[str, Any]:
         """What `report.json` holds, but for tasks and times."""
@@ -146,12 +144,11 @@ class Figures:
         found = []
         for row, points in self.asked.points.items():
             for point in points if len(points) > 1 else ():
-                facts = read_manifest(self.there[point.name], "memory").facts["validation"]["best"]
                 found.append(
                     {
                         "row": row,
                         "settings": point.tried,
-                        "validation_perplexity": facts[f"{point.config.keep}_perplexity"],
+                        "validation_perplexity": point.validation_perplexity(self.there),
                         "chosen": point == self.best[row],
                     }
                 )
