@@ -1187,7 +1187,7 @@ def test_an_interrupt_says_that_work_goes_on(
     def stopped(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("memlm.manifest.read_manifest", stopped)
+    monkeypatch.setattr("memlm.cli.folders.read_manifest", stopped)
     found = memlm("info", corpus_folder)
     assert found.code == 130
     assert "the same command goes on where this one was" in found.err

@@ -33,6 +33,7 @@ from memlm.cli.road import (
 )
 from memlm.cli.use import chat, explain, generate
 from memlm.errors import MemlmError
+from memlm.files import file_error, out_of_memory
 
 app = typer.Typer(
     cls=Group,
@@ -43,7 +44,9 @@ app = typer.Typer(
     help="Train a small memory on a corpus once, then put it beside any frozen language model. `memlm demo` walks the"
     " road in ten minutes; `memlm COMMAND --help` teaches each step.",
 )
-evaluate = typer.Typer(cls=Group, no_args_is_help=True, rich_markup_mode=None)
+evaluate = typer.Typer(
+    name="evaluate", cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure what a memory gains."
+)
 evaluate.command(cls=Command, short_help="perplexity of base, memories and mixture, with intervals")(perplexity)
 evaluate.command(cls=Command, short_help="tasks of lm-eval: base, fixed weight and gate on the same items")(tasks)
 evaluate.command(cls=Command, short_help="what it says on its own: recitation, repetition")(generation)
@@ -86,13 +89,7 @@ _COMMANDS: dict[str, dict[Any, str]] = {
 for _group, _commands in _COMMANDS.items():
     for _command, _summary in _commands.items():
         if _command is evaluate:
-            app.add_typer(
-                evaluate,
-                name="evaluate",
-                help="Measure what a memory gains.",
-                short_help=_summary,
-                rich_help_panel=_group,
-            )
+            app.add_typer(evaluate, short_help=_summary, rich_help_panel=_group)
         else:
             _name = "list" if _command is list_folders else None
             app.command(_name, cls=Command, short_help=_summary, rich_help_panel=_group)(_command)
@@ -133,12 +130,8 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(1)
     except OSError as error:
-        from memlm.files import file_error
-
         _end(file_error(error))
     except (MemoryError, RuntimeError) as error:
-        from memlm.files import out_of_memory
-
         if (told := out_of_memory(error)) is None:
             raise
         _end(told)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from memlm.errors import InputError, ModelError, OutputExistsError
 from memlm.files import near_here
+from memlm.manifest import read_manifest
 
 
 def check_folder(place: str | Path, *kinds: str) -> None:
@@ -14,8 +15,6 @@ def check_folder(place: str | Path, *kinds: str) -> None:
     Raises:
         ArtifactError: It is not.
     """
-    from memlm.manifest import read_manifest
-
     read_manifest(place, *kinds)  # type: ignore[arg-type]
 
 

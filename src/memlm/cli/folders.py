@@ -13,8 +13,8 @@ from memlm.cli.options import Json
 from memlm.cli.printing import memory_line, print_result
 from memlm.corpus.config import SPLITS
 from memlm.errors import ArtifactError, MemlmError
-from memlm.files import read_json
-from memlm.manifest import GATE_FILE
+from memlm.files import read_json, replacing
+from memlm.manifest import GATE_FILE, MANIFEST, PLAN, is_finished, read_manifest, times_of
 from memlm.text import duration, flat, one_line, size, table
 
 
@@ -31,13 +31,9 @@ def info(
 
     Example: memlm info runs/medquad --html medquad.html
     """
-    from memlm.manifest import read_manifest, times_of
-
     check_file_to_write(html)
     if html is not None:
         from memlm.evaluate.folder_page import folder_page
-        from memlm.files import replacing
-        from memlm.manifest import is_finished
 
         places = [folder] if is_finished(folder) else sorted(p for p in folder.glob("*") if is_finished(p))
         if not places:
@@ -144,8 +140,6 @@ def list_folders(
 
 def _stage_folders(folder: Path) -> Iterator[Path]:
     """Folders that stages made or began, outermost ones only; links are not followed, hidden folders not entered."""
-    from memlm.manifest import MANIFEST, PLAN
-
     for place, below, files in os.walk(folder):
         if MANIFEST in files or PLAN in files:
             below.clear()
@@ -154,8 +148,6 @@ def _stage_folders(folder: Path) -> Iterator[Path]:
 
 
 def _listed(place: Path) -> dict[str, Any]:
-    from memlm.manifest import is_finished, read_manifest, times_of
-
     entry = {"folder": str(place), "kind": "unfinished", "from": "", "good": "", "bytes": 0, "finished": None}
     try:
         if is_finished(place):

@@ -22,7 +22,7 @@ from memlm.cli.options import (
     with_settings,
 )
 from memlm.cli.printing import next_line, print_result, quiet, say
-from memlm.config import MAX_COUNT, MAX_SEED
+from memlm.config import MAX_COUNT, MAX_SEED, read_recipe
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig, PassageConfig
 from memlm.files import replacing, write_json
@@ -286,7 +286,6 @@ def compare(
 
     Example: memlm compare recipes/cpu/medquad.yaml --plan --set 'compare.rows=[knn, dapt, twin, memory]'
     """
-    from memlm.config import read_recipe
     from memlm.runs.plan import plan_table, run_folder
     from memlm.runs.recipe import Recipe
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,6 @@ def print_made(folder: Path, manifest: Any, as_json: bool, text: str) -> None:
 
 def quiet() -> None:
     """Leave stderr to our own bars and errors."""
-    import warnings
-
     import datasets
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging

@@ -17,6 +17,7 @@ from memlm.cli.options import (
     with_settings,
 )
 from memlm.cli.printing import memory_line, next_line, print_made, print_result, quiet, say
+from memlm.config import read_recipe
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.memory.config import AdaptConfig
@@ -390,7 +391,6 @@ def run(
 
     Example: memlm run recipes/cpu/medquad.yaml --plan
     """
-    from memlm.config import read_recipe
     from memlm.runs.plan import plan_recipe, plan_table, run_folder, run_recipe
     from memlm.runs.recipe import Recipe
 

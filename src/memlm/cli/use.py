@@ -27,6 +27,7 @@ from memlm.cli.options import (
 from memlm.cli.printing import print_result, quiet, say
 from memlm.config import MAX_SEED
 from memlm.errors import ConfigError, InputError
+from memlm.files import replacing
 from memlm.mix.gate_config import LONGEST_DRAFT, GateConfig
 from memlm.targets.config import RetrievalConfig
 from memlm.text import without_controls
@@ -165,7 +166,6 @@ def explain(
         found = [explain_passage(model, tokenizer, text, **shared) for text in texts]
     if html is not None:
         from memlm.evaluate.page import page
-        from memlm.files import replacing
 
         lines = [f"<p>{passage_line(part)}</p>" if passages is not None else "" for part in found]
         parts = [line + explanation_html(part) for line, part in zip(lines, found, strict=True)]
