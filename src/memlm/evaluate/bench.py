@@ -4,7 +4,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -123,7 +123,7 @@ def bench(
             for name, (way, asked) in ways.items():
                 if number < 0 and name == "base":
                     decode(way, batch, config.new_tokens, name="the base")
-                first, whole, peak = _timed(way, batch, config, device, asked)
+                first, whole, peak = _timed(way, batch, config, asked)
                 if number >= 0:
                     times[name].append((first, whole))
                     bar.update(1)
@@ -136,7 +136,6 @@ def bench(
             "ttft_ms": round(1e3 * median(first for first, _ in pairs), 2),
             "peak_bytes": max(peaks[name], default=None),
         }
-    for name in ways:
         if name != "base":
             found[name]["ratio"] = round(found["base"]["tokens_per_s"] / found[name]["tokens_per_s"], 4)
     for name, pace in paces.items():
@@ -208,59 +207,53 @@ def _scored(ways: Mapping[str, Any], text: Int[Tensor, "1 T"], config: BenchConf
     size = min((mixed.vocab_size for mixed in mixtures.values()), default=ways["base"].config.vocab_size)
     base = BaseVoter(ways["base"], size, exact=False)
     labels = torch.cat([text[:, 1:], torch.full_like(text[:, :1], IGNORE)], 1)
-    clock, seconds = _Clock(base.device), {name: [] for name in ways}
+    seconds = {name: [] for name in ways}
     for number in range(-1, config.rounds):  # the first round warms up
         for name in ways:
             memory = next(iter(mixtures[name].named_memories().values())) if name in mixtures else None
             tap = None if memory is None else memory.tap
-            began = clock()
+            began = _now(base.device)
             state = base.step(text, taps=() if tap is None else (tap,))
             base.label_log_probs(state, labels)
             if memory is not None:
                 read = memory.step(text, None if tap is None else state.activations[tap])
                 memory.label_log_probs(read, labels)
-            seconds[name] += [clock() - began] if number >= 0 else []
+            seconds[name] += [_now(base.device) - began] if number >= 0 else []
     return {name: median(times) for name, times in seconds.items()}
 
 
-def _timed(
-    way: Any, batch: Tensor, config: BenchConfig, device: torch.device, asked: Mapping[str, Any]
-) -> tuple[float, float, int | None]:
+def _timed(way: Any, batch: Tensor, config: BenchConfig, asked: Mapping[str, Any]) -> tuple[float, float, int | None]:
     """Seconds to the first token and to the last, and the peak of memory in bytes."""
+    device = batch.device
     memory = _Peak(way, device)
     torch.manual_seed(config.seed)
-    clock = _Clock(device)
-    began = clock()
+    began = _now(device)
     marks: list[float] = []
 
     class Streamer:
         def put(self, value: Tensor) -> None:
-            marks.append(clock())
+            marks.append(_now(device))
 
         def end(self) -> None:
             pass
 
     options: dict[str, Any] = {"streamer": Streamer()} if len(batch) == 1 else {}
     decode(way, batch, config.new_tokens, **options, **asked)
-    whole = clock() - began
+    whole = _now(device) - began
     if len(batch) == 1:
         first = marks[1] - began  # the prompt itself comes before it
     else:
-        began = clock()
+        began = _now(device)
         decode(way, batch, 1, **asked)
-        first = clock() - began
+        first = _now(device) - began
     return first, whole, memory.bytes
 
 
-class _Clock:
+def _now(device: torch.device) -> float:
     """Seconds, once the device has done what it was asked."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def __call__(self) -> float:
-        self._wait()
-        return time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class _Peak:
