@@ -19,8 +19,6 @@ from numpy.typing import NDArray
 
 from memlm.evaluate.papers import TASKS, Candidates, Item, Labelled, PaperTask, Question
 
-_BLANKS = re.compile(r"\s+")
-
 
 def judged(
     name: str, items: Sequence[Item], speaker: Any, words: Sequence[Sequence[str]]
@@ -98,7 +96,7 @@ def _by_candidates(items: Sequence[Candidates], speaker: Any) -> dict[str, NDArr
 def normalised(text: str) -> str:
     """Lower case without punctuation, articles and repeated blanks, as SQuAD compares answers."""
     bare = "".join(character for character in text.lower() if character not in string.punctuation)
-    return _BLANKS.sub(" ", re.sub(r"\b(a|an|the)\b", " ", bare)).strip()
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
 def f1(text: str, answer: str) -> float:
