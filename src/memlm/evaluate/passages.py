@@ -8,12 +8,8 @@ import numpy as np
 
 from memlm.corpus.blocks import Corpus
 from memlm.evaluate.config import EvaluateConfig
-from memlm.evaluate.perplexity import gate_of
-from memlm.evaluate.report import weights_of
+from memlm.evaluate.perplexity import evaluated_log_probs
 from memlm.memory.config import named
-from memlm.mix.gate import Gate
-from memlm.scores.gated import gated_label_log_probs
-from memlm.scores.mixtures import mixture_label_log_probs
 from memlm.scores.table import BASE, score_corpus
 from memlm.targets.config import RetrievalConfig
 
@@ -45,13 +41,8 @@ def passages(
     tables = score_corpus(
         source, base, memories, dtype=config.dtype, batch_tokens=config.batch_tokens, retrieval=retrieval
     )
-    table, rule = tables["test"], gate_of(report, tables, memories)
+    table, mixed = tables["test"], evaluated_log_probs(report, tables, memories)
     alone = table.voters[BASE].label
-    if isinstance(rule, Gate):
-        mixed = gated_label_log_probs(table, rule)[0]
-    else:
-        weights = list(weights_of(report).values())
-        mixed = mixture_label_log_probs(alone, [table.voters[name].label for name in memories], weights)
     gain = mixed - alone
     counts = np.bincount(table.document)
     means = np.bincount(table.document, weights=gain) / np.maximum(counts, 1)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,13 @@ from memlm.evaluate.report import MIXTURE, Report, fixed_of, weights_of
 from memlm.files import write_json
 from memlm.manifest import read_manifest
 from memlm.memory.confidence import ConfidenceHead
-from memlm.memory.config import UNNAMED, named
+from memlm.memory.config import named
 from memlm.memory.loading import read_head, read_settings
 from memlm.memory.retrieval import RetrievalSettings, Validated
 from memlm.memory.seen import check_unseen
 from memlm.mix.gate import Gate, GatedMemory, gate_config, weight_rule
 from memlm.mix.gate_config import GateConfig, GateName
-from memlm.mix.weights import WeightRule, settle_weights
+from memlm.mix.weights import settle_weights
 from memlm.models.identity import model_identity
 from memlm.models.tokenizers import ADVICE, check_rows_for
 from memlm.scores.gated import gated_label_log_probs
@@ -34,6 +34,7 @@ from memlm.scores.table import BASE, ScoreTable, score_corpus
 from memlm.stage import Stage, StageSpec, check_output, run_stage
 from memlm.targets.config import RetrievalConfig
 
+_T = TypeVar("_T")
 _FREQUENCY_EDGES = (0, 1, 10, 100, 1000)
 
 
@@ -120,7 +121,7 @@ def evaluate_perplexity(
     resampled = Resampled(test.document, {**parts, _FIXED: fixed}, config)
     report = Report({name: resampled.perplexity(name) for name in parts})
 
-    def as_given(values: Sequence[float]) -> float | dict[str, float]:
+    def as_given(values: Sequence[_T]) -> _T | dict[str, _T]:
         return dict(zip(memories, values, strict=True)) if isinstance(memory, Mapping) else values[0]
 
     chosen = {"mix_weight": as_given(weights), "mix_weight_from": "validation" if given is None else "given"}
@@ -143,11 +144,10 @@ def evaluate_perplexity(
         "mix_weights": GRID.round(4).tolist(),
         "perplexities": None if curve is None else [finite(value) for value in curve],
     }
-    hashes = {name: spec.inputs[_input(name, memory)] for name in memories}
     report["run"] = {
         "corpus": spec.inputs["corpus"],
         "base": spec.inputs["base"],
-        "memory": hashes if isinstance(memory, Mapping) else hashes[UNNAMED],
+        "memory": as_given([spec.inputs[_input(name, memory)] for name in memories]),
         "config": config.deciding,
         "gate": gate.model_dump(),
     }
@@ -174,8 +174,10 @@ def _gated(
     return {name: GatedMemory(w, head) for (name, head), w in zip(heads.items(), weights, strict=True)}
 
 
-def gate_of(report: Mapping[str, Any], tables: Mapping[str, ScoreTable], memories: Mapping[str, str]) -> WeightRule:
-    """The rule that an evaluation's mixture had.
+def evaluated_log_probs(
+    report: Mapping[str, Any], tables: Mapping[str, ScoreTable], memories: Mapping[str, str]
+) -> NDArray[np.float64]:
+    """What an evaluation's mixture gives each label of the test text.
 
     Args:
         report: What the evaluation found.
@@ -185,7 +187,10 @@ def gate_of(report: Mapping[str, Any], tables: Mapping[str, ScoreTable], memorie
     weights = list(weights_of(report).values())
     given = fixed_of(report)["mix_weight_from"] == "given"
     config = GateConfig.parse(report["run"]["gate"])
-    return weight_rule(config, _gated(tables, _heads(memories), weights, given))
+    rule = weight_rule(config, _gated(tables, _heads(memories), weights, given))
+    if isinstance(rule, Gate):
+        return gated_label_log_probs(tables["test"], rule)[0]
+    return mixture_label_log_probs(*_labels(tables["test"], memories), weights)
 
 
 def _keep_choice(memory: str, base: str, weight: float, retrieval: RetrievalConfig | None) -> None:
@@ -253,7 +258,7 @@ def report_spec(
 ) -> StageSpec:
     """What `evaluate_perplexity` with these arguments makes in its `out`."""
     made, config = read_manifest(corpus, "corpus"), config or EvaluateConfig()
-    parts = {_input(n, memory): m for n, m in memory.items()} if isinstance(memory, Mapping) else {UNNAMED: memory}
+    parts = {_input(name, memory): model for name, model in named(memory).items()}
     sources = {"base": base, **parts}
     weighs = gate_config(gate, weight_given=config.mix_weight is not None)
     heads = {name: head.digest for name, head in _heads(parts).items() if head is not None}
