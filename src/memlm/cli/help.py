@@ -79,9 +79,6 @@ class Group(TyperGroup):
             ((_group(c, "Commands"), (name, c.get_short_help_str(200))) for name, c in commands if c is not None),
         )
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(self.commands)  # as they were added
-
 
 def _group(item: Any, otherwise: str) -> str:
     return getattr(item, "rich_help_panel", None) or otherwise

@@ -30,9 +30,7 @@ from memlm.mix.gate_config import GateConfig
 from memlm.targets.config import RetrievalConfig
 
 
-@with_settings(EvaluateConfig, leave_out=("mix_weight",))
-@with_settings(GateConfig, leave_out=("prompt_window",), into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+@with_settings("mix_weight", "prompt_window")
 def perplexity(
     corpus: CorpusFolder,
     base: Base,
@@ -84,8 +82,7 @@ def perplexity(
     print_result(report, as_json, "\n".join(told))
 
 
-@with_settings(GateConfig, into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+@with_settings()
 def tasks(
     names: Annotated[
         list[str],
@@ -177,9 +174,7 @@ def lm_eval(
     run_lm_eval(context.args, base=base, memory=alone(memories), mix_weight=weight, gate=gate, dtype=dtype)
 
 
-@with_settings(GenerationConfig)
-@with_settings(GateConfig, into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+@with_settings()
 def generation(
     corpus: CorpusFolder,
     base: Base,
@@ -215,17 +210,14 @@ def generation(
     print_result(report, as_json, generation_table(report))
 
 
-@with_settings(BenchConfig)
-@with_settings(GateConfig, into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
-@with_settings(PassageConfig, into="passages", group="In-context retrieval")
+@with_settings()
 def bench(
     base: Annotated[str, typer.Argument(help="Folder, hub id or packaged name of the base.")],
     memory: Memories,
     config: BenchConfig | None,
     retrieval: RetrievalConfig | None,
     gate: GateConfig | None,
-    passages: PassageConfig | None,
+    passage: PassageConfig | None,
     prompts: Annotated[Path, typer.Option(help="Text file with one prompt per line.")],
     in_context: Annotated[
         Path | None,
@@ -257,7 +249,7 @@ def bench(
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"prompts {prompts}: {error}") from None
     report = bench(
-        base, memories, lines, gate=gate, retrieval=retrieval, in_context=in_context, passages=passages, config=config
+        base, memories, lines, gate=gate, retrieval=retrieval, in_context=in_context, passages=passage, config=config
     )
     if plot is not None:
         from memlm.evaluate.plot import bench_figure, deterministic_figure

