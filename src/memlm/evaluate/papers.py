@@ -10,7 +10,7 @@ import csv
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class PaperTask:
     stop: tuple[str, ...] = ("\n",)
     """What ends an answer."""
     new_tokens: int = 15
-    metrics: tuple[str, ...] = field(default=("accuracy",))
+    metrics: tuple[str, ...] = ("accuracy",)
 
 
 class Row:
@@ -122,31 +122,30 @@ def rows_of(path: Path) -> Iterator[Row]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            if file.read(1) == "[" and path.suffix == ".json":
-                file.seek(0)
-                yield from (Row(f"{path}, row {number}", values) for number, values in enumerate(json.load(file), 1))
-                return
+            is_list = file.read(1) == "[" and path.suffix == ".json"
             file.seek(0)
-            if path.suffix == ".csv":
+            if is_list:
+                yield from (Row(f"{path}, row {number}", values) for number, values in enumerate(json.load(file), 1))
+            elif path.suffix == ".csv":
                 reader = csv.DictReader(file)
                 yield from (Row(f"{path}, line {reader.line_num}", values) for values in reader)
             else:
-                for number, line in enumerate(file, 1):
-                    if not line.strip():
-                        continue
-                    if path.suffix == ".tsv":
-                        label, _, text = line.rstrip("\n").partition("\t")
-                        yield Row(f"{path}, line {number}", {"label": label, "text": text})
-                        continue
-                    try:
-                        values = json.loads(line)
-                    except (ValueError, RecursionError):  # also numbers that are too long
-                        raise InputError(f"{path}, line {number}: no JSON") from None
-                    yield Row(f"{path}, line {number}", values)
+                lines = ((f"{path}, line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+                yield from (Row(where, _values(where, line, path.suffix)) for where, line in lines)
     except InputError:
         raise
     except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise InputError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def _values(where: str, line: str, suffix: str) -> Any:
+    if suffix == ".tsv":
+        label, _, text = line.rstrip("\n").partition("\t")
+        return {"label": label, "text": text}
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):  # also numbers that are too long
+        raise InputError(f"{where}: no JSON") from None
 
 
 # --- how rows are read ------------------------------------------------------------------------------------------------
@@ -271,7 +270,8 @@ def _truth(row: Row) -> Candidates:
     return Candidates(prompt, true, false)
 
 
-_ANSWER = ("exact_match", "f1", "contains")
+_SHORT_ANSWERS = {"read": _short_question, "metrics": ("exact_match", "f1", "contains")}
+_LONG_ANSWERS = {**_SHORT_ANSWERS, "read": _long_question, "stop": ("\n", ".", ","), "new_tokens": 32}
 _TOPICS = (
     ("society", "culture"),
     ("science", "mathematics"),
@@ -318,32 +318,18 @@ TASKS: dict[str, PaperTask] = {
         _TOPICS,
     ),
     "nq": PaperTask(
-        ("nq_open/NQ-open.dev.jsonl",),
-        ("google-research-datasets/nq_open", "", "validation"),
-        _short_question,
-        metrics=_ANSWER,
+        ("nq_open/NQ-open.dev.jsonl",), ("google-research-datasets/nq_open", "", "validation"), **_SHORT_ANSWERS
     ),
     "hotpotqa": PaperTask(
         ("hotpotqa/hotpot_dev_v1_simplified.json",),
         ("hotpotqa/hotpot_qa", "distractor", "validation"),
-        _short_question,
-        metrics=_ANSWER,
+        **_SHORT_ANSWERS,
     ),
-    "webquestions": PaperTask(
-        ("webquestions/test.json",),
-        ("stanfordnlp/web_questions", "", "test"),
-        _long_question,
-        stop=("\n", ".", ","),
-        new_tokens=32,
-        metrics=_ANSWER,
-    ),
+    "webquestions": PaperTask(("webquestions/test.json",), ("stanfordnlp/web_questions", "", "test"), **_LONG_ANSWERS),
     "triviaqa": PaperTask(
         ("triviaqa/validation.jsonl", "triviaqa/test.jsonl"),
         ("mandarjoshi/trivia_qa", "rc.nocontext", "validation"),
-        _long_question,
-        stop=("\n", ".", ","),
-        new_tokens=32,
-        metrics=_ANSWER,
+        **_LONG_ANSWERS,
     ),
     "strategyqa": PaperTask(
         ("strategyqa/dev.json",), ("ChilleD/StrategyQA", "", "test"), _strategy, "\nAnswer:", (_YES, _NO)
