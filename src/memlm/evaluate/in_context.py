@@ -113,15 +113,13 @@ def in_context_blocks(corpus: Corpus, split: str, config: InContextConfig) -> In
     text, tokenizer = corpus.split(split), corpus.tokenizer
     passages, bos = _training_passages(corpus, config.passage_tokens)
     windows = _windows(text, config)
-    queries = [block.input_ids[max(0, at - config.query_tokens) : at] for block, at in windows]
+    queries = [block.input_ids[max(0, at - config.query_tokens) : at] for block, _, at in windows]
     between = _between(tokenizer)
     known, asked = ([str(tokenizer.decode(t, skip_special_tokens=True)) for t in part] for part in (passages, queries))
     best = ByWords(known).best(asked) if config.encoder is None else by_meaning(known, asked, config.encoder)
     blocks, positions, first = [], [], 0
-    for (block, at), number in zip(windows, best, strict=True):
-        predicted = np.flatnonzero(block.predicted)
-        place = int(np.searchsorted(predicted, at))
-        ahead = predicted[place : place + config.stride]
+    for (block, place, at), number in zip(windows, best, strict=True):
+        ahead = np.flatnonzero(block.predicted)[place : place + config.stride]
         count = int((ahead == at + np.arange(len(ahead))).sum())  # a document may end before
         room = context - config.passage_tokens - len(between)
         whole = _in_front(passages[number], block.input_ids[: at + count], between, bos, room)
@@ -187,8 +185,8 @@ def in_context_label_log_probs(
     return found.positions, scorers.score(text)[BASE].label.astype(np.float64)
 
 
-def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
-    """Blocks and places in them at which predictions of `stride` tokens begin, evenly spread."""
+def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int, int]]:
+    """Where predictions of `stride` tokens begin, evenly spread: the block, which of its positions, and which token."""
     starts = []
     for number, predicted in enumerate(np.diff(split.position_starts).tolist()):
         starts += [(number, place) for place in range(0, predicted, config.stride)]
@@ -197,7 +195,7 @@ def _windows(split: Split, config: InContextConfig) -> list[tuple[Block, int]]:
     found = []
     for number, place in (starts[i] for i in np.unique(chosen)):
         block = split[number]
-        found.append((block, int(np.flatnonzero(block.predicted)[place])))
+        found.append((block, place, int(np.flatnonzero(block.predicted)[place])))
     return found
 
 
@@ -331,7 +329,7 @@ def by_meaning(passages: list[str], queries: list[str], encoder: str, *, batch_s
 
     def embedded(texts: list[str], bar: Any) -> Tensor:
         ids = [tokenizer(text, truncation=True, max_length=longest)["input_ids"] or [0] for text in texts]
-        order, found = sorted(range(len(ids)), key=lambda number: len(ids[number])), [torch.empty(0)] * len(ids)
+        order, found = sorted(range(len(ids)), key=lambda number: len(ids[number])), []
         for start in range(0, len(order), batch_size):
             part = order[start : start + batch_size]
             tokens = pad_sequence([torch.tensor(ids[number]) for number in part], batch_first=True).to(device)
@@ -339,10 +337,9 @@ def by_meaning(passages: list[str], queries: list[str], encoder: str, *, batch_s
             mask = torch.arange(tokens.shape[1], device=device) < lengths
             states = model(input_ids=tokens, attention_mask=mask.long())[0].float()
             means = (states * mask[..., None]).sum(1) / lengths
-            for number, mean in zip(part, torch.nn.functional.normalize(means, dim=-1).cpu(), strict=True):
-                found[number] = mean
+            found.append(torch.nn.functional.normalize(means, dim=-1).cpu())
             bar.update(len(part))
-        return torch.stack(found)
+        return torch.cat(found)[torch.tensor(order).argsort()]
 
     with progress_bar(len(passages) + len(queries), "embedding", unit="text") as bar:
         keys = embedded(passages, bar)
