@@ -20,10 +20,13 @@ from memlm.mix.gate_config import GateConfig, GateName
 from memlm.targets.config import RetrievalConfig
 
 FIXED, BASE = "fixed", "base"  # as in speakers.py and scores, which bring torch
-_GATES = {name: f"the gate {name}" for name in get_args(GateName) if name != "none"}
+_WAYS = {
+    BASE: "the base alone",
+    FIXED: "the fixed weight",
+    **{name: f"the gate {name}" for name in get_args(GateName) if name != "none"},
+}
 _SAME = "all models are to answer in the same tokens"
 Answers = dict[str, tuple[str, NDArray[np.float64]]]
-_CURE = "pip install 'memlm[tasks]' brings lm-eval"
 
 
 def evaluate_tasks(
@@ -80,7 +83,8 @@ def evaluate_tasks(
         InputError: A task is unknown, its data is not there or faulty, or lm-eval cannot load it.
         ModelError: Base or memory cannot be reached, or gives scores that are not finite.
     """
-    if taken := {BASE, FIXED, *_GATES} & (others or {}).keys():
+    others = others or {}
+    if taken := _WAYS.keys() & others.keys():
         raise ConfigError(f"{min(taken)} names a way of its own; call the further model something else")
     asked = TaskSet(
         tasks,
@@ -97,7 +101,6 @@ def evaluate_tasks(
     from memlm.models.loading import load_on_default_device, resolve
     from memlm.models.tokenizers import check_same, load_tokenizer
 
-    others = others or {}
     tokenizer = load_tokenizer(resolve(str(base)))
     for other, place in others.items():
         check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
@@ -105,13 +108,14 @@ def evaluate_tasks(
     speakers: Any = Speakers(MixedLM.on_default_device(base, dtype=dtype, retrieval=retrieval, **options))
     told, found, ways = speakers.told, {}, [*speakers.names, *others]
     for way in ways:
-        print(f"tasks with {_told(way)}", file=sys.stderr)
+        name = _WAYS.get(way) or way
+        print(f"tasks with {name}", file=sys.stderr)
         if way in others:
             speakers = None  # their place is needed
         speaker = load_on_default_device(others[way], dtype) if speakers is None else speakers[way]
-        found[way] = asked.answers(speaker, tokenizer, _told(way))
+        found[way] = asked.answers(speaker, tokenizer, name)
         del speaker  # the next may need its place
-    report = paired_report(found, seed=seed, bootstrap=bootstrap, above=above or {}, further=asked.further)
+    report = paired_report(found, seed=seed, bootstrap=bootstrap, above=above, further=asked.further)
     report["run"] = {
         "base": lasting_name(str(base)),
         "memory": {n: lasting_name(str(m)) for n, m in memory.items()}
@@ -215,11 +219,7 @@ def check_lm_eval() -> None:
         ConfigError: It is not.
     """
     if find_spec("lm_eval") is None:
-        raise ConfigError(f"lm-eval is missing: {_CURE}")
-
-
-def _told(way: str) -> str:
-    return {BASE: "the base alone", FIXED: "the fixed weight", **_GATES}.get(way, way)
+        raise ConfigError("lm-eval is missing: pip install 'memlm[tasks]' brings lm-eval")
 
 
 def _items(speaker: Any, tasks: Sequence[str], manager: Any, seed: int, asked: Mapping[str, Any]) -> Answers:
