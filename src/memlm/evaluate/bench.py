@@ -139,8 +139,8 @@ def bench(
         if name != "base":
             found[name]["ratio"] = round(found["base"]["tokens_per_s"] / found[name]["tokens_per_s"], 4)
     for name, pace in paces.items():
-        accepted = pace.accepted_tokens / pace.drafted_tokens if pace.drafted_tokens else None
-        found[name]["acceptance"] = None if accepted is None else round(accepted, 4)
+        drafted = pace.drafted_tokens
+        found[name]["acceptance"] = round(pace.accepted_tokens / drafted, 4) if drafted else None
     if config.score_tokens:
         parts = {name: way for name, (way, _) in ways.items() if name == "base" or name in memories}
         text = _joined(tokenizer, prompts, min(config.score_tokens, longest or config.score_tokens)).to(device)

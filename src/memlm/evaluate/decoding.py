@@ -57,15 +57,14 @@ def decode(
     model.generation_config = GenerationConfig()  # no end, penalties, beams or sampling of its own
     watch = NaNWatch()
     looking = {} if name is None else {"logits_processor": LogitsProcessorList([watch])}
-    unending = {} if sampled else {"eos_token_id": own.eos_token_id, "min_new_tokens": new_tokens}
+    choosing = {"top_k": 0} if sampled else {"eos_token_id": own.eos_token_id, "min_new_tokens": new_tokens}
     try:
         found = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=new_tokens,
             do_sample=sampled,
-            **({"top_k": 0} if sampled else {}),
-            **unending,
+            **choosing,
             **looking,
             pad_token_id=0,
             **options,

@@ -26,10 +26,10 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What each row is called, and its figures."""
     memories = [(f"{name} alone", report[name]) for name in weights_of(report)]
     fixed = (f"mixture, weight {_shown(weights_of(report))}", fixed_of(report))
-    if report[MIXTURE].get("gate", "none") == "none":
-        return [("base alone", report[BASE]), *memories, fixed]
-    gated = (f"mixture, gate {report[MIXTURE]['gate']}", report[MIXTURE])
-    return [("base alone", report[BASE]), *memories, fixed, gated]
+    rows = [("base alone", report[BASE]), *memories, fixed]
+    if report[MIXTURE].get("gate", "none") != "none":
+        rows.append((f"mixture, gate {report[MIXTURE]['gate']}", report[MIXTURE]))
+    return rows
 
 
 def _shown(weights: dict[str, float]) -> str:
