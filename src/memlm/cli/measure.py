@@ -15,6 +15,7 @@ from memlm.cli.options import (
     Json,
     Memories,
     MixWeights,
+    Overrides,
     alone,
     by_name,
     models_by_name,
@@ -132,7 +133,7 @@ def tasks(
         names,
         base=base,
         memory=alone(memories),
-        mix_weight=None if weights is None else alone(weights),
+        mix_weight=alone(weights),
         gate=gate,
         retrieval=retrieval,
         include=include or [],
@@ -170,8 +171,7 @@ def lm_eval(
     check_lm_eval()
     from memlm.evaluate.lm_eval import run_lm_eval
 
-    weight = None if weights is None else alone(weights)
-    run_lm_eval(context.args, base=base, memory=alone(memories), mix_weight=weight, gate=gate, dtype=dtype)
+    run_lm_eval(context.args, base=base, memory=alone(memories), mix_weight=alone(weights), gate=gate, dtype=dtype)
 
 
 @with_settings()
@@ -202,7 +202,7 @@ def generation(
         corpus,
         base=base,
         memory=alone(memories),
-        mix_weight=None if weights is None else alone(weights),
+        mix_weight=alone(weights),
         gate=gate,
         retrieval=retrieval,
         config=config,
@@ -261,10 +261,7 @@ def bench(
 
 def compare(
     recipe: Annotated[Path, typer.Argument(help="YAML with a section per stage, and one named compare.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
-    ] = None,
+    settings: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder for stages and report; default runs/RECIPE_NAME.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Print what there is, and about what is to come.")] = False,
     as_json: Json = False,

@@ -50,6 +50,10 @@ MixWeights = Annotated[
         help="Weight of a memory in [0, 1], by name where there are several; default what validation data chose.",
     ),
 ]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
+]
 
 
 _GROUPS = {"config": "Settings", "gate": "Gate", "retrieval": "Live retrieval", "passage": "In-context retrieval"}
@@ -83,14 +87,13 @@ def with_settings(*leave_out: str) -> Callable[[Callable], Callable]:
                 settings[into] = classes[into].parse(given) if given else None
             command(**values, **settings)
 
-        parameters = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own.values()]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters = [parameter.replace(kind=keyword) for parameter in own.values()]
         for into in reversed(classes):  # what the command itself is set by comes last
             for name, field in fields[into].items():
                 group = _GROUPS[into] if name in classes[into].model_fields else "Start of the memory, by its kind"
                 option = _option(name, field, group)
-                parameters.append(
-                    inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=option)
-                )
+                parameters.append(inspect.Parameter(name, keyword, default=None, annotation=option))
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         return run
@@ -139,9 +142,9 @@ def models_by_name(values: list[str]) -> dict[str, str]:
     return _named(values, "--other", len(values))
 
 
-def alone(named: Mapping[str, _T]) -> _T | Mapping[str, _T]:
-    """What a single memory without a name has, else everything by name."""
-    return named[UNNAMED] if list(named) == [UNNAMED] else named
+def alone(named: Mapping[str, _T] | None) -> _T | Mapping[str, _T] | None:
+    """What a single memory without a name has, else everything by name; None where there is nothing."""
+    return named[UNNAMED] if named is not None and list(named) == [UNNAMED] else named
 
 
 def _named(

@@ -13,6 +13,7 @@ from memlm.cli.options import (
     Json,
     Model,
     Out,
+    Overrides,
     number,
     with_settings,
 )
@@ -373,10 +374,7 @@ def gate(
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML with a section per stage.")],
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a setting; may be repeated."),
-    ] = None,
+    settings: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder for all stages; default runs/RECIPE_NAME.")] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the steps, what is there already, and about what is to come.")
