@@ -1,5 +1,6 @@
 """How a comparison looks: as Markdown, as a page that needs no network, and as a plot."""
 
+import contextlib
 import html
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +23,9 @@ def write_comparison(report: Mapping[str, Any], out: Path) -> None:
     """Write `report.json`, `report.md`, `report.html` and, where matplotlib is installed, a plot to `out`."""
     write_json(out / "report.json", dict(report))
     plot = None
-    try:
+    with contextlib.suppress(ImportError):
         deterministic_figure(lambda: comparison_figure(report), out / _PLOT)
         plot = out / _PLOT
-    except ImportError:
-        pass
     for name, text in (
         ("report.md", comparison_markdown(report, plot is not None)),
         ("report.html", comparison_html(report, plot)),
@@ -121,8 +120,8 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         cells += [_interval(found["interval"], 2), _number(found["ratio"]["perplexity"], 4)]
         cells += [_interval(found["ratio"]["interval"], 4), _number(found.get("bits_per_byte"), 4)]
         if "general" in report:
-            general = row.get("general")
-            cells.append("" if general is None else _change(general["ratio"]["perplexity"]))
+            ratio = row["general"]["ratio"]["perplexity"] if "general" in row else None
+            cells.append("" if ratio is None else f"{ratio - 1:+.2%}")
         quality.append(cells)
     costs = [["method", "settings", "parameters added", "trained on", "last training", "its disk", "stages before"]]
     costs[0] += ["time per token", "first token"]
@@ -165,9 +164,7 @@ def _tables(report: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
         tried = [["row", "settings", "validation perplexity", ""]]
         for entry in report["searched"]:
             settings = ", ".join(f"{key} {value}" for key, value in entry["settings"].items())
-            title = next(
-                row["title"] for row in rows if row["row"] == entry["row"] or entry["row"] in row["row"].split("+")
-            )
+            title = next(row["title"] for row in rows if entry["row"] in row["row"].split("+"))
             tried.append(
                 [title, settings, _number(entry["validation_perplexity"], 4), "chosen" if entry["chosen"] else ""]
             )
@@ -229,10 +226,6 @@ def _number(value: float | None, digits: int) -> str:
 
 def _interval(interval: list[float] | None, digits: int) -> str:
     return "" if interval is None else f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
-
-
-def _change(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio - 1:+.2%}"
 
 
 def _before(stages: Mapping[str, Any] | None) -> str:

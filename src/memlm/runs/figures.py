@@ -295,28 +295,26 @@ class Figures:
         if way.rule is None:
             return base
         weights = {name: part.mix_weight for name, part in way.rule.memories.items() if part.mix_weight is not None}
-        options = {"retrieval": retrieval}
         return MixedLM.from_pretrained(
-            base, memory=memories, mix_weight=weights, gate=way.rule.config, memory_kwargs=options
+            base, memory=memories, mix_weight=weights, gate=way.rule.config, memory_kwargs={"retrieval": retrieval}
         )
 
     def time(self, rows: list[dict[str, Any]]) -> None:
         """Put into each row what decoding takes that way; a fine-tuned base takes what the base takes."""
         timed = {row: str(self.folders[row]) for row in ("knn", "memory", "mlp") if row in self.folders}
-        corpus = self.corpus
-        test, new = corpus.split("test"), max(2, self.asked.config.timed_tokens)
-        read = max(1, min(64, corpus.config.block_size - new))  # all within a memory's window
+        test, new = self.corpus.split("test"), max(2, self.asked.config.timed_tokens)
+        read = max(1, min(64, self.corpus.config.block_size - new))  # all within a memory's window
         prompts = [
-            str(corpus.tokenizer.decode(test.tokens[start : start + read], skip_special_tokens=True))
+            str(self.corpus.tokenizer.decode(test.tokens[start : start + read], skip_special_tokens=True))
             for start in test.offsets[:-1][:4]
         ]
         found = bench(
             self.asked.base,
             timed,
             [prompt for prompt in prompts if prompt.strip()],
-            tokenizer=corpus.tokenizer,
+            tokenizer=self.corpus.tokenizer,
             retrieval=self.retrieval,
-            in_context=corpus.folder if "in-context" in self.asked.rows else None,
+            in_context=self.corpus.folder if "in-context" in self.asked.rows else None,
             passages=self.asked.in_context_config("in-context"),
             config=BenchConfig(new_tokens=new, prompt_tokens=read, score_tokens=0, dtype=self.asked.evaluate.dtype),
         )

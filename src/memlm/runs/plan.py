@@ -307,18 +307,16 @@ def plan_table(steps: list[Planned]) -> str:
     left = [step for step in steps if not step.is_made]
     rows = [("step", "", "tokens", "time", "disk", "memory", "folder")]
     for step in steps:
-        memory = "" if step.is_made else "?" if step.memory is None else f"about {size(step.memory)}"
-        rows.append(
-            (step.step, step.state, *_figures(step.tokens, step.seconds, step.bytes, step.is_made), memory, step.folder)
-        )
+        figures = _figures(step.tokens, step.seconds, step.bytes, step.memory, step.is_made)
+        rows.append((step.step, step.state, *figures, step.folder))
 
     def total(name: str) -> Any:
         values = [getattr(step, name) for step in left]
         return None if None in values else sum(values)
 
     most = max((step.memory for step in left if step.memory is not None), default=None)
-    figures = _figures(total("tokens"), total("seconds"), total("bytes"), False)
-    rows.append(("to do", f"{len(left)} steps", *figures, "?" if most is None else f"about {size(most)}", ""))
+    figures = _figures(total("tokens"), total("seconds"), total("bytes"), most, False)
+    rows.append(("to do", f"{len(left)} steps", *figures, ""))
     first, state = (max(len(row[i]) for row in rows) for i in (0, 1))
     lines = [f"{r[0]:<{first}}  {r[1]:<{state}}{r[2]:>15}{r[3]:>15}{r[4]:>15}{r[5]:>15}  {r[6]}".rstrip() for r in rows]
     if operations := total("operations"):
@@ -329,7 +327,10 @@ def plan_table(steps: list[Planned]) -> str:
     return "\n".join(lines)
 
 
-def _figures(tokens: int | None, seconds: float | None, disk: int | None, known: bool) -> tuple[str, str, str]:
+def _figures(
+    tokens: int | None, seconds: float | None, disk: int | None, memory: int | None, known: bool
+) -> tuple[str, str, str, str]:
     about = "" if known else "about "
     took = "?" if seconds is None else about + duration(seconds)
-    return "?" if tokens is None else f"{tokens:,}", took, "?" if disk is None else about + size(disk)
+    held = "" if known else "?" if memory is None else about + size(memory)
+    return "?" if tokens is None else f"{tokens:,}", took, "?" if disk is None else about + size(disk), held

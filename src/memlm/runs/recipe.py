@@ -82,21 +82,18 @@ class Recipe:
         sections = dict(sections)
         for name in ("corpus", "datastore", "targets", "train"):
             sections.setdefault(name, {})
-        if "twin" in sections:  # what the train section says, but plain fine-tuning
-            left_out = {*SECTIONS["train"][1], "objective", "mixture_share"}
-            sections["twin"] = {
-                **{key: value for key, value in sections["train"].items() if key not in left_out},
-                "kl_weight": 0,
-                **sections["twin"],
-            }
-        if "teacher" in sections:
-            sections["teacher"] = {"kl_weight": 0, **sections["teacher"]}
-        if "mlp" in sections:
-            sections["mlp"] = {"kind": "mlp", **sections["mlp"]}
+        left_out = {*SECTIONS["train"][1], "objective", "mixture_share"}
+        alike = {key: value for key, value in sections["train"].items() if key not in left_out}
         shared = {key: value for key, value in sections["train"].items() if key in _SHARED}
-        for name, own in (("dapt", {}), ("lora", {"lora_rank": 16})):
-            if name in sections:
-                sections[name] = {**shared, "kl_weight": 0, "keep": "memory", **own, **sections[name]}
+        usual = {
+            "twin": {**alike, "kl_weight": 0},  # what the train section says, but plain fine-tuning
+            "teacher": {"kl_weight": 0},
+            "mlp": {"kind": "mlp"},
+            "dapt": {**shared, "kl_weight": 0, "keep": "memory"},
+            "lora": {**shared, "kl_weight": 0, "keep": "memory", "lora_rank": 16},
+        }
+        for name in usual.keys() & sections.keys():
+            sections[name] = usual[name] | sections[name]
         self.places: dict[str, dict[str, Any]] = {}
         self.configs: dict[str, Any] = {}
         for name, values in sections.items():
