@@ -71,7 +71,7 @@ def measure(
         part: What the memory is.
         batch: Texts at a time.
         context: Tokens in the cache.
-        steps: Tokens decoded per round.
+        steps: Tokens decoded per round; by the loops four times as many.
         text: Tokens of a text that is scored.
         rounds: How often each side is timed.
 
@@ -104,7 +104,7 @@ def measure(
     timing = interleave(label_scorers(mixed, long), device=base.device, rounds=max(1, rounds // 2))
     labels = _over_sum(timing) | {"text": text, "mixed_ms": round(1e3 * timing.median("mixed"), 1)} | told
     both = {"scoring": (BAR, scoring), "labels": (BAR, labels)}
-    return {"step": (BAR, decoding), **both, "loop": (LOOP_BAR, loops(mixed, before, steps, rounds))}
+    return {"step": (BAR, decoding), **both, "loop": (LOOP_BAR, loops(mixed, before, 4 * steps, rounds))}
 
 
 def _reads(model: Any, tokens: torch.Tensor, **options: Any) -> Callable[[], Any]:

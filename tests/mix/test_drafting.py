@@ -456,7 +456,7 @@ def test_plain_steps_tell_how_often_drafts_would_be_accepted(sampling: dict[str,
     for step, (drafted, likely) in enumerate(rounds):
         if drafted == 0:
             place = at
-            if step >= 4 and step % 4:  # the first are asked, then one of four
+            if step >= 4 and step % 8:  # the first are asked, then one of eight
                 assert likely is None
             elif sampling["do_sample"]:
                 p, q = ((scores[place] / 0.7).softmax(-1) for scores in (logits, votes))

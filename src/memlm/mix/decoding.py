@@ -200,9 +200,18 @@ class Processed:
         self.of_scores_alone = all(isinstance(processor, _OF_SCORES_ALONE) for processor in processors)
 
     def __call__(
-        self, texts: Sequence[Int[Tensor, "1 N"]], drafted: Int[Tensor, "B K"], scores: Float[Tensor, "B P V"]
+        self,
+        texts: Sequence[Int[Tensor, "1 N"]],
+        drafted: Int[Tensor, "B K"],
+        scores: Float[Tensor, "B P V"],
+        *,
+        spent: bool = False,
     ) -> Float[Tensor, "B P V"]:
-        """Place i of a row comes after its text and the first i of its drafted tokens."""
+        """Place i of a row comes after its text and the first i of its drafted tokens.
+
+        Args:
+            spent: Nobody wants `scores` afterwards, so that processors may write to them.
+        """
         scores = scores.float()
         if not self._processors:
             return scores
@@ -210,7 +219,8 @@ class Processed:
             flat = scores.flatten(0, 1)
             return self._processors(cast(Any, texts[0].expand(len(flat), -1)), cast(Any, flat)).view_as(scores)
         if scores.shape[1] == 1 and len({ids.shape[1] for ids in texts}) == 1:  # as plain steps have them
-            return self._processors(cast(Any, torch.cat(list(texts))), cast(Any, scores[:, 0].clone()))[:, None]
+            only = scores[:, 0] if spent else scores[:, 0].clone()
+            return self._processors(cast(Any, torch.cat(list(texts))), cast(Any, only))[:, None]
         found = torch.empty_like(scores)
         for row, ids in enumerate(texts):
             for place in range(scores.shape[1]):

@@ -159,12 +159,12 @@ def decode_drafted(mixed: Mixture, call: Call, pace: Pace, judging: "Judge | Non
     mask: Tensor | None = call.options.get("attention_mask")
     if mask is None and len(texts) > 1:
         mask = torch.ones_like(call.ids)
-    mask = None if mask is None else mask.to(mixed.device)
+    mask, padded = (None, False) if mask is None else (mask.to(mixed.device), not bool(mask.all()))
     before = [0] * len(texts)  # columns of the cache that hold nothing of a text; they come first
     given: dict[str, Any] = {key: call.options.get(key) for key in ("mix_weight", "evidence_mask")}
 
     def read(tokens: Int[Tensor, "B T"], drafts: Drafts | None = None) -> Any:
-        whole = mask_for(mask, cache.get_seq_length() + tokens.shape[1], before)
+        whole = mask_for(mask, cache.get_seq_length() + tokens.shape[1], before) if padded or any(before) else None
         return mixed.components(
             tokens,
             whole,
@@ -205,7 +205,8 @@ def decode_drafted(mixed: Mixture, call: Call, pace: Pace, judging: "Judge | Non
             try:
                 parts.check_finite()
                 logits = parts.mixed()
-                scores = processed(ids, chunk[:, :0] if drafts is None else drafts.tokens, logits)
+                tokens = chunk[:, :0] if drafts is None else drafts.tokens
+                scores = processed(ids, tokens, logits, spent=texts[0].logits is None)
                 accepted, last = judging(scores, drafts, sampled)
                 _write(texts, drafts, accepted, last, scores, logits)
             finally:  # what the caches know is all but the last token, also where a streamer or a criterion raised

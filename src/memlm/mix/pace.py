@@ -33,7 +33,7 @@ class Pace:
     _DECAY = 0.9
     _TRIED = (0, 2)
     _PAUSE = 24
-    _ASKED = (4, 4)
+    _ASKED = (4, 8)
     """Of the plain steps the first few are asked what a draft would have been worth, then one of so many."""
 
     def next(self) -> int:
