@@ -10,7 +10,14 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.decoding import decoder, prove_mixture
-from benchmarks.models import base_and_half, parameter_count, random_tokens
+from benchmarks.models import (
+    base_and_half,
+    llama_config,
+    parameter_count,
+    random_model,
+    random_tokens,
+    tiny_config,
+)
 from benchmarks.report import bar_line, prove
 from benchmarks.timing import Timing, interleave
 from memlm.corpus.blocks import IGNORE
@@ -41,16 +48,24 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     """SmolLM2 and a memory of half its blocks, over the sum of both models' own times in the same round.
 
     Lines for a decoding step, for all logits of a text and for those of its labels alone, at batches of 1 and 8; one
-    for a prompt of 2,048 tokens of which the memory's window of 512 sees a part; and two for the loop that drafts, told
-    to draft nothing, over transformers' own loop around the same mixture.
+    for a prompt of 2,048 tokens of which the memory's window of 512 sees a part; and four for the loop that drafts, told
+    to draft nothing, over transformers' own loop around the same mixture: of SmolLM2, and of two models of a block each
+    with the same vocabulary, in which what a loop costs by itself is a large part and not lost in noise.
     """
     base, part = base_and_half(quick=quick)
     sizes: dict[str, Any] = {"context": 8, "steps": 2, "text": 12, "rounds": 1} if quick else {}
     prompt, window = (24, 8) if quick else (2048, 512)
+    block = tiny_config() if quick else llama_config(64, 1, 2)
+    one, other = (random_model(block, dtype=base.dtype, device=base.device, seed=seed) for seed in range(2))
+    small = MixedLM(one, MemoryDecoder(other), 0.4)
     for batch in BATCHES:
         for name, (bar, found) in measure(base, part, batch=batch, **sizes).items():
             line = f"mixture_decoding/{name}/batch-{batch}"
             yield bar_line(line, found.pop("ratio"), at_most=bar, judged=not quick, **found)
+        before = random_tokens(batch, 8, small.vocab_size, base.device)
+        found = loops(small, before, 4 if quick else 32, 1 if quick else 25)
+        line = f"mixture_decoding/loop_of_small_models/batch-{batch}"
+        yield bar_line(line, found.pop("ratio"), at_most=LOOP_BAR, judged=not quick, **found)
     found = prefill(base, part, prompt=prompt, window=window, rounds=1 if quick else 5)
     yield bar_line("mixture_decoding/prefill", found.pop("ratio"), at_most=PREFILL_BAR, judged=not quick, **found)
 
@@ -167,7 +182,7 @@ def prove_labels(mixed: MixedLM, tokens: torch.Tensor) -> None:
 
 def loops(mixed: MixedLM, before: torch.Tensor, steps: int, rounds: int) -> dict[str, Any]:
     """The loop that drafts, told to draft nothing, over transformers' own, greedily around the same mixture."""
-    asked = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "pad_token_id": 0}
+    asked = {"max_new_tokens": steps, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(before)
 
     def generates(**options: Any) -> Callable[[], Any]:
@@ -177,7 +192,12 @@ def loops(mixed: MixedLM, before: torch.Tensor, steps: int, rounds: int) -> dict
     same = bool((sides["ours"]() == sides["theirs"]()).all())
     prove(0.0 if same else 1.0, 0.5, "tokens of both loops")
     timing = interleave(sides, device=before.device, rounds=rounds)
-    return {"ratio": round(timing.ratio("ours", "theirs"), 4), "ratio_spread": timing.spread("ours", "theirs")}
+    return {
+        "ratio": round(timing.ratio("ours", "theirs"), 4),
+        "ratio_spread": timing.spread("ours", "theirs"),
+        "token_ms": {side: round(1e3 * timing.median(side) / steps, 3) for side in sides},
+        "rounds": rounds,
+    }
 
 
 def prefill(base: PreTrainedModel, part: PreTrainedModel, *, prompt: int, window: int, rounds: int) -> dict[str, Any]:
