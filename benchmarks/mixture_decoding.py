@@ -48,9 +48,9 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
     """SmolLM2 and a memory of half its blocks, over the sum of both models' own times in the same round.
 
     Lines for a decoding step, for all logits of a text and for those of its labels alone, at batches of 1 and 8; one
-    for a prompt of 2,048 tokens of which the memory's window of 512 sees a part; and four for the loop that drafts, told
-    to draft nothing, over transformers' own loop around the same mixture: of SmolLM2, and of two models of a block each
-    with the same vocabulary, in which what a loop costs by itself is a large part and not lost in noise.
+    for a prompt of 2,048 tokens of which the memory's window of 512 sees a part; and four for the loop that drafts,
+    told to draft nothing, over transformers' own loop around the same mixture: of SmolLM2, and of two models of a block
+    each with the same vocabulary, in which what a loop costs by itself is a large part and not lost in noise.
     """
     base, part = base_and_half(quick=quick)
     sizes: dict[str, Any] = {"context": 8, "steps": 2, "text": 12, "rounds": 1} if quick else {}
