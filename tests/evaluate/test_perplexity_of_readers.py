@@ -21,7 +21,6 @@ from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.evaluate.report import report_table
 from memlm.manifest import read_manifest
-from memlm.memory import retrieval as retrieval_module
 from memlm.memory.loading import load_memory
 from memlm.memory.mlp import MLPMemory
 from memlm.memory.retrieval import RetrievalMemory
@@ -305,5 +304,5 @@ def test_a_datastore_that_may_not_be_written_to_is_evaluated_all_the_same(
     def refused(*args: Any) -> None:
         raise PermissionError
 
-    monkeypatch.setattr(retrieval_module, "write_json", refused)
+    monkeypatch.setattr("memlm.manifest.write_json", refused)
     assert evaluate_perplexity(corpus_folder, base=model_folder, memory=datastore_folder, config=EXACT)["tokens"]
