@@ -53,10 +53,17 @@ def _own_cache(
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no process is left with one alone at the end; a file stays together,
     for what its tests share is made once. Of a grid of cases those that are left out belong to the table."""
+    seen: dict[tuple[str, str], list[Any]] = {}  # test and parameter to its values, in order
     for item in items:
-        grid, case = item.get_closest_marker("grid"), getattr(item, "callspec", None)
-        if grid is not None and case is not None and sum(case.indices.values()) % grid.args[0]:
-            item.add_marker("table")
+        if (grid := item.get_closest_marker("grid")) is not None:
+            numbers = []
+            for name, value in item.callspec.params.items():  # type: ignore[attr-defined]
+                values = seen.setdefault((item.nodeid.partition("[")[0], name), [])
+                if not any(value is other for other in values):
+                    values.append(value)
+                numbers.append(next(number for number, other in enumerate(values) if other is value))
+            if sum(numbers) % grid.args[0]:
+                item.add_marker("table")
     slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
     items.sort(key=lambda item: item.path not in slow)
 
