@@ -62,7 +62,7 @@ def test_a_step_that_another_process_makes_is_waited_for(tmp_path: Path, monkeyp
         found = make_step(tmp_path / "run" / "step", Plan(spec, lambda stage: pytest.fail("it is made")), said.append)
     assert first.result(10).facts == {"made": "once"}
     assert found == tmp_path / "run" / "step"
-    assert [line.partition(" ")[0] for line in said] == ["step", "waiting:", "step"]
+    assert [line.partition(" ")[0] for line in said[:2]] == ["step", "waiting:"]  # a third, unless it ends as we look
     assert "another process is writing" in said[1]
 
 
