@@ -39,7 +39,7 @@ from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import GatedMemory, weight_rule
 from memlm.mix.gate_config import GateConfig
 from memlm.runs.estimate import step_costs
-from memlm.runs.plan import base_of, make_step, recipe_steps
+from memlm.runs.plan import make_step, recipe_steps
 from memlm.runs.recipe import Recipe, data_path
 from memlm.scores.gated import gated_label_log_probs
 from memlm.scores.table import score_corpus
@@ -177,7 +177,7 @@ class Study:
         plan = plan_memory(
             data,
             init=places.get("init"),
-            base=base_of(recipe),
+            base=recipe.base,
             activations=there["datastore"] if own else places.get("activations"),
             config=config,
         )
@@ -236,7 +236,7 @@ class Study:
         if best is None or any(line["key"] == best["key"] for line in self.found("arm")):
             return
         recipe = self.recipe(best["settings"])
-        base, tokenizer = base_of(recipe), recipe.places["corpus"]["tokenizer"]
+        base, tokenizer = recipe.base, recipe.places["corpus"]["tokenizer"]
         corpus, memory = self.folders(recipe, arm, targets=False)["corpus"], self.memory_folder(best["key"])
         fit, test = (self.general_corpus(part, tokenizer) for part in ("fit", "test"))
         evaluation: EvaluateConfig = recipe.configs.get("evaluate") or EvaluateConfig()
@@ -272,7 +272,7 @@ class Study:
         evaluation: EvaluateConfig = recipe.configs.get("evaluate") or EvaluateConfig()
         report = evaluate_perplexity(
             there["corpus"],
-            base=base_of(recipe),
+            base=recipe.base,
             memory=str(there["datastore"]),
             config=evaluation,
             retrieval=RetrievalConfig(k=k, target_temperature=temperature),
@@ -298,7 +298,7 @@ class Study:
         document = np.empty(0, np.int64)
         for arm, line in lines.items():
             folder = self.memory_folder(line["key"])
-            tables = score_corpus(corpus, base_of(recipe), {"memory": str(folder)}, dtype=config.dtype)
+            tables = score_corpus(corpus, recipe.base, {"memory": str(folder)}, dtype=config.dtype)
             test, weight = tables["test"], line["in_domain"]["fixed"]["mix_weight"]
             document = test.document
             label, own = (test.voters[name].label.astype(np.float64) for name in ("base", "memory"))
@@ -373,7 +373,7 @@ def left_to_do(study: Study, arms: list[str], seeds: list[int]) -> tuple[int, fl
     if not points:
         return 0, 0.0, 0.0
     recipe = study.recipe(points[0].settings)
-    costs = step_costs(recipe, base_of(recipe), None)
+    costs = step_costs(recipe, recipe.base, None)
     each, shared = costs["memory"], [cost for name, cost in costs.items() if name != "memory"]
     timed = [line["seconds"] for line in study.found("point")]
     seconds = sum(timed) / len(timed) if timed else each.seconds or 0.0

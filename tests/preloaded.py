@@ -4,6 +4,7 @@ Importing torch and transformers takes seconds of every command; a page of the d
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -18,7 +19,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-_IMPORTED = ("cli", "demo", "evaluate.perplexity", "evaluate.tasks", "mix.explain", "runs.plan", "train.run")
+_IMPORTED = ("cli", "demo", "evaluate.perplexity", "evaluate.tasks", "mix.explain", "runs.compare", "train.run")
 _CLIENT = """#!{python} -IS
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as server:
@@ -51,6 +52,7 @@ def preloaded_program(folder: Path) -> Iterator[None]:
 def _serve(address: str) -> None:
     for module in _IMPORTED:
         importlib.import_module(f"memlm.{module}")
+    gc.freeze()  # what was imported is no garbage; no child looks at it, and so copies it
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()

@@ -317,9 +317,10 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)  # root may read everything
-    with pytest.raises(InputError, match="secret: Permission denied"):
-        find_sources([str(tmp_path)])
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)  # root may read everything
+        with pytest.raises(InputError, match="secret: Permission denied"):
+            find_sources([str(tmp_path)])
 
 
 def test_a_text_given_instead_of_a_name_is_one_line() -> None:

@@ -3,6 +3,7 @@
 The processes are forked from a server that has imported everything, so a run takes as long as its stage and no more.
 """
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -246,6 +247,7 @@ _Work = tuple[str, Ingredients] | list[str]
 
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what was imported is no garbage; no child looks at it, and so copies it
     tqdm.set_lock(threading.RLock())  # instead of semaphores, which a killed process leaves to be warned of
     while (request := connection.recv()) is not None:
         work, folder, fault, count = request

@@ -22,7 +22,6 @@ from memlm.runs.estimate import Cost, step_costs
 from memlm.runs.plan import (
     Planned,
     Step,
-    base_of,
     found_steps,
     planned,
     recipe_steps,
@@ -118,7 +117,7 @@ class CompareRecipe:
             raise ConfigError(
                 f"compare: {min(shared)} is both general and general_fit; heads must not see what is judged"
             )
-        self.base = base_of(self.recipe)
+        self.base = self.recipe.base
         self.tasks: TaskSet | None = None  # once their data is read
         self.evaluate: EvaluateConfig = self.recipe.configs.get("evaluate") or EvaluateConfig()
         self.parts = {part for row in self.rows for part in row.split("+")}

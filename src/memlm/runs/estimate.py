@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,6 +181,7 @@ def memory_size(config: TrainConfig, init: str | None, base: str) -> int:
     return memory_class(config.start.kind).size(config.start, init=init, base=load_config(base))
 
 
+@cache
 def product_rate(seconds: float = 0.2) -> float:
     """Floating-point operations a second in the fastest of some matrix products, in the precision used here."""
     device = default_device()

@@ -80,7 +80,7 @@ def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig |
     """
     from memlm.train.run import plan_memory
 
-    base = base_of(recipe)
+    base = recipe.base
     config = recipe.configs[section] if config is None else config
     assert config is not None
     if section in ("dapt", "lora"):
@@ -114,19 +114,11 @@ def evaluation(recipe: Recipe, row: str, there: dict[str, Path]) -> dict[str, An
     """Arguments of `evaluate_perplexity`, but for where it goes."""
     return {
         "corpus": there["corpus"],
-        "base": recipe.places.get("evaluate", {}).get("base", base_of(recipe)),
+        "base": recipe.places.get("evaluate", {}).get("base", recipe.base),
         "memory": str(there[_JUDGED[row]]),
         "config": recipe.configs.get("evaluate"),
         "retrieval": recipe.configs.get("retrieval") if row == "retrieval" else None,
     }
-
-
-def base_of(recipe: Recipe) -> str:
-    """The model that the memory stands beside."""
-    from memlm.train.run import check_start
-
-    given, size = recipe.places["train"], recipe.configs["corpus"].block_size
-    return check_start(recipe.configs["train"], init=given.get("init"), base=given.get("base"), block_size=size)[0]
 
 
 def find_folder(out: Path, spec: StageSpec) -> Path | None:
@@ -238,7 +230,7 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
         known = there.keys() >= {"corpus", _JUDGED[row]}
         if known and check_output(out / name, report_spec(**evaluation(recipe, row, there))):
             there[name] = out / name
-    return planned(names, there, step_costs(recipe, base_of(recipe), there.get("corpus")), out)
+    return planned(names, there, step_costs(recipe, recipe.base, there.get("corpus")), out)
 
 
 def found_steps(steps: Iterable[Step], out: Path) -> dict[str, Path]:

@@ -1,6 +1,7 @@
 """Recipes: one YAML with a section per stage, checked before anything heavy is imported."""
 
 import os
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,18 @@ class Recipe:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
         for name, config in self.configs.items():
             check_targets(name, config)
+
+    @cached_property
+    def base(self) -> str:
+        """The model that the memory stands beside.
+
+        Raises:
+            ConfigError, ModelError: As `memlm.train.run.check_start`.
+        """
+        from memlm.train.run import check_start
+
+        given, size = self.places["train"], self.configs["corpus"].block_size
+        return check_start(self.configs["train"], init=given.get("init"), base=given.get("base"), block_size=size)[0]
 
     @property
     def documents(self) -> list[str]:
