@@ -25,7 +25,9 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", ["memlm", "transformers", "transformers.models.auto.modeling_auto"])
+@pytest.mark.parametrize(
+    "first", ["memlm", "transformers", pytest.param("transformers.models.auto.modeling_auto", marks=pytest.mark.table)]
+)
 def test_importing_the_package_makes_auto_classes_know_mixtures(first: str, tmp_path: Path) -> None:
     """Whichever is imported first."""
     (tmp_path / "config.json").write_text('{"model_type": "memlm-mixed", "base": "nowhere", "memories": {}}')

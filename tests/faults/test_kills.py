@@ -11,7 +11,7 @@ from killing import STAGES, Fault, Runs, content, forking
 
 pytestmark = pytest.mark.slow
 
-SEEDS = range(int(os.environ.get("MEMLM_KILL_SEEDS", "4")))
+SEEDS = range(int(os.environ.get("MEMLM_KILL_SEEDS", "3")))
 """Each is one case of every stage; a longer hunt sets the number."""
 
 WHOLE = (
