@@ -39,4 +39,4 @@ def decoder_memory(
         memory_temperature=temperature,
         mix_weight=mix_weight,
     )
-    return MemoryDecoder(family_model(family, vocab_size + padding, layers=2, seed=seed), settings)
+    return MemoryDecoder(family_model(family, vocab_size + padding, seed=seed), settings)

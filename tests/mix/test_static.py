@@ -136,7 +136,7 @@ def test_asked_for_hidden_states_steps_are_not_compiled() -> None:
     plain = generate(model, prompt, cache_implementation="dynamic", **options)
     assert compiler.graphs == 1, "the memory's"
     for one, other in zip(found.hidden_states, plain.hidden_states, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)  # a static cache's products have other shapes
 
 
 def test_a_call_that_is_told_not_to_compile_does_not() -> None:
