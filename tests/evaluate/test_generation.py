@@ -54,7 +54,7 @@ def test_figures_are_those_of_continuations_made_one_by_one(
 def test_a_memory_that_has_learnt_its_text_by_heart_recites_it(
     corpus_folder: Path, model_folder: str, tmp_path: Path
 ) -> None:
-    config = {"dtype": "float32", "batch_size": 4, "kl_weight": 0.0, "epochs": 10, "learning_rate": 1e-2}
+    config = {"dtype": "float32", "batch_size": 8, "kl_weight": 0.0, "epochs": 10, "learning_rate": 1e-2}
     train_memory(corpus_folder, init=model_folder, out=tmp_path / "m", **config)
     found = evaluate_generation(
         corpus_folder, base=model_folder, memory=str(tmp_path / "m"), mix_weight=0.95, config=SMALL
