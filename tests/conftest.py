@@ -4,6 +4,7 @@ import copy
 import gc
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,13 @@ def sentences(count: int, seed: int) -> list[str]:
     """Random documents with enough repetition for neighbours to mean something."""
     rng = random.Random(seed)
     return [" ".join(rng.choices(WORDS, k=rng.randint(3, 60))) + "." for _ in range(count)]
+
+
+def pytest_configure() -> None:
+    """Folders of tests are in memory where there is room: stages wait for the disk at each of their steps."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
 @pytest.fixture(autouse=True)

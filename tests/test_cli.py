@@ -1193,6 +1193,18 @@ def test_an_interrupt_says_that_work_goes_on(
     assert "the same command goes on where this one was" in found.err
 
 
+def test_an_interrupt_before_a_command_begins_is_one_line(
+    memlm: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(**given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("memlm.cli.app", stopped)
+    found = memlm("info", "c/")
+    assert (found.code, found.out) == (130, "")
+    assert found.err == "\nmemlm: stopped; the same command goes on where this one was\n"
+
+
 @pytest.mark.parametrize("command", ["generate", "explain"])
 def test_what_keeps_nothing_goes_on_nowhere(
     command: str, memlm: Callable[..., Result], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -41,29 +39,27 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def root(corpus_folder: Path, memory_folder: Path, model_folder: str) -> Iterator[Path]:
-    """A whole folder of every stage, in memory where there is room."""
-    shared = Path("/dev/shm")
-    with TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as name:
-        whole = Path(name) / "whole"
-        shutil.copytree(corpus_folder, whole / "corpus")
-        shutil.copytree(memory_folder, whole / "decoder")
-        stores = {"exact": {}, "flat": {"index": "ivf-flat"}, "codes": {"keep_keys": False, "code_bytes": 8}}
-        for kind, settings in stores.items():  # few shards, so that a case is quick
-            config = DatastoreConfig.parse({"dtype": "float32", "nlist": 6, "shard_positions": 2000, **settings})
-            build_datastore(corpus_folder, teacher=model_folder, out=whole / kind, config=config)
-        build_targets(whole / "exact", out=whole / "targets", config=TargetsConfig(k=8, target_temperature=4.0))
-        shutil.copytree(corpus_folder, Path(name) / "reference")
-        shutil.copytree(model_folder, Path(name) / "model")
-        corpus = Corpus(Path(name) / "reference")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MEMLM_HOME", f"{name}/home")
-            score_corpus(corpus, str(Path(name) / "model"), {}, dtype="float32")
-        folders = (Path(name) / "home" / "scores").iterdir()
-        of_test = next(f for f in folders if read_manifest(f).config["split"] == "test")
-        shutil.move(of_test, whole / "scores")
-        write_mlp(whole / "mlp", corpus.vocab_size)
-        yield Path(name)
+def root(corpus_folder: Path, memory_folder: Path, model_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole folder of every stage."""
+    root = tmp_path_factory.mktemp("fuzz")
+    whole = root / "whole"
+    shutil.copytree(corpus_folder, whole / "corpus")
+    shutil.copytree(memory_folder, whole / "decoder")
+    stores = {"exact": {}, "flat": {"index": "ivf-flat"}, "codes": {"keep_keys": False, "code_bytes": 8}}
+    for kind, settings in stores.items():  # few shards, so that a case is quick
+        config = DatastoreConfig.parse({"dtype": "float32", "nlist": 6, "shard_positions": 2000, **settings})
+        build_datastore(corpus_folder, teacher=model_folder, out=whole / kind, config=config)
+    build_targets(whole / "exact", out=whole / "targets", config=TargetsConfig(k=8, target_temperature=4.0))
+    shutil.copytree(corpus_folder, root / "reference")
+    shutil.copytree(model_folder, root / "model")
+    corpus = Corpus(root / "reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEMLM_HOME", f"{root}/home")
+        score_corpus(corpus, str(root / "model"), {}, dtype="float32")
+    of_test = next(f for f in (root / "home" / "scores").iterdir() if read_manifest(f).config["split"] == "test")
+    shutil.move(of_test, whole / "scores")
+    write_mlp(whole / "mlp", corpus.vocab_size)
+    return root
 
 
 def write_mlp(out: Path, vocab_size: int) -> None:

@@ -121,11 +121,12 @@ def main() -> None:
         app(prog_name="memlm")
     except MemlmError as error:
         _end(error)
-    except SystemExit as stop:
-        if stop.code in (_INTERRUPTED, _TERMINATED):
+    except (SystemExit, KeyboardInterrupt) as stop:  # before a command begins, nothing but this hears Ctrl-C
+        code = stop.code if isinstance(stop, SystemExit) else _INTERRUPTED
+        if code in (_INTERRUPTED, _TERMINATED):
             goes_on = "" if sys.argv[1:2] in _SPEAK else "; the same command goes on where this one was"
             say(f"\nmemlm: stopped{_kept(stop)}{goes_on}")
-        raise
+        sys.exit(code)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
