@@ -46,7 +46,7 @@ def sentences(count: int, seed: int) -> list[str]:
 def pytest_configure() -> None:
     """Folders of tests are in memory where there is room: stages wait for the disk at each of their steps."""
     memory = Path("/dev/shm")
-    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2**30:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(memory))
 
 
