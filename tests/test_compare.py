@@ -391,7 +391,7 @@ def test_what_cannot_be_is_told_before_anything_is_trained(
     for key in ("general", "general_fit"):
         with pytest.raises(InputError, match=r"nowhere\.txt is neither here nor in data"):
             Comparison(changed(sections, "compare", **{key: "nowhere.txt"}), tmp_path / "c").run()
-    monkeypatch.setattr("memlm.models.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("memlm.evaluate.in_context.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="lora_rank needs peft"):
         Comparison(changed(sections, "compare", rows=["lora"]), tmp_path / "c").run()
     assert not (tmp_path / "b").exists()
@@ -420,6 +420,12 @@ def test_the_command_plans_and_reports(
     planned = runner.invoke(app, [*arguments, "--plan"])
     assert planned.exit_code == 0, planned.output
     assert "to do" in planned.output
+    assert "note" not in planned.output
+    with monkeypatch.context() as patch:
+        patch.setattr("memlm.evaluate.in_context.find_spec", lambda name: None)
+        planned = runner.invoke(app, [*arguments, "--plan"])
+    assert planned.exit_code == 0, planned.output
+    assert "note: as things are it would not start: in-context retrieval needs bm25s: pip" in planned.output
     found = runner.invoke(app, [*arguments, "--json"])
     assert found.exit_code == 0, found.output
     rows = json.loads(found.stdout)["rows"]

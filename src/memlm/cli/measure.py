@@ -24,7 +24,7 @@ from memlm.cli.options import (
 )
 from memlm.cli.printing import next_line, print_result, quiet, say
 from memlm.config import MAX_COUNT, MAX_SEED, read_recipe
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ConfigError, InputError, MemlmError
 from memlm.evaluate.config import BenchConfig, EvaluateConfig, GenerationConfig, PassageConfig
 from memlm.files import replacing, write_json
 from memlm.mix.gate_config import GateConfig
@@ -288,6 +288,10 @@ def compare(
     steps = comparison.plan()
     if plan:
         print_result({"steps": [asdict(step) for step in steps]}, as_json, plan_table(steps))
+        try:
+            comparison.check_parts()
+        except MemlmError as error:
+            say(f"note: as things are it would not start: {error}")
         return
     say(plan_table(steps))
     report = comparison.run(say)
