@@ -52,8 +52,10 @@ def test_a_model_that_cannot_be_reached_says_what_was_tried(tmp_path: Path) -> N
         load_config(str(tmp_path / "empty"))
     with pytest.raises(ModelError, match=r"tried: folder '.*empty'; "):
         load_causal_lm(str(tmp_path / "empty"))
-    with pytest.raises(ModelError, match="no tokenizer could be loaded from 'nobody/nothing'"):
+    with pytest.raises(ModelError, match=r"no tokenizer could be loaded from 'nobody/nothing' \("):
         load_tokenizer("nobody/nothing")
+    with pytest.raises(ModelError, match=r"no tokenizer could be loaded from 'smollm3'; did you mean smollm2\? \("):
+        load_tokenizer("smollm3")
 
 
 def test_damaged_weights_are_refused_in_one_line(model_folder: str, tmp_path: Path) -> None:

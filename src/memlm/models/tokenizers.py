@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from memlm.errors import InputError, MemlmError, ModelError, TokenizerMismatchError, reason_of
-from memlm.files import digest, read_json
+from memlm.files import digest, near_here, read_json
 from memlm.manifest import check_nothing_beside, check_payload, is_artifact, read_manifest
+from memlm.models.fetching import PACKAGED
 from memlm.models.loading import adapted_base, load_config, resolve
 from memlm.text import in_runs
 
@@ -55,7 +56,8 @@ def load_tokenizer(source: str, **where: Any) -> PreTrainedTokenizerBase:
     except Exception as error:  # tokenizers raises it bare
         if (base := adapted_base(source, **where)) is not None:
             return load_tokenizer(base, **where)
-        raise ModelError(f"no tokenizer could be loaded from {source!r} ({reason_of(error)})") from None
+        hint = "" if Path(source).exists() else near_here(source, PACKAGED)
+        raise ModelError(f"no tokenizer could be loaded from {source!r}{hint} ({reason_of(error)})") from None
     if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # made up from the model's config alone
         raise ModelError(f"no tokenizer could be loaded from {source!r} (no vocabulary is stored there)")
     return tokenizer
