@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import warnings
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from conftest import save_model, sentences
 from tiny_tokenizers import sentencepiece_like
 
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
-from memlm.evaluate.judged import contains, f1, normalised
+from memlm.evaluate.judged import contains, f1, judged, normalised
 from memlm.evaluate.papers import (
     GROUPS,
     TASKS,
@@ -308,6 +310,38 @@ def test_labels_are_judged_by_what_their_words_gain(report: dict[str, Any], data
         ]
         right.append(int(np.argmax(gains)) == item.label)
     assert report["tasks"]["papers:mr"]["values"]["base"]["value"] == pytest.approx(np.mean(right), abs=1e-4)
+
+
+class Speaker:
+    """Says of each request what only that request decides."""
+
+    def tok_encode(self, word: str, add_special_tokens: bool) -> list[int]:
+        return [0]
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        return [(-1.0 - zlib.crc32(repr(request.arguments).encode()) / 2**31, False) for request in requests]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool) -> list[str]:
+        return [str(zlib.crc32(request.arguments[0].encode()) % 3) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("task", "make"),
+    [
+        ("sst2", lambda number: Labelled(f"text {number}", number % 2)),
+        ("nq", lambda number: Question(f"question {number}", (str(number % 3),))),
+        ("truthfulqa", lambda number: Candidates(f"{number}", ("yes", f"sure {number}"), ("no",))),
+    ],
+)
+def test_many_items_are_judged_as_each_alone_and_progress_is_told(task: str, make: Callable[[int], Any]) -> None:
+    items, words, told = [make(number) for number in range(150)], [("good", "fine"), ("bad",)], []
+    found = judged(task, items, Speaker(), words, told.append)
+    assert sum(told) == 150
+    assert len(told) > 1
+    alone = [judged(task, [item], Speaker(), words) for item in items]
+    for metric, values in found.items():
+        assert values.tolist() == [one[metric][0] for one in alone]
+        assert len(set(values.tolist())) > 1
 
 
 def test_candidates_are_judged_by_their_probabilities(report: dict[str, Any], data: Path, model_folder: str) -> None:

@@ -11,7 +11,8 @@ Source: Shi et al. 2022 (arXiv:2205.13792), whose code takes the sum; where labe
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,22 +20,35 @@ from numpy.typing import NDArray
 
 from memlm.evaluate.papers import TASKS, Candidates, Item, Labelled, PaperTask, Question
 
+_AT_ONCE = 64
+"""Items that are put to a model before progress is told; among them lm-eval batches what is of a length."""
+
 
 def judged(
-    name: str, items: Sequence[Item], speaker: Any, words: Sequence[Sequence[str]]
+    name: str,
+    items: Sequence[Item],
+    speaker: Any,
+    words: Sequence[Sequence[str]],
+    progress: Callable[[int], object] = lambda items: None,
 ) -> dict[str, NDArray[np.float64]]:
     """What a model reaches on each item: metric to a number per item.
 
     Args:
         speaker: A model of lm-eval.
         words: Of `label_words`; those that are one token count.
+        progress: Told how many items were judged, some at a time.
     """
-    task = TASKS[name]
+    task, judge = TASKS[name], _by_candidates
     if isinstance(items[0], Labelled):
-        return {"accuracy": _by_words(items, speaker, task.ending, words)}  # type: ignore[arg-type]
-    if isinstance(items[0], Question):
-        return _by_answers(items, speaker, task)  # type: ignore[arg-type]
-    return _by_candidates(items, speaker)  # type: ignore[arg-type]
+        judge = _ByWords(speaker, task.ending, words)
+    elif isinstance(items[0], Question):
+        judge = partial(_by_answers, task=task)
+    found = []
+    for start in range(0, len(items), _AT_ONCE):
+        some: Any = items[start : start + _AT_ONCE]
+        found.append(judge(some, speaker))
+        progress(len(some))
+    return {metric: np.concatenate([part[metric] for part in found]) for metric in found[0]}
 
 
 def _requests(kind: Any, arguments: Sequence[tuple]) -> list[Any]:
@@ -47,21 +61,23 @@ def _log_likelihoods(speaker: Any, pairs: Sequence[tuple[str, str]]) -> list[flo
     return [found for found, _ in speaker.loglikelihood(_requests("loglikelihood", pairs), disable_tqdm=True)]
 
 
-def _by_words(
-    items: Sequence[Labelled], speaker: Any, ending: str, words: Sequence[Sequence[str]]
-) -> NDArray[np.float64]:
+class _ByWords:
     """1 where the label whose words gain most by the text is the right one."""
-    whole = [
-        [word for word in label if len(speaker.tok_encode(word, add_special_tokens=False)) == 1] for label in words
-    ]
-    whole = [kept or list(label[:1]) for kept, label in zip(whole, words, strict=True)]
-    every = [word for label in whole for word in label]
-    prior = np.array(_log_likelihoods(speaker, [(ending, word) for word in every]))
-    found = np.array(_log_likelihoods(speaker, [(item.prompt, word) for item in items for word in every]))
-    gains = found.reshape(len(items), -1) - prior
-    ends = np.cumsum([len(label) for label in whole])[:-1]
-    scores = np.stack([part.mean(1) for part in np.split(gains, ends, axis=1)], 1)
-    return (scores.argmax(1) == np.array([item.label for item in items])).astype(np.float64)
+
+    def __init__(self, speaker: Any, ending: str, words: Sequence[Sequence[str]]) -> None:
+        whole = [
+            [word for word in label if len(speaker.tok_encode(word, add_special_tokens=False)) == 1] for label in words
+        ]
+        whole = [kept or list(label[:1]) for kept, label in zip(whole, words, strict=True)]
+        self._every = [word for label in whole for word in label]
+        self._ends = np.cumsum([len(label) for label in whole])[:-1]
+        self._prior = np.array(_log_likelihoods(speaker, [(ending, word) for word in self._every]))
+
+    def __call__(self, items: Sequence[Labelled], speaker: Any) -> dict[str, NDArray[np.float64]]:
+        found = np.array(_log_likelihoods(speaker, [(item.prompt, word) for item in items for word in self._every]))
+        gains = found.reshape(len(items), -1) - self._prior
+        scores = np.stack([part.mean(1) for part in np.split(gains, self._ends, axis=1)], 1)
+        return {"accuracy": (scores.argmax(1) == np.array([item.label for item in items])).astype(np.float64)}
 
 
 def _by_answers(items: Sequence[Question], speaker: Any, task: PaperTask) -> dict[str, NDArray[np.float64]]:

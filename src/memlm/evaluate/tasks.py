@@ -17,6 +17,7 @@ from memlm.evaluate.judged import judged
 from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
 from memlm.files import digest, lasting_name
 from memlm.mix.gate_config import GateConfig, GateName
+from memlm.progress import progress_bar
 from memlm.targets.config import RetrievalConfig
 
 FIXED, BASE = "fixed", "base"  # as in speakers.py and scores, which bring torch
@@ -205,10 +206,13 @@ class TaskSet:
         speaker = cast(Any, FiniteLM)(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
         speaker.called = name
         found = _items(speaker, self._theirs, self._manager, self._seed, self._asked) if self._theirs else {}
-        for task, items in self._items.items():
-            for metric, values in judged(task, items, speaker, self._words[task]).items():
-                row = f"{PREFIX}{task} {metric}"
-                found[row if row in self.further else f"{PREFIX}{task}"] = metric, values
+        if not self._items:
+            return found
+        with progress_bar(sum(map(len, self._items.values())), name, unit="item") as bar:
+            for task, items in self._items.items():
+                for metric, values in judged(task, items, speaker, self._words[task], bar.update).items():
+                    row = f"{PREFIX}{task} {metric}"
+                    found[row if row in self.further else f"{PREFIX}{task}"] = metric, values
         return found
 
 
