@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ from benchmarks import general_ability
 from memlm.cli import app
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate import tasks as tasks_module
-from memlm.evaluate.lm_eval import lm_eval_errors
+from memlm.evaluate.lm_eval import FiniteLM, _batches, lm_eval_errors
 from memlm.evaluate.tasks import evaluate_tasks, tasks_table
 from memlm.mix import loading, mixed_lm
 from memlm.mix.mixed_lm import MixedLM
+from memlm.models.loading import load_causal_lm
 from memlm.models.tokenizers import load_tokenizer
 from memlm.targets.config import RetrievalConfig
 
@@ -214,6 +217,49 @@ def test_weights_that_cannot_be_in_force_together_are_no_way(
     asked: Any = {"memory": memories, "mix_weight": weights, "gate": "posterior", "include": [task_folder]}
     report = evaluate_tasks(["toy"], base=model_folder, **asked)
     assert list(report["tasks"]["toy"]["values"]) == ["base", "posterior"]
+
+
+def test_log_likelihoods_are_lm_evals_own_and_keep_the_places_that_are_asked_for(model_folder: str) -> None:
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer, rng = load_causal_lm(model_folder), load_tokenizer(model_folder), np.random.default_rng(0)
+    texts = [rng.integers(0, 50, rng.integers(1, 90)).tolist() for _ in range(40)]
+    requests = [(("", ""), text, rng.integers(0, 50, rng.integers(1, 6)).tolist()) for text in texts for _ in range(3)]
+    requests += [(("", ""), text, [token]) for text in texts[:5] for token in range(9)]  # share what is read
+    asked: dict[str, Any] = {"pretrained": model, "tokenizer": tokenizer, "batch_size": 4, "max_length": 64}
+    for shared in (True, False):
+        expected = HFLM(**asked, logits_cache=shared)._loglikelihood_tokens(requests, disable_tqdm=True)
+        places: list[int] = []
+        with patched_forward(model, places):
+            found = FiniteLM(**asked, logits_cache=shared)._loglikelihood_tokens(requests, disable_tqdm=True)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        np.testing.assert_allclose([p for p, _ in found], [p for p, _ in expected], rtol=1e-4, atol=1e-4)
+        assert max(places) < 64
+        assert np.mean(places) < 10
+
+
+@contextmanager
+def patched_forward(model: Any, places: list[int]) -> Iterator[None]:
+    """Within the block `places` is told at how many each pass gives scores."""
+    hook = model.register_forward_hook(lambda module, given, found: places.append(found.logits.shape[1]))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def test_batches_of_long_texts_are_small_where_many_places_are_asked_for() -> None:
+    requests = [(("", ""), [number] * length, [1]) for number, length in enumerate((5000, 4900, 3000, 900, 899, 898))]
+    found = list(_batches(requests, 8, 8192, True))
+    assert [numbers for numbers, _ in found] == [[0, 1], [2], [3, 4, 5]]
+    assert [kept for _, kept in found] == [101, 1, 3]
+    rolling = [(("", ""), [number], [1] * 2000) for number in range(5)]
+    assert [(len(numbers), kept) for numbers, kept in _batches(rolling, 8, 8192, True)] == [
+        (2, 2000),
+        (2, 2000),
+        (1, 2000),
+    ]
+    assert list(_batches([], 8, 8192, True)) == []
 
 
 def test_bad_input_is_one_line(
