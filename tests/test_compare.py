@@ -391,7 +391,7 @@ def test_what_cannot_be_is_told_before_anything_is_trained(
     for key in ("general", "general_fit"):
         with pytest.raises(InputError, match=r"nowhere\.txt is neither here nor in data"):
             Comparison(changed(sections, "compare", **{key: "nowhere.txt"}), tmp_path / "c").run()
-    monkeypatch.setattr("memlm.evaluate.in_context.find_spec", lambda name: None)
+    monkeypatch.setattr("memlm.models.adapters.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="lora_rank needs peft"):
         Comparison(changed(sections, "compare", rows=["lora"]), tmp_path / "c").run()
     assert not (tmp_path / "b").exists()
