@@ -26,7 +26,11 @@ def test_importing_the_package_imports_nothing_else() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "first", ["memlm", "transformers", pytest.param("transformers.models.auto.modeling_auto", marks=pytest.mark.table)]
+    "first",
+    [
+        "transformers",
+        *(pytest.param(name, marks=pytest.mark.table) for name in ("memlm", "transformers.models.auto.modeling_auto")),
+    ],
 )
 def test_importing_the_package_makes_auto_classes_know_mixtures(first: str, tmp_path: Path) -> None:
     """Whichever is imported first."""
