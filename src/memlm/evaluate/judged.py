@@ -38,15 +38,15 @@ def judged(
         words: Of `label_words`; those that are one token count.
         progress: Told how many items were judged, some at a time.
     """
-    task, judge = TASKS[name], _by_candidates
+    task, judge = TASKS[name], partial(_by_candidates, speaker=speaker)
     if isinstance(items[0], Labelled):
         judge = _ByWords(speaker, task.ending, words)
     elif isinstance(items[0], Question):
-        judge = partial(_by_answers, task=task)
+        judge = partial(_by_answers, speaker=speaker, task=task)
     found = []
     for start in range(0, len(items), _AT_ONCE):
         some: Any = items[start : start + _AT_ONCE]
-        found.append(judge(some, speaker))
+        found.append(judge(some))
         progress(len(some))
     return {metric: np.concatenate([part[metric] for part in found]) for metric in found[0]}
 
@@ -69,12 +69,14 @@ class _ByWords:
             [word for word in label if len(speaker.tok_encode(word, add_special_tokens=False)) == 1] for label in words
         ]
         whole = [kept or list(label[:1]) for kept, label in zip(whole, words, strict=True)]
+        self._speaker = speaker
         self._every = [word for label in whole for word in label]
         self._ends = np.cumsum([len(label) for label in whole])[:-1]
         self._prior = np.array(_log_likelihoods(speaker, [(ending, word) for word in self._every]))
 
-    def __call__(self, items: Sequence[Labelled], speaker: Any) -> dict[str, NDArray[np.float64]]:
-        found = np.array(_log_likelihoods(speaker, [(item.prompt, word) for item in items for word in self._every]))
+    def __call__(self, items: Sequence[Labelled]) -> dict[str, NDArray[np.float64]]:
+        pairs = [(item.prompt, word) for item in items for word in self._every]
+        found = np.array(_log_likelihoods(self._speaker, pairs))
         gains = found.reshape(len(items), -1) - self._prior
         scores = np.stack([part.mean(1) for part in np.split(gains, self._ends, axis=1)], 1)
         return {"accuracy": (scores.argmax(1) == np.array([item.label for item in items])).astype(np.float64)}

@@ -91,15 +91,14 @@ def _batches(requests: Sequence[_Request], size: int, longest: int, share: bool)
     for number, (_, context, going_on) in enumerate(requests):
         rows.setdefault((*context, *going_on[:-1]) if share else number, []).append(number)
 
-    def read(numbers: list[int]) -> tuple[int, int]:
+    texts = []
+    for numbers in rows.values():
         _, context, going_on = requests[numbers[0]]
         asked = max(len(requests[number][2]) for number in numbers)
-        return min(len(context) + len(going_on) - 1, longest), asked
-
+        texts.append((min(len(context) + len(going_on) - 1, longest), asked, numbers))
     batch: list[int] = []
     count, kept, padded = 0, 0, 0
-    for numbers in sorted(rows.values(), key=lambda numbers: -read(numbers)[0]):
-        length, asked = read(numbers)
+    for length, asked, numbers in sorted(texts, key=lambda text: -text[0]):
         more = max(kept, padded - length + asked)
         if count == size or (count and (count + 1) * more > _PLACES):
             yield batch, kept
