@@ -15,7 +15,8 @@ import torch
 from conftest import save_model, sentences
 from tiny_tokenizers import sentencepiece_like
 
-from memlm.errors import ConfigError, InputError, TokenizerMismatchError
+from memlm.errors import ArtifactError, ConfigError, InputError, TokenizerMismatchError
+from memlm.evaluate import tasks as tasks_module
 from memlm.evaluate.judged import contains, f1, judged, normalised
 from memlm.evaluate.papers import (
     GROUPS,
@@ -29,6 +30,7 @@ from memlm.evaluate.papers import (
     rows_of,
 )
 from memlm.evaluate.tasks import evaluate_tasks, tasks_table
+from memlm.memory.loading import load_memory
 from memlm.models.loading import load_causal_lm
 from memlm.models.tokenizers import load_tokenizer
 
@@ -266,20 +268,26 @@ def test_answers_are_compared_as_squad_compares_them() -> None:
 
 
 @pytest.fixture(scope="module")
-def report(data: Path, memory_folder: Path, model_folder: str) -> dict[str, Any]:
-    with warnings.catch_warnings():
+def asked(data: Path, memory_folder: Path, model_folder: str, other_base: str) -> dict[str, Any]:
+    return {
+        "tasks": ["papers:mr", "papers:nq", "papers:truthfulqa"],
+        "base": model_folder,
+        "memory": memory_folder,
+        "mix_weight": 0.5,
+        "gate": "posterior",
+        "data": data,
+        "others": {"other": other_base, "again": model_folder},
+        "dtype": "float32",
+        "bootstrap": 50,
+    }
+
+
+@pytest.fixture(scope="module")
+def report(asked: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.filterwarnings("ignore", "the text is longer than the memory's window")
-        return evaluate_tasks(
-            ["papers:mr", "papers:nq", "papers:truthfulqa"],
-            base=model_folder,
-            memory=memory_folder,
-            mix_weight=0.5,
-            gate="posterior",
-            data=data,
-            others={"again": model_folder},
-            dtype="float32",
-            bootstrap=50,
-        )
+        patch.setenv("MEMLM_HOME", str(tmp_path_factory.mktemp("home")))
+        return evaluate_tasks(**asked)
 
 
 class ByHand:
@@ -370,14 +378,66 @@ def test_a_further_model_answers_the_same_items_and_first_metrics_are_pooled(rep
         "papers:truthfulqa mc3",
     ]
     for row in rows.values():
-        assert list(row["values"]) == ["base", "fixed", "posterior", "again"]
+        assert list(row["values"]) == ["base", "fixed", "posterior", "other", "again"]
         assert row["values"]["again"] == row["values"]["base"]
         assert row["change"]["again"] == {"value": 0.0, "interval": [0.0, 0.0]}
+    assert any(row["values"]["other"] != row["values"]["base"] for row in rows.values())
     assert report["pooled"]["items"] == 12 + 8 + 6
     first = [rows[f"papers:{name}"]["values"]["base"]["value"] for name in ("mr", "nq", "truthfulqa")]
     assert report["pooled"]["values"]["base"]["value"] == pytest.approx(np.mean(first), abs=1e-3)
     assert report["run"]["words"] == {"papers:mr": [[" hard", " keeps"], [" agree", " next"]]}
     assert "papers:nq contains" in tasks_table(report)
+
+
+@pytest.mark.filterwarnings("ignore:the text is longer than the memory's window")
+def test_what_was_answered_is_kept_and_asked_no_more(
+    asked: dict[str, Any],
+    report: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path))
+    seen: list[tuple[str, str]] = []
+
+    def stopped(task: str, items: Any, speaker: Any, words: Any, progress: Any) -> dict[str, np.ndarray]:
+        if len(seen) == 4:
+            raise KeyboardInterrupt
+        seen.append((speaker.called, task))
+        return judged(task, items, speaker, words, progress)
+
+    monkeypatch.setattr(tasks_module, "judged", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tasks(**asked)
+    base = [("the base alone", task) for task in ("mr", "nq", "truthfulqa")]
+    assert seen == [*base, ("the fixed weight", "mr")]
+    seen[:] = []
+    monkeypatch.setattr(tasks_module, "judged", lambda *given: seen.append(given[2].called) or judged(*given))
+    assert evaluate_tasks(**asked) == report
+    assert seen == ["the fixed weight"] * 2 + ["the gate posterior"] * 3 + ["other"] * 3  # again: the base, by its hash
+    capsys.readouterr()
+    seen[:] = []
+    assert evaluate_tasks(**asked) == report
+    assert not seen
+    assert "tasks with" not in capsys.readouterr().err
+    evaluate_tasks(**(asked | {"mix_weight": 0.4, "others": {}}))
+    assert set(seen) == {"the fixed weight", "the gate posterior"}
+    next((tmp_path / "answers").glob("*/mr-*.json")).write_text("[1]")
+    with pytest.raises(ArtifactError, match="holds no answers; delete it"):
+        evaluate_tasks(**(asked | {"others": {}, "mix_weight": 0.4})), evaluate_tasks(**asked)
+
+
+@pytest.mark.filterwarnings("ignore:the text is longer than the memory's window")
+def test_a_memory_that_was_given_loaded_is_asked_anew(
+    asked: dict[str, Any], model_folder: str, memory_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(tasks_module, "judged", lambda *given: told.append(given[2].called) or judged(*given))
+    loaded = load_memory(memory_folder, base=model_folder, dtype=torch.float32)
+    for _ in range(2):
+        evaluate_tasks(**(asked | {"tasks": ["papers:mr"], "others": {}, "gate": "none", "memory": loaded}))
+    assert told.count("the fixed weight") == 2
+    assert told.count("the base alone") < 2
 
 
 def test_a_template_or_a_taken_name_is_refused(data: Path, memory_folder: Path, model_folder: str) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -12,10 +13,11 @@ from typing import Any, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ArtifactError, ConfigError, InputError
 from memlm.evaluate.judged import judged
 from memlm.evaluate.papers import PREFIX, TASKS, asked_tasks, label_words, read_items
-from memlm.files import digest, lasting_name
+from memlm.files import cache_dir, digest, lasting_name, read_json, write_json
+from memlm.manifest import library_versions
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.progress import progress_bar
 from memlm.targets.config import RetrievalConfig
@@ -51,6 +53,9 @@ def evaluate_tasks(
     above: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """What base and mixture reach on tasks of lm-eval, with intervals, and the paired change.
+
+    What a model answers to a task of the papers is kept in the cache, so that a run that was stopped goes on; unless a
+    memory is given loaded, which nothing names. Tasks of lm-eval are asked anew: what is behind their names may change.
 
     Args:
         tasks: Names of tasks or groups of lm-eval, or of those in `include`; with `papers:` in front, of the papers'
@@ -106,16 +111,21 @@ def evaluate_tasks(
     for other, place in others.items():
         check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
     options: Any = {"memory": memory, "mix_weight": mix_weight, "gate": gate}
-    speakers: Any = Speakers(MixedLM.on_default_device(base, dtype=dtype, retrieval=retrieval, **options))
+    mixed = MixedLM.on_default_device(base, dtype=dtype, retrieval=retrieval, **options)
+    kept = _kept_answers(mixed, base, memory, others, [retrieval and retrieval.found, dtype])
+    speakers: Any = Speakers(mixed)
+    del mixed
     told, found, ways = speakers.told, {}, [*speakers.names, *others]
     for way in ways:
         name = _WAYS.get(way) or way
-        print(f"tasks with {name}", file=sys.stderr)
         if way in others:
             speakers = None  # their place is needed
-        speaker = load_on_default_device(others[way], dtype) if speakers is None else speakers[way]
-        found[way] = asked.answers(speaker, tokenizer, name)
-        del speaker  # the next may need its place
+
+        def speaker(way: str = way, name: str = name, speakers: Any = speakers) -> Any:
+            print(f"tasks with {name}", file=sys.stderr)
+            return load_on_default_device(others[way], dtype) if speakers is None else speakers[way]
+
+        found[way] = asked.answers(speaker, tokenizer, name, kept(way))
     report = paired_report(found, seed=seed, bootstrap=bootstrap, above=above, further=asked.further)
     report["run"] = {
         "base": lasting_name(str(base)),
@@ -128,6 +138,27 @@ def evaluate_tasks(
         **asked.told,
     }
     return report
+
+
+def _kept_answers(
+    mixed: Any, base: str | Path, memory: Any, others: Mapping[str, str | Path], settings: list[Any]
+) -> Callable[[str], Path | None]:
+    """Gives a way's folder in the cache; None where a memory was given loaded, which nothing names."""
+    from memlm.models.identity import model_identity
+
+    places = memory if isinstance(memory, Mapping) else dict.fromkeys(mixed.memories, memory)
+    heads = [part.confidence_head and part.confidence_head.digest for part in mixed.memories.values()]
+    rule = [mixed.gate.model_dump(), mixed.mix_weights, heads]
+
+    def folder(way: str) -> Path | None:
+        who: list[Any] = [model_identity(str(others.get(way, base)))]
+        if way not in (BASE, *others):
+            if not all(isinstance(place, str | Path) for place in places.values()):
+                return None
+            who += [way, rule, *([name, model_identity(str(place))] for name, place in places.items())]
+        return cache_dir() / "answers" / digest([who, settings, library_versions()])[:32]
+
+    return folder
 
 
 class TaskSet:
@@ -185,17 +216,16 @@ class TaskSet:
         }
         """What a report says of it."""
 
-    @property
-    def key(self) -> str:
-        """Equal where the same is asked; of lm-eval's own tasks the names are known alone."""
-        items = {task: [dataclasses.asdict(item) for item in items] for task, items in self._items.items()}
-        return digest([self._theirs, items, self._words, self._asked, self._seed])
-
-    def answers(self, model: Any, tokenizer: Any, name: str) -> "Answers":
+    def answers(
+        self, model: Callable[[], Any], tokenizer: Any, name: str, keep: Path | None = None, *, theirs: bool = False
+    ) -> "Answers":
         """What a model answers: task to the name of its metric, and what that is for each item.
 
         Args:
+            model: Gives it, where it is to be asked.
             name: What an error calls the model.
+            keep: Folder for what this model answers, task by task; what is there is not asked again.
+            theirs: Keep the answers to lm-eval's own tasks as well, by their names.
 
         Raises:
             ModelError: It gives scores that are not finite.
@@ -203,17 +233,48 @@ class TaskSet:
         """
         from memlm.evaluate.lm_eval import FiniteLM
 
-        speaker = cast(Any, FiniteLM)(pretrained=model, tokenizer=tokenizer, batch_size=self._batch_size)
-        speaker.called = name
-        found = _items(speaker, self._theirs, self._manager, self._seed, self._asked) if self._theirs else {}
-        if not self._items:
+        @cache
+        def speaker() -> Any:
+            found = cast(Any, FiniteLM)(pretrained=model(), tokenizer=tokenizer, batch_size=self._batch_size)
+            found.called = name
             return found
-        with progress_bar(sum(map(len, self._items.values())), name, unit="item") as bar:
-            for task, items in self._items.items():
-                for metric, values in judged(task, items, speaker, self._words[task], bar.update).items():
-                    row = f"{PREFIX}{task} {metric}"
-                    found[row if row in self.further else f"{PREFIX}{task}"] = metric, values
+
+        found: Answers = {}
+        if self._theirs:
+            place = keep / f"{digest([self._theirs, self._asked, self._seed])[:16]}.json" if keep and theirs else None
+            found |= _once(place, lambda: _items(speaker(), self._theirs, self._manager, self._seed, self._asked))
+        places: dict[str, Path | None] = {}
+        for task, items in self._items.items():
+            asked = digest([[dataclasses.asdict(item) for item in items], self._words[task]])[:16]
+            places[task] = keep / f"{task}-{asked}.json" if keep else None
+        left = {task for task, place in places.items() if place is None or not place.exists()}
+        known = sum(len(items) for task, items in self._items.items() if task not in left)
+        with progress_bar(sum(map(len, self._items.values())), name, initial=known, unit="item") as bar:
+            for task, place in places.items():
+                found |= _once(place, lambda task=task: self._judged(task, speaker(), bar.update))
         return found
+
+    def _judged(self, task: str, speaker: Any, progress: Callable[[int], object]) -> "Answers":
+        found = {}
+        for metric, values in judged(task, self._items[task], speaker, self._words[task], progress).items():
+            row = f"{PREFIX}{task} {metric}"
+            found[row if row in self.further else f"{PREFIX}{task}"] = metric, values
+        return found
+
+
+def _once(place: Path | None, ask: Callable[[], "Answers"]) -> "Answers":
+    """The answers that a file holds; where it is not there they are asked for and written to it."""
+    if place is None:
+        return ask()
+    if not place.exists():
+        write_json(place, [(row, metric, values.tolist()) for row, (metric, values) in ask().items()])
+    try:
+        kept = [
+            (row, str(metric), np.array(values, np.float64)) for row, metric, values in read_json(place, limit=1 << 30)
+        ]
+    except (TypeError, ValueError):
+        raise ArtifactError(f"{place} holds no answers; delete it, and they are asked for again") from None
+    return {row: (metric, values) for row, metric, values in kept}
 
 
 def check_lm_eval() -> None:

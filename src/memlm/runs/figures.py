@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from memlm.evaluate.in_context import in_context_label_log_probs
 from memlm.evaluate.intervals import Resampled
 from memlm.evaluate.perplexity import by_label_frequency
 from memlm.evaluate.tasks import Answers, TaskSet, paired_report
-from memlm.files import digest, read_json, write_json
+from memlm.files import digest
 from memlm.manifest import library_versions, read_manifest, times_of
 from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import GatedMemory
@@ -266,20 +266,21 @@ class Figures:
             known = () if way.rule is None else way.rule.memories.values()
             key = digest(
                 [
-                    [tasks.key, self.asked.evaluate.dtype, library_versions()],
+                    [self.asked.evaluate.dtype, library_versions()],
                     [model_identity(under), *(read_manifest(folder).hash for folder in memories.values())],
                     None if searched is None else searched.model_dump(mode="json"),
                     None if way.rule is None else way.rule.config.model_dump(),
                     [_told(memory) for memory in known],
                 ]
             )
-            path = self.asked.out / "answers" / f"{way.row}-{key[:12]}.json"
-            if not path.exists():
-                say(f"tasks with {TITLES[way.row]}")
-                answers = tasks.answers(self._spoken(way, under, memories, searched), tokenizer, TITLES[way.row])
-                write_json(path, {task: (metric, values.tolist()) for task, (metric, values) in answers.items()})
-            kept = read_json(path, limit=1 << 30)
-            found[way.row] = {task: (metric, np.array(values)) for task, (metric, values) in kept.items()}
+            keep, title = self.asked.out / "answers" / f"{way.row}-{key[:12]}", TITLES[way.row]
+
+            def speaker(*asked: Any, title: str = title) -> PreTrainedModel:
+                say(f"tasks with {title}")
+                return self._spoken(*asked)
+
+            model = partial(speaker, way, under, memories, searched)
+            found[way.row] = tasks.answers(model, tokenizer, title, keep, theirs=True)
         report = paired_report(found, seed=0, bootstrap=self.asked.evaluate.bootstrap, further=tasks.further)
         return report | {"titles": {row: TITLES[row] for row in found}, "run": tasks.told}
 
