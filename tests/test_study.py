@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import scaling, study
+from benchmarks import scaling, study, study_plot
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "studies" / "medquad-small.yaml"
 
@@ -63,6 +63,12 @@ def test_a_study_judges_every_arm_is_gone_on_with_and_is_done_once(
     capsys.readouterr()
     assert study.main([*command, "--table"]) == 0
     assert [row.split(" | ")[0] for row in capsys.readouterr().out.splitlines()[2:]] == ["| twin", "| mixture"]
+    (found,) = study_plot.read([results])
+    assert found.reference == lines[1]
+    assert found.ratios == {"mixture": {0: lines[-1]["ratios"]["both"]["mixture"]}}
+    pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+    assert [study_plot.main([str(results), "--out", str(path)]) for path in pictures] == [0, 0]
+    assert pictures[0].read_bytes() == pictures[1].read_bytes()
 
 
 def test_of_an_arm_the_best_memory_is_kept_and_judged(tmp_path: Path) -> None:
@@ -91,6 +97,9 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "bare.yaml").write_text("corpus: {documents: a.txt, tokenizer: smollm2}\n")
     assert study.main([str(tmp_path / "bare.yaml"), "--work", str(tmp_path), "--results", str(tmp_path / "r")]) == 1
     assert "lacks 'study'" in capsys.readouterr().err
+    (tmp_path / "empty.jsonl").touch()
+    assert study_plot.main([str(tmp_path / "empty.jsonl"), "--out", str(tmp_path / "picture.png")]) == 1
+    assert capsys.readouterr().err.endswith("empty.jsonl: no arm was judged yet\n")
 
 
 def test_the_law_of_size_is_found_with_an_interval_that_holds_it() -> None:

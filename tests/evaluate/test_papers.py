@@ -422,9 +422,10 @@ def test_what_was_answered_is_kept_and_asked_no_more(
     assert "tasks with" not in capsys.readouterr().err
     evaluate_tasks(**(asked | {"mix_weight": 0.4, "others": {}}))
     assert set(seen) == {"the fixed weight", "the gate posterior"}
-    next((tmp_path / "answers").glob("*/mr-*.json")).write_text("[1]")
+    for kept in (tmp_path / "answers").glob("*/mr-*.json"):
+        kept.write_text("[1]")
     with pytest.raises(ArtifactError, match="holds no answers; delete it"):
-        evaluate_tasks(**(asked | {"others": {}, "mix_weight": 0.4})), evaluate_tasks(**asked)
+        evaluate_tasks(**asked)
 
 
 @pytest.mark.filterwarnings("ignore:the text is longer than the memory's window")
