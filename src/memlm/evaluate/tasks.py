@@ -243,6 +243,8 @@ class TaskSet:
         if self._theirs:
             place = keep / f"{digest([self._theirs, self._asked, self._seed])[:16]}.json" if keep and theirs else None
             found |= _once(place, lambda: _items(speaker(), self._theirs, self._manager, self._seed, self._asked))
+        if not self._items:
+            return found
         places: dict[str, Path | None] = {}
         for task, items in self._items.items():
             asked = digest([[dataclasses.asdict(item) for item in items], self._words[task]])[:16]
