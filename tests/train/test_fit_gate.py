@@ -13,12 +13,14 @@ from memories import ALL, LONG_TEXT
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks import gate_search
 from memlm import MixedLM, train_memory
 from memlm.cli import app
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, TokenizerMismatchError
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.memory.confidence import FEATURES, ConfidenceHead
 from memlm.memory.loading import load_memory
+from memlm.mix.gate_config import GateConfig
 from memlm.train.gate import Heard, fit_gate, fitted
 
 pytestmark = [pytest.mark.filterwarnings(LONG_TEXT), pytest.mark.slow]
@@ -130,6 +132,26 @@ def test_a_head_is_fitted_kept_and_used(memory: Path, corpus_folder: Path, model
     assert model.gate.gate == "both"
     report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory), dtype="float32")
     assert report["mixture"]["gate"] == "both"
+
+
+def test_a_search_over_gates_has_the_librarys_own_among_them(
+    memory: Path, corpus_folder: Path, model_folder: str, general: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = Path(general).with_name("other.txt")
+    other.write_text("\n\n".join(reversed(Path(general).read_text(encoding="utf-8").split("\n\n"))), encoding="utf-8")
+    asked = [str(corpus_folder), str(memory), "--base", model_folder, "--fit", general, "--test", str(other)]
+    assert gate_search.main([*asked, "--document-separator", "\n\n", "--dtype", "float32"]) == 0
+    *lines, machine = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert "machine" in machine
+    assert len(lines) == 5 * len(gate_search.RULES)
+    fit_gate(memory, corpus=corpus_folder, base=model_folder, general=[general], **SEPARATED)
+    for gate in ("confidence", "both", GateConfig(gate="both", prior=0.1), GateConfig(gate="both", switch=0.003)):
+        name = gate if isinstance(gate, str) else "prior 0.1" if gate.prior == 0.1 else "fewer switches"
+        report = evaluate_perplexity(corpus_folder, base=model_folder, memory=str(memory), dtype="float32", gate=gate)
+        (found,) = (line for line in lines if (line["head"], line["rule"]) == ("linear", name))
+        assert found["over_fixed"] == pytest.approx(report["mixture"]["ratio_to_fixed"]["perplexity"], abs=2e-4)
+        assert found["fixed_perplexity"] == pytest.approx(report["mixture"]["fixed"]["perplexity"], abs=2e-3)
+    assert len({line["over_fixed"] for line in lines}) > len(lines) // 2
 
 
 def test_states_are_in_the_order_of_positions(memory: Path, corpus_folder: Path, model_folder: str) -> None:

@@ -48,7 +48,7 @@ def columns_of(scores: Scores) -> dict[str, Tensor]:
     return {name: torch.from_numpy(getattr(scores, name)) for name in COLUMNS}
 
 
-def _side_by_side(document: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
+def side_by_side(document: NDArray[np.int64]) -> Iterator[tuple[Tensor, Tensor]]:
     """Documents of similar length, row by row: the number of each position, and False behind a document's end."""
     starts = np.flatnonzero(np.diff(document, prepend=-1))
     lengths = np.diff(np.append(starts, len(document)))
@@ -64,7 +64,7 @@ def _followed(gate: Gate, document: NDArray[np.int64], base: Tensor, told: Tenso
     log_probs = gate.explanations.log_probs(base, told, own)
     rule = FixedShare(prior, gate.config.switch)
     weights = torch.empty_like(told)
-    for at, there in _side_by_side(document):
+    for at, there in side_by_side(document):
         start = prior.expand(len(at), 1, -1)
         before = torch.cat([start, rule.along(start[:, 0], log_probs[at], there)[:, :-1]], 1)
         found = gate.explanations.weights(before, None if own is None else own[at])
@@ -75,6 +75,6 @@ def _followed(gate: Gate, document: NDArray[np.int64], base: Tensor, told: Tenso
 def _asleep(gate: Gate, document: NDArray[np.int64], total: Tensor) -> Tensor:
     """Where the memories sleep, which weigh `total` together when they are awake."""
     asleep = torch.zeros(len(total), dtype=torch.bool)
-    for at, there in _side_by_side(document):
+    for at, there in side_by_side(document):
         asleep[at[there]] = gate.sleep.along(torch.zeros(len(at), dtype=torch.long), total[at], there)[0][there]
     return asleep

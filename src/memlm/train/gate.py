@@ -103,8 +103,8 @@ def fit_gate(
     texts = [held_out]
     with tempfile.TemporaryDirectory() as scratch:
         if foreign:
-            texts.append(_general_text(foreign, source, config, Path(scratch)))
-        heard = [found for place in bases for found in _beside(folder, place, source, texts, config)]
+            texts.append(general_text(foreign, source, config, Path(scratch)))
+        heard = [found for place in bases for found in heard_beside(folder, place, source, texts, config)]
     there = read_settings(folder)
     head = ConfidenceHead(
         memory=identity,
@@ -116,7 +116,7 @@ def fit_gate(
     return head
 
 
-def _beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], config: FitGateConfig) -> list[Heard]:
+def heard_beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], config: FitGateConfig) -> list[Heard]:
     """The texts as a head sees them where the memory stands beside this base."""
     source.check_fits(base)
     model = load_on_default_device(base, config.dtype)
@@ -139,7 +139,7 @@ def _cut(split: Split, tokens: int) -> Split:
     return Split(split.tokens, split.offsets[: documents + 1], split.block_size, split.step, split.cross_documents)
 
 
-def _general_text(places: list[str], domain: Corpus, config: FitGateConfig, scratch: Path) -> Split:
+def general_text(places: list[str], domain: Corpus, config: FitGateConfig, scratch: Path) -> Split:
     """General text as one split; what the domain's corpus holds as well is refused."""
     own = {text.tobytes() for name in SPLITS for text in domain.split(name).documents()}
     known = [place for place in places if is_artifact(place)]
