@@ -117,8 +117,9 @@ class _Hidden(torch.nn.Module):
     def __init__(self, inputs: int, hidden: int) -> None:
         super().__init__()
         self.line = torch.nn.Linear(inputs, 1)
-        self.layer = torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1))
-        for last in (self.line, self.layer[2]):
+        out = torch.nn.Linear(hidden, 1)
+        self.layer = torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.Tanh(), out)
+        for last in (self.line, out):
             torch.nn.init.zeros_(last.weight)
             torch.nn.init.zeros_(last.bias)
 
