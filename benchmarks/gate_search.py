@@ -12,7 +12,6 @@ beside its own: a hidden layer, and evidence of the text so far (decayed average
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,13 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks.report import hardware
+from benchmarks.report import hardware, one_line_errors
 from memlm.corpus.blocks import Corpus
-from memlm.errors import MemlmError
 from memlm.scores.gated import side_by_side
-from memlm.scores.mixtures import best_mix_weight
+from memlm.scores.mixtures import best_mix_weight, mixture_label_log_probs, perplexity
 from memlm.train.config import FitGateConfig
-from memlm.train.gate import Heard, fitted, general_text, heard_beside
+from memlm.train.gate import Heard, fitted, general_text, heard_beside, mixture_nats
 
 _DECAYS = (0.5, 0.8, 0.9, 0.97)
 _BATCH = 1024
@@ -134,14 +132,13 @@ def nonlinear(texts: Sequence[tuple[Tensor, Heard]], hidden: int, epochs: int = 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.5)
     steps = max(1, epochs * max(len(inputs) for inputs, _ in texts) // _BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    parts = [(inputs, torch.from_numpy(t.base).float(), torch.from_numpy(t.memory).float()) for inputs, t in texts]
-    log = torch.nn.functional.logsigmoid
+    parts = [(inputs, torch.from_numpy(text.base), torch.from_numpy(text.memory)) for inputs, text in texts]
     for _ in range(steps):
         nats = torch.zeros(())
         for inputs, base, memory in parts:  # each counts alike
             at = torch.randint(0, len(inputs), (_BATCH // len(parts),))
             logit = model(torch.nn.functional.dropout(inputs[at], 0.4))
-            nats = nats - torch.logaddexp(base[at] + log(-logit), memory[at] + log(logit)).mean()
+            nats = nats + mixture_nats(logit, base[at], memory[at]).mean()
         optimizer.zero_grad()
         nats.backward()
         optimizer.step()
@@ -152,7 +149,8 @@ def nonlinear(texts: Sequence[tuple[Tensor, Heard]], hidden: int, epochs: int = 
 
 def heads(texts: Texts) -> Iterator[tuple[str, Callable[[Heard], Tensor]]]:
     """Name of a head, and what gives its confidence on a text, `(P,)` in float64."""
-    settings = fitted([texts.fit, texts.general_fit])
+    both = (texts.fit, texts.general_fit)
+    settings = fitted(both)
     weights = np.array(settings["state"] + settings["features"])
     yield "linear", lambda heard: torch.sigmoid(torch.from_numpy(heard.inputs @ weights + settings["bias"]).double())
     for more, hidden in ((False, 32), (False, 128), (True, 32), (True, 128)):
@@ -160,23 +158,40 @@ def heads(texts: Texts) -> Iterator[tuple[str, Callable[[Heard], Tensor]]]:
         def inputs(heard: Heard, more: bool = more) -> NDArray[np.float32]:
             return np.concatenate([heard.inputs, evidence(heard)], 1) if more else heard.inputs
 
-        both = (texts.fit, texts.general_fit)
-        pooled = np.concatenate([inputs(heard) for heard in both])
+        found = [inputs(heard) for heard in both]
+        pooled = np.concatenate(found)
         mean, spread = pooled.mean(0), np.maximum(pooled.std(0), 1e-6)
 
-        def scaled(heard: Heard, inputs: Any = inputs, mean: Any = mean, spread: Any = spread) -> Tensor:
-            return torch.from_numpy(((inputs(heard) - mean) / spread).astype(np.float32))
+        def scaled(part: NDArray[np.float32], mean: Any = mean, spread: Any = spread) -> Tensor:
+            return torch.from_numpy(((part - mean) / spread).astype(np.float32))
 
-        head = nonlinear([(scaled(heard), heard) for heard in both], hidden)
-        name = f"hidden layer of {hidden}" + (", evidence of the text" if more else "")
-        yield name, lambda heard, head=head, scaled=scaled: torch.sigmoid(head(scaled(heard))).double()
+        head = nonlinear([(scaled(part), heard) for part, heard in zip(found, both, strict=True)], hidden)
+
+        def confidence(heard: Heard, inputs: Any = inputs, scaled: Any = scaled, head: Any = head) -> Tensor:
+            return torch.sigmoid(head(scaled(inputs(heard)))).double()
+
+        yield f"hidden layer of {hidden}" + (", evidence of the text" if more else ""), confidence
 
 
-def perplexity(heard: Heard, weights: Tensor | float) -> float:
-    """Of the mixture with these weights."""
-    weights = torch.as_tensor(weights, dtype=torch.float64)
-    base, memory = (torch.from_numpy(part.astype(np.float64)) for part in (heard.base, heard.memory))
-    return math.exp(-float(torch.logaddexp(base + torch.log1p(-weights), memory + weights.log()).mean()))
+def gated_perplexity(heard: Heard, weights: Tensor) -> float:
+    """Of the mixture with a weight of its own at every position."""
+    base, memory = torch.from_numpy(heard.base).double(), torch.from_numpy(heard.memory).double()
+    return perplexity(torch.logaddexp(base + torch.log1p(-weights), memory + weights.log()).numpy())
+
+
+def told_of(texts: Texts) -> dict[str, float]:
+    """What a base and the fixed weight that validation chose reach on both texts, and the better of base and memory."""
+    weight, _ = best_mix_weight(texts.fit.base, texts.fit.memory)
+    test, general = texts.test, texts.general_test
+    fixed, general_fixed = (
+        perplexity(mixture_label_log_probs(text.base, [text.memory], [weight])) for text in (test, general)
+    )
+    return {
+        "base_perplexity": perplexity(test.base),
+        "fixed_perplexity": fixed,
+        "in_hindsight": perplexity(np.maximum(test.base, test.memory)),
+        "general_fixed_over_base": general_fixed / perplexity(general.base),
+    }
 
 
 def search(texts: Texts, beside: Mapping[str, Texts]) -> Iterator[dict[str, Any]]:
@@ -187,26 +202,22 @@ def search(texts: Texts, beside: Mapping[str, Texts]) -> Iterator[dict[str, Any]
         beside: By base, that one too.
     """
     kept, _ = best_mix_weight(texts.fit.base, texts.fit.memory)
+    told = {base: told_of(there) for base, there in beside.items()}
     for name, confidence in heads(texts):
         for base, there in beside.items():
-            weight, _ = best_mix_weight(there.fit.base, there.fit.memory)
-            own = [confidence(heard) for heard in (there.test, there.general_test)]
-            fixed, general = perplexity(there.test, weight), perplexity(there.general_test, 0.0)
+            own = [(heard, confidence(heard)) for heard in (there.test, there.general_test)]
             for title, rule in RULES.items():
-                used = [
-                    part if rule is None else rule.weights(heard, part, kept)
-                    for heard, part in zip((there.test, there.general_test), own, strict=True)
-                ]
+                domain, general = (
+                    gated_perplexity(heard, part if rule is None else rule.weights(heard, part, kept))
+                    for heard, part in own
+                )
                 yield {
                     "base": base,
                     "head": name,
                     "rule": title,
-                    "base_perplexity": round(perplexity(there.test, 0.0), 4),
-                    "fixed_perplexity": round(fixed, 4),
-                    "in_hindsight": round(math.exp(-float(np.maximum(there.test.base, there.test.memory).mean())), 4),
-                    "over_fixed": round(perplexity(there.test, used[0]) / fixed, 5),
-                    "general_over_base": round(perplexity(there.general_test, used[1]) / general, 5),
-                    "general_fixed_over_base": round(perplexity(there.general_test, weight) / general, 5),
+                    **{key: round(value, 5) for key, value in told[base].items()},
+                    "over_fixed": round(domain / told[base]["fixed_perplexity"], 5),
+                    "general_over_base": round(general / perplexity(there.general_test.base), 5),
                 }
 
 
@@ -221,6 +232,7 @@ def listen(corpus: Path, memory: Path, base: str, fit: str, test: str, config: F
         return Texts(*heard_beside(memory, base, source, splits, config))
 
 
+@one_line_errors
 def main(arguments: list[str] | None = None) -> int:
     """Search; the exit status is 1 where something is wrong."""
     assert __doc__
@@ -241,15 +253,11 @@ def main(arguments: list[str] | None = None) -> int:
     config = FitGateConfig(
         dtype=given.dtype, document_separator=given.document_separator, general_tokens=given.general_tokens
     )
-    try:
-        beside = {base: listen(given.corpus, given.memory, base, given.fit, given.test, config) for base in given.base}
-        for line in search(beside[given.base[0]], beside):
-            print(json.dumps(line), flush=True)
-        print(json.dumps({"machine": hardware()}))
-        return 0
-    except MemlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    beside = {base: listen(given.corpus, given.memory, base, given.fit, given.test, config) for base in given.base}
+    for line in search(beside[given.base[0]], beside):
+        print(json.dumps(line), flush=True)
+    print(json.dumps({"machine": hardware()}))
+    return 0
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from benchmarks.report import hardware
-from memlm.errors import InputError, MemlmError
+from benchmarks.report import hardware, one_line_errors
+from memlm.errors import InputError
 from memlm.evaluate.papers import PREFIX, TASKS
 from memlm.evaluate.tasks import BASE, evaluate_tasks, tasks_table
 from memlm.files import write_json
@@ -33,6 +33,7 @@ def chances(folder: Path) -> dict[str, float]:
     return found
 
 
+@one_line_errors
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; the exit status is 1 where something is wrong."""
     assert __doc__
@@ -48,15 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="file for the report")
     given = parser.parse_args(arguments)
-    try:
-        above = chances(given.folder)
-        asked = {"base": given.base, "memory": given.memory, "gate": given.gate, "dtype": given.dtype}
-        report = evaluate_tasks(
-            list(above), data=given.folder, limit=given.limit, seed=given.seed, above=above, **asked
-        )
-    except MemlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    above = chances(given.folder)
+    asked = {"base": given.base, "memory": given.memory, "gate": given.gate, "dtype": given.dtype}
+    report = evaluate_tasks(list(above), data=given.folder, limit=given.limit, seed=given.seed, above=above, **asked)
     report["chance"], report["machine"] = above, hardware()
     print(tasks_table(report))
     known = [task for task, chance in above.items() if report["tasks"][task]["values"][BASE]["interval"][0] > chance]

@@ -1,12 +1,14 @@
 """What benchmarks print and keep: a line per bar, and dated reports with the machine they ran on."""
 
+import functools
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -14,6 +16,7 @@ from memlm.errors import MemlmError
 from memlm.files import write_json
 from memlm.manifest import library_versions
 
+_Given = ParamSpec("_Given")
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
@@ -66,6 +69,20 @@ def write_report(path: Path, lines: Sequence[dict[str, Any]], *, command: str, m
         "lines": list(lines),
     }
     write_json(path, report)
+
+
+def one_line_errors(main: Callable[_Given, int]) -> Callable[_Given, int]:
+    """A main function that tells memlm's errors in a line on stderr, with the exit status 1."""
+
+    @functools.wraps(main)
+    def told(*args: _Given.args, **kwargs: _Given.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except MemlmError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+
+    return told
 
 
 def hardware() -> dict[str, Any]:

@@ -23,13 +23,13 @@ import numpy as np
 from transformers.utils import logging
 
 from benchmarks.recipe import quick_overrides
-from benchmarks.report import hardware
+from benchmarks.report import hardware, one_line_errors
 from memlm.config import read_recipe
 from memlm.corpus.blocks import Corpus
 from memlm.corpus.build import build_corpus
 from memlm.datastore.build import load_teacher
 from memlm.datastore.store import Datastore
-from memlm.errors import ConfigError, MemlmError
+from memlm.errors import ConfigError
 from memlm.evaluate.config import EvaluateConfig
 from memlm.evaluate.intervals import Resampled
 from memlm.evaluate.perplexity import evaluate_perplexity
@@ -395,6 +395,7 @@ def table(study: Study) -> str:
     return "\n".join(rows)
 
 
+@one_line_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run a study, as far as the time goes; the exit status is 1 where something is wrong."""
     assert __doc__
@@ -417,29 +418,25 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="print the arms that were judged, and run nothing")
     given = parser.parse_args(arguments)
     logging.disable_progress_bar()
-    try:
-        work = given.work.resolve()
-        overrides = [*(quick_settings(given.study, work / "toy") if given.quick else []), *given.set]
-        study = Study(given.study, work, given.results, overrides, keep_all=given.keep_all)
-        arms = list(study.arms) if given.arms is None else given.arms
-        if unknown := set(arms) - study.arms.keys():
-            raise ConfigError(f"no arm is called {min(unknown)!r}; there are {', '.join(study.arms)}")
-        if given.table:
-            print(table(study))
-            return 0
-        if given.prepare:
-            study.prepare(given.arms or [])
-            return 0
-        points, hours, gib = left_to_do(study, arms, given.seeds)
-        _say(f"{points} memories to train, about {duration(3600 * hours)} and {gib:.1f} GiB")
-        for name, there, most in (("hours", hours, given.max_hours), ("GiB", gib, given.max_gib)):
-            if most is not None and there > most:
-                raise ConfigError(f"about {there:.1f} {name}, above the {most:g} allowed, for {points} memories")
-        run(study, arms, given.seeds, minutes=given.minutes, search_once=given.search_once)
+    work = given.work.resolve()
+    overrides = [*(quick_settings(given.study, work / "toy") if given.quick else []), *given.set]
+    study = Study(given.study, work, given.results, overrides, keep_all=given.keep_all)
+    arms = list(study.arms) if given.arms is None else given.arms
+    if unknown := set(arms) - study.arms.keys():
+        raise ConfigError(f"no arm is called {min(unknown)!r}; there are {', '.join(study.arms)}")
+    if given.table:
+        print(table(study))
         return 0
-    except MemlmError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    if given.prepare:
+        study.prepare(given.arms or [])
+        return 0
+    points, hours, gib = left_to_do(study, arms, given.seeds)
+    _say(f"{points} memories to train, about {duration(3600 * hours)} and {gib:.1f} GiB")
+    for name, there, most in (("hours", hours, given.max_hours), ("GiB", gib, given.max_gib)):
+        if most is not None and there > most:
+            raise ConfigError(f"about {there:.1f} {name}, above the {most:g} allowed, for {points} memories")
+    run(study, arms, given.seeds, minutes=given.minutes, search_once=given.search_once)
+    return 0
 
 
 if __name__ == "__main__":

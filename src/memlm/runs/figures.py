@@ -275,11 +275,7 @@ class Figures:
             )
             keep, title = self.asked.out / "answers" / f"{way.row}-{key[:12]}", TITLES[way.row]
 
-            def speaker(*asked: Any, title: str = title) -> PreTrainedModel:
-                say(f"tasks with {title}")
-                return self._spoken(*asked)
-
-            model = partial(speaker, way, under, memories, searched)
+            model = partial(self._spoken, way, under, memories, searched, say)
             found[way.row] = tasks.answers(model, tokenizer, title, keep, theirs=True)
         report = paired_report(found, seed=0, bootstrap=self.asked.evaluate.bootstrap, further=tasks.further)
         return report | {"titles": {row: TITLES[row] for row in found}, "run": tasks.told}
@@ -290,8 +286,10 @@ class Figures:
         under: str,
         memories: Mapping[str, str],
         retrieval: RetrievalConfig | None,
+        say: Callable[[str], None],
     ) -> PreTrainedModel:
-        """A row's model, loaded."""
+        """A row's model, loaded for the tasks."""
+        say(f"tasks with {TITLES[way.row]}")
         base = load_on_default_device(under, self.asked.evaluate.dtype)
         if way.rule is None:
             return base

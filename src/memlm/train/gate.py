@@ -251,7 +251,7 @@ def _judged(heard: Sequence[Heard], halves: Sequence[NDArray[np.bool_]], penalty
         for text, half, nats in zip(heard, halves, found, strict=True):
             here = _rows(text, half == inside)
             confidence = here.inputs.astype(np.float64) @ weights + bias
-            nats[half == inside] = _nats(
+            nats[half == inside] = mixture_nats(
                 torch.from_numpy(confidence), torch.from_numpy(here.base), torch.from_numpy(here.memory)
             ).numpy()
     return found
@@ -261,7 +261,7 @@ def _rows(text: Heard, rows: NDArray[np.bool_]) -> Heard:
     return Heard(text.inputs[rows], text.base[rows], text.memory[rows], text.document[rows])
 
 
-def _nats(confidence: Tensor, base: Tensor, memory: Tensor) -> Tensor:
+def mixture_nats(confidence: Tensor, base: Tensor, memory: Tensor) -> Tensor:
     """`-log((1 - c) p_base + c p_memory)` where the logit of c is given."""
     log = torch.nn.functional.logsigmoid
     return -torch.logaddexp(base.double() + log(-confidence), memory.double() + log(confidence))
@@ -286,7 +286,9 @@ def _fit(heard: Sequence[Heard], penalty: float) -> tuple[NDArray[np.float64], f
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        nats = torch.stack([_nats(inputs @ weights + bias, base, memory).mean() for inputs, base, memory in texts])
+        nats = torch.stack(
+            [mixture_nats(inputs @ weights + bias, base, memory).mean() for inputs, base, memory in texts]
+        )
         total = nats.mean() + penalty * weights.square().sum()
         total.backward()
         return total
