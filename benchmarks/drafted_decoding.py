@@ -25,7 +25,7 @@ from memlm.memory.protocol import MemorySettings
 from memlm.mix import drafting
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
-from memlm.models.loading import default_device, default_dtype
+from memlm.models.loading import default_device, default_dtype, dtype_name
 
 ACCEPTED = Path(__file__).with_name("results") / "accepted.json"
 BARS = {"greedy fixed": 0.80, "sampled fixed": 0.80, "drawn 0.4": 0.85, "drawn 0.6": 0.70}
@@ -62,7 +62,7 @@ def run(quick: bool) -> Iterator[dict[str, Any]]:
             seconds_per_token=round(found.median(way) / sizes["new"], 4),
             base_seconds_per_token=round(found.median("base") / sizes["new"], 4),
             parameters={"base": parameters[0], "memory": parameters[1]},
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             threads=torch.get_num_threads(),
         )
 

@@ -15,6 +15,7 @@ from memlm.memory.confidence import FEATURES, ConfidenceHead
 from memlm.memory.decoder import MemoryDecoder
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.mixed_lm import MixedLM
+from memlm.models.loading import dtype_name
 
 BATCHES = (1, 8)
 BAR = 1.02
@@ -73,7 +74,7 @@ def measure(
     timing = interleave(sides, device=base.device, rounds=rounds)
     shared = {
         "fixed_step_ms": round(1e3 * timing.median("fixed") / steps, 3),
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "batch": batch,
         "rounds": rounds,
     }

@@ -26,6 +26,7 @@ from memlm.memory.protocol import MemorySettings
 from memlm.mix.base import BaseVoter
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.pace import Pace
+from memlm.models.loading import dtype_name
 
 BATCHES = (1, 8)
 BAR = 1.03
@@ -99,7 +100,7 @@ def measure(
     prove_mixture(mixed, before, after)
     models = {"mixed": mixed, "base": base, "memory": part}
     told = {
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "base_parameters": parameter_count(base),
         "memory_parameters": parameter_count(part),
         "rounds": rounds,

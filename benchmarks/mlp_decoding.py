@@ -21,7 +21,7 @@ from benchmarks.report import bar_line
 from benchmarks.timing import interleave
 from memlm.memory.mlp import MLPMemory
 from memlm.mix.mixed_lm import MixedLM
-from memlm.models.loading import default_device, default_dtype, load_causal_lm
+from memlm.models.loading import default_device, default_dtype, dtype_name, load_causal_lm
 from memlm.models.taps import TapReader
 
 BATCHES = (1, 8)
@@ -112,7 +112,7 @@ def measure(
         "base_parameters": parameter_count(base),
         "memory_parameters": parameter_count(memory),
         "memory_blocks": len(memory.blocks),
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.dtype),
         "batch": batch,
         "context": context,
         "steps": steps,

@@ -23,7 +23,7 @@ from benchmarks.timing import interleave
 from memlm.memory.mlp import MLPMemory
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.heads import Head, find_head
-from memlm.models.loading import default_device, default_dtype
+from memlm.models.loading import default_device, default_dtype, dtype_name
 from memlm.models.taps import capture
 
 BAR = 1.0
@@ -114,7 +114,7 @@ def measure(
     found: dict[str, Any] = {
         "length": length,
         "batch": batch,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "width": shape.width,
         "base_layers": shape.layers,
         "memory_blocks": len(memory.blocks),

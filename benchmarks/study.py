@@ -262,7 +262,7 @@ class Study:
         recipe = self.recipe({})
         there = self.folders(recipe, "live", targets=True)
         store = Datastore(there["datastore"])
-        teacher, _ = load_teacher(store.teacher, store.config)
+        teacher, _ = load_teacher(store.teacher, store.read_as)
         searched: dict[tuple[int, float], float] = {}
         for k in self.settings.get("live_k", [256]):
             judged = judge(store, teacher, "validation", k=k, positions=recipe.configs["targets"].judged_positions)

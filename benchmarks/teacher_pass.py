@@ -16,7 +16,7 @@ from benchmarks.report import bar_line, prove
 from benchmarks.timing import interleave
 from memlm.corpus.blocks import Split
 from memlm.datastore.build import read_keys
-from memlm.models.loading import default_device, default_dtype, load_causal_lm
+from memlm.models.loading import default_device, default_dtype, dtype_name, load_causal_lm
 from memlm.models.taps import TapReader, capture, find_tap
 from memlm.stage import Stage, StageSpec
 
@@ -102,7 +102,7 @@ def measure(
         "tokens_per_second": per_second,
         "batch": batch,
         "length": length,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(model.dtype),
         "rounds": rounds,
     }
 

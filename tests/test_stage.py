@@ -454,3 +454,33 @@ def test_a_plan_of_no_run_is_refused_in_one_line(tmp_path: Path, plan: str) -> N
         build(tmp_path)
     assert len(str(caught.value).splitlines()) == 1
     assert (tmp_path / "part.txt").read_text() == "work"
+
+
+def test_what_a_system_leaves_in_the_folder_is_no_part_of_it(tmp_path: Path) -> None:
+    def work(stage: Stage, *, disturbed: bool) -> dict[str, object]:
+        stage.save_text("text.txt", "text")
+        if disturbed:
+            (stage.path / ".DS_Store").write_text("left by a system")
+        return {}
+
+    spec = StageSpec("corpus", config={}, inputs={}, tokenizer=None)
+    alone = run_stage(tmp_path / "a", spec, lambda stage: work(stage, disturbed=False))
+    disturbed = run_stage(tmp_path / "b", spec, lambda stage: work(stage, disturbed=True))
+    assert disturbed.hash == alone.hash
+    (tmp_path / "b" / ".DS_Store").write_text("changed")
+    assert read_manifest(tmp_path / "b").hash == alone.hash
+
+
+def test_what_was_settled_is_gone_on_with(tmp_path: Path) -> None:
+    spec, found = StageSpec("corpus", config={}, inputs={}, tokenizer=None), []
+
+    def work(stage: Stage, value: str) -> dict[str, object]:
+        found.append(stage.settled("dtype", value))
+        if len(found) == 1:
+            raise KeyboardInterrupt
+        return {}
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "a", spec, lambda stage: work(stage, "bfloat16"))
+    run_stage(tmp_path / "a", spec, lambda stage: work(stage, "float32"))
+    assert found == ["bfloat16", "bfloat16"]

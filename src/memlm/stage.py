@@ -120,6 +120,13 @@ class Stage:
         with self.writing(name) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
+    def settled(self, name: str, value: str) -> str:
+        """What was settled when the work began, which goes on with it; `value` where it begins."""
+        place = f"{PARTS}/{name}.txt"
+        if not self.has(place):
+            self.save_text(place, value)
+        return (self.path / place).read_text(encoding="utf-8")
+
     def remove(self, name: str) -> None:
         """Remove an intermediate file or folder."""
         erase(self.path / name)
@@ -160,7 +167,7 @@ class Stage:
         readers = stat.S_IMODE((self.path / PLAN).stat().st_mode)
         for path in _inside(self.path):
             # what is unhashed of a folder copied into this one too is left out
-            if path.is_file() and path.name not in UNHASHED and not self._is_left_over(path):
+            if path.is_file() and path.name not in UNHASHED and not self._is_left_over(path) and not _is_hidden(path):
                 flush_to_disk(path)  # what libraries wrote, they did not flush
                 name = path.relative_to(self.path).as_posix()
                 payload[name] = PayloadFile(bytes=path.stat().st_size, sha256=file_digest(path))
@@ -208,6 +215,11 @@ class Stage:
 
     def _is_left_over(self, path: Path) -> bool:
         return is_half_written(path) or path.relative_to(self.path).parts[0] in (PARTS, *self.spec.intermediate)
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a system keeps it for itself, as .DS_Store: no stage writes a file of such a name."""
+    return path.name.startswith(".")
 
 
 Work = Callable[[Stage], dict[str, Any]]

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import make_corpus, save_model, sentences
@@ -520,3 +521,37 @@ def test_a_tokenizer_with_several_chat_templates_is_kept(
     several.chat_template = {"default": "{{ messages }}", "tool_use": "T{{ messages }}"}
     folder = make_corpus(documents, save_model(tmp_path / "m", several), tmp_path / "c")
     assert Corpus(folder).tokenizer.chat_template == several.chat_template
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_given_documents_never_become_training_text(number: int, model_folder: str, tmp_path: Path) -> None:
+    """Not even where the only other document would have been dealt to a held-out split."""
+    book, given = (tmp_path / f"{name}.txt" for name in ("book", "given"))
+    book.write_text(" ".join(sentences(40, seed=number)), encoding="utf-8")
+    given.write_text(" ".join(sentences(5, seed=100)), encoding="utf-8")
+    how: dict[str, Any] = {"tokenizer": model_folder, "validation_fraction": 0.3, "test_fraction": 0.3}
+    build_corpus(book, out=tmp_path / "c", test_documents=given, **how)
+    made = Corpus(tmp_path / "c")
+    assert [*made.document_names("train")] == [*made.document_names("validation")] == ["book.txt#0"]
+    assert [*made.document_names("test")] == ["given.txt#0"]
+    book.write_text("", encoding="utf-8")
+    with pytest.raises(InputError, match="the corpus is empty"):
+        build_corpus(book, out=tmp_path / "d", test_documents=given, **how)
+
+
+def test_a_given_document_is_in_no_other_held_out_split(model_folder: str, tmp_path: Path) -> None:
+    texts = sentences(60, seed=3)
+    for name, part in (("docs", texts), ("val", texts[:30])):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(part), encoding="utf-8")
+    how: dict[str, Any] = {"tokenizer": model_folder, "document_separator": "\n\n", "test_fraction": 0.5}
+    for mode in ("refuse", "drop"):
+        given: dict[str, Any] = {"validation_documents": tmp_path / "val.txt", "shared_documents": mode}
+        if mode == "refuse":
+            with pytest.raises(InputError, match="stand in another split too"):
+                build_corpus(tmp_path / "docs.txt", out=tmp_path / mode, **given, **how)
+            continue
+        build_corpus(tmp_path / "docs.txt", out=tmp_path / mode, **given, **how)
+        made = Corpus(tmp_path / mode)
+        splits = [{text.tobytes() for text in made.split(split).documents()} for split in SPLITS]
+        assert all(splits)
+        assert not any(one & other for one, other in itertools.combinations(splits, 2))

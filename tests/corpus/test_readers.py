@@ -596,3 +596,11 @@ def test_no_bytes_break_a_reader(tmp_path_factory: pytest.TempPathFactory, kind:
     path.write_bytes(content)
     with contextlib.suppress(MemlmError):
         read(path)
+
+
+def test_a_column_of_lists_is_named(tmp_path: Path) -> None:
+    turns = pa.array([[{"role": "user", "content": "hello"}]])
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "chat.parquet")
+    sources = find_sources([str(tmp_path / "chat.parquet")])
+    with pytest.raises(InputError, match=r"column 'messages' holds list.* not text; name another"):
+        list(read_documents(sources, CorpusConfig(text_column="messages"), Met()))

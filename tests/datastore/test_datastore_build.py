@@ -20,6 +20,9 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.datastore.store import Datastore
 from memlm.errors import ArtifactError, ConfigError, InputError, ModelError, TokenizerMismatchError
 from memlm.manifest import Manifest, read_manifest
+from memlm.memory.loading import load_memory
+from memlm.memory.retrieval import RetrievalMemory
+from memlm.models import loading as loading_module
 from memlm.models.taps import TapReader
 from memlm.stage import run_stage
 
@@ -383,3 +386,22 @@ def test_the_hash_does_not_depend_on_where_the_corpus_lies(
         (tmp_path / "moved" / file).write_text(json.dumps({**content, **changed}))
     first = build(corpus_folder, model_folder, tmp_path / "a")
     assert build(tmp_path / "moved", model_folder, tmp_path / "b").hash == first.hash
+
+
+def test_the_teacher_goes_on_in_the_precision_that_it_began_in(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though `auto` is another one on the machine that goes on, or that searches."""
+    how: dict[str, Any] = {"teacher": model_folder, "shard_positions": 300}
+    build_datastore(corpus_folder, out=tmp_path / "whole", dtype="float32", **how)
+    monkeypatch.setattr(loading_module, "default_dtype", lambda device="cpu": torch.float32)
+    with files_written("keys/*", most=1):
+        build_datastore(corpus_folder, out=tmp_path / "cut", **how)
+    monkeypatch.setattr(loading_module, "default_dtype", lambda device="cpu": torch.bfloat16)
+    build_datastore(corpus_folder, out=tmp_path / "cut", **how)
+    np.testing.assert_array_equal(all_keys(tmp_path / "cut"), all_keys(tmp_path / "whole"))
+    assert Datastore(tmp_path / "cut").facts.teacher_dtype == "float32"
+    memory = load_memory(tmp_path / "cut")
+    assert isinstance(memory, RetrievalMemory)
+    assert memory.teacher is not None
+    assert memory.teacher.dtype == torch.float32

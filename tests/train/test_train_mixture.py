@@ -13,6 +13,7 @@ from memlm.errors import ConfigError, ModelError
 from memlm.files import cache_dir
 from memlm.memory.loading import load_memory
 from memlm.models.loading import load_causal_lm
+from memlm.repair import repair_folder
 from memlm.train import beside as beside_module
 from memlm.train.beside import WithBase, base_on_rows
 from memlm.train.config import TrainConfig
@@ -141,3 +142,16 @@ def test_another_objective_is_another_run() -> None:
     assert TrainConfig(objective="mixture").model_dump()["mixture_share"] == 0.5
     with pytest.raises(ConfigError, match="objective"):
         TrainConfig.parse({"objective": "mixtures"})
+
+
+@pytest.mark.parametrize("kind", ["labels", "targets"])
+def test_what_the_base_says_can_be_repaired(kind: str, corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+    how: dict[str, Any] = {"init": model_folder, "objective": "mixture", "max_steps": 1, "dtype": "float32"}
+    train_memory(corpus_folder, out=tmp_path / "a", **how)
+    [folder] = (cache_dir() / "base-rows").iterdir()
+    damaged = folder / f"{kind}-00000.npy"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 255]) if content else b"")
+    repair_folder(folder)
+    train_memory(corpus_folder, out=tmp_path / "b", **how)
+    assert damaged.read_bytes() == content

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_corpus, save_model, save_stranger, tiny_config, tiny_model
+from conftest import make_corpus, save_model, save_stranger, sentences, tiny_config, tiny_model
 from interruption import Interrupted, interrupted_after
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -30,6 +30,7 @@ from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
+from memlm.models import loading as loading_module
 from memlm.models.loading import load_causal_lm
 from memlm.progress import told_to
 from memlm.scores.mixtures import best_mix_weight
@@ -745,3 +746,43 @@ def test_a_connection_that_broke_because_a_worker_died_is_told_as_that(monkeypat
         )
         patch.setattr(run_module.time, "sleep", lambda seconds: None)
         assert run_module._dead_worker(ConnectionResetError(104, "reset")) is None
+
+
+def test_a_launchers_environment_decides_no_precision_and_no_replicas(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for name in ("no", "bf16"):
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", name)
+        found.append(train_memory(corpus_folder, init=model_folder, out=tmp_path / name, max_steps=2, dtype="float32"))
+    assert found[0].payload["model.safetensors"] == found[1].payload["model.safetensors"]
+    assert found[0].facts["computed_in"] == "float32"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arguments = trainer_module.training_arguments(
+        TrainConfig(), tmp_path, steps_per_epoch=1, bf16=False, use_cpu=False, validate=False
+    )
+    assert arguments.n_gpu <= 1, "DataParallel would cut rows where no row ends"
+
+
+def test_training_goes_on_in_the_precision_that_it_began_in(
+    corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though `auto` is another one on the machine that goes on."""
+    how: dict[str, Any] = {"init": model_folder, "max_steps": 3, "batch_size": 2}
+    whole = train_memory(corpus_folder, out=tmp_path / "whole", dtype="float32", **how)
+    monkeypatch.setattr(loading_module, "default_dtype", lambda device="cpu": torch.float32)
+    config = TrainConfig(max_steps=3, batch_size=2)
+    with interrupted_after(2):
+        run_stage(tmp_path / "cut", *plan_memory(corpus_folder, init=model_folder, config=config, keep_seconds=0.0))
+    monkeypatch.setattr(loading_module, "default_dtype", lambda device="cpu": torch.bfloat16)
+    resumed = train_memory(corpus_folder, out=tmp_path / "cut", **how)
+    assert resumed.facts["computed_in"] == "float32"
+    assert resumed.payload["model.safetensors"] == whole.payload["model.safetensors"]
+
+
+def test_rows_that_predict_nothing_are_no_trouble(model_folder: str, tmp_path: Path) -> None:
+    (tmp_path / "documents.txt").write_text("\n\n".join(sentences(6, seed=4)), encoding="utf-8")
+    crossed = {"cross_documents": True, "block_size": 3, "validation_fraction": 0.0, "test_fraction": 0.0}
+    corpus = make_corpus(str(tmp_path / "documents.txt"), model_folder, tmp_path / "c", **crossed)
+    made = train_memory(corpus, init=model_folder, out=tmp_path / "m", epochs=1, batch_size=1, dtype="float32")
+    assert np.isfinite([entry["loss"] for entry in made.facts["training"]]).all()

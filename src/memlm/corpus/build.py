@@ -280,7 +280,7 @@ def _compile(stage: Stage, config: CorpusConfig, met: Met, given: list[str]) -> 
         "documents_near_duplicate": 0,
         **({"documents_shared": int(usable.sum() - wanted.sum())} if given else {}),
         "special_tokens_spelled": raw.special,
-        "held_out_inside_documents": _hold_out_inside(parts, config),
+        "held_out_inside_documents": _hold_out_inside(parts, config, given),
         "splits": {},
     }
     chosen: dict[str, list[_Part]] = {}
@@ -302,7 +302,7 @@ def _compile(stage: Stage, config: CorpusConfig, met: Met, given: list[str]) -> 
 def _shared(
     raw: _Raw, usable: NDArray[np.bool_], split_of: NDArray[np.int_], config: CorpusConfig
 ) -> NDArray[np.bool_]:
-    """Which given documents are left out because they stand in a split before theirs.
+    """Which documents are left out because they stand in a split before theirs too, one of the two being given.
 
     Raises:
         InputError: There are some, and the settings do not say what to do with them.
@@ -310,7 +310,7 @@ def _shared(
     left_out, seen = np.zeros(len(usable), bool), np.empty(0, np.uint64)
     for number, split in enumerate(SPLITS):
         here = usable & (split_of == number)
-        again = here & (raw.given > 0) & np.isin(raw.hashes, seen)
+        again = here & np.isin(raw.hashes, seen)  # equal texts are dealt to one split, so one of them was given
         if again.any() and config.shared_documents == "refuse":
             first = ", ".join(raw.names[document] for document in np.flatnonzero(again)[:3])
             raise InputError(
@@ -323,18 +323,19 @@ def _shared(
     return left_out
 
 
-def _hold_out_inside(parts: dict[str, list[_Part]], config: CorpusConfig) -> list[str]:
+def _hold_out_inside(parts: dict[str, list[_Part]], config: CorpusConfig, given: list[str]) -> list[str]:
     """Fill splits that got no document, though asked for, from the ends of the training documents.
 
-    Where no document is left for training, all of them are, and every split that is asked for is cut from them.
+    Where no document is left for training, all of them are, and every split that is asked for is cut from them; but
+    those of the splits that are `given` stay there.
 
     Returns:
         The splits so filled.
     """
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}  # the test split comes last
     if not parts["train"]:
-        parts["train"] = [part for split in SPLITS for part in parts[split]]
-        parts.update({split: [] for split in fractions})
+        dealt = [split for split in SPLITS if split not in given]
+        parts.update({"train": [part for split in dealt for part in parts[split]]} | {s: [] for s in dealt[1:]})
     empty = [split for split, fraction in fractions.items() if fraction and not parts[split]]
     whole = {part.document: part.stop for part in parts["train"]}
     for split in empty:

@@ -373,6 +373,8 @@ def _parquet(stream: IO[bytes], path: Path, config: CorpusConfig) -> Iterator[tu
         file = pq.ParquetFile(stream)
         names = file.schema_arrow.names
         _check_column(column, names, str(path), "; name it with --text-column")
+        if pa.types.is_nested(kind := file.schema_arrow.field(column).type):
+            raise InputError(f"{path}: column {column!r} holds {kind}, not text; name another with --text-column")
         # a text that is kept once, for many rows, is not unpacked for each of them
         file = pq.ParquetFile(stream, metadata=file.metadata, read_dictionary=[column])
         for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):

@@ -24,7 +24,7 @@ from memlm.files import lasting_name, write_json
 from memlm.manifest import MANIFEST, RUN, Manifest, copy_payload
 from memlm.models.abilities import check_causal
 from memlm.models.identity import model_identity
-from memlm.models.loading import default_device, load_on_default_device, parse_dtype
+from memlm.models.loading import default_device, dtype_name, load_on_default_device, parse_dtype
 from memlm.models.taps import TapReader, resolve_tap
 from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
@@ -127,6 +127,8 @@ def _build(
     """Write the datastore, and return its facts."""
     split = source.split("train")
     before, index_is_whole = stage.previous, False
+    dtype = stage.settled("dtype", dtype_name(parse_dtype(config.dtype, default_device())))
+    config = config.model_copy(update={"dtype": dtype if before is None else before.facts.get("teacher_dtype", dtype)})
     if before is not None:
         stage.save_text(_TAP_FILE, before.facts["tap"] + "\n")
         index_is_whole = stage.has(INDEX_FILE) or INDEX_FILE not in before.payload
@@ -152,7 +154,7 @@ def _build(
         "tap": tap,
         "distance": "squared L2",
         "key_dtype": "float16",
-        "teacher_dtype": str(parse_dtype(config.dtype, default_device())).removeprefix("torch."),
+        "teacher_dtype": config.dtype,
         **_save_index(stage, keys, config, extension),
     }
     return facts if extension is None else {**facts, "extended": extension.facts}

@@ -131,6 +131,11 @@ class Datastore:
         """Where the teacher is found."""
         return self._teacher or self.manifest.sources["teacher"]
 
+    @property
+    def read_as(self) -> DatastoreConfig:
+        """Its settings, with the precision that the teacher computed in, which `auto` need not be on this machine."""
+        return self.config.model_copy(update={"dtype": self.facts.teacher_dtype or self.config.dtype})
+
     def check_teacher(self) -> None:
         """Raise unless the teacher can still be found and is the model that made the keys.
 

@@ -160,7 +160,7 @@ class RetrievalMemory(Memory):
         if base is not None and model_identity(base) == store.manifest.inputs["teacher"]:
             return cls(settings).eval()
         store.check_teacher()
-        teacher, _ = load_teacher(store.teacher, store.config)
+        teacher, _ = load_teacher(store.teacher, store.read_as)
         return cls(settings, teacher=teacher).eval()
 
     def save_weights(self, folder: Path) -> None:

@@ -346,6 +346,11 @@ def load_on_default_device(name: str | Path, dtype: str = "auto") -> PreTrainedM
     return load_causal_lm(str(name), dtype=parse_dtype(dtype, device)).to(device)  # type: ignore[arg-type]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As settings call it, such as `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def parse_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
     """`float32`, `bfloat16`, `float16`, or `auto` for `default_dtype(device)`.
 

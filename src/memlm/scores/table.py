@@ -22,7 +22,7 @@ from memlm.memory.retrieval import RetrievalSettings
 from memlm.memory.voter import Voter
 from memlm.mix.base import BaseVoter
 from memlm.models.identity import model_identity
-from memlm.models.loading import default_device, load_causal_lm, parse_dtype
+from memlm.models.loading import default_device, dtype_name, load_causal_lm, parse_dtype
 from memlm.parts import KEEP_SECONDS, Due, Part, noting
 from memlm.progress import progress_bar
 from memlm.scores.score import COLUMNS, Scores, score
@@ -132,21 +132,21 @@ class Scorers:
     def _spec(self, text: Text, name: str) -> StageSpec:
         model = self.memories.get(name, self.base)
         config: dict[str, Any] = {
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype),
             "as_memory": name != BASE,
             "batch_tokens": self.batch_tokens,
             "split": text.split,
             "columns": list(COLUMNS),
         }
         inputs = {"corpus": text.corpus, "model": model_identity(model)}
-        settings = read_settings(model) if name != BASE else None
+        settings = read_settings(model, retrieval=self.retrieval) if name != BASE else None
         if settings is not None and settings.tap is not None:
             inputs["base"] = model_identity(self.base)
         head = read_head(model, settings) if name != BASE else None
         if head is not None:
             config["confidence"] = head.digest
         if isinstance(settings, RetrievalSettings):
-            config["retrieval"] = settings.searched_by(self.retrieval).retrieval.found
+            config["retrieval"] = settings.retrieval.found
         sources = {"corpus": text.source, "model": model}
         return StageSpec("scores", config=config, inputs=inputs, tokenizer=text.tokenizer, sources=sources)
 

@@ -100,7 +100,7 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
     shards = shard_blocks(split.position_starts, store.config.shard_positions)
     bounds = {i: split.position_starts[list(s)].tolist() for i, s in enumerate(shards) if not stage.has(_shard(i))}
     done = split.n_positions - sum(stop - start for start, stop in bounds.values())
-    teacher = cache(lambda: load_teacher(store.teacher, store.config)[0])
+    teacher = cache(lambda: load_teacher(store.teacher, store.read_as)[0])
     reader = cache(lambda: TapReader(teacher(), store.facts.tap))
     chosen = _chosen(stage, store, config, teacher)
     votes_settings = {

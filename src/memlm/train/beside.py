@@ -18,6 +18,7 @@ from memlm.files import cache_dir, digest, load_array
 from memlm.manifest import is_finished, payload_file, read_manifest
 from memlm.mix.base import BaseVoter
 from memlm.models.identity import model_identity
+from memlm.models.loading import dtype_name
 from memlm.progress import progress_bar
 from memlm.scores.table import computing_alone
 from memlm.stage import Stage, StageSpec, run_stage
@@ -74,7 +75,7 @@ def base_on_rows(
     spec = StageSpec(
         "base-rows",
         config={
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": dtype_name(dtype),
             "batch_tokens": batch_tokens,
             "targets": data.with_targets,
         },
@@ -103,6 +104,9 @@ def finite(scores: NDArray[np.float32], base: str, split: str) -> NDArray[np.flo
     return scores
 
 
+_KINDS = "labels", "targets"
+
+
 def _file(kind: str, shard: int) -> str:
     return f"{kind}-{shard:05d}.npy"
 
@@ -114,14 +118,15 @@ def _read(
     voter = BaseVoter(load_base(), data.vocab_size, exact=False)
     positions = int(rows.position_starts[-1])
     shards = shard_blocks(rows.position_starts, _SHARD_POSITIONS)
-    to_do = [i for i in range(len(shards)) if not stage.has(_file("targets", i))]
+    to_do = [i for i in range(len(shards)) if not all(stage.has(_file(kind, i)) for kind in _KINDS)]
     starts = rows.position_starts[[[first, end] for first, end in shards]]
     done = positions - sum(int(np.diff(starts[i])[0]) for i in to_do)
     with progress_bar(positions, f"{stage.sources['base']} reads the training text", initial=done) as bar:
         for i in to_do:
             labels, targets = _read_shard(rows, voter, range(*shards[i]), batch_tokens, bar.update)
-            stage.save_array(_file("labels", i), finite(labels, stage.sources["base"], "training"))
-            stage.save_array(_file("targets", i), targets)
+            found = finite(labels, stage.sources["base"], "training"), targets
+            for kind, values in zip(_KINDS, found, strict=True):
+                stage.save_array(_file(kind, i), values)
     return {"positions": positions}
 
 

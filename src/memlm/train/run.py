@@ -21,7 +21,7 @@ from memlm.memory.loading import load_memory, memory_class, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.models.heads import Head, check_plain_head
 from memlm.models.identity import model_identity
-from memlm.models.loading import WEIGHTS_FILE, check_reaches, default_device, load_causal_lm, parse_dtype
+from memlm.models.loading import WEIGHTS_FILE, check_reaches, default_device, dtype_name, load_causal_lm, parse_dtype
 from memlm.models.taps import TapReader
 from memlm.models.tokenizers import ADVICE
 from memlm.parts import KEEP_SECONDS, Due
@@ -33,7 +33,7 @@ from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.train.beside import WithBase, base_on_rows, finite
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData, WithActivations
-from memlm.train.trainer import HeldOut, MemoryTrainer, last_whole_checkpoint, training_arguments
+from memlm.train.trainer import HeldOut, MemoryTrainer, compute_in, last_whole_checkpoint, training_arguments
 
 _CHECKPOINTS = "checkpoints"
 _HELD_OUT = "validation-activations.npy"
@@ -136,7 +136,9 @@ def plan_memory(
         def say_kept(step: int, steps: int) -> None:
             stage.kept = f"training up to step {step:,} of {steps:,}"
 
-        base_model: PreTrainedModel = load_causal_lm(base, dtype=dtype).to(device)  # type: ignore[arg-type]
+        settled = ranks.once(lambda: stage.settled("dtype", dtype_name(dtype)))
+        compute_in(arguments, bf16=settled == "bfloat16")
+        base_model: PreTrainedModel = load_causal_lm(base, dtype=parse_dtype(settled)).to(device)  # type: ignore[arg-type]
         torch.manual_seed(config.seed)
         memory = _start(rows, init, goes_on, base_model, config)
         if isinstance(head := getattr(memory, "head", None), Head):
@@ -179,7 +181,7 @@ def plan_memory(
         _train(trainer, ranks.once(lambda: last_whole_checkpoint(checkpoints)))
         trainer.check_weights()
         memory.train_beside_base(False)
-        facts = _facts(trainer, rows, memory, config)
+        facts = _facts(trainer, rows, memory, config) | {"computed_in": settled}
         memory.merge_adapters()
         if ranks.first:
             _save(stage, memory, rows, facts)

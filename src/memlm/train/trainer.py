@@ -98,10 +98,17 @@ def training_arguments(
     }
     try:
         arguments = TrainingArguments(**{**settings, **config.trainer})
+        compute_in(arguments, bf16=bf16)
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # a launcher takes more; replicas would cut rows at wrong places
         _try_out(arguments)
     except (AttributeError, LookupError, TypeError, ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"trainer = {config.trainer}: {reason_of(error)}") from None
     return arguments
+
+
+def compute_in(arguments: TrainingArguments, *, bf16: bool) -> None:
+    """Let the forward passes run in bfloat16 or in the weights' float32, whatever a launcher's environment says."""
+    arguments.bf16, arguments.mixed_precision = bf16, "bf16" if bf16 else "no"
 
 
 def _try_out(arguments: TrainingArguments) -> None:
@@ -225,7 +232,8 @@ class MemoryTrainer(Trainer):
             raise TrainingError(f"the memory cannot be trained on such rows: {reason_of(error)}") from error
         positions = len(inputs["places"])
         self._bar.advance(positions)
-        loss = found.loss / (num_items_in_batch if num_items_in_batch is not None else positions)
+        shared = num_items_in_batch if num_items_in_batch is not None else positions
+        loss = found.loss / (shared.clamp(min=1) if isinstance(shared, Tensor) else max(1, shared))  # none: a loss of 0
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # undo the mean that data parallelism takes
         self._sums = self._sums.to(loss.device) + torch.stack(
