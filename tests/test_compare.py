@@ -370,6 +370,8 @@ def test_a_row_that_the_recipe_cannot_have_is_refused(sections: dict[str, Any], 
         Comparison(changed(mlp, "compare", bases=["x"]), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"evaluate.base: a comparison has one base"):
         Comparison(changed(sections, "evaluate", base="x"), tmp_path / "x")
+    with pytest.raises(ConfigError, match=r"evaluate.mix_weight: a comparison chooses every row's weight"):
+        Comparison(changed(sections, "evaluate", mix_weight=0.5), tmp_path / "x")
     with pytest.raises(ConfigError, match=r"compare.bases: the memory is put beside them; add memory"):
         Comparison(changed(sections, "compare", bases="x", rows=["dapt"]), tmp_path / "x")
     same = sections["compare"]["general"]

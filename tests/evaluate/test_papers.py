@@ -455,3 +455,9 @@ def test_a_further_model_of_another_tokenizer_is_refused_at_once(
     other = save_model(tmp_path / "other", sentencepiece_like(sentences(100, seed=3)), seed=5)
     with pytest.raises(TokenizerMismatchError, match="all models are to answer in the same tokens"):
         evaluate_tasks(["papers:mr"], base=model_folder, memory=memory_folder, data=data, others={"o": other})
+
+
+def test_line_ends_of_windows_are_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "sst2").mkdir()
+    (tmp_path / "sst2" / "test.tsv").write_bytes(b"__label__1\ta dull film\r\n__label__5\ta great film\r\n")
+    assert [item.prompt for item in read_items("sst2", tmp_path)] == ["a dull film It was", "a great film It was"]

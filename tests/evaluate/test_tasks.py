@@ -1,6 +1,7 @@
 """Tasks of lm-eval: the same items for base, fixed weight and gate, and what a mixture is to lm-eval."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +12,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import sentences
 
 from benchmarks import general_ability
 from memlm.cli import app
 from memlm.errors import ConfigError, InputError, ModelError
 from memlm.evaluate import tasks as tasks_module
 from memlm.evaluate.lm_eval import FiniteLM, _batches, lm_eval_errors
+from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.evaluate.tasks import evaluate_tasks, tasks_table
+from memlm.files import cache_dir
 from memlm.mix import loading, mixed_lm
+from memlm.mix.gate_config import GateConfig
 from memlm.mix.mixed_lm import MixedLM
 from memlm.models.loading import load_causal_lm
 from memlm.models.tokenizers import load_tokenizer
@@ -317,3 +322,46 @@ def test_a_way_that_gives_no_numbers_is_named(
         evaluate_tasks(["toy"], base=nan_base, **include)
     with pytest.raises(ModelError, match=r"^tuned gives no finite scores$"):
         evaluate_tasks(["toy"], base=model_folder, others={"tuned": nan_base}, **include)
+
+
+def test_answers_are_kept_for_the_search_that_a_datastore_was_validated_with(
+    corpus_folder: Path, datastore_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    (tmp_path / "mr").mkdir()
+    rows = "".join(f"{number % 2},{text}\n" for number, text in enumerate(sentences(12, seed=9)))
+    (tmp_path / "mr" / "test.csv").write_text("label,text\n" + rows)
+    copied = shutil.copytree(datastore_folder, tmp_path / "d")
+    kept = []
+    for temperature in (0.5, 64.0):
+        searched = RetrievalConfig(k=8, target_temperature=temperature)
+        how: dict[str, Any] = {"base": model_folder, "memory": copied, "dtype": "float32"}
+        evaluate_perplexity(corpus_folder, retrieval=searched, bootstrap=0, **how)
+        before = {*cache_dir().glob("answers/*")}
+        evaluate_tasks(["papers:mr"], data=tmp_path, mix_weight=0.5, bootstrap=0, limit=4, **how)
+        kept.append({*cache_dir().glob("answers/*")} - before)
+    assert kept[1], "another search, other answers"
+
+
+def test_log_likelihoods_under_a_gate_hang_on_no_batch(model_folder: str, memory_folder: Path) -> None:
+    """A gate hears each text from its first token, as where texts are evaluated."""
+    gate = GateConfig(gate="posterior", prompt_window=4)
+    mixed = MixedLM.from_pretrained(model_folder, memory=memory_folder, gate=gate)
+    rng = np.random.default_rng(0)
+    requests = [(("", ""), rng.integers(0, 50, length).tolist(), [7, 9]) for length in (28, 9, 20, 3)]
+    found = [
+        [
+            score
+            for score, _ in FiniteLM(
+                pretrained=mixed, tokenizer=load_tokenizer(model_folder), batch_size=size
+            )._loglikelihood_tokens(requests, disable_tqdm=True)
+        ]
+        for size in (1, 4)
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4)
+    for (_, context, going_on), score in zip(requests, found[0], strict=True):
+        with torch.no_grad():
+            log_probs = mixed(torch.tensor([context + going_on])).logits[0].log_softmax(-1)
+        places = range(len(context), len(context) + 2)
+        whole = sum(float(log_probs[at - 1, (context + going_on)[at]]) for at in places)
+        assert score == pytest.approx(whole, rel=1e-3)
+    assert mixed.gate == gate

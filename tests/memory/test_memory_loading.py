@@ -12,6 +12,7 @@ from strangers import reseal
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from memlm.errors import ArtifactError, ConfigError, MemlmError, ModelError
+from memlm.memory.confidence import ConfidenceHead
 from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_settings
 from memlm.memory.protocol import MemorySettings
@@ -162,3 +163,14 @@ def test_what_no_library_reads_may_lie_beside_a_memorys_own_files(copied_memory:
         (copied_memory / name).write_text("own")
     (copied_memory / "evaluation").mkdir()
     assert load_memory(copied_memory).vocab_size == len(load_tokenizer(str(copied_memory)))
+
+
+def test_a_memory_saved_over_another_has_not_that_ones_head(memory_folder: Path, tmp_path: Path) -> None:
+    memory = load_memory(memory_folder)
+    memory.confidence_head = ConfidenceHead(
+        memory="m", tokenizer=memory.settings.tokenizer, state=[], features=[0.0] * 5, bias=1.0, base="b"
+    )
+    for head in (memory.confidence_head, None):
+        memory.confidence_head = head
+        memory.save_pretrained(tmp_path / "m")
+        assert load_memory(tmp_path / "m").confidence_head == head

@@ -461,3 +461,17 @@ def test_a_base_that_gives_no_numbers_is_named(
     for call in (explain, explain_passage):
         with pytest.raises(ModelError, match="the base gives no finite scores"):
             call(model, tokenizer, PROMPT)
+
+
+def test_an_adapted_base_is_not_read_as_the_datastores_teacher(
+    model_folder: str, memory_folder: Path, datastore_folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Though its name is that one's."""
+    model = MixedLM.from_pretrained(model_folder, memory=memory_folder, mix_weight=0.5)
+    with torch.no_grad():
+        for parameter in model.base.model.layers[0].parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    found = explain(model, tokenizer, PROMPT, datastore=datastore_folder, max_new_tokens=3, neighbors=2)
+    store = Datastore(datastore_folder)
+    tap = store.manifest.facts["tap"]
+    assert_nearest(found, [activations(model_folder, tap, before) for before in prefixes(found, tokenizer)], store, 2)

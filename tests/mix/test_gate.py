@@ -444,3 +444,16 @@ def test_a_saved_mixture_keeps_its_gate_and_heads(model_folder: str, places: dic
     fixed.save_pretrained(tmp_path / "fixed")
     assert MixedLM.from_pretrained(tmp_path / "fixed").gate.gate == "none"
     assert MixedLM.from_pretrained(tmp_path / "fixed", gate="posterior").gate.gate == "posterior"
+
+
+@torch.no_grad()
+def test_a_gate_takes_over_a_cache_that_was_begun_at_fixed_weights() -> None:
+    """What was weighed otherwise counts for nothing, as where another gate weighed it."""
+    text, later = some_tokens(2, 8), {}
+    for before in ("none", "confidence"):
+        model = mixture(before)
+        cache = model(text[:, :5], use_cache=True).past_key_values
+        model.set_gate("posterior")
+        later[before] = [model(text[:, at : at + 1], past_key_values=cache).logits for at in (5, 6, 7)]
+    for found, expected in zip(later["none"], later["confidence"], strict=True):
+        torch.testing.assert_close(found, expected)

@@ -138,3 +138,14 @@ def test_the_road_goes_on_with_a_tokenizer_that_has_more_ids(larger: tuple[Path,
     build_corpus([str(documents)], tokenizer=str(folder), out=tmp_path / "other", special_tokens=True, **shared)
     with pytest.raises(MemlmError, match=r"has token '<extra>' \(id 64\), outside the 64 of model"):
         build_datastore(tmp_path / "other", teacher=str(folder), out=tmp_path / "store2")
+
+
+def test_a_token_without_a_row_in_the_memory_is_named_and_padding_needs_none() -> None:
+    model = MixedLM(family_model("llama", 48), decoder_memory(40), mix_weight=0.3)
+    text = torch.tensor([[3, 4, 45, 6]])
+    with pytest.raises(ConfigError, match="token id 45 is outside the 40 of memory"):
+        model(text)
+    padded, mask = torch.tensor([[45, 4, 5]]), torch.tensor([[0, 1, 1]])
+    with torch.no_grad():
+        found = model(padded, attention_mask=mask).logits[:, 1:]
+        torch.testing.assert_close(found, model(padded[:, 1:]).logits)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from families import CACHED, family_model, token_ids
 from memories import LONG_TEXT, decoder_memory
 from reference_lm import mixed_probs, next_token_probs
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from memlm.errors import ConfigError
 from memlm.memory.decoder import MemoryDecoder
@@ -349,3 +350,17 @@ def tiny_memory_with(window: int) -> MemoryDecoder:
 def test_a_window_that_holds_nothing_is_refused(window: int) -> None:
     with pytest.raises(ConfigError, match=f"memory_window = {window}: must be at least 2"):
         MixedLM(family_model("llama", VOCAB), tiny_memory(), 0.5, memory_window=window)
+
+
+def test_a_trainer_gets_the_same_loss_however_it_accumulates(tmp_path: Path) -> None:
+    """A mixture's loss is a mean, so that what the Trainer counts of a whole step is nothing to it."""
+    rows = [{"input_ids": row, "labels": row} for row in token_ids(8, 12, vocab_size=40)]
+    losses = {}
+    for accumulation in (1, 4):
+        model = MixedLM(family_model("llama", 40), decoder_memory(40), mix_weight=0.3)
+        model.base.requires_grad_(True)
+        how: dict[str, Any] = {"per_device_train_batch_size": 8 // accumulation, "report_to": "none"}
+        how |= {"gradient_accumulation_steps": accumulation, "dataloader_pin_memory": False, "save_strategy": "no"}
+        arguments = TrainingArguments(str(tmp_path), max_steps=1, **how)
+        losses[accumulation] = Trainer(model, arguments, train_dataset=rows).train().training_loss
+    assert losses[4] == pytest.approx(losses[1], rel=1e-3)

@@ -159,7 +159,7 @@ def test_the_revision_of_the_memory_is_the_one_that_is_checked(
     checked: list[str | None] = []
     read = loading.read_settings
 
-    def spy(source: Any, *, revision: str | None = None) -> Any:
+    def spy(source: Any, *, retrieval: None = None, revision: str | None = None) -> Any:
         checked.append(revision)
         return read(source)
 

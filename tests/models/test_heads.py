@@ -158,3 +158,8 @@ def test_the_likeliest_token_is_torchs_argmax() -> None:
     assert (likeliest(scores[:, -1]) == scores[:, -1].argmax(-1)).all()
     assert likeliest(scores[0, 0]) == 0
     assert likeliest(scores).dtype == torch.long
+
+
+def test_a_head_has_a_hash_before_it_has_fields() -> None:
+    """torch.compile asks for it."""
+    assert isinstance(hash(object.__new__(Head)), int)

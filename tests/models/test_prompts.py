@@ -75,3 +75,11 @@ def test_a_chat_is_the_same_where_nothing_is_spelled(tokenizer: Any) -> None:
     same = ids.index(tokenizer.eos_token_id) + 1  # the first turn and its end
     assert longer[:same] == ids[:same]
     assert other["evidence_mask"][0, :same].tolist() == plain["evidence_mask"][0, :same].tolist()
+
+
+def test_kinds_of_tokens_are_left_out(tokenizer: Any) -> None:
+    """A causal LM has learnt none, and evaluations read without them."""
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in tokenizer("one two")
+    for prompt in ("one two", [{"role": "user", "content": "one two"}]):
+        assert {*encode_prompt(tokenizer, prompt)} - {"evidence_mask"} == {"input_ids", "attention_mask"}

@@ -16,11 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import gate_search
 from memlm import MixedLM, train_memory
 from memlm.cli import app
+from memlm.corpus.blocks import Corpus
 from memlm.errors import ArtifactError, ConfigError, InputError, MemlmError, TokenizerMismatchError
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.memory.confidence import FEATURES, ConfidenceHead
 from memlm.memory.loading import load_memory
 from memlm.mix.gate_config import GateConfig
+from memlm.targets.config import RetrievalConfig
 from memlm.train.gate import Heard, fit_gate, fitted
 
 pytestmark = [pytest.mark.filterwarnings(LONG_TEXT), pytest.mark.slow]
@@ -90,6 +92,10 @@ def test_a_label_that_a_retriever_finds_impossible_is_no_trouble() -> None:
     text = heard(500, 0)
     text.memory[::3] = -np.inf
     assert np.isfinite([*fitted([text])["state"], fitted([text])["bias"]]).all()
+    sure = heard(500, 1)  # where a weight of 1 is best, other text has an infinite perplexity
+    sure.memory[:] = 0
+    head = ConfidenceHead(memory="m", tokenizer=None, base="b", **fitted([sure, text]))
+    assert head.facts["general_fixed_perplexity"] is None
 
 
 # --- with models --------------------------------------------------------------------------------------------------
@@ -169,12 +175,57 @@ def test_an_mlp_memory_and_live_retrieval_get_heads_too(
 ) -> None:
     for name, folder, width in (("mlp", mlp_folder, 32), ("live", datastore_folder, 32)):
         copied = Path(shutil.copytree(folder, tmp_path / name))
-        head = fit_gate(copied, corpus=corpus_folder, base=model_folder, dtype="float32")
+        head = fit_gate(copied, corpus=corpus_folder, base=model_folder, dtype="float32", retrieval=ALL)
         assert len(head.state) == width
         model = MixedLM.from_pretrained(model_folder, memory=copied, memory_kwargs={"retrieval": ALL})
         assert model.gate.gate == "both"
         with torch.no_grad():
             assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+
+
+def test_a_datastores_head_is_for_the_search_that_it_was_fitted_on(
+    datastore_folder: Path, corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(datastore_folder, tmp_path / "d"))
+    one, other = (RetrievalConfig(k=20, target_temperature=t) for t in (1.0, 64.0))
+    how: dict[str, Any] = {"corpus": corpus_folder, "base": model_folder, "dtype": "float32"}
+    evaluate_perplexity(memory=copied, retrieval=one, **how)
+    validated = fit_gate(copied, **how)
+    assert validated == fit_gate(copied, retrieval=one, **how) != fit_gate(copied, retrieval=other, **how)
+    for search, gate in ((one, "posterior"), (other, "both"), (None, "posterior")):  # None: as it was validated
+        report = evaluate_perplexity(memory=copied, retrieval=search or one, **how)
+        assert report["mixture"]["gate"] == gate
+        loaded = MixedLM.from_pretrained(model_folder, memory=copied, memory_kwargs={"retrieval": search})
+        assert loaded.gate.gate == gate
+        evaluate_perplexity(memory=copied, retrieval=one, **how)
+    with pytest.raises(ConfigError, match="has no confidence head"):
+        evaluate_perplexity(memory=copied, retrieval=one, gate="both", **how)
+
+
+def test_every_place_of_general_text_is_heard(
+    memory: Path, documents: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much there is of the first; and enclosed by the tokens that the domain's documents are enclosed by."""
+    heard_text: list[Any] = []
+    monkeypatch.setattr("memlm.train.gate._hear", lambda part, voter, text, config: heard_text.append(text))
+    monkeypatch.setattr("memlm.train.gate.fitted", lambda *_, **__: {"state": [], "features": [0.0] * 5, "bias": 0.0})
+    places = []
+    for number, letter in enumerate("xyz"):
+        path = tmp_path / f"{letter}.txt"
+        path.write_text("\n\n".join(f"{letter} {text}" for text in sentences(200, seed=number + 50)), encoding="utf-8")
+        places.append(str(path))
+    with_start = {"start_token": "bos", "end_token": "none", "document_separator": "\n\n"}
+    domain, other = (
+        make_corpus(text, model_folder, tmp_path / name, validation_fraction=0.4, **with_start)
+        for name, text in (("c", documents), ("o", places[0]))
+    )
+    kept: dict[str, Any] = {"general_tokens": 2000, "shared_documents": "keep"}
+    fit_gate(memory, corpus=domain, base=model_folder, general=[other, *places[1:]], **SEPARATED, **kept)
+    tokenizer = Corpus(domain).tokenizer
+    tokens = dict.fromkeys(("<s>x ", "<s>y ", "<s>z "), 0)
+    for text in heard_text[1].documents():
+        tokens[tokenizer.decode(text)[:5]] += len(text)
+    assert max(tokens.values()) < 1.5 * min(tokens.values())
 
 
 def test_one_head_serves_another_base(

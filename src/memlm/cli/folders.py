@@ -10,7 +10,7 @@ import typer
 
 from memlm.cli.checks import check_file_to_write
 from memlm.cli.options import Json
-from memlm.cli.printing import memory_line, print_result
+from memlm.cli.printing import memory_line, perplexity_text, print_result
 from memlm.corpus.config import SPLITS
 from memlm.errors import ArtifactError, MemlmError
 from memlm.files import read_json, replacing
@@ -80,10 +80,10 @@ def _head_line(path: Path) -> str:
     try:
         head = read_json(path, limit=1 << 26)
         facts = head["facts"]
-        gate, fixed = (facts[f"domain_{part}_perplexity"] for part in ("gate", "fixed"))
+        gate, fixed = (perplexity_text(facts[f"domain_{part}_perplexity"]) for part in ("gate", "fixed"))
         return (
             f"its confidence was fitted beside {head['base']}; on {facts['domain_tokens']:,} held-out tokens perplexity"
-            f" {gate:.2f} with it, {fixed:.2f} with a fixed weight"
+            f" {gate} with it, {fixed} with a fixed weight"
         )
     except (KeyError, TypeError, ValueError):
         raise ArtifactError(f"{path} holds no confidence head; delete it, or fit it anew with memlm gate") from None

@@ -51,6 +51,11 @@ def next_line(*command: str | Path) -> str:
     return "next: " + " ".join(shlex.quote(str(word)) for word in command)
 
 
+def perplexity_text(perplexity: float | None) -> str:
+    """As people read it; None stands for infinity, which JSON has not."""
+    return "inf" if perplexity is None else f"{perplexity:.2f}"
+
+
 def memory_line(facts: dict[str, Any]) -> str:
     """How large a memory is, how it came about, and how good it is."""
     line = f"{facts['parameters']:,} parameters"

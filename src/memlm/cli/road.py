@@ -17,12 +17,12 @@ from memlm.cli.options import (
     number,
     with_settings,
 )
-from memlm.cli.printing import memory_line, next_line, print_made, print_result, quiet, say
+from memlm.cli.printing import memory_line, next_line, perplexity_text, print_made, print_result, quiet, say
 from memlm.config import read_recipe
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.memory.config import AdaptConfig
-from memlm.targets.config import TargetsConfig
+from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import FitGateConfig, TrainConfig
 
 _LEAKS = 0.7
@@ -336,6 +336,7 @@ def gate(
     corpus: Annotated[str, typer.Option(help="Corpus folder of the domain; its validation split is read.")],
     base: Base,
     config: FitGateConfig | None,
+    retrieval: RetrievalConfig | None,
     general: Annotated[
         list[str] | None,
         typer.Option(help="Text that is not of the domain: files, folders, or a corpus folder; may be repeated."),
@@ -349,7 +350,8 @@ def gate(
     """Teach a memory when to speak: fit its confidence on held-out text of the domain and on general text.
 
     The head is kept in the memory's folder (gate.json); mixtures use it from then on. It serves every base of the
-    tokenizer. The figures are of documents that it was not fitted on: halves judge each other.
+    tokenizer. The figures are of documents that it was not fitted on: halves judge each other. A datastore's is for
+    one search: the one that is given, or the one it was validated with.
 
     Example: memlm gate m/ --corpus c/ --base smollm2 --general wikipedia.txt
     """
@@ -360,11 +362,13 @@ def gate(
     quiet()
     from memlm.train.gate import fit_gate
 
-    head = fit_gate(memory, corpus=corpus, base=[base, *(beside or [])], general=general or [], config=config)
+    bases = [base, *(beside or [])]
+    head = fit_gate(memory, corpus=corpus, base=bases, general=general or [], config=config, retrieval=retrieval)
     facts, lines = head.facts, [f"{'':<10}{'tokens':>9}{'base':>10}{'fixed':>10}{'gate':>10}"]
     for text in ("domain", "general"):
         if f"{text}_tokens" in facts:
-            figures = "".join(f"{facts[f'{text}_{part}_perplexity']:>10.2f}" for part in ("base", "fixed", "gate"))
+            told = (perplexity_text(facts[f"{text}_{part}_perplexity"]) for part in ("base", "fixed", "gate"))
+            figures = "".join(f"{figure:>10}" for figure in told)
             lines.append(f"{text:<10}{facts[f'{text}_tokens']:>9,}{figures}")
     if not general:
         lines.append("no general text was given (--general): the head has not seen what the memory does not know")

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import LogitsProcessorList
 
+from memlm.config import MAX_COUNT
 from memlm.errors import InputError, MemlmError, ModelError
 from memlm.evaluate.decoding import NaNWatch
 from memlm.files import out_of_memory
@@ -40,6 +41,12 @@ class FiniteLM(HFLM):  # type: ignore[misc]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Request], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        with _heard_whole(self.model):  # type: ignore[attr-defined]
+            return self._log_likelihoods(requests, disable_tqdm, override_bs)
+
+    def _log_likelihoods(
+        self, requests: Sequence[_Request], disable_tqdm: bool, override_bs: int | None
     ) -> list[tuple[float, bool]]:
         ask: Any = super()._loglikelihood_tokens  # type: ignore[misc]
         own: Any = self
@@ -76,6 +83,21 @@ class FiniteLM(HFLM):  # type: ignore[misc]
         found = super()._model_generate(*args, **kwargs, logits_processor=watching)  # type: ignore[misc]
         watch.check(self.called)
         return found
+
+
+@contextlib.contextmanager
+def _heard_whole(model: Any) -> Iterator[None]:
+    """While it lasts a gate hears texts from their first token, as in evaluations; its window of a prompt would begin
+    where the batch makes it."""
+    gate = model.gate if isinstance(model, MixedLM) else None
+    if gate is None or gate.gate == "none":
+        yield
+        return
+    model.set_gate(gate.model_copy(update={"prompt_window": MAX_COUNT}))
+    try:
+        yield
+    finally:
+        model.set_gate(gate)
 
 
 def _batches(requests: Sequence[_Request], size: int, longest: int, share: bool) -> Iterator[tuple[list[int], int]]:

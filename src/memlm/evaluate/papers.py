@@ -140,7 +140,7 @@ def rows_of(path: Path) -> Iterator[Row]:
 
 def _values(where: str, line: str, suffix: str) -> Any:
     if suffix == ".tsv":
-        label, _, text = line.rstrip("\n").partition("\t")
+        label, _, text = line.rstrip("\r\n").partition("\t")
         return {"label": label, "text": text}
     try:
         return json.loads(line)

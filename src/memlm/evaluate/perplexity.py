@@ -104,7 +104,7 @@ def evaluate_perplexity(
         check_unseen(source, memories, read, "keep them with shared_documents keep")
     gate = gate_config(gate, weight_given=given is not None)
     spec = report_spec(corpus, base=base, memory=memory, config=config, retrieval=retrieval, gate=gate)
-    heads = _heads(memories)
+    heads = _heads(memories, retrieval)
     weight_rule(gate, {name: GatedMemory(None, head) for name, head in heads.items()})  # raises before any work
     if out is not None:
         check_output(out, spec)
@@ -160,8 +160,8 @@ def evaluate_perplexity(
     return report
 
 
-def _heads(memories: Mapping[str, str]) -> dict[str, ConfidenceHead | None]:
-    return {name: read_head(model, read_settings(model)) for name, model in memories.items()}
+def _heads(memories: Mapping[str, str], retrieval: RetrievalConfig | None) -> dict[str, ConfidenceHead | None]:
+    return {name: read_head(model, read_settings(model, retrieval=retrieval)) for name, model in memories.items()}
 
 
 def _gated(
@@ -187,7 +187,9 @@ def evaluated_log_probs(
     weights = list(weights_of(report).values())
     given = fixed_of(report)["mix_weight_from"] == "given"
     config = GateConfig.parse(report["run"]["gate"])
-    rule = weight_rule(config, _gated(tables, _heads(memories), weights, given))
+    searched = report["run"].get("retrieval")
+    heads = _heads(memories, None if searched is None else RetrievalConfig(**searched))
+    rule = weight_rule(config, _gated(tables, heads, weights, given))
     if isinstance(rule, Gate):
         return gated_label_log_probs(tables["test"], rule)[0]
     return mixture_label_log_probs(*_labels(tables["test"], memories), weights)
@@ -195,9 +197,9 @@ def evaluated_log_probs(
 
 def _keep_choice(memory: str, base: str, weight: float, retrieval: RetrievalConfig | None) -> None:
     """Leave the weight and the search that was evaluated in a datastore's folder; a trained memory has its own."""
-    settings = read_settings(memory)
+    settings = read_settings(memory, retrieval=retrieval)
     if isinstance(settings, RetrievalSettings) and Path(settings.datastore) == Path(memory).resolve():
-        Validated(mix_weight=weight, base=base, retrieval=settings.searched_by(retrieval).retrieval).keep(memory)
+        Validated(mix_weight=weight, base=base, retrieval=settings.retrieval).keep(memory)
 
 
 _FIXED = "mixture.fixed"  # no memory's name has a dot
@@ -261,7 +263,7 @@ def report_spec(
     parts = {_input(name, memory): model for name, model in named(memory).items()}
     sources = {"base": base, **parts}
     weighs = gate_config(gate, weight_given=config.mix_weight is not None)
-    heads = {name: head.digest for name, head in _heads(parts).items() if head is not None}
+    heads = {name: head.digest for name, head in _heads(parts, retrieval).items() if head is not None}
     return StageSpec(
         "evaluation",
         config=config.deciding

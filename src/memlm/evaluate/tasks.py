@@ -112,7 +112,7 @@ def evaluate_tasks(
         check_same(tokenizer, load_tokenizer(resolve(str(place))), f"base {base}", f"{other} ({place})", advice=_SAME)
     options: Any = {"memory": memory, "mix_weight": mix_weight, "gate": gate}
     mixed = MixedLM.on_default_device(base, dtype=dtype, retrieval=retrieval, **options)
-    kept = _kept_answers(mixed, base, memory, others, [retrieval and retrieval.found, dtype])
+    kept = _kept_answers(mixed, base, memory, others, [dtype])
     speakers: Any = Speakers(mixed)
     del mixed
     told, found, ways = speakers.told, {}, [*speakers.names, *others]
@@ -144,11 +144,13 @@ def _kept_answers(
     mixed: Any, base: str | Path, memory: Any, others: Mapping[str, str | Path], settings: list[Any]
 ) -> Callable[[str], Path | None]:
     """Gives a way's folder in the cache; None where a memory was given loaded, which nothing names."""
+    from memlm.memory.retrieval import RetrievalSettings
     from memlm.models.identity import model_identity
 
     places = memory if isinstance(memory, Mapping) else dict.fromkeys(mixed.memories, memory)
     heads = [part.confidence_head and part.confidence_head.digest for part in mixed.memories.values()]
-    rule = [mixed.gate.model_dump(), mixed.mix_weights, heads]
+    searches = [s.retrieval.found for m in mixed.memories.values() if isinstance(s := m.settings, RetrievalSettings)]
+    rule = [mixed.gate.model_dump(), mixed.mix_weights, heads, searches]
 
     def folder(way: str) -> Path | None:
         who: list[Any] = [model_identity(str(others.get(way, base)))]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 from memlm.errors import ConfigError
 from memlm.files import digest
 from memlm.manifest import GATE_FILE, FoundLater
+from memlm.targets.config import RetrievalConfig
 
 FEATURES = ("entropy of the base", "entropy of the memory", "log top-1 of the base", "log top-1 of the memory", "agree")
 """What every confidence looks at beside the memory's own state: no part of it depends on which base stands there."""
@@ -41,8 +43,10 @@ class ConfidenceHead(FoundLater):
     bias: float = Field(ge=-_LARGEST, le=_LARGEST)
     base: str
     """The base that stood beside the memory."""
-    facts: dict[str, int | float] = Field(default_factory=dict)
-    """Tokens it was fitted on, and perplexities there."""
+    retrieval: RetrievalConfig | None = None
+    """How a datastore was searched; None: as `RetrievalConfig` says by default."""
+    facts: dict[str, int | float | None] = Field(default_factory=dict)
+    """Tokens it was fitted on, and perplexities there; None is an infinite one."""
 
     def of_state(self, state: Float[Tensor, "... D"]) -> Float[Tensor, "..."]:
         """The part of the logit that the memory's own state gives, in float32.
@@ -58,6 +62,11 @@ class ConfidenceHead(FoundLater):
                 " fit it anew with memlm gate"
             )
         return state.float() @ self._state.to(state.device)
+
+    @property
+    def search(self) -> dict[str, Any]:
+        """What decides which votes of a datastore it was fitted on."""
+        return (self.retrieval or RetrievalConfig()).found
 
     @property
     def digest(self) -> str:

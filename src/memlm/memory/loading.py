@@ -51,10 +51,8 @@ def load_memory(
         ArtifactError: The folder is damaged, or of a kind that is no memory.
     """
     where = where_from(kwargs)
-    settings = read_settings(source, **where)
+    settings = read_settings(source, retrieval=retrieval, **where)
     _check_keywords(kwargs, settings.kind if settings else "decoder")
-    if isinstance(settings, RetrievalSettings):
-        settings = settings.searched_by(retrieval)
     if settings is None and is_released_mlp(str(source), **where):
         raise ModelError(
             f"{source} is a released MLP Memory; convert it: memlm convert {source} --base BASE --out FOLDER"
@@ -78,7 +76,7 @@ def _check_keywords(kwargs: Mapping[str, Any], kind: str) -> None:
 
 
 def read_head(source: str | Path, settings: MemorySettings | None, **where: Any) -> ConfidenceHead | None:
-    """The confidence head that was fitted for a memory; None where there is none.
+    """The confidence head that was fitted for a memory; None where there is none, or for another search.
 
     Args:
         source: As `load_memory` takes it.
@@ -96,14 +94,18 @@ def read_head(source: str | Path, settings: MemorySettings | None, **where: Any)
     if other or (settings is not None and settings.tokenizer != head.tokenizer):
         what = "memory" if other else "tokenizer"
         raise ConfigError(f"{path} was fitted for another {what}; delete it, or fit it with memlm gate")
+    if isinstance(settings, RetrievalSettings) and head.search != settings.retrieval.found:
+        return None  # as such a datastore has no weight of its own either
     return head
 
 
-def read_settings(source: str | Path, **where: Any) -> MemorySettings | None:
+def read_settings(
+    source: str | Path, *, retrieval: RetrievalConfig | None = None, **where: Any
+) -> MemorySettings | None:
     """What `memory.json` or a datastore's manifest says; None for a causal LM, whose config is then readable.
 
     Args:
-        source: As `load_memory` takes it.
+        source, retrieval: As `load_memory` takes them.
         where: As `where_from` gives it.
 
     Raises:
@@ -113,7 +115,7 @@ def read_settings(source: str | Path, **where: Any) -> MemorySettings | None:
     folder = Path(resolve(str(source)))
     manifest = read_manifest(folder, "memory", "datastore") if is_artifact(folder) else None
     if manifest is not None and manifest.kind == "datastore":
-        return datastore_settings(folder)
+        return datastore_settings(folder).searched_by(retrieval)
     path = find_file(str(source), SETTINGS_FILE, **where)
     if path is None:
         load_config(str(source), **where)

@@ -15,7 +15,7 @@ from memlm.config import MAX_COUNT, StageConfig
 from memlm.corpus.blocks import IGNORE, MAX_VOCABULARY
 from memlm.errors import ConfigError, ModelError
 from memlm.files import check_no_links
-from memlm.memory.confidence import ConfidenceHead
+from memlm.memory.confidence import GATE_FILE, ConfidenceHead
 from memlm.memory.loss import Beside, DistillationLoss, distillation_loss
 from memlm.memory.reading import GivenActivations, WindowedReader
 from memlm.memory.voter import HeadVoter, Voter, VoterCache
@@ -290,6 +290,8 @@ class Memory(nn.Module, Voter):
         (folder / SETTINGS_FILE).write_text(self.settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if self.confidence_head is not None:
             self.confidence_head.save(folder)
+        else:
+            (folder / GATE_FILE).unlink(missing_ok=True)  # of a memory that was there before
 
 
 class ParametricMemory(Memory, HeadVoter):

@@ -14,11 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from memlm.errors import ModelError
+from memlm.errors import ConfigError, ModelError
 from memlm.memory.voter import NoCache, VoterCache, moved
 from memlm.models.abilities import CACHE, abilities, cache_argument
 from memlm.models.compiling import CompiledSteps, Room, with_whole_mask
-from memlm.models.loading import device_of
+from memlm.models.loading import device_of, embedding_rows
 
 
 class TokenCache(VoterCache):
@@ -214,6 +214,17 @@ class WindowedReader:
     def new_cache(self, batch_size: int) -> TokenCache:
         return TokenCache(batch_size, device_of(self.model))
 
+    def _with_rows(self, tokens: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+        """The tokens, if the model has rows for all of them; padding may be one that only others have."""
+        rows = embedding_rows(self.model)
+        if not tokens.numel() or int(tokens.max()) < rows:
+            return tokens
+        tokens = tokens.masked_fill(~mask, 0)
+        if (largest := int(tokens.max())) >= rows:
+            name = type(self.model).__name__
+            raise ConfigError(f"token id {largest} is outside the {rows} of memory {name}; leave that token out")
+        return tokens
+
     def window_starts(self, places: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
         """First token that is visible to the token at each place, both counted without padding."""
         if self.window is None:
@@ -239,6 +250,8 @@ class WindowedReader:
             if attention_mask is None
             else attention_mask[:, -tokens.shape[1] :].to(tokens.device).bool()
         )
+        if tokens.shape[1] > 1:
+            tokens = self._with_rows(tokens, mask)
         if attention_mask is not None and tokens.shape[1] > 1:
             cache.heed(attention_mask[:, : -tokens.shape[1]])
         if self.keeps_keys and not cache.tokens.shape[1]:

@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from memlm.datastore.store import Datastore
 from memlm.errors import ConfigError, InputError
-from memlm.memory.loading import load_memory
+from memlm.memory.protocol import Memory
 from memlm.memory.retrieval import RetrievalMemory
 from memlm.memory.voter import Votes
 from memlm.mix.explanation import ExplainedToken, Explanation, Neighbor
+from memlm.mix.loading import load_beside
 from memlm.mix.mixed_lm import MixedLM
 from memlm.mix.mixture import mix_log_probs
 from memlm.models.loading import embedding_rows
@@ -209,11 +210,11 @@ def searched_memory(
     if datastore is None:
         return next((memory for memory in model.named_memories().values() if isinstance(memory, RetrievalMemory)), None)
     check_datastore(datastore, tokenizer)
-    memory = (
-        datastore
-        if isinstance(datastore, RetrievalMemory)
-        else load_memory(datastore, base=model.config.base, retrieval=retrieval)
-    )
+    if isinstance(datastore, RetrievalMemory):
+        memory: Memory = datastore
+    else:
+        how, where = {"retrieval": retrieval}, model.config.base_where
+        [memory] = load_beside(model.base, datastore, how, name=model.config.base, where=where).values()
     assert isinstance(memory, RetrievalMemory)
     memory.check_base(model.base)
     return memory.to(model.device)

@@ -206,11 +206,11 @@ def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> Memor
     """What a memory's folder says beside its weights; no weights are loaded."""
     if isinstance(source, Memory):
         return source.settings
-    settings = read_settings(source, **where_from(memory_kwargs))
-    if not isinstance(settings, RetrievalSettings):
+    asked = memory_kwargs.get("retrieval")
+    settings, validated = read_settings(source, retrieval=asked, **where_from(memory_kwargs)), Validated.read(source)
+    if not isinstance(settings, RetrievalSettings) or validated is None:
         return settings
-    validated, asked = Validated.read(source), memory_kwargs.get("retrieval")
-    return settings.searched_by(asked) if validated is None else validated.settings(settings, asked)
+    return validated.settings(settings, asked)
 
 
 def _head_of(

@@ -18,7 +18,7 @@ from memlm.errors import ConfigError
 from memlm.files import lasting_name
 from memlm.memory.config import named
 from memlm.memory.protocol import Memory
-from memlm.memory.voter import Votes
+from memlm.memory.voter import NoCache, Votes
 from memlm.mix.base import BaseVoter
 from memlm.mix.cache import MixedCache
 from memlm.mix.components import Components
@@ -306,6 +306,8 @@ class Mixture(PreTrainedModel):
 
         tokens, asked, missed = input_ids, rule.places(keep, length), Unread()
         if cache is not None:
+            if isinstance(cache.rule, NoCache):  # begun at fixed weights
+                cache.rule = rule.new_state(len(input_ids))
             if rule.asleep(cache.rule, past, len(cache.unread), length):
                 cache.unread.add(input_ids, state.hidden, {tap: state.activations[tap] for tap in heard})
                 return Components(state, logits, normaliser, {}, [0.0] * len(memories), {})

@@ -39,6 +39,8 @@ class MixedLM(GeneratingMixture):
     Source: Memory Decoder, eq. 7 (arXiv:2508.09874).
     """
 
+    accepts_loss_kwargs = False  # a Trainer divides by its accumulation steps itself
+
     @classmethod
     def on_default_device(
         cls,

@@ -18,7 +18,7 @@ from memlm.models.loading import device_of
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile takes a hash before there are fields
 class Head:
     """The output layer: `softcap(scale * (hidden @ weight.T + bias))`.
 

@@ -87,9 +87,8 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: str, *, as_text: bool) -> 
     before, behind = _around(tokenizer)
     if as_text:
         return _batch([*before, *TextEncoder(tokenizer)([("the prompt", prompt)])[0].tolist()])
-    inputs: Any = tokenizer(prompt, return_tensors="pt")
-    length = inputs["input_ids"].shape[1] - behind
-    return BatchEncoding({name: values[:, :length] for name, values in inputs.items()})
+    ids: list[int] = tokenizer(prompt)["input_ids"]  # type: ignore[assignment]
+    return _batch(ids[: len(ids) - behind])
 
 
 def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
@@ -103,6 +102,7 @@ def _around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
 
 
 def _batch(ids: list[int]) -> BatchEncoding:
+    """Without the kinds of tokens that some tokenizers tell (`token_type_ids`): a causal LM has learnt none."""
     found = torch.tensor([ids], dtype=torch.long)
     return BatchEncoding({"input_ids": found, "attention_mask": torch.ones_like(found)})
 
@@ -110,15 +110,14 @@ def _batch(ids: list[int]) -> BatchEncoding:
 def _chat(tokenizer: PreTrainedTokenizerBase, turns: Turns, *, as_text: bool) -> BatchEncoding:
     core = without_special_tokens(tokenizer) if as_text else None
     if core is None:
-        inputs: Any = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        filled: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=True)
+        inputs = _batch(filled["input_ids"])
 
         def tokens(text: str) -> tuple[list[int], list[tuple[int, int]]]:
             found: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             return found["input_ids"], found["offset_mapping"]
 
-        said = _said(lambda turns: _filled(tokenizer, turns), turns, tokens, inputs["input_ids"][0].tolist())
+        said = _said(lambda turns: _filled(tokenizer, turns), turns, tokens, filled["input_ids"])
     else:
         special, renamed = special_pattern(tokenizer), renamed_spelled(tokenizer)
         spoken = [turn | {"content": renamed.sub("", turn["content"])} for turn in turns]

@@ -79,7 +79,7 @@ class Comparison(CompareRecipe):
             if row not in folders:
                 continue
             hashes = [read_manifest(folders[row]).hash, corpus.manifest.hash, model_identity(self.base)]
-            key = digest([*hashes, source_digest(find_sources(texts)), separator])
+            key = digest([*hashes, source_digest(find_sources(texts)), separator, self.evaluate.dtype])
             place = self.out / "heads" / f"{row}-{key[:12]}"
             found[row] = place
             if ConfidenceHead.read(place) is not None:

@@ -97,6 +97,8 @@ class CompareRecipe:
         able = [row for row in able if not (self.reads_base and row.endswith("+memory"))]
         if "evaluate" in filled and "base" in filled["evaluate"]:
             raise ConfigError("evaluate.base: a comparison has one base, that of the memory; leave it out")
+        if filled.get("evaluate", {}).get("mix_weight") is not None:
+            raise ConfigError("evaluate.mix_weight: a comparison chooses every row's weight; leave it out")
         if impossible := [row for row in asked.rows or [] if row not in able]:
             needs = "a memory that reads tokens" if impossible[0].endswith("+memory") else "a section mlp"
             raise ConfigError(f"compare.rows: {impossible[0]} needs {needs}")

@@ -107,7 +107,7 @@ class Figures:
         if "target_temperature" in given.model_fields_set:
             return given.model_copy(update={"k": k})
         store = Datastore(self.there["datastore"])
-        teacher, _ = load_teacher(store.teacher, store.config)
+        teacher, _ = load_teacher(store.teacher, store.read_as)
         judged = judge(
             store, teacher, "validation", k=k, positions=self.asked.recipe.configs["targets"].judged_positions
         )
@@ -161,7 +161,7 @@ class Figures:
             return None
         settings: dict[str, Any] = {
             "document_separator": self.asked.config.general_separator,
-            "block_size": self.corpus.config.block_size,
+            **self.corpus.config.model_dump(include={"block_size", "start_token", "end_token", "special_tokens"}),
             "validation_fraction": 0.0,
             "test_fraction": 0.9,
             "max_test_tokens": self.asked.config.general_tokens,

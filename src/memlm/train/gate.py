@@ -1,5 +1,6 @@
 """Fitting a memory's confidence head: a logistic regression on the likelihood of the mixture."""
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,15 +20,18 @@ from memlm.corpus.readers import listed
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.manifest import is_artifact, read_manifest
 from memlm.memory.confidence import FEATURES, ConfidenceHead, features
-from memlm.memory.loading import load_memory, read_settings
+from memlm.memory.loading import load_memory
 from memlm.memory.protocol import Memory
+from memlm.memory.retrieval import RetrievalSettings
 from memlm.memory.seen import check_unseen
 from memlm.mix.base import BaseVoter
+from memlm.mix.loading import settings_of
 from memlm.models.loading import default_device, load_on_default_device
 from memlm.progress import progress_bar
 from memlm.scores.gated import columns_of
 from memlm.scores.mixtures import best_mix_weight, mixture_label_log_probs, perplexity
 from memlm.scores.score import score
+from memlm.targets.config import RetrievalConfig
 from memlm.train.config import FitGateConfig
 
 FEWEST_TOKENS, FEWEST_DOCUMENTS = 1000, 4
@@ -56,6 +60,7 @@ def fit_gate(
     base: str | Path | Sequence[str | Path],
     general: str | Path | Iterable[str | Path] = (),
     config: FitGateConfig | None = None,
+    retrieval: RetrievalConfig | None = None,
     **settings: Any,
 ) -> ConfidenceHead:
     """Fit a confidence head on held-out text, and leave it in the memory's folder (`gate.json`).
@@ -72,6 +77,8 @@ def fit_gate(
         general: A document or folder, or several, of text that is not of the domain; a corpus folder gives its held-out
             text.
         config: Default settings if None; or give them as keywords.
+        retrieval: How a datastore is searched, which the head is then for; as it was validated if None. Other kinds
+            ignore it.
 
     Raises:
         InputError: Too little held-out text, or the memory was trained on some of it.
@@ -100,28 +107,36 @@ def fit_gate(
     if config.shared_documents == "refuse":
         otherwise = "fit it on others, or with shared_documents keep"
         check_unseen(source, {"memory": str(folder)}, {"validation": held_out}, otherwise)
-    texts = [held_out]
+    texts, there = [held_out], settings_of(folder, {"retrieval": retrieval})
+    searched = there.retrieval if isinstance(there, RetrievalSettings) else None
     with tempfile.TemporaryDirectory() as scratch:
         if foreign:
             texts.append(general_text(foreign, source, config, Path(scratch)))
-        heard = [found for place in bases for found in heard_beside(folder, place, source, texts, config)]
-    there = read_settings(folder)
+        heard = [found for place in bases for found in heard_beside(folder, place, source, texts, config, searched)]
     head = ConfidenceHead(
         memory=identity,
         tokenizer=there.tokenizer if there is not None else source.manifest.tokenizer,
         base=", ".join(bases),
+        retrieval=searched,
         **fitted(heard, names=("domain", "general")[: len(texts)], seed=config.seed),
     )
     head.save(folder)
     return head
 
 
-def heard_beside(folder: Path, base: str, source: Corpus, texts: Sequence[Split], config: FitGateConfig) -> list[Heard]:
-    """The texts as a head sees them where the memory stands beside this base."""
+def heard_beside(
+    folder: Path,
+    base: str,
+    source: Corpus,
+    texts: Sequence[Split],
+    config: FitGateConfig,
+    retrieval: RetrievalConfig | None = None,
+) -> list[Heard]:
+    """The texts as a head sees them where the memory, a datastore so searched, stands beside this base."""
     source.check_fits(base)
     model = load_on_default_device(base, config.dtype)
     voter = BaseVoter(model, source.vocab_size, exact=False)
-    part = load_memory(folder, base=base, dtype=model.dtype, with_head=False)
+    part = load_memory(folder, base=base, retrieval=retrieval, dtype=model.dtype, with_head=False)
     part.settings = part.settings.model_copy(update={"vocab_size": source.vocab_size})
     part.check_base(voter.model)
     part.to(voter.device)
@@ -143,34 +158,51 @@ def general_text(places: list[str], domain: Corpus, config: FitGateConfig, scrat
     """General text as one split; what the domain's corpus holds as well is refused."""
     own = {text.tobytes() for name in SPLITS for text in domain.split(name).documents()}
     known = [place for place in places if is_artifact(place)]
-    found: list[NDArray[np.int32]] = []
+    found: list[tuple[int, list[NDArray[np.int32]]]] = []
     for place in known:
         other = Corpus(place)
         if other.manifest.tokenizer != domain.manifest.tokenizer:
             raise TokenizerMismatchError(
                 f"corpus {domain.folder} and general text {place} have different tokenizers; give its documents instead"
             )
-        for name in ("validation", "test"):
-            found += list(other.split(name).documents())
+        found.append((1, [text for name in ("validation", "test") for text in other.split(name).documents()]))
     files = [place for place in places if place not in known]
     if files:
         folder = scratch / "general"
         split = {"validation_fraction": 0.0, "test_fraction": 0.0, "max_tokens": config.general_tokens}
         reading = {"document_separator": config.document_separator, "encoding": config.encoding}
-        reading |= {"text_column": config.text_column, "block_size": domain.config.block_size}
+        reading |= {"text_column": config.text_column}
+        reading |= domain.config.model_dump(include={"block_size", "start_token", "end_token", "special_tokens"})
         build_corpus(files, tokenizer=str(domain.folder / "tokenizer"), out=folder, **split, **reading)
-        found += list(Corpus(folder).split("train").documents())
-    if both := sum(text.tobytes() in own for text in found):
+        found.append((len(files), list(Corpus(folder).split("train").documents())))
+    texts = _by_turns(found)
+    if both := sum(text.tobytes() in own for text in texts):
         raise ConfigError(
-            f"{both} of {len(found)} general documents are in corpus {domain.folder} too: general text is what the"
+            f"{both} of {len(texts)} general documents are in corpus {domain.folder} too: general text is what the"
             " memory was not made for"
         )
-    offsets = np.cumsum([0, *map(len, found)])
-    if offsets[-1] - len(found) < FEWEST_TOKENS:
+    offsets = np.cumsum([0, *map(len, texts)])
+    if offsets[-1] - len(texts) < FEWEST_TOKENS:
         raise InputError(f"general text has {offsets[-1]:,} tokens; a head needs {FEWEST_TOKENS:,} at least")
     like = domain.split("validation")
-    whole = Split(np.concatenate(found), offsets, like.block_size, like.step, like.cross_documents)
+    whole = Split(np.concatenate(texts), offsets, like.block_size, like.step, like.cross_documents)
     return _cut(whole, config.general_tokens)
+
+
+def _by_turns(found: Sequence[tuple[int, list[NDArray[np.int32]]]]) -> list[NDArray[np.int32]]:
+    """Documents in an order in which, wherever it is cut, each place has given about as many tokens.
+
+    Args:
+        found: Of how many places, and their documents; of one alone the order stays.
+    """
+    if len(found) == 1:
+        return found[0][1]
+    order = []
+    for places, texts in found:
+        drawn = sorted(texts, key=lambda text: hashlib.sha256(text.tobytes()).digest())  # no place comes first
+        before = np.cumsum([0, *map(len, drawn)]) / places
+        order += list(zip(before.tolist(), drawn, strict=False))
+    return [text for _, text in sorted(order, key=lambda one: one[0])]
 
 
 def _hear(memory: Memory, base: BaseVoter, text: Split, config: FitGateConfig) -> Heard:
@@ -220,7 +252,7 @@ def fitted(heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general
     best = min(judged, key=lambda penalty: float(np.mean([values.mean() for values in judged[penalty]])))
     weights, bias = _fit(heard, best)
     width = len(weights) - len(FEATURES)
-    facts: dict[str, int | float] = {"penalty": best}
+    facts: dict[str, int | float | None] = {"penalty": best}
     weight, _ = best_mix_weight(heard[0].base, heard[0].memory)
     facts["mix_weight"] = weight
     for name, text, values in zip(names, heard, judged[best], strict=False):
@@ -230,8 +262,13 @@ def fitted(heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general
             "gate": -values,
         }
         facts[f"{name}_tokens"] = len(text.base)
-        facts |= {f"{name}_{part}_perplexity": round(perplexity(found), 4) for part, found in parts.items()}
+        facts |= {f"{name}_{part}_perplexity": _told(perplexity(found)) for part, found in parts.items()}
     return {"state": weights[:width].tolist(), "features": weights[width:].tolist(), "bias": bias, "facts": facts}
+
+
+def _told(perplexity: float) -> float | None:
+    """As facts have it: JSON knows no infinity."""
+    return round(perplexity, 4) if np.isfinite(perplexity) else None
 
 
 def _halves(text: Heard, seed: int) -> NDArray[np.bool_]:
