@@ -159,7 +159,7 @@ class Study:
         wanted |= {"teacher", "datastore"} if stored else set()
         there: dict[str, Path] = {}
         for step in recipe_steps(recipe):
-            if step.name in wanted:
+            if step.name in wanted or (targets and step.name.startswith("fold-")):
                 there[step.name] = make_step(self.work / name / step.name, step.plan(there), _say)
         return there
 

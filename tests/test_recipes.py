@@ -203,6 +203,27 @@ def test_a_recipe_file_runs_below_runs_under_its_own_name(
     assert said[0] == "corpus found at runs/small.tiny/corpus"
 
 
+def test_teachers_of_folds_are_made_where_targets_ask_for_them(
+    documents: str, model_folder: str, tmp_path: Path
+) -> None:
+    sections = changed(tiny(documents, model_folder), "targets", folds=2, teacher_share=1)
+    planned = {step.step: step for step in plan_recipe(sections, tmp_path / "out")}
+    assert [*planned][:5] == ["corpus", "teacher", "fold-1", "fold-2", "datastore"]
+    longer = changed(changed(sections, "teacher", max_steps=None), "targets", folds=4)
+    costs = {step.step: step.tokens for step in plan_recipe(longer, tmp_path / "x")}
+    assert costs["fold-4"] == pytest.approx(0.75 * costs["teacher"], rel=0.01)
+    del sections["twin"]
+    run_recipe(sections, tmp_path / "out", say=lambda line: None)
+    made = read_manifest(tmp_path / "out" / "targets")
+    for number in (1, 2):
+        of_fold = read_manifest(tmp_path / "out" / f"fold-{number}")
+        assert of_fold.config["left_out"] == f"{number}/2"
+        assert made.inputs[f"fold-{number}"] == of_fold.hash
+    without = {name: section for name, section in sections.items() if name != "teacher"}
+    with pytest.raises(ConfigError, match=r"targets.folds: teachers of folds are trained as the teacher section says"):
+        Recipe(changed(without, "datastore", teacher=model_folder))
+
+
 def test_documents_are_looked_for_below_memlm_data(
     documents: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

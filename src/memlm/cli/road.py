@@ -162,6 +162,10 @@ def targets(
     teacher: Annotated[
         str | None, typer.Option(help="Where the datastore's teacher is by now; needed if it kept no keys.")
     ] = None,
+    fold_teacher: Annotated[
+        list[str] | None,
+        typer.Option(help="Model that memlm train made with --left-out, one for each fold; may be repeated."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
@@ -179,7 +183,7 @@ def targets(
     from memlm.targets.build import build_targets, import_released
 
     if released is None:
-        manifest = build_targets(datastore, out=out, teacher=teacher, config=config)
+        manifest = build_targets(datastore, out=out, teacher=teacher, fold_teachers=fold_teacher or [], config=config)
     else:
         manifest = import_released(datastore, released, out=out)
     facts = manifest.facts

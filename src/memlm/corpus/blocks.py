@@ -1,5 +1,6 @@
 """A finished corpus: its splits, their documents and blocks, and which position predicts which token."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,7 @@ from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from memlm.corpus.config import SPLITS, CorpusConfig
-from memlm.errors import ArtifactError
+from memlm.errors import ArtifactError, InputError
 from memlm.files import load_array
 from memlm.manifest import Facts, Manifest, check_payload, payload_file, read_manifest
 from memlm.models.loading import check_reaches
@@ -107,8 +108,31 @@ class Split:
 
     def documents(self) -> Iterator[NDArray[np.int32]]:
         """The tokens of each document."""
-        for start, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            yield np.asarray(self.tokens[start:end])
+        yield from (self._text(document) for document in range(self.n_documents))
+
+    def folds(self, count: int) -> NDArray[np.int64]:
+        """`(D,)` the fold that each document is in: `count` of about as many tokens, dealt by what documents say.
+
+        Raises:
+            InputError: There are fewer documents than folds.
+        """
+        if self.n_documents < count:
+            raise InputError(f"{count} folds of {self.n_documents} training documents: each needs one at least")
+        order = sorted(range(self.n_documents), key=lambda d: hashlib.sha256(self._text(d).tobytes()).digest())
+        found, tokens = np.zeros(self.n_documents, np.int64), np.zeros(count, np.int64)
+        for document in order:
+            found[document] = fold = int(tokens.argmin())
+            tokens[fold] += self.offsets[document + 1] - self.offsets[document]
+        return found
+
+    def only(self, wanted: NDArray[np.bool_]) -> "Split":
+        """The documents that are wanted, `(D,)`, as a split of their own, in memory."""
+        texts = [self._text(int(document)) for document in np.flatnonzero(wanted)]
+        offsets = np.cumsum([0, *map(len, texts)])
+        return Split(np.concatenate(texts), offsets, self.block_size, self.step, self.cross_documents)
+
+    def _text(self, document: int) -> NDArray[np.int32]:
+        return np.asarray(self.tokens[self.offsets[document] : self.offsets[document + 1]])
 
     @cached_property
     def _windows(self) -> NDArray[np.int64]:

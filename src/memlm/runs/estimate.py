@@ -65,7 +65,7 @@ def step_costs(
         trained: Step name to the section that it follows and its settings; the memory and its twin if None.
     """
     places, configs = recipe.places, recipe.configs
-    read, splits = corpus_tokens(configs["corpus"], recipe.documents, corpus, recipe.given)
+    documents, splits = corpus_tokens(configs["corpus"], recipe.documents, corpus, recipe.given)
     if splits is None:
         return {}
     train, validation, held = splits["train"], splits["validation"], splits["validation"] + splits["test"]
@@ -86,7 +86,8 @@ def step_costs(
     def training(config: TrainConfig, size: int, read_beside: int = 0) -> Cost:
         batch = config.batch_size * configs["corpus"].block_size
         step = batch * config.accumulation
-        tokens = config.max_steps * step if config.max_steps else int(config.epochs * train)
+        read = train if config.fold is None else train * (1 - 1 / config.fold[1])
+        tokens = config.max_steps * step if config.max_steps else int(config.epochs * read)
         operations = (
             3 * passing(size, tokens) + passing(size, config.epochs * validation) + passing(read_beside, tokens)
         )
@@ -97,13 +98,17 @@ def step_costs(
     reading, batch, beside = passing(teacher_size, train), configs["datastore"].batch_tokens, model_size(base)
     target_bytes = train * _target_bytes(configs["targets"].k) + _ENTRY_BYTES * vocabulary
     costs = {
-        "corpus": Cost(read, read / _TOKENISED, corpus_bytes, _LIBRARIES, 0.0),
+        "corpus": Cost(documents, documents / _TOKENISED, corpus_bytes, _LIBRARIES, 0.0),
         "datastore": cost(train, reading, corpus_bytes + search, 4 * teacher_size + search, batch, teacher_size),
         "targets": cost(train, reading, target_bytes, search, 0, 0),  # a search is about a pass
     }
     if "teacher" in configs:
         start = places["teacher"]["init"]
         costs["teacher"] = training(configs["teacher"], memory_size(configs["teacher"], start, start))
+        folds = configs["targets"].folds
+        for number in range(1, folds + 1):
+            of_fold = configs["teacher"].model_copy(update={"left_out": f"{number}/{folds}"})
+            costs[f"fold-{number}"] = training(of_fold, memory_size(of_fold, start, start))
     if trained is None:
         pairs = (("memory", "train"), ("twin", "twin"))
         trained = {name: (section, configs[section]) for name, section in pairs if section in configs}

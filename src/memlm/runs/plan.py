@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,7 +40,6 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     from memlm.corpus.build import plan_corpus
     from memlm.datastore.build import plan_datastore
     from memlm.targets.build import plan_targets
-    from memlm.train.run import plan_memory
     from memlm.train.trainer import check_trainer_fields
 
     places, configs = recipe.places, recipe.configs
@@ -52,7 +52,13 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, **corpus))]
     if "teacher" in configs:
         tune = {"init": places["teacher"]["init"], "config": configs["teacher"]}
-        steps.append(Step("teacher", ("corpus",), lambda there: plan_memory(there["corpus"], **tune)))
+        steps.append(Step("teacher", ("corpus",), partial(_of_corpus, **tune)))
+    folds = configs["targets"].folds
+    for number in range(1, folds + 1):
+        config = configs["teacher"].model_copy(update={"left_out": f"{number}/{folds}"})
+        of_fold = {"init": places["teacher"]["init"], "config": config}
+        steps.append(Step(f"fold-{number}", ("corpus",), partial(_of_corpus, **of_fold)))
+    fold_names = tuple(step.name for step in steps if step.name.startswith("fold-"))
     steps += [
         Step(
             "datastore",
@@ -61,12 +67,25 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
                 there["corpus"], teacher=given or str(there["teacher"]), config=configs["datastore"]
             ),
         ),
-        Step("targets", ("datastore",), lambda there: plan_targets(there["datastore"], config=configs["targets"])),
+        Step(
+            "targets",
+            ("datastore", *fold_names),
+            lambda there: plan_targets(
+                there["datastore"], fold_teachers=[there[name] for name in fold_names], config=configs["targets"]
+            ),
+        ),
         training_step(recipe, "memory", "train"),
     ]
     if "twin" in configs:
         steps.append(training_step(recipe, "twin", "twin"))
     return steps
+
+
+def _of_corpus(there: Mapping[str, Path], **how: Any) -> Plan:
+    """Training on the corpus itself."""
+    from memlm.train.run import plan_memory
+
+    return plan_memory(there["corpus"], **how)
 
 
 def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig | None = None) -> Step:
@@ -84,7 +103,7 @@ def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig |
     config = recipe.configs[section] if config is None else config
     assert config is not None
     if section in ("dapt", "lora"):
-        return Step(name, ("corpus",), lambda there: plan_memory(there["corpus"], init=base, config=config))
+        return Step(name, ("corpus",), partial(_of_corpus, init=base, config=config))
     places = recipe.places["mlp" if section == "mlp" else "train"]
     stored, data = places.get("activations"), "targets" if config.kl_weight else "corpus"
     own = stored == "datastore"

@@ -115,6 +115,8 @@ class Recipe:
             raise ConfigError("datastore.teacher is missing: a model, or a teacher section that fine-tunes one")
         if "teacher" in sections and "init" not in self.places["teacher"]:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
+        if self.configs["targets"].folds and "teacher" not in sections:
+            raise ConfigError("targets.folds: teachers of folds are trained as the teacher section says; add one")
         for name, config in self.configs.items():
             check_targets(name, config)
 

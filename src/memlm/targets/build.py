@@ -1,7 +1,7 @@
 """The targets stage: a datastore to rows of blocks with a sparse distribution per position."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,17 @@ from memlm.corpus.blocks import Block, Corpus
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.index import widen
 from memlm.datastore.store import Datastore
-from memlm.errors import ConfigError, InputError
+from memlm.errors import ArtifactError, ConfigError, InputError
 from memlm.files import file_digest, read_json, write_json
-from memlm.manifest import Manifest, copy_payload
+from memlm.manifest import Manifest, copy_payload, read_manifest
+from memlm.models.loading import load_on_default_device
 from memlm.models.taps import TapReader
 from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
 from memlm.targets.shards import TRAIN_SCHEMA, VALIDATION_FILE, VALIDATION_SCHEMA, read_statistics, write_rows
-from memlm.targets.teacher import Judged, hear, judge, mixed_targets
+from memlm.targets.teacher import Heard, Judged, hear, judge, mixed_targets
 from memlm.targets.votes import SparseProbs, retrieve
 
 _CHOSEN = "chosen.json"
@@ -37,6 +38,7 @@ def build_targets(
     *,
     out: str | Path,
     teacher: str | None = None,
+    fold_teachers: Sequence[str | Path] = (),
     config: TargetsConfig | None = None,
     **settings: Any,
 ) -> Manifest:
@@ -50,22 +52,26 @@ def build_targets(
         datastore: Folder of the datastore stage.
         out: Folder to write; resumed where an earlier run stopped.
         teacher: Where the datastore's teacher is by now, which makes its queries where it kept no keys.
+        fold_teachers: Folders of models that were trained with `left_out`, one for each fold: the teacher's share is
+            theirs then, each speaking of the documents that it has not read.
         config: Default settings if None; or give them as keywords.
 
     Raises:
-        ConfigError: k is larger than the datastore allows.
+        ConfigError: k is larger than the datastore allows, or teachers of folds do not fit together or have no share.
         ArtifactError: The datastore kept no keys, or the teacher is to judge or has a share, and it is no longer the
-            one that made the datastore.
+            one that made the datastore; or a teacher of a fold was trained on another corpus.
+        InputError: Documents cross blocks, so that a teacher would have read some of what it is to speak of.
         ModelError: Its teacher is needed and cannot be reached.
     """
     config = settings_from(TargetsConfig, config, settings)
-    return run_stage(out, *plan_targets(datastore, teacher=teacher, config=config))
+    return run_stage(out, *plan_targets(datastore, teacher=teacher, fold_teachers=fold_teachers, config=config))
 
 
 def plan_targets(
     datastore: str | Path,
     *,
     teacher: str | None = None,
+    fold_teachers: Sequence[str | Path] = (),
     config: TargetsConfig | None = None,
     positions_at_once: int = 4096,
     keep_seconds: float = KEEP_SECONDS,
@@ -77,6 +83,15 @@ def plan_targets(
     """
     config = config or TargetsConfig()
     store = Datastore(datastore, teacher=teacher)
+    folds = _folds(store, fold_teachers)
+    if not config.folds:
+        config = config.model_copy(update={"folds": len(folds)})
+    if config.folds != len(folds):
+        raise ConfigError(f"folds = {config.folds}: give as many teachers of folds, there are {len(folds)}")
+    if folds and store.corpus.config.cross_documents:
+        raise InputError(f"blocks of {datastore} cross documents: some would be of several folds; build another corpus")
+    if folds and config.teacher_share in (0, "auto"):
+        raise ConfigError("teachers of folds speak with a share that is given: set teacher_share, such as 1")
     if config.k > store.n_entries - 1:
         raise ConfigError(
             f"k = {config.k} is larger than the {store.n_entries - 1} other entries of datastore {datastore}; lower --k"
@@ -86,15 +101,35 @@ def plan_targets(
     spec = StageSpec(
         "targets",
         config=config.model_dump(),
-        inputs={"datastore": store.manifest.hash},
+        inputs={"datastore": store.manifest.hash, **{name: read_manifest(f).hash for name, f in folds.items()}},
         tokenizer=store.manifest.tokenizer,
-        sources={**store.manifest.sources, "datastore": str(datastore)},
+        sources={**store.manifest.sources, "datastore": str(datastore), **{n: str(f) for n, f in folds.items()}},
         intermediate=(_CHOSEN,),
     )
-    return Plan(spec, lambda stage: _search(stage, store, config, positions_at_once, Due(keep_seconds)))
+    speakers = list(folds.values())
+    return Plan(spec, lambda stage: _search(stage, store, speakers, config, positions_at_once, Due(keep_seconds)))
 
 
-def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_once: int, due: Due) -> dict[str, Any]:
+def _folds(store: Datastore, teachers: Sequence[str | Path]) -> dict[str, Path]:
+    """Name of an input to the teacher that left this fold out, in the order of the folds."""
+    found = {}
+    for place in teachers:
+        made = read_manifest(place, "memory")
+        if made.inputs.get("data") != store.manifest.inputs["corpus"]:
+            raise ArtifactError(f"{place} was not trained on the corpus of datastore {store.folder}")
+        if (left_out := made.config.get("left_out")) is None:
+            raise ConfigError(f"{place} has read all documents: a teacher of a fold is trained with --left-out")
+        found[str(left_out)] = Path(place)
+    count = next((int(name.partition("/")[2]) for name in found), 0)
+    wanted = [f"{number}/{count}" for number in range(1, count + 1)]
+    if sorted(found) != sorted(wanted):
+        raise ConfigError(f"teachers of folds left out {', '.join(sorted(found))}; {', '.join(wanted)} are needed")
+    return {f"fold-{number}": found[name] for number, name in enumerate(wanted, 1)}
+
+
+def _search(
+    stage: Stage, store: Datastore, folds: Sequence[Path], config: TargetsConfig, positions_at_once: int, due: Due
+) -> dict[str, Any]:
     """Write the targets of all positions, and return the facts."""
     split = store.corpus.split("train")
     shards = shard_blocks(split.position_starts, store.config.shard_positions)
@@ -102,6 +137,17 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
     done = split.n_positions - sum(stop - start for start, stop in bounds.values())
     teacher = cache(lambda: load_teacher(store.teacher, store.read_as)[0])
     reader = cache(lambda: TapReader(teacher(), store.facts.tap))
+    of_fold = cache(lambda fold: load_on_default_device(str(folds[fold]), store.read_as.dtype))
+    fold_of = split.folds(len(folds)) if folds else np.zeros(split.n_documents, np.int64)
+
+    def speaking(blocks: NDArray[np.int64]) -> Iterator[Heard]:
+        """What is said of these blocks by whom it is asked of."""
+        if not folds:
+            yield from hear(teacher(), store.facts.tap, split, blocks, store.corpus.vocab_size)
+        fold = fold_of[split.documents_of(split.position_starts[blocks])]
+        for number in range(len(folds)):
+            yield from hear(of_fold(number), None, split, blocks[fold == number], store.corpus.vocab_size)
+
     chosen = _chosen(stage, store, config, teacher)
     votes_settings = {
         "k": config.k,
@@ -135,8 +181,8 @@ def _search(stage: Stage, store: Datastore, config: TargetsConfig, positions_at_
                     keep(done + at + len(own))
             found = SparseProbs.concatenate(votes)
             if chosen["teacher_share"]:
-                heard = hear(teacher(), store.facts.tap, split, np.asarray(blocks), store.corpus.vocab_size)
-                with progress_bar(stop - start, f"{store.teacher} reads") as read:
+                heard, who = speaking(np.asarray(blocks)), f"{len(folds)} teachers" if folds else store.teacher
+                with progress_bar(stop - start, f"{who} read" + ("s" if not folds else "")) as read:
                     found = mixed_targets(found, heard, start, read.update, target_mass=config.target_mass, **mixing)
             write(_write_shard, stage, i, [split[b] for b in blocks], found)
             write(part.remove)

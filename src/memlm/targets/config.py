@@ -65,6 +65,9 @@ class TargetsConfig(NeighborConfig):
     foresees held-out text."""
     max_support: int = Field(default=256, ge=1, le=1 << 20)
     """Tokens of a target at most, where the teacher has a share: its distribution is on all of them."""
+    folds: int = Field(default=0, ge=0, le=99)
+    """How many teachers speak in the datastore's teacher's place, each of the documents that it has not read: its
+    share is then what is foreseen, not what is known by heart. 0: that teacher speaks itself."""
     judged_positions: int = Field(default=4096, ge=1, le=1 << 24)
     """Held-out positions that a choice rests on."""
 
@@ -88,4 +91,6 @@ class TargetsConfig(NeighborConfig):
             del values["teacher_share"], values["max_support"]
         if not self.chooses:
             del values["judged_positions"]
+        if not self.folds:
+            del values["folds"]
         return values

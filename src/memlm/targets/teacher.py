@@ -38,10 +38,13 @@ class Heard:
 
 
 @torch.inference_mode()
-def hear(model: PreTrainedModel, tap: str, split: Split, blocks: NDArray[np.int64], vocab_size: int) -> Iterator[Heard]:
+def hear(
+    model: PreTrainedModel, tap: str | None, split: Split, blocks: NDArray[np.int64], vocab_size: int
+) -> Iterator[Heard]:
     """Let the teacher read these blocks; positions come batch by batch, those of a block in order.
 
     Args:
+        tap: Where its activations are read; None: nowhere, and keys have no width.
         vocab_size: Ids of the tokenizer are below it; output rows beyond are padding.
     """
     device = device_of(model)
@@ -50,9 +53,9 @@ def hear(model: PreTrainedModel, tap: str, split: Split, blocks: NDArray[np.int6
         read = [split[int(blocks[i])] for i in batch]
         tokens = pad_sequence([torch.from_numpy(block.input_ids.astype(np.int64)) for block in read], batch_first=True)
         fed = tokens.to(device)
-        with capture(model, [tap]) as found:
+        with capture(model, [] if tap is None else [tap]) as found:
             logits = model(input_ids=fed, use_cache=False).logits
-        keys = by_row(found, tap, fed)
+        keys = logits[..., :0] if tap is None else by_row(found, tap, fed)
         rows = np.repeat(np.arange(len(read)), [len(block.places) for block in read])
         places = np.concatenate([block.places for block in read])
         yield Heard(

@@ -60,6 +60,9 @@ class TrainConfig(StageConfig):
     """Tokens in one forward pass of validation."""
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     """Order of blocks, random start, dropout."""
+    left_out: str | None = Field(default=None, pattern=r"^[1-9]\d?/[1-9]\d?$")
+    """Part of a corpus's training documents that is not read, such as 1/2, the first of two folds: for a teacher that
+    is to say something of documents which it does not know by heart."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Further fields of transformers' TrainingArguments, such as activation_checkpointing, optim or report_to; one that
     would break what memlm promises is refused with the reason."""
@@ -71,6 +74,21 @@ class TrainConfig(StageConfig):
             if any(isinstance(n, int | float) and not abs(n) < 2**31 for n in leaves(part)):  # also where it is NaN
                 raise ValueError(f"{name} must be a number below 2^31")
         return value
+
+    @field_validator("left_out")
+    @classmethod
+    def _is_a_fold(cls, value: str | None) -> str | None:
+        if value is not None and not 1 <= int(value.partition("/")[0]) <= int(value.partition("/")[2]) > 1:
+            raise ValueError("must be one of two or more folds, such as 1/2")
+        return value
+
+    @property
+    def fold(self) -> tuple[int, int] | None:
+        """Number, from 0, of the fold that is left out, and how many there are; None: all documents are read."""
+        if self.left_out is None:
+            return None
+        number, _, count = self.left_out.partition("/")
+        return int(number) - 1, int(count)
 
     @classmethod
     def options(cls) -> dict[str, FieldInfo]:
@@ -121,6 +139,8 @@ class TrainConfig(StageConfig):
             del values["objective"], values["mixture_share"]
         if self.keep == "mixture":
             del values["keep"]
+        if self.left_out is None:
+            del values["left_out"]
         start = DecoderStart().model_dump() | MLPStart().model_dump() | values.pop("start")
         if start["lora_rank"] is None:
             del start["lora_rank"]

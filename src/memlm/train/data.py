@@ -46,19 +46,22 @@ class TargetsFacts(Facts):
 class TrainingData:
     """The training rows, validation blocks and tokenizer of a corpus or targets folder."""
 
-    def __init__(self, folder: str | Path, *, with_targets: bool) -> None:
+    def __init__(self, folder: str | Path, *, with_targets: bool, left_out: tuple[int, int] | None = None) -> None:
         """
         Args:
             folder: What the corpus or the targets stage wrote.
             with_targets: Whether rows must carry targets.
+            left_out: Number, from 0, of the fold of documents that is not read, of how many.
 
         Raises:
             ArtifactError: The folder is neither, or damaged; its rows are looked at when they are asked for.
-            ConfigError: Targets are wanted and the folder is a corpus.
+            ConfigError: Targets are wanted and the folder is a corpus, or a fold is left out and it is none.
         """
         self.folder = Path(folder)
         self.manifest: Manifest = read_manifest(folder, "targets", "corpus")
-        self.with_targets = with_targets
+        self.with_targets, self._left_out = with_targets, left_out
+        if left_out is not None and self.manifest.kind != "corpus":
+            raise ConfigError(f"left_out: {folder} has targets of all documents; train such a teacher on the corpus")
         if self.manifest.kind == "corpus":
             if with_targets:
                 how = "run memlm datastore and memlm targets, or leave out --kl-weight"
@@ -99,7 +102,11 @@ class TrainingData:
     @cached_property
     def train(self) -> "Rows":
         if self._corpus is not None:
-            return CorpusRows(self._corpus.split("train"))
+            split = self._corpus.split("train")
+            if self._left_out is not None:
+                fold, count = self._left_out
+                split = split.only(split.folds(count) != fold)
+            return CorpusRows(split)
         names = sorted(name for name in self.manifest.payload if re.fullmatch(r"train-\d{5,}\.arrow", name))
         rows = TargetRows([self._checked(name, TRAIN_SCHEMA) for name in names], with_targets=self.with_targets)
         if (there := int(rows.position_starts[-1])) != (positions := self.manifest.facts["positions"]):

@@ -96,7 +96,9 @@ def plan_memory(
     config = config or TrainConfig()
     if "kl_weight" not in config.model_fields_set and read_manifest(data, "targets", "corpus").kind == "corpus":
         config = config.model_copy(update={"kl_weight": 0.0})  # a corpus has no targets
-    rows = TrainingData(data, with_targets=config.kl_weight > 0)
+    if config.left_out is not None and (config.objective == "mixture" or activations is not None):
+        raise ConfigError("left_out is for plain fine-tuning: leave out objective mixture and activations")
+    rows = TrainingData(data, with_targets=config.kl_weight > 0, left_out=config.fold)
     base, goes_on = check_start(config, init=init, base=base, block_size=rows.corpus_config.block_size)
     if init is not None:
         _check_init(rows, init)
