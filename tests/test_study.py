@@ -93,7 +93,7 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
         + "\n"
     )
     assert study.main([*command, "--max-gib", "0"]) == 1
-    assert "GiB, above the 0 allowed, for 7 memories" in capsys.readouterr().err
+    assert "GiB, above the 0 allowed, for 8 memories" in capsys.readouterr().err
     (tmp_path / "bare.yaml").write_text("corpus: {documents: a.txt, tokenizer: smollm2}\n")
     assert study.main([str(tmp_path / "bare.yaml"), "--work", str(tmp_path), "--results", str(tmp_path / "r")]) == 1
     assert "lacks 'study'" in capsys.readouterr().err

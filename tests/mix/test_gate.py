@@ -348,7 +348,6 @@ def memory(weight: float | None = 0.3, fitted: bool = False) -> Any:
         ({"gate": "none"}, True, "none"),
         ({"gate": "confidence"}, True, "confidence"),
         ({"gate": GateConfig(prior=0.1)}, False, "posterior"),
-        ({"gate": GateConfig(prior=0.1), "mix_weight": 0.4}, False, "none"),
     ],
 )
 def test_the_gate_follows_from_what_is_given(options: dict[str, Any], fitted: bool, name: str) -> None:
@@ -457,3 +456,11 @@ def test_a_gate_takes_over_a_cache_that_was_begun_at_fixed_weights() -> None:
         later[before] = [model(text[:, at : at + 1], past_key_values=cache).logits for at in (5, 6, 7)]
     for found, expected in zip(later["none"], later["confidence"], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_settings_of_a_gate_beside_a_given_weight_are_not_dropped() -> None:
+    memory = decoder_memory(VOCAB, mix_weight=0.3, seed=7)
+    with pytest.raises(ConfigError, match="prior, sleep: of a gate, and the weight is given"):
+        MixedLM(family_model("llama", VOCAB), memory, 0.3, gate=GateConfig(sleep=8, prior=0.2))
+    assert MixedLM(family_model("llama", VOCAB), memory, 0.3, gate=GateConfig()).gate.gate == "none"
+    assert MixedLM(family_model("llama", VOCAB), memory, 0.3, gate=GateConfig(gate="posterior", sleep=8)).gate.sleep

@@ -224,7 +224,8 @@ def _mixed(
 ) -> tuple[Any, Any]:
     """The mixture and its tokenizer; in a chat memories have to prove themselves before they speak."""
     memories, weights = by_name(memory, mix_weight)
-    if chat and "prior" not in (gate.model_fields_set if gate is not None else ()):
+    given = gate.model_fields_set if gate is not None else set()
+    if chat and "prior" not in given and (weights is None or "gate" in given):
         gate = (gate or GateConfig()).model_copy(update={"prior": _CHAT_PRIOR})
     from memlm.mix.mixed_lm import MixedLM
     from memlm.models.loading import resolve

@@ -213,9 +213,11 @@ def gate_config(gate: GateName | GateConfig | None, *, weight_given: bool = Fals
     """The settings of a gate from a name, or from themselves; `none` where a weight is given and no gate is named.
 
     Raises:
-        ConfigError: There is no gate of that name.
+        ConfigError: There is no gate of that name, or it has settings where a weight is given and it has no name.
     """
     found = gate if isinstance(gate, GateConfig) else GateConfig.parse({} if gate is None else {"gate": gate})
+    if weight_given and found.gate is None and (idle := sorted(found.model_fields_set - {"gate"})):
+        raise ConfigError(f"{', '.join(idle)}: of a gate, and the weight is given, so none is in force; name one too")
     return found.model_copy(update={"gate": "none"}) if weight_given and found.gate is None else found
 
 
