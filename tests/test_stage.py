@@ -476,11 +476,27 @@ def test_what_was_settled_is_gone_on_with(tmp_path: Path) -> None:
 
     def work(stage: Stage, value: str) -> dict[str, object]:
         found.append(stage.settled("dtype", value))
-        if len(found) == 1:
+        if not stage.has("made.txt"):
+            stage.save_text("made.txt", "made")
             raise KeyboardInterrupt
         return {}
 
     with pytest.raises(KeyboardInterrupt):
         run_stage(tmp_path / "a", spec, lambda stage: work(stage, "bfloat16"))
-    run_stage(tmp_path / "a", spec, lambda stage: work(stage, "float32"))
+    made = run_stage(tmp_path / "a", spec, lambda stage: work(stage, "float32"))
     assert found == ["bfloat16", "bfloat16"]
+    assert [*made.payload] == ["made.txt"]
+    assert not (tmp_path / "a" / "settled.json").exists()
+
+
+def test_what_was_settled_of_a_run_that_made_nothing_is_gone(tmp_path: Path) -> None:
+    spec = StageSpec("corpus", config={}, inputs={}, tokenizer=None)
+
+    def work(stage: Stage) -> dict[str, object]:
+        stage.settled("dtype", "bfloat16")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(tmp_path / "a", spec, work)
+    assert not (tmp_path / "a" / "settled.json").exists()
+    run_stage(tmp_path / "a", replace(spec, config={"other": 1}), lambda stage: {})

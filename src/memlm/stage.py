@@ -60,6 +60,7 @@ from memlm.ranks import ALONE, Ranks
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 _LOOKS = 100
+_SETTLED = "settled.json"
 _OF_VOLUMES = "lost+found"  # what a file system keeps at its top
 
 
@@ -122,18 +123,20 @@ class Stage:
 
     def settled(self, name: str, value: str) -> str:
         """What was settled when the work began, which goes on with it; `value` where it begins."""
-        place = f"{PARTS}/{name}.txt"
-        if not self.has(place):
-            self.save_text(place, value)
-        return (self.path / place).read_text(encoding="utf-8")
+        path = self.path / _SETTLED
+        there = read_json(path) if path.is_file() else {}
+        if name not in there:
+            there[name] = value
+            write_json(path, there)
+        return there[name]
 
     def remove(self, name: str) -> None:
         """Remove an intermediate file or folder."""
         erase(self.path / name)
 
     def has_begun(self) -> bool:
-        """Whether there is anything but the plan."""
-        return any(path.name not in (PLAN, LOCK, _OF_VOLUMES) for path in self.path.iterdir())
+        """Whether there is anything but the plan, and what was settled."""
+        return any(path.name not in (PLAN, LOCK, _SETTLED, _OF_VOLUMES) for path in self.path.iterdir())
 
     def begin(self) -> None:
         """Write the plan, or go on with the one that is there.
@@ -147,6 +150,8 @@ class Stage:
                 f"{self.path} is an unfinished run of something else ({_difference(there, identity)});"
                 " delete it or choose another output"
             )
+        if not self.has_begun():
+            (self.path / _SETTLED).unlink(missing_ok=True)
         write_json(plan, identity)
         if (self.path / PREVIOUS).is_file():
             self.previous = manifest_in(self.path / PREVIOUS)
@@ -214,7 +219,8 @@ class Stage:
         self.finished = manifest
 
     def _is_left_over(self, path: Path) -> bool:
-        return is_half_written(path) or path.relative_to(self.path).parts[0] in (PARTS, *self.spec.intermediate)
+        first = path.relative_to(self.path).parts[0]
+        return is_half_written(path) or first in (PARTS, _SETTLED, *self.spec.intermediate)
 
 
 def _is_hidden(path: Path) -> bool:
@@ -289,7 +295,8 @@ def open_stage(out: str | Path, spec: StageSpec) -> Iterator[Stage]:
                 yield stage
             finally:
                 if not stage.has_begun():
-                    (out / PLAN).unlink()  # what was refused leaves no trace
+                    for name in (PLAN, _SETTLED):  # what was refused leaves no trace
+                        (out / name).unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise file_error(error, out) from error
     except (MemoryError, RuntimeError) as error:

@@ -145,7 +145,10 @@ def test_another_objective_is_another_run() -> None:
 
 
 @pytest.mark.parametrize("kind", ["labels", "targets"])
-def test_what_the_base_says_can_be_repaired(kind: str, corpus_folder: Path, model_folder: str, tmp_path: Path) -> None:
+def test_what_the_base_says_can_be_repaired(
+    kind: str, corpus_folder: Path, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MEMLM_HOME", str(tmp_path / "home"))
     how: dict[str, Any] = {"init": model_folder, "objective": "mixture", "max_steps": 1, "dtype": "float32"}
     train_memory(corpus_folder, out=tmp_path / "a", **how)
     [folder] = (cache_dir() / "base-rows").iterdir()

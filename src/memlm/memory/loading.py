@@ -126,4 +126,5 @@ def read_settings(
     kind = values.get("kind") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
         raise ArtifactError(f"{path}: kind {str(kind)[:40]!r} is unknown to this memlm; known: {', '.join(KINDS)}")
-    return memory_class(kind).settings_class.parse(values, f"{path.name}: ")
+    settings = memory_class(kind).settings_class.parse(values, f"{path.name}: ")
+    return settings.searched_by(retrieval) if isinstance(settings, RetrievalSettings) else settings
