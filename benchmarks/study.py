@@ -154,12 +154,12 @@ class Study:
 
     def folders(self, recipe: Recipe, name: str, *, targets: bool) -> dict[str, Path]:
         """The folders that a memory is trained from, made where they are not there."""
-        wanted = {"corpus", *(("teacher", "datastore", "targets") if targets else ())}
+        wanted = {"corpus", *(("teacher", "datastore", "targets", *recipe.fold_teachers) if targets else ())}
         stored = recipe.places["train"].get("activations") == "datastore"
         wanted |= {"teacher", "datastore"} if stored else set()
         there: dict[str, Path] = {}
         for step in recipe_steps(recipe):
-            if step.name in wanted or (targets and step.name.startswith("fold-")):
+            if step.name in wanted:
                 there[step.name] = make_step(self.work / name / step.name, step.plan(there), _say)
         return there
 

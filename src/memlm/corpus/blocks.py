@@ -127,7 +127,10 @@ class Split:
 
     def only(self, wanted: NDArray[np.bool_]) -> "Split":
         """The documents that are wanted, `(D,)`, as a split of their own, in memory."""
-        texts = [self._text(int(document)) for document in np.flatnonzero(wanted)]
+        return self.cut_alike([self._text(int(document)) for document in np.flatnonzero(wanted)])
+
+    def cut_alike(self, texts: Sequence[NDArray[np.int32]]) -> "Split":
+        """Other documents as a split, in memory, that is cut into blocks as this one."""
         offsets = np.cumsum([0, *map(len, texts)])
         return Split(np.concatenate(texts), offsets, self.block_size, self.step, self.cross_documents)
 

@@ -79,6 +79,11 @@ class CorpusConfig(StageConfig):
         """Stride in force."""
         return self.stride if self.stride is not None else max(1, self.block_size // 2)
 
+    @property
+    def for_other_text(self) -> dict[str, Any]:
+        """Settings with which documents of elsewhere are enclosed and cut as these are."""
+        return self.model_dump(include={"block_size", "start_token", "end_token", "special_tokens"})
+
     def budget(self, split: str) -> int | None:
         """Tokens kept at most in `split`."""
         tenth = self.max_tokens // 10 if self.max_tokens is not None else None

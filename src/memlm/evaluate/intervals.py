@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.evaluate.config import EvaluateConfig
+from memlm.scores.mixtures import finite
 
 _DRAWN_AT_ONCE = 1 << 21  # documents of all resamplings that exist at a time: 16 MiB
 
@@ -52,11 +53,6 @@ class Resampled:
     def ratio(self, above: str, below: str) -> dict[str, Any]:
         """Perplexity of `above` over that of `below`, and its 95% interval."""
         return _figure(self._mean[above] - self._mean[below], self._drawn[above] - self._drawn[below])
-
-
-def finite(perplexity: float) -> float | None:
-    """Rounded for a report; None for infinity, which JSON has not."""
-    return round(float(perplexity), 4) if np.isfinite(perplexity) else None
 
 
 def _figure(mean: float, drawn: NDArray[np.float64]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ConfigError, InputError, TokenizerMismatchError
 from memlm.evaluate.config import EvaluateConfig
-from memlm.evaluate.intervals import Resampled, finite
+from memlm.evaluate.intervals import Resampled
 from memlm.evaluate.plot import plot_report
 from memlm.evaluate.report import MIXTURE, Report, fixed_of, weights_of
 from memlm.files import write_json
@@ -29,7 +29,14 @@ from memlm.mix.weights import settle_weights
 from memlm.models.identity import model_identity
 from memlm.models.tokenizers import ADVICE, check_rows_for
 from memlm.scores.gated import gated_label_log_probs
-from memlm.scores.mixtures import GRID, best_mix_weight, best_mix_weights, mixture_label_log_probs, perplexity_curve
+from memlm.scores.mixtures import (
+    GRID,
+    best_mix_weight,
+    best_mix_weights,
+    finite,
+    mixture_label_log_probs,
+    perplexity_curve,
+)
 from memlm.scores.table import BASE, ScoreTable, score_corpus
 from memlm.stage import Stage, StageSpec, check_output, run_stage
 from memlm.targets.config import RetrievalConfig

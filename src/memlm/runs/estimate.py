@@ -105,10 +105,8 @@ def step_costs(
     if "teacher" in configs:
         start = places["teacher"]["init"]
         costs["teacher"] = training(configs["teacher"], memory_size(configs["teacher"], start, start))
-        folds = configs["targets"].folds
-        for number in range(1, folds + 1):
-            of_fold = configs["teacher"].model_copy(update={"left_out": f"{number}/{folds}"})
-            costs[f"fold-{number}"] = training(of_fold, memory_size(of_fold, start, start))
+        for name, config in recipe.fold_teachers.items():
+            costs[name] = training(config, memory_size(config, start, start))
     if trained is None:
         pairs = (("memory", "train"), ("twin", "twin"))
         trained = {name: (section, configs[section]) for name, section in pairs if section in configs}

@@ -161,7 +161,7 @@ class Figures:
             return None
         settings: dict[str, Any] = {
             "document_separator": self.asked.config.general_separator,
-            **self.corpus.config.model_dump(include={"block_size", "start_token", "end_token", "special_tokens"}),
+            **self.corpus.config.for_other_text,
             "validation_fraction": 0.0,
             "test_fraction": 0.9,
             "max_test_tokens": self.asked.config.general_tokens,

@@ -53,12 +53,9 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     if "teacher" in configs:
         tune = {"init": places["teacher"]["init"], "config": configs["teacher"]}
         steps.append(Step("teacher", ("corpus",), partial(_of_corpus, **tune)))
-    folds = configs["targets"].folds
-    for number in range(1, folds + 1):
-        config = configs["teacher"].model_copy(update={"left_out": f"{number}/{folds}"})
-        of_fold = {"init": places["teacher"]["init"], "config": config}
-        steps.append(Step(f"fold-{number}", ("corpus",), partial(_of_corpus, **of_fold)))
-    fold_names = tuple(step.name for step in steps if step.name.startswith("fold-"))
+    folds = recipe.fold_teachers
+    for name, config in folds.items():
+        steps.append(Step(name, ("corpus",), partial(_of_corpus, init=places["teacher"]["init"], config=config)))
     steps += [
         Step(
             "datastore",
@@ -69,9 +66,9 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
         ),
         Step(
             "targets",
-            ("datastore", *fold_names),
+            ("datastore", *folds),
             lambda there: plan_targets(
-                there["datastore"], fold_teachers=[there[name] for name in fold_names], config=configs["targets"]
+                there["datastore"], fold_teachers=[there[name] for name in folds], config=configs["targets"]
             ),
         ),
         training_step(recipe, "memory", "train"),

@@ -133,6 +133,14 @@ class Recipe:
         return check_start(self.configs["train"], init=given.get("init"), base=given.get("base"), block_size=size)[0]
 
     @property
+    def fold_teachers(self) -> dict[str, TrainConfig]:
+        """Name of a step to how it trains the teacher of a fold, where targets ask for such."""
+        if not (folds := self.configs["targets"].folds):
+            return {}
+        teacher: TrainConfig = self.configs["teacher"]
+        return {f"fold-{n}": teacher.model_copy(update={"left_out": f"{n}/{folds}"}) for n in range(1, folds + 1)}
+
+    @property
     def documents(self) -> list[str]:
         """Where the documents are."""
         return self.paths("corpus", "documents")

@@ -29,6 +29,11 @@ def perplexity(log_probs: LabelLogProbs) -> float:
     return float(np.exp(-log_probs.astype(np.float64).mean()))
 
 
+def finite(perplexity: float) -> float | None:
+    """Rounded for a report; None for infinity, which JSON has not."""
+    return round(float(perplexity), 4) if np.isfinite(perplexity) else None
+
+
 def perplexity_curve(base: LabelLogProbs, memory: LabelLogProbs, grid: NDArray[np.float64] = GRID) -> NDArray:
     """Perplexity of the mixture of two at each weight of `grid`."""
     return np.array([perplexity(mixture_label_log_probs(base, [memory], [float(weight)])) for weight in grid])

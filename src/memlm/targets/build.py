@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,15 +139,15 @@ def _search(
     teacher = cache(lambda: load_teacher(store.teacher, store.read_as)[0])
     reader = cache(lambda: TapReader(teacher(), store.facts.tap))
     of_fold = cache(lambda fold: load_on_default_device(str(folds[fold]), store.read_as.dtype))
-    fold_of = split.folds(len(folds)) if folds else np.zeros(split.n_documents, np.int64)
+    fold_of = cache(lambda: split.folds(len(folds)))
 
     def speaking(blocks: NDArray[np.int64]) -> Iterator[Heard]:
         """What is said of these blocks by whom it is asked of."""
         if not folds:
-            yield from hear(teacher(), store.facts.tap, split, blocks, store.corpus.vocab_size)
-        fold = fold_of[split.documents_of(split.position_starts[blocks])]
-        for number in range(len(folds)):
-            yield from hear(of_fold(number), None, split, blocks[fold == number], store.corpus.vocab_size)
+            return hear(teacher(), store.facts.tap, split, blocks, store.corpus.vocab_size)
+        own = fold_of()[split.documents_of(split.position_starts[blocks])]
+        parts = ((of_fold(number), blocks[own == number]) for number in range(len(folds)))
+        return chain.from_iterable(hear(model, None, split, part, store.corpus.vocab_size) for model, part in parts)
 
     chosen = _chosen(stage, store, config, teacher)
     votes_settings = {

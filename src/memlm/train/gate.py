@@ -29,7 +29,7 @@ from memlm.mix.loading import settings_of
 from memlm.models.loading import default_device, load_on_default_device
 from memlm.progress import progress_bar
 from memlm.scores.gated import columns_of
-from memlm.scores.mixtures import best_mix_weight, mixture_label_log_probs, perplexity
+from memlm.scores.mixtures import best_mix_weight, finite, mixture_label_log_probs, perplexity
 from memlm.scores.score import score
 from memlm.targets.config import RetrievalConfig
 from memlm.train.config import FitGateConfig
@@ -171,8 +171,7 @@ def general_text(places: list[str], domain: Corpus, config: FitGateConfig, scrat
         folder = scratch / "general"
         split = {"validation_fraction": 0.0, "test_fraction": 0.0, "max_tokens": config.general_tokens}
         reading = {"document_separator": config.document_separator, "encoding": config.encoding}
-        reading |= {"text_column": config.text_column}
-        reading |= domain.config.model_dump(include={"block_size", "start_token", "end_token", "special_tokens"})
+        reading |= {"text_column": config.text_column, **domain.config.for_other_text}
         build_corpus(files, tokenizer=str(domain.folder / "tokenizer"), out=folder, **split, **reading)
         found.append((len(files), list(Corpus(folder).split("train").documents())))
     texts = _by_turns(found)
@@ -181,12 +180,9 @@ def general_text(places: list[str], domain: Corpus, config: FitGateConfig, scrat
             f"{both} of {len(texts)} general documents are in corpus {domain.folder} too: general text is what the"
             " memory was not made for"
         )
-    offsets = np.cumsum([0, *map(len, texts)])
-    if offsets[-1] - len(texts) < FEWEST_TOKENS:
-        raise InputError(f"general text has {offsets[-1]:,} tokens; a head needs {FEWEST_TOKENS:,} at least")
-    like = domain.split("validation")
-    whole = Split(np.concatenate(texts), offsets, like.block_size, like.step, like.cross_documents)
-    return _cut(whole, config.general_tokens)
+    if (tokens := sum(map(len, texts))) - len(texts) < FEWEST_TOKENS:
+        raise InputError(f"general text has {tokens:,} tokens; a head needs {FEWEST_TOKENS:,} at least")
+    return _cut(domain.split("validation").cut_alike(texts), config.general_tokens)
 
 
 def _by_turns(found: Sequence[tuple[int, list[NDArray[np.int32]]]]) -> list[NDArray[np.int32]]:
@@ -262,13 +258,8 @@ def fitted(heard: Sequence[Heard], *, names: Sequence[str] = ("domain", "general
             "gate": -values,
         }
         facts[f"{name}_tokens"] = len(text.base)
-        facts |= {f"{name}_{part}_perplexity": _told(perplexity(found)) for part, found in parts.items()}
+        facts |= {f"{name}_{part}_perplexity": finite(perplexity(found)) for part, found in parts.items()}
     return {"state": weights[:width].tolist(), "features": weights[width:].tolist(), "bias": bias, "facts": facts}
-
-
-def _told(perplexity: float) -> float | None:
-    """As facts have it: JSON knows no infinity."""
-    return round(perplexity, 4) if np.isfinite(perplexity) else None
 
 
 def _halves(text: Heard, seed: int) -> NDArray[np.bool_]:
