@@ -39,7 +39,7 @@ from memlm.memory.confidence import ConfidenceHead
 from memlm.mix.gate import GatedMemory, weight_rule
 from memlm.mix.gate_config import GateConfig
 from memlm.runs.estimate import step_costs
-from memlm.runs.plan import make_step, recipe_steps
+from memlm.runs.plan import make_step, needed_steps, recipe_steps, training_step
 from memlm.runs.recipe import Recipe, data_path
 from memlm.scores.gated import gated_label_log_probs
 from memlm.scores.table import score_corpus
@@ -152,15 +152,11 @@ class Study:
 
     # --- work -------------------------------------------------------------------------------------------------------
 
-    def folders(self, recipe: Recipe, name: str, *, targets: bool) -> dict[str, Path]:
-        """The folders that a memory is trained from, made where they are not there."""
-        wanted = {"corpus", *(("teacher", "datastore", "targets", *recipe.fold_teachers) if targets else ())}
-        stored = recipe.places["train"].get("activations") == "datastore"
-        wanted |= {"teacher", "datastore"} if stored else set()
+    def folders(self, recipe: Recipe, name: str, *goals: str) -> dict[str, Path]:
+        """The corpus and the folders of these steps, with what they are made from, made where they are not there."""
         there: dict[str, Path] = {}
-        for step in recipe_steps(recipe):
-            if step.name in wanted:
-                there[step.name] = make_step(self.work / name / step.name, step.plan(there), _say)
+        for step in needed_steps(recipe_steps(recipe), ("corpus", *goals)):
+            there[step.name] = make_step(self.work / name / step.name, step.plan(there), _say)
         return there
 
     def memory_folder(self, key: str) -> Path:
@@ -170,7 +166,7 @@ class Study:
         """Train a point's memory and keep what validation said of it."""
         recipe = self.recipe(point.settings)
         config, places = recipe.configs["train"], recipe.places["train"]
-        there = self.folders(recipe, point.arm, targets=config.kl_weight > 0)
+        there = self.folders(recipe, point.arm, *training_step(recipe, "memory", "train").inputs)
         began, out = time.monotonic(), self.memory_folder(point.key)
         data = there["targets" if config.kl_weight > 0 else "corpus"]
         own = places.get("activations") == "datastore"
@@ -184,6 +180,8 @@ class Study:
         make_step(out, plan, _say)
         gc.collect()  # a trainer refers to itself, and would keep its weights on an accelerator
         facts = read_manifest(out, "memory").facts
+        made = read_manifest(there["targets"]).facts if "targets" in there else {}
+        told = made.get("judged") or made.get("teacher_perplexity")
         self.keep(
             "point",
             {
@@ -194,7 +192,7 @@ class Study:
                 "history": facts["validation"]["history"],
                 "steps": facts["steps"],
                 "parameters": facts["parameters"],
-                "targets": read_manifest(there["targets"]).facts.get("judged") if "targets" in there else None,
+                "targets": told,
                 "seconds": round(time.monotonic() - began),
             },
         )
@@ -206,10 +204,10 @@ class Study:
     def prepare(self, arms: list[str]) -> None:
         """Make the corpora, and what these arms train on, so that several processes that share this folder find it."""
         recipe = self.recipe({})
-        self.folders(recipe, "twin", targets=False)
+        self.folders(recipe, "twin")
         for arm in arms:
             of_arm = self.recipe(self.arms[arm])
-            self.folders(of_arm, arm, targets=of_arm.configs["train"].kl_weight > 0)
+            self.folders(of_arm, arm, *training_step(of_arm, "memory", "train").inputs)
         for part in ("fit", "test"):
             self.general_corpus(part, recipe.places["corpus"]["tokenizer"])
 
@@ -237,7 +235,7 @@ class Study:
             return
         recipe = self.recipe(best["settings"])
         base, tokenizer = recipe.base, recipe.places["corpus"]["tokenizer"]
-        corpus, memory = self.folders(recipe, arm, targets=False)["corpus"], self.memory_folder(best["key"])
+        corpus, memory = self.folders(recipe, arm)["corpus"], self.memory_folder(best["key"])
         fit, test = (self.general_corpus(part, tokenizer) for part in ("fit", "test"))
         evaluation: EvaluateConfig = recipe.configs.get("evaluate") or EvaluateConfig()
         if ConfidenceHead.read(memory) is None:
@@ -260,7 +258,7 @@ class Study:
         if self.found("live"):
             return
         recipe = self.recipe({})
-        there = self.folders(recipe, "live", targets=True)
+        there = self.folders(recipe, "live", "datastore")
         store = Datastore(there["datastore"])
         teacher, _ = load_teacher(store.teacher, store.read_as)
         searched: dict[tuple[int, float], float] = {}
@@ -293,7 +291,7 @@ class Study:
             return
         recipe = self.recipe(lines[against]["settings"])
         config: EvaluateConfig = recipe.configs.get("evaluate") or EvaluateConfig()
-        corpus = Corpus(self.folders(recipe, against, targets=False)["corpus"])
+        corpus = Corpus(self.folders(recipe, against)["corpus"])
         ways: dict[str, dict[str, np.ndarray]] = {"alone": {}, "fixed": {}, **{gate: {} for gate in GATES}}
         document = np.empty(0, np.int64)
         for arm, line in lines.items():

@@ -1226,3 +1226,14 @@ def test_json_numbers_are_those_of_the_arrays_in_the_cache(memlm: Callable[..., 
     ours = sorted([report["base"]["perplexity"], report["memory"]["perplexity"]])
     assert ours == pytest.approx(perplexities, abs=1e-4)  # the report rounds to four digits
     assert report["mixture"]["perplexity"] == report["base"]["perplexity"]
+
+
+def test_targets_of_a_corpus_tell_what_the_teacher_foresees(
+    memlm: Callable[..., Result], corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    made = memlm("targets", corpus_folder, "--teacher", model_folder, "--out", tmp_path / "t")
+    assert made.code == 0
+    assert re.search(r"the teacher gives this text perplexity [\d.]+, and validation [\d.]+\n", made.out)
+    nobody = memlm("targets", corpus_folder, "--out", tmp_path / "t2")
+    assert nobody.code == 2
+    assert "has no neighbours, so its targets are what a model says: give --teacher" in nobody.err

@@ -15,6 +15,7 @@ from memlm.config import read_recipe
 from memlm.errors import ConfigError, InputError, MemlmError, OutputExistsError
 from memlm.manifest import read_manifest
 from memlm.runs.compare import Comparison
+from memlm.runs.compare_recipe import CompareRecipe
 from memlm.runs.estimate import corpus_tokens
 from memlm.runs.plan import Planned, plan_recipe, plan_table, run_folder, run_recipe
 from memlm.runs.recipe import SECTIONS, Recipe, data_path
@@ -82,7 +83,8 @@ def test_every_recipe_plans_at_toy_size(path: Path, toys: Path) -> None:
     steps = plan_recipe(sections, toys / "runs" / path.stem)
     if "compare" in sections:
         steps = [*steps, *Comparison(sections, toys / "runs" / path.stem).plan()]
-    assert len(steps) >= 5
+    assert [step.step for step in steps if step.step in ("corpus", "memory")][:2] == ["corpus", "memory"]
+    assert len(steps) >= 4
     assert all(step.seconds is not None and step.bytes is not None for step in steps)
 
 
@@ -208,8 +210,10 @@ def test_teachers_of_folds_are_made_where_targets_ask_for_them(
 ) -> None:
     sections = changed(tiny(documents, model_folder), "targets", folds=2, teacher_share=1)
     planned = {step.step: step for step in plan_recipe(sections, tmp_path / "out")}
-    assert [*planned][:5] == ["corpus", "teacher", "fold-1", "fold-2", "datastore"]
-    longer = changed(changed(sections, "teacher", max_steps=None), "targets", folds=4)
+    assert [*planned][:5] == ["corpus", "fold-1", "fold-2", "targets", "memory"]  # no neighbours are asked
+    mixed = [*(step.step for step in plan_recipe(changed(sections, "targets", teacher_share=0.5), tmp_path / "y"))]
+    assert mixed[:5] == ["corpus", "teacher", "fold-1", "fold-2", "datastore"]
+    longer = changed(changed(sections, "teacher", max_steps=None), "targets", folds=4, teacher_share=0.5)
     costs = {step.step: step.tokens for step in plan_recipe(longer, tmp_path / "x")}
     assert costs["fold-4"] == pytest.approx(0.75 * costs["teacher"], rel=0.01)
     del sections["twin"]
@@ -222,6 +226,39 @@ def test_teachers_of_folds_are_made_where_targets_ask_for_them(
     without = {name: section for name, section in sections.items() if name != "teacher"}
     with pytest.raises(ConfigError, match=r"targets.folds: teachers of folds are trained as the teacher section says"):
         Recipe(changed(without, "datastore", teacher=model_folder))
+
+
+def test_a_recipe_makes_what_its_rows_are_made_from(documents: str, model_folder: str, tmp_path: Path) -> None:
+    """No index where neighbours have no share, and no teacher where nothing asks for one."""
+
+    def steps(sections: dict[str, dict[str, Any]]) -> list[str]:
+        return [step.step for step in plan_recipe(sections, tmp_path / "out")]
+
+    sections = tiny(documents, model_folder)
+    del sections["twin"]
+    words = changed(sections, "targets", teacher_share=1)
+    assert steps(words) == ["corpus", "teacher", "targets", "memory", "evaluation-memory"]
+    given = changed(words, "targets", teacher=model_folder)
+    assert steps(given) == ["corpus", "targets", "memory", "evaluation-memory"]
+    assert steps(changed(words, "retrieval", k=8))[:3] == ["corpus", "teacher", "datastore"]
+    plain = changed(sections, "train", kl_weight=0)
+    assert steps(plain) == ["corpus", "memory", "evaluation-memory"]
+    for name in ("teacher", "datastore"):
+        for made in (given, plain):
+            made.pop(name, None)
+    assert steps(given) == ["corpus", "targets", "memory", "evaluation-memory"]
+    assert steps(plain) == ["corpus", "memory", "evaluation-memory"]
+    reports = run_recipe(given, tmp_path / "out")
+    assert reports["memory"]["mixture"]["perplexity"] > 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(steps(given))
+    with pytest.raises(ConfigError, match=r"targets.teacher is for targets that are its words alone"):
+        Recipe(changed(sections, "targets", teacher=model_folder))
+    for needing in ({"retrieval": {"k": 8}}, {"mlp": {}}):
+        with pytest.raises(ConfigError, match=r"datastore\.teacher is missing"):
+            Recipe({**plain, **needing})
+    knn = {**plain, "compare": {"rows": ["knn"]}}
+    with pytest.raises(ConfigError, match=r"datastore\.teacher is missing"):
+        _ = CompareRecipe(knn, tmp_path / "out").steps
 
 
 def test_documents_are_looked_for_below_memlm_data(

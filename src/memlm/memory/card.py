@@ -71,6 +71,10 @@ def memory_card(
     targets = facts.get("targets_config")
     if config["kl_weight"] == 0:
         made = "none: plain fine-tuning"
+    elif targets and targets.get("teacher_share") == 1:
+        folds = targets.get("folds")
+        of_folds = f"teachers of {folds} folds say of the documents that they have not read"
+        made = f"what {of_folds if folds else 'the teacher says of the text'}; no neighbours"
     elif targets and "k" in targets:
         own = " and their document" if targets["exclude_document"] else ""
         made = f"k {targets['k']}, temperature {targets['target_temperature']:g}, without the position itself{own}"

@@ -23,6 +23,7 @@ from memlm.runs.plan import (
     Planned,
     Step,
     found_steps,
+    needed_steps,
     planned,
     recipe_steps,
     training_step,
@@ -148,11 +149,9 @@ class CompareRecipe:
             for points in self.points.values()
             for point in points
         ]
-        first = {step.name: step for step in recipe_steps(self.recipe) if step.name not in ("memory", "twin")}
+        first = [step for step in recipe_steps(self.recipe) if step.name not in ("memory", "twin")]
         needs |= {name for step in training for name in step.inputs}
-        for step in reversed(first.values()):
-            needs |= set(step.inputs) if step.name in needs else set()
-        return [*(step for step in first.values() if step.name in needs), *training]
+        return [*needed_steps(first, needs), *training]
 
     def plan(self) -> list[Planned]:
         """What there is and what is to be made, with rough costs; reads manifests and configs, and writes nothing."""

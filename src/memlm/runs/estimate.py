@@ -69,7 +69,7 @@ def step_costs(
     if splits is None:
         return {}
     train, validation, held = splits["train"], splits["validation"], splits["validation"] + splits["test"]
-    teacher = places["datastore"].get("teacher") or places["teacher"]["init"]
+    teacher = recipe.speaker or places.get("teacher", {}).get("init") or base
     width = load_config(teacher).get_text_config().hidden_size
     vocabulary = load_config(base).get_text_config().vocab_size
     rate, search = _MODEL_SHARE * product_rate(), datastore_bytes(configs["datastore"], train, width)
@@ -102,6 +102,10 @@ def step_costs(
         "datastore": cost(train, reading, corpus_bytes + search, 4 * teacher_size + search, batch, teacher_size),
         "targets": cost(train, reading, target_bytes, search, 0, 0),  # a search is about a pass
     }
+    if recipe.speaks_alone:
+        target_bytes = train * (8 + 6 * configs["targets"].max_support) + _ENTRY_BYTES * vocabulary
+        weights = 4 * teacher_size * max(1, len(recipe.fold_teachers))
+        costs["targets"] = cost(train, reading, target_bytes, weights, batch, teacher_size)
     if "teacher" in configs:
         start = places["teacher"]["init"]
         costs["teacher"] = training(configs["teacher"], memory_size(configs["teacher"], start, start))

@@ -3,15 +3,15 @@
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from memlm.errors import ArtifactError, OutputBusyError
+from memlm.errors import ArtifactError, ConfigError, OutputBusyError
 from memlm.manifest import MANIFEST, PLAN, read_manifest, times_of
-from memlm.runs.recipe import Recipe
+from memlm.runs.recipe import NO_TEACHER, Recipe
 from memlm.stage import Plan, StageSpec, check_output, run_stage
 from memlm.text import duration, size
 from memlm.train.config import TrainConfig
@@ -46,7 +46,6 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     for name in ("teacher", "train", "twin", "mlp", "dapt", "lora"):  # now, not after hours of other stages
         if name in configs:
             check_trainer_fields(configs[name], f"{name}.")
-    given = places["datastore"].get("teacher")
     tokenizer = places["corpus"]["tokenizer"]
     corpus = {"tokenizer": tokenizer, "given": recipe.given, "config": configs["corpus"]}
     steps = [Step("corpus", (), lambda _: plan_corpus(recipe.documents, **corpus))]
@@ -56,19 +55,28 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     folds = recipe.fold_teachers
     for name, config in folds.items():
         steps.append(Step(name, ("corpus",), partial(_of_corpus, init=places["teacher"]["init"], config=config)))
+    if recipe.has_teacher:
+        given = places["datastore"].get("teacher")
+        steps.append(
+            Step(
+                "datastore",
+                ("corpus",) if given else ("corpus", "teacher"),
+                lambda there: plan_datastore(
+                    there["corpus"], teacher=given or str(there["teacher"]), config=configs["datastore"]
+                ),
+            )
+        )
+    own = "teacher" if recipe.speaks_alone and not (recipe.speaker or folds) else None
+    source = "corpus" if recipe.speaks_alone else "datastore"
     steps += [
         Step(
-            "datastore",
-            ("corpus",) if given else ("corpus", "teacher"),
-            lambda there: plan_datastore(
-                there["corpus"], teacher=given or str(there["teacher"]), config=configs["datastore"]
-            ),
-        ),
-        Step(
             "targets",
-            ("datastore", *folds),
+            (source, *folds, *((own,) if own else ())),
             lambda there: plan_targets(
-                there["datastore"], fold_teachers=[there[name] for name in folds], config=configs["targets"]
+                there[source],
+                teacher=None if not recipe.speaks_alone or folds else str(there[own]) if own else recipe.speaker,
+                fold_teachers=[there[name] for name in folds],
+                config=configs["targets"],
             ),
         ),
         training_step(recipe, "memory", "train"),
@@ -76,6 +84,25 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     if "twin" in configs:
         steps.append(training_step(recipe, "twin", "twin"))
     return steps
+
+
+def needed_steps(steps: Sequence[Step], goals: Iterable[str]) -> list[Step]:
+    """The steps of these names, and all that they are made from, in order.
+
+    Raises:
+        ConfigError: A datastore is among them, and there is no teacher to make it.
+    """
+    needed = set(goals)
+    for step in reversed(steps):
+        needed |= set(step.inputs) if step.name in needed else set()
+    if "datastore" in needed and all(step.name != "datastore" for step in steps):
+        raise ConfigError(NO_TEACHER)
+    return [step for step in steps if step.name in needed]
+
+
+def _goals(recipe: Recipe) -> set[str]:
+    """Steps whose folders are evaluated."""
+    return {"corpus", *(_JUDGED[row] for row in evaluated_rows(recipe))}
 
 
 def _of_corpus(there: Mapping[str, Path], **how: Any) -> Plan:
@@ -239,7 +266,7 @@ def plan_recipe(sections: dict[str, dict[str, Any]], out: str | Path) -> list[Pl
     from memlm.evaluate.perplexity import report_spec
     from memlm.runs.estimate import step_costs
 
-    steps = recipe_steps(recipe)
+    steps = needed_steps(recipe_steps(recipe), _goals(recipe))
     names, there = [step.name for step in steps], found_steps(steps, out)
     for row in evaluated_rows(recipe):
         names.append(name := f"evaluation-{row}")
@@ -282,8 +309,8 @@ def run_recipe(
 
     Args:
         sections: As in the YAML file.
-        out: Folder for `corpus/`, `teacher/`, `datastore/`, `targets/`, `memory/`, `twin/` and their evaluations.
-            Where a run beside it has made the same, the name is a link to that folder.
+        out: Folder for those of `corpus/`, `teacher/`, `datastore/`, `targets/`, `memory/` and `twin/` that are needed,
+            and their evaluations. Where a run beside it has made the same, the name is a link to that folder.
         say: Told of each step before it starts: where it goes, or where it was found.
 
     Returns:
@@ -294,7 +321,7 @@ def run_recipe(
     from memlm.evaluate.perplexity import evaluate_perplexity
 
     there: dict[str, Path] = {}
-    for step in recipe_steps(recipe):
+    for step in needed_steps(recipe_steps(recipe), _goals(recipe)):
         there[step.name] = make_step(out / step.name, step.plan(there), say)
         for line in corpus_notes(read_manifest(there["corpus"])) if step.name == "corpus" else ():
             say(f"note: {line}")

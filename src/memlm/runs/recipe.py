@@ -27,7 +27,7 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
     ),
     "teacher": (TrainConfig, {"init": "start model; the section fine-tunes a teacher, kl_weight is 0"}),
     "datastore": (DatastoreConfig, {"teacher": "model; default the teacher section's"}),
-    "targets": (TargetsConfig, {}),
+    "targets": (TargetsConfig, {"teacher": "model whose words they are at teacher_share 1; default the datastore's"}),
     "train": (
         TrainConfig,
         {
@@ -61,6 +61,7 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
 """Section name to its settings and what it takes besides; mlp, dapt, lora and compare are for `memlm compare`."""
 
 
+NO_TEACHER = "datastore.teacher is missing: a model, or a teacher section that fine-tunes one"
 _SHARED = ("epochs", "max_steps", "batch_size", "accumulation", "validations", "dtype", "seed", "trainer")
 """What fine-tuning of the base takes from the train section."""
 _SEVERAL = ("documents", "validation_documents", "test_documents", "general", "general_fit", "bases")
@@ -111,14 +112,39 @@ class Recipe:
                 raise ConfigError(f"{name}.{key} is missing: {SECTIONS[name][1][key]}")
         if not {"init", "base"} & self.places["train"].keys():
             raise ConfigError("train.init is missing: the start model; an mlp memory needs train.base instead")
-        if "teacher" not in self.places["datastore"] and "teacher" not in sections:
-            raise ConfigError("datastore.teacher is missing: a model, or a teacher section that fine-tunes one")
+        if not self.has_teacher and self._wants_datastore:
+            raise ConfigError(NO_TEACHER)
+        if "teacher" in self.places["targets"] and not (self.speaks_alone and not self.configs["targets"].folds):
+            raise ConfigError("targets.teacher is for targets that are its words alone: set targets.teacher_share to 1")
         if "teacher" in sections and "init" not in self.places["teacher"]:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
         if self.configs["targets"].folds and "teacher" not in sections:
             raise ConfigError("targets.folds: teachers of folds are trained as the teacher section says; add one")
         for name, config in self.configs.items():
             check_targets(name, config)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether there is one to make a datastore."""
+        return "teacher" in self.places["datastore"] or "teacher" in self.configs
+
+    @property
+    def speaks_alone(self) -> bool:
+        """Whether targets are what a teacher says, or teachers of folds, and neighbours have no share."""
+        return self.configs["targets"].teacher_share == 1
+
+    @property
+    def speaker(self) -> str | None:
+        """The model whose words targets are; None: the teacher that is fine-tuned, or those of folds."""
+        return self.places["targets"].get("teacher") or self.places["datastore"].get("teacher")
+
+    @property
+    def _wants_datastore(self) -> bool:
+        """Whether it cannot be run without one."""
+        imitates = any(self.configs[name].kl_weight > 0 for name in ("train", "mlp") if name in self.configs)
+        words = self.speaks_alone and (self.speaker is not None or "teacher" in self.configs)
+        stored = any(places.get("activations") == "datastore" for places in self.places.values())
+        return (imitates and not words) or stored or "retrieval" in self.configs
 
     @cached_property
     def base(self) -> str:

@@ -1,41 +1,40 @@
 """The targets stage: a datastore to rows of blocks with a sparse distribution per position."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from memlm.config import settings_from
-from memlm.corpus.blocks import Block, Corpus
+from memlm.corpus.blocks import Corpus
 from memlm.datastore.build import load_teacher, read_keys, shard_blocks
 from memlm.datastore.index import widen
 from memlm.datastore.store import Datastore
-from memlm.errors import ArtifactError, ConfigError, InputError
+from memlm.errors import ConfigError, InputError
 from memlm.files import file_digest, read_json, write_json
-from memlm.manifest import Manifest, copy_payload, read_manifest
-from memlm.models.loading import load_on_default_device
+from memlm.manifest import Manifest, read_manifest
 from memlm.models.taps import TapReader
 from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
-from memlm.targets.shards import TRAIN_SCHEMA, VALIDATION_FILE, VALIDATION_SCHEMA, read_statistics, write_rows
-from memlm.targets.teacher import Heard, Judged, hear, judge, mixed_targets
+from memlm.targets.speakers import Speakers, check_folds, loaders
+from memlm.targets.teacher import Judged, judge, mixed_targets
 from memlm.targets.votes import SparseProbs, retrieve
+from memlm.targets.words import plan_words
+from memlm.targets.writing import shard_name, write_rest, write_shard
 
 _CHOSEN = "chosen.json"
 
 
 def build_targets(
-    datastore: str | Path,
+    source: str | Path,
     *,
     out: str | Path,
     teacher: str | None = None,
@@ -43,33 +42,37 @@ def build_targets(
     config: TargetsConfig | None = None,
     **settings: Any,
 ) -> Manifest:
-    """Search every training position's neighbours and write their votes to `out`.
+    """Write a sparse distribution for every training position to `out`: neighbours' votes, a teacher's words, or both.
 
     A row of `train-NNNNN.arrow` is one block: `input_ids`; `target_counts`, the support of each token's distribution
     (0 where the block does not predict the token); `target_ids` and `target_probs`, the distributions one after
     another. `validation.arrow` holds the validation blocks with `labels`. `datasets` loads both.
 
     Args:
-        datastore: Folder of the datastore stage.
+        source: Folder of the datastore stage, every position of which is searched; or of the corpus stage, which has
+            no neighbours: the targets are then what `teacher` says, or `fold_teachers`.
         out: Folder to write; resumed where an earlier run stopped.
-        teacher: Where the datastore's teacher is by now, which makes its queries where it kept no keys.
+        teacher: Of a corpus, any causal LM with its tokenizer. Of a datastore, where its teacher is by now, which
+            makes its queries where it kept no keys.
         fold_teachers: Folders of models that were trained with `left_out`, one for each fold: the teacher's share is
             theirs then, each speaking of the documents that it has not read.
         config: Default settings if None; or give them as keywords.
 
     Raises:
-        ConfigError: k is larger than the datastore allows, or teachers of folds do not fit together or have no share.
+        ConfigError: k is larger than the datastore allows, teachers of folds do not fit together or have no share, or
+            a corpus has no teacher, or settings of neighbours.
         ArtifactError: The datastore kept no keys, or the teacher is to judge or has a share, and it is no longer the
             one that made the datastore; or a teacher of a fold was trained on another corpus.
         InputError: Documents cross blocks, so that a teacher would have read some of what it is to speak of.
         ModelError: Its teacher is needed and cannot be reached.
+        TokenizerMismatchError: The teacher of a corpus has another tokenizer.
     """
     config = settings_from(TargetsConfig, config, settings)
-    return run_stage(out, *plan_targets(datastore, teacher=teacher, fold_teachers=fold_teachers, config=config))
+    return run_stage(out, *plan_targets(source, teacher=teacher, fold_teachers=fold_teachers, config=config))
 
 
 def plan_targets(
-    datastore: str | Path,
+    source: str | Path,
     *,
     teacher: str | None = None,
     fold_teachers: Sequence[str | Path] = (),
@@ -83,19 +86,18 @@ def plan_targets(
     every `keep_seconds`.
     """
     config = config or TargetsConfig()
-    store = Datastore(datastore, teacher=teacher)
-    folds = _folds(store, fold_teachers)
-    if not config.folds:
-        config = config.model_copy(update={"folds": len(folds)})
-    if config.folds != len(folds):
-        raise ConfigError(f"folds = {config.folds}: give as many teachers of folds, there are {len(folds)}")
-    if folds and store.corpus.config.cross_documents:
-        raise InputError(f"blocks of {datastore} cross documents: some would be of several folds; build another corpus")
+    if read_manifest(source, "datastore", "corpus").kind == "corpus":
+        return plan_words(source, teacher=teacher, fold_teachers=fold_teachers, config=config)
+    store = Datastore(source, teacher=teacher)
+    folds = check_folds(store.corpus, store.manifest.inputs["corpus"], fold_teachers)
+    config = config.with_folds(len(folds))
     if folds and config.teacher_share in (0, "auto"):
         raise ConfigError("teachers of folds speak with a share that is given: set teacher_share, such as 1")
+    if "dtype" in config.model_fields_set:
+        raise ConfigError("dtype is for the teachers of a corpus; those of a datastore compute as its keys were made")
     if config.k > store.n_entries - 1:
         raise ConfigError(
-            f"k = {config.k} is larger than the {store.n_entries - 1} other entries of datastore {datastore}; lower --k"
+            f"k = {config.k} is larger than the {store.n_entries - 1} other entries of datastore {source}; lower --k"
         )
     if not store.config.keep_keys or config.chooses or config.teacher_share != 0:
         store.check_teacher()
@@ -104,28 +106,11 @@ def plan_targets(
         config=config.model_dump(),
         inputs={"datastore": store.manifest.hash, **{name: read_manifest(f).hash for name, f in folds.items()}},
         tokenizer=store.manifest.tokenizer,
-        sources={**store.manifest.sources, "datastore": str(datastore), **{n: str(f) for n, f in folds.items()}},
+        sources={**store.manifest.sources, "datastore": str(source), **{n: str(f) for n, f in folds.items()}},
         intermediate=(_CHOSEN,),
     )
-    speakers = list(folds.values())
-    return Plan(spec, lambda stage: _search(stage, store, speakers, config, positions_at_once, Due(keep_seconds)))
-
-
-def _folds(store: Datastore, teachers: Sequence[str | Path]) -> dict[str, Path]:
-    """Name of an input to the teacher that left this fold out, in the order of the folds."""
-    found = {}
-    for place in teachers:
-        made = read_manifest(place, "memory")
-        if made.inputs.get("data") != store.manifest.inputs["corpus"]:
-            raise ArtifactError(f"{place} was not trained on the corpus of datastore {store.folder}")
-        if (left_out := made.config.get("left_out")) is None:
-            raise ConfigError(f"{place} has read all documents: a teacher of a fold is trained with --left-out")
-        found[str(left_out)] = Path(place)
-    count = next((int(name.partition("/")[2]) for name in found), 0)
-    wanted = [f"{number}/{count}" for number in range(1, count + 1)]
-    if sorted(found) != sorted(wanted):
-        raise ConfigError(f"teachers of folds left out {', '.join(sorted(found))}; {', '.join(wanted)} are needed")
-    return {f"fold-{number}": found[name] for number, name in enumerate(wanted, 1)}
+    of_folds = list(folds.values())
+    return Plan(spec, lambda stage: _search(stage, store, of_folds, config, positions_at_once, Due(keep_seconds)))
 
 
 def _search(
@@ -134,29 +119,20 @@ def _search(
     """Write the targets of all positions, and return the facts."""
     split = store.corpus.split("train")
     shards = shard_blocks(split.position_starts, store.config.shard_positions)
-    bounds = {i: split.position_starts[list(s)].tolist() for i, s in enumerate(shards) if not stage.has(_shard(i))}
+    bounds = {i: split.position_starts[list(s)].tolist() for i, s in enumerate(shards) if not stage.has(shard_name(i))}
     done = split.n_positions - sum(stop - start for start, stop in bounds.values())
     teacher = cache(lambda: load_teacher(store.teacher, store.read_as)[0])
     reader = cache(lambda: TapReader(teacher(), store.facts.tap))
-    of_fold = cache(lambda fold: load_on_default_device(str(folds[fold]), store.read_as.dtype))
-    fold_of = cache(lambda: split.folds(len(folds)))
-
-    def speaking(blocks: NDArray[np.int64]) -> Iterator[Heard]:
-        """What is said of these blocks by whom it is asked of."""
-        if not folds:
-            return hear(teacher(), store.facts.tap, split, blocks, store.corpus.vocab_size)
-        own = fold_of()[split.documents_of(split.position_starts[blocks])]
-        parts = ((of_fold(number), blocks[own == number]) for number in range(len(folds)))
-        return chain.from_iterable(hear(model, None, split, part, store.corpus.vocab_size) for model, part in parts)
-
+    speakers = Speakers(store.corpus, loaders(folds, store.read_as.dtype) if folds else [teacher])
     chosen = _chosen(stage, store, config, teacher)
+    share = chosen["teacher_share"]
     votes_settings = {
         "k": config.k,
         "target_temperature": chosen["target_temperature"],
         "exclude_document": config.exclude_document,
         "target_mass": config.target_mass,
     }
-    mixing = {"teacher_share": chosen["teacher_share"], "max_support": config.max_support}
+    mixing = {"teacher_share": share, "max_support": config.max_support, "target_mass": config.target_mass}
 
     def keep(done: int) -> None:
         stage.kept = f"the targets of {done:,} of {split.n_positions:,} positions"
@@ -180,16 +156,17 @@ def _search(
                 bar.update(len(own))
                 if part.offer(at + len(own), lambda votes=votes: SparseProbs.concatenate(votes).arrays()):
                     keep(done + at + len(own))
-            found = SparseProbs.concatenate(votes)
-            if chosen["teacher_share"]:
-                heard, who = speaking(np.asarray(blocks)), f"{len(folds)} teachers" if folds else store.teacher
-                with progress_bar(stop - start, f"{who} read" + ("s" if not folds else "")) as read:
-                    found = mixed_targets(found, heard, start, read.update, target_mass=config.target_mass, **mixing)
-            write(_write_shard, stage, i, [split[b] for b in blocks], found)
+            found, nats = SparseProbs.concatenate(votes), None
+            if share:
+                who = f"{len(folds)} teachers read" if folds else f"{store.teacher} reads"
+                with progress_bar(stop - start, who) as read:
+                    found, nats = mixed_targets(found, speakers.hear(np.asarray(blocks)), start, read.update, **mixing)
+            write(write_shard, stage, i, [split[b] for b in blocks], found, nats)
             write(part.remove)
             done += stop - start
             keep(done)
-    return _write_rest(stage, store.corpus, len(shards), store.manifest.facts) | chosen
+    held_out = speakers.perplexity(config.judged_positions) if folds else None
+    return write_rest(stage, store.corpus, len(shards), store.manifest.facts, held_out) | chosen
 
 
 def _chosen(
@@ -276,8 +253,8 @@ def import_released(
             start, stop = split.position_starts[[first, end]].tolist()
             rows = table.slice(start, stop - start)
             votes = _released_votes(rows, source.vocab_size, arrow, start)
-            _write_shard(stage, i, [split[b] for b in range(first, end)], votes)
-        return _write_rest(stage, source, len(shards), {})
+            write_shard(stage, i, [split[b] for b in range(first, end)], votes)
+        return write_rest(stage, source, len(shards), {})
 
     return run_stage(out, spec, work)
 
@@ -308,72 +285,8 @@ def _released_votes(rows: pa.Table, vocab_size: int, arrow: str | Path, start: i
     )
 
 
-def _shard(number: int) -> str:
-    return f"train-{number:05d}.arrow"
-
-
 def _kept_votes(part: Part, positions: int) -> tuple[int, list[SparseProbs]]:
     """Positions of a shard that an earlier run has searched for, and what it found; none where that does not fit."""
     done, arrays = part.load()
     votes = SparseProbs.from_arrays(arrays) if arrays else None
     return (done, [votes]) if votes is not None and 0 < done == len(votes.counts) <= positions else (0, [])
-
-
-def _write_shard(stage: Stage, number: int, blocks: list[Block], votes: SparseProbs) -> None:
-    """Write the blocks of one shard, with what the facts will need of it."""
-    counts = votes.counts.numpy()
-    first_of = np.cumsum(counts) - counts
-    ids, probs = votes.ids.numpy().astype(np.int32), votes.probs.half().numpy()
-    labels = np.concatenate([block.input_ids[block.predicted] for block in blocks])
-    statistics = {
-        "positions": len(counts),
-        "support": int(counts.sum()),
-        "lost_mass": float(votes.lost_mass.double().sum()),
-        "top1": float(votes.probs[torch.from_numpy(first_of)].double().sum()),
-        "label_likeliest": int((ids[first_of] == labels).sum()),
-        "label_kept": int((ids == np.repeat(labels, counts)).sum()),
-    }
-    bounds = np.append(first_of, counts.sum())
-
-    def rows() -> Iterator[dict[str, NDArray]]:
-        position = 0
-        for block in blocks:
-            end = position + int(block.predicted.sum())
-            per_token = np.zeros(len(block.input_ids), np.int32)
-            per_token[block.predicted] = counts[position:end]
-            here = slice(bounds[position], bounds[end])
-            target = {"target_counts": per_token, "target_ids": ids[here], "target_probs": probs[here]}
-            yield {"input_ids": block.input_ids, **target}
-            position = end
-
-    with stage.writing(_shard(number)) as temporary:
-        write_rows(temporary, TRAIN_SCHEMA, rows(), statistics)
-
-
-def _write_rest(stage: Stage, corpus: Corpus, n_shards: int, datastore_facts: dict[str, Any]) -> dict[str, Any]:
-    """Write what stands beside the shards, and return the facts."""
-    validation = corpus.split("validation")
-    blocks = (validation[i] for i in range(len(validation)))
-    rows = ({"input_ids": block.input_ids, "labels": block.labels.astype(np.int32)} for block in blocks)
-    with stage.writing(VALIDATION_FILE) as temporary:
-        write_rows(temporary, VALIDATION_SCHEMA, rows)
-    copy_payload(corpus.folder, corpus.manifest, stage.path, "tokenizer/")
-    stats = [read_statistics(stage.path / _shard(i)) for i in range(n_shards)]
-    positions = sum(s["positions"] for s in stats)
-
-    def mean(name: str, digits: int) -> float | None:
-        """Over positions; None where an older version, which did not count it, wrote a shard."""
-        return round(sum(s[name] for s in stats) / positions, digits) if all(name in s for s in stats) else None
-
-    return {
-        "positions": positions,
-        "mean_support": mean("support", 3),
-        "mean_lost_mass": mean("lost_mass", 6),
-        "mean_top1": mean("top1", 4),
-        "label_likeliest": mean("label_likeliest", 4),
-        "label_kept": mean("label_kept", 4),
-        "vocab_size": corpus.vocab_size,
-        "corpus": {"hash": corpus.manifest.hash, **corpus.manifest.facts},
-        "corpus_config": corpus.manifest.config,
-        "datastore": datastore_facts,
-    }

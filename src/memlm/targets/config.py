@@ -1,14 +1,17 @@
 """Settings of the targets stage."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_serializer
 
 from memlm.config import StageConfig
+from memlm.errors import ConfigError
 from memlm.files import lasting_name
 
 _LOWEST_TEMPERATURE = 1e-9
+NEIGHBOURS = ("k", "target_temperature", "exclude_document")
+"""Settings that are for neighbours alone."""
 IMPORTED = {"released": True}
 """Settings of targets that were imported, whose making is not known."""
 
@@ -70,6 +73,9 @@ class TargetsConfig(NeighborConfig):
     share is then what is foreseen, not what is known by heart. 0: that teacher speaks itself."""
     judged_positions: int = Field(default=4096, ge=1, le=1 << 24)
     """Held-out positions that a choice rests on."""
+    dtype: str = "auto"
+    """Precision in which teachers read a corpus: float32, bfloat16, float16, or auto (bfloat16 where computed
+    natively); over a datastore they compute as its teacher did."""
 
     @field_validator("teacher_share")
     @classmethod
@@ -83,10 +89,27 @@ class TargetsConfig(NeighborConfig):
         """Whether anything is left to be chosen from the data."""
         return self.target_temperature is None or self.teacher_share == "auto"
 
+    def with_folds(self, count: int) -> Self:
+        """The settings in force where so many teachers of folds are given.
+
+        Raises:
+            ConfigError: `folds` says otherwise.
+        """
+        if self.folds not in (0, count):
+            raise ConfigError(f"folds = {self.folds}: give as many teachers of folds, there are {count}")
+        return self.model_copy(update={"folds": count})
+
+    def of_words(self) -> dict[str, Any]:
+        """The settings of targets that have no neighbours, those that decide nothing left out."""
+        kept = {"teacher_share", "target_mass", "max_support", "folds"}
+        values = {name: value for name, value in self.model_dump().items() if name in kept}
+        return values | {"judged_positions": self.judged_positions, "dtype": self.dtype}
+
     @model_serializer(mode="wrap")
     def _said(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """The settings without those that decide nothing, so that older folders are still recognised."""
         values = handler(self)
+        del values["dtype"]  # of a datastore, which has its own
         if self.teacher_share == 0:
             del values["teacher_share"], values["max_support"]
         if not self.chooses:

@@ -36,6 +36,16 @@ class Heard:
     labels: Tensor
     """`(P,)` the tokens that came."""
 
+    @property
+    def of_labels(self) -> Float[Tensor, "P"]:
+        """The labels' log-probabilities, on the CPU."""
+        return self.log_probs.gather(1, self.labels[:, None].to(self.log_probs.device))[:, 0].cpu()
+
+    @property
+    def nats(self) -> float:
+        """The cross-entropy of all labels together."""
+        return float(-self.of_labels.double().sum())
+
 
 @torch.inference_mode()
 def hear(
@@ -70,7 +80,7 @@ def hear(
 
 
 def with_teacher(
-    votes: SparseProbs,
+    votes: SparseProbs | None,
     log_probs: Float[Tensor, "P V"],
     *,
     teacher_share: float,
@@ -82,39 +92,46 @@ def with_teacher(
     It is computed where `log_probs` are.
 
     Args:
-        votes: Of the neighbours.
+        votes: Of the neighbours; None where they have no share.
         log_probs: The teacher's.
         teacher_share: In [0, 1].
         target_mass: The smallest set of tokens that holds so much is kept.
         max_support: But so many at most.
     """
-    mixed, votes = teacher_share * log_probs.exp(), votes.to(log_probs.device)
-    mixed.index_put_((votes.owner, votes.ids.long()), (1 - teacher_share) * votes.probs, accumulate=True)
+    mixed = teacher_share * log_probs.exp()
+    if votes is not None:
+        votes = votes.to(log_probs.device)
+        mixed.index_put_((votes.owner, votes.ids.long()), (1 - teacher_share) * votes.probs, accumulate=True)
     probs, tokens = mixed.topk(min(max_support, mixed.shape[1]), dim=1)
     return likeliest(probs, tokens.int(), target_mass)
 
 
 def mixed_targets(
-    votes: SparseProbs,
+    votes: SparseProbs | None,
     heard: Iterator[Heard],
     first: int,
     progress: Callable[[int], object] = lambda positions: None,
     **settings: Any,
-) -> SparseProbs:
-    """Neighbours' votes with the teacher's own, position by position.
+) -> tuple[SparseProbs, float]:
+    """Neighbours' votes with the teacher's own, position by position, and the teacher's cross-entropy of the labels.
 
     Args:
-        votes: Of positions from `first` on.
+        votes: Of positions from `first` on; None where neighbours have no share.
         heard: All these positions, in any order.
         settings: Of `with_teacher`.
+
+    Returns:
+        The targets in the order of positions, and nats, of all labels together.
     """
-    parts, places = [], []
+    parts, places, nats = [], [], 0.0
     for part in heard:
         at = torch.from_numpy(part.positions - first)
-        parts.append(with_teacher(votes.take(at), part.log_probs, **settings).to(torch.device("cpu")))
+        own = None if votes is None else votes.take(at)
+        parts.append(with_teacher(own, part.log_probs, **settings).to(torch.device("cpu")))
         places.append(at)
+        nats += part.nats
         progress(len(at))
-    return SparseProbs.concatenate(parts).take(torch.cat(places).argsort())
+    return SparseProbs.concatenate(parts).take(torch.cat(places).argsort()), nats
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------
@@ -167,9 +184,7 @@ def judge(
         seed: Draws the blocks.
     """
     text = store.corpus.split(split)
-    order = np.random.default_rng(seed).permutation(len(text))
-    counts = np.diff(text.position_starts)[order].cumsum()
-    blocks = np.sort(order[: int(np.searchsorted(counts, positions)) + 1])
+    blocks = draw_blocks(text, positions, seed)
     distances, hits, teacher = [], [], []
     for heard in hear(model, store.facts.tap, text, blocks, store.corpus.vocab_size):
         own = heard.positions if split == "train" else None
@@ -178,13 +193,19 @@ def judge(
         values = torch.from_numpy(np.where(ids >= 0, store.values[np.maximum(ids, 0)], -1))
         distances.append(torch.from_numpy(found))
         hits.append(values == heard.labels[:, None])
-        labels = heard.labels[:, None].to(heard.log_probs.device)
-        teacher.append(heard.log_probs.gather(1, labels)[:, 0].exp().cpu())
+        teacher.append(heard.of_labels.exp())
     farther, hit = torch.cat(distances), torch.cat(hits)
     farther = farther - farther.amin(1, keepdim=True)
     grid = [temperature] if temperature is not None else _grid(farther)
     neighbours = {t: (torch.softmax(-farther / t, 1) * hit).sum(1) for t in grid}
     return Judged(torch.cat(teacher), neighbours)
+
+
+def draw_blocks(text: Split, positions: int, seed: int = 0) -> NDArray[np.int64]:
+    """Blocks of a split, drawn until they have so many positions, in the order of the text."""
+    order = np.random.default_rng(seed).permutation(len(text))
+    counts = np.diff(text.position_starts)[order].cumsum()
+    return np.sort(order[: int(np.searchsorted(counts, positions)) + 1])
 
 
 def _grid(farther: Float[Tensor, "P K"]) -> list[float]:

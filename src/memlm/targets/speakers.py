@@ -1,0 +1,98 @@
+"""Who speaks of a position: a teacher, or teachers of folds, each of the documents that it has not read."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from memlm.corpus.blocks import Corpus
+from memlm.errors import ArtifactError, ConfigError, InputError
+from memlm.manifest import read_manifest
+from memlm.models.abilities import check_causal
+from memlm.models.loading import load_on_default_device
+from memlm.targets.teacher import Heard, draw_blocks, hear
+
+
+def check_folds(corpus: Corpus, corpus_hash: str, teachers: Sequence[str | Path]) -> dict[str, Path]:
+    """Name of an input to the teacher that left this fold out, in the order of the folds.
+
+    Args:
+        corpus: Whose documents they are to speak of.
+        corpus_hash: Of its manifest.
+        teachers: Folders of models that were trained with `left_out`, in any order.
+
+    Raises:
+        ArtifactError: One was trained on another corpus.
+        ConfigError: One has read all documents, or a fold has none, or several.
+        InputError: Documents cross blocks, so that a teacher would have read some of what it is to speak of.
+    """
+    found, given = {}, []
+    for place in teachers:
+        made = read_manifest(place, "memory")
+        if made.inputs.get("data") != corpus_hash:
+            raise ArtifactError(f"{place} was not trained on corpus {corpus.folder}")
+        if (left_out := made.config.get("left_out")) is None:
+            raise ConfigError(f"{place} has read all documents: a teacher of a fold is trained with --left-out")
+        found[str(left_out)] = Path(place)
+        given.append(str(left_out))
+    count = next((int(name.partition("/")[2]) for name in found), 0)
+    wanted = [f"{number}/{count}" for number in range(1, count + 1)]
+    if sorted(given) != sorted(wanted):
+        raise ConfigError(f"teachers of folds left out {', '.join(sorted(given))}; {', '.join(wanted)} are needed")
+    if found and corpus.config.cross_documents:
+        raise InputError(
+            f"blocks of {corpus.folder} cross documents: some would be of several folds; build another corpus"
+        )
+    return {f"fold-{number}": found[name] for number, name in enumerate(wanted, 1)}
+
+
+class Speakers:
+    """Teachers that speak of a corpus: one of all of it, or one for each fold, of that fold alone."""
+
+    def __init__(self, corpus: Corpus, models: Sequence[Callable[[], PreTrainedModel]]) -> None:
+        """
+        Args:
+            corpus: What they speak of.
+            models: Load them; each is loaded once, when it is first asked.
+        """
+        self._corpus, self._models = corpus, [cache(load) for load in models]
+        self._folds = cache(lambda: corpus.split("train").folds(len(models)))
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    def hear(self, blocks: NDArray[np.int64]) -> Iterator[Heard]:
+        """What is said of these training blocks, by whom it is asked of."""
+        split, vocab_size = self._corpus.split("train"), self._corpus.vocab_size
+        if len(self) == 1:
+            return hear(self._models[0](), None, split, blocks, vocab_size)
+        fold = self._folds()[split.documents_of(split.position_starts[blocks])]
+        parts = ((load, blocks[fold == number]) for number, load in enumerate(self._models))
+        return chain.from_iterable(hear(load(), None, split, part, vocab_size) for load, part in parts)
+
+    def perplexity(self, positions: int) -> float | None:
+        """Of about so many positions of the validation split, of all teachers together; None where there are none."""
+        split = self._corpus.split("validation")
+        if not split.n_positions:
+            return None
+        blocks, nats, count = draw_blocks(split, positions), 0.0, 0
+        for load in self._models:
+            for heard in hear(load(), None, split, blocks, self._corpus.vocab_size):
+                nats, count = nats + heard.nats, count + len(heard.positions)
+        return math.exp(nats / count)
+
+
+def loaders(teachers: Sequence[str | Path], dtype: str) -> list[Callable[[], PreTrainedModel]]:
+    """How each is loaded where this machine computes, in a precision that `parse_dtype` takes."""
+
+    def load(teacher: str | Path) -> PreTrainedModel:
+        model = load_on_default_device(teacher, dtype)
+        check_causal(model)
+        return model
+
+    return [partial(load, teacher) for teacher in teachers]
