@@ -137,13 +137,6 @@ def test_a_disabled_adapter_is_not_saved(model_folder: str, adapter_folder: str,
     assert not getattr(loaded.base, "_hf_peft_config_loaded", False)
 
 
-def test_what_cannot_be_saved_beside_a_base_is_refused(model_folder: str, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(model_folder)
-    prefix = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with pytest.raises(ConfigError, match="adapter of type PREFIX_TUNING cannot be saved beside it"):
-        mixture(prefix).save_pretrained(tmp_path / "mixed")  # type: ignore[arg-type]
-
-
 def test_an_adapter_folder_is_a_model(
     model_folder: str, adapter_folder: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -273,8 +266,33 @@ def test_a_prompt_is_no_memory(model_folder: str) -> None:
         AutoModelForCausalLM.from_pretrained(model_folder),
         PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
     )
-    with pytest.raises(ConfigError, match="whose adapter is a prompt cannot be a memory"):
+    with pytest.raises(ConfigError, match=r"a decoder whose adapter is a prompt \(PREFIX_TUNING\) cannot be mixed"):
         MemoryDecoder(prompted)
+    with pytest.raises(ConfigError, match=r"a base whose adapter is a prompt \(PREFIX_TUNING\) cannot be mixed"):
+        mixture(prompted)
+
+
+def test_a_loaded_causal_lm_is_a_memory(model_folder: str, tmp_path: Path) -> None:
+    """As one at a path is."""
+    base, decoder = (AutoModelForCausalLM.from_pretrained(model_folder) for _ in range(2))
+    expected = logits(MixedLM(base, MemoryDecoder(decoder), 0.3))
+    torch.testing.assert_close(logits(MixedLM(base, decoder, 0.3)), expected, rtol=0, atol=0)
+    mixed = MixedLM.from_pretrained(base, memory={"law": decoder}, mix_weight=0.3)
+    torch.testing.assert_close(logits(mixed), expected, rtol=0, atol=0)
+    mixed.save_pretrained(tmp_path / "mixed", include_base=True)
+    found = logits(MixedLM.from_pretrained(tmp_path / "mixed"))  # of the tokenizer's ids, without padding
+    rows = found.shape[-1]
+    torch.testing.assert_close(found.softmax(-1), expected[..., :rows].softmax(-1), rtol=0, atol=1e-5)
+    mixed.remove_memory("law")
+    mixed.add_memory("health", decoder, 0.3)
+    torch.testing.assert_close(logits(mixed), expected, rtol=0, atol=0)
+    for make in (
+        lambda wrong: MixedLM(base, wrong, 0.3),
+        lambda wrong: MixedLM.from_pretrained(model_folder, memory=wrong, mix_weight=0.3),
+        lambda wrong: mixed.add_memory("other", wrong, 0.1),
+    ):
+        with pytest.raises(ConfigError, match="a loaded memory or a causal LM, not a Linear"):
+            make(torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize("change", ["edited", "adapted"])

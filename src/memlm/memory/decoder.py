@@ -15,7 +15,14 @@ from memlm.memory.config import DecoderStart
 from memlm.memory.protocol import MemorySettings, ParametricMemory
 from memlm.memory.reading import WindowedReader
 from memlm.models.abilities import check_causal
-from memlm.models.adapters import beside_all_linear, check_peft, has_layers_of_peft, unwrapped, without_layers_of_peft
+from memlm.models.adapters import (
+    beside_all_linear,
+    check_no_prompt,
+    check_peft,
+    has_layers_of_peft,
+    unwrapped,
+    without_layers_of_peft,
+)
 from memlm.models.heads import find_head
 from memlm.models.layers import check_layers, chosen_layers, depth, fresh_model, keep_layers, layered_config, model_size
 from memlm.models.loading import load_causal_lm, load_config, longest_context
@@ -41,8 +48,7 @@ class MemoryDecoder(ParametricMemory):
             ModelError: Tokens of the decoder see those to come, or its head does not split off.
             ConfigError: It has fewer positions than the settings say, or an adapter that changes no weights.
         """
-        if any(config.is_prompt_learning for config in getattr(decoder, "peft_config", {}).values()):
-            raise ConfigError("a decoder whose adapter is a prompt cannot be a memory; merge what it is to keep first")
+        check_no_prompt(decoder, "a decoder")
         decoder = unwrapped(decoder)
         check_causal(decoder)
         rows, longest = decoder.config.get_text_config(decoder=True).vocab_size, longest_context(decoder.config)

@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from memlm.errors import ConfigError
 from memlm.memory.voter import HeadVoter, VoterCache, moved
 from memlm.models.abilities import CACHE, Abilities, abilities, cache_argument, check_causal
-from memlm.models.adapters import unwrapped
+from memlm.models.adapters import check_no_prompt, unwrapped
 from memlm.models.compiling import CompiledSteps, Room, with_whole_mask
 from memlm.models.heads import Head, find_head
 from memlm.models.loading import device_of, embedding_rows, longest_context
@@ -107,7 +107,9 @@ class BaseVoter(HeadVoter):
 
         Raises:
             ModelError: Tokens of the model see those to come.
+            ConfigError: It has an adapter that is a prompt.
         """
+        check_no_prompt(model, "a base")
         check_causal(model)
         self.model = model
         self.vocab_size = vocab_size

@@ -18,6 +18,7 @@ from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismat
 from memlm.files import check_no_links, read_json
 from memlm.memory.confidence import ConfidenceHead
 from memlm.memory.config import named
+from memlm.memory.decoder import MemoryDecoder
 from memlm.memory.loading import load_memory, read_head, read_settings
 from memlm.memory.protocol import Memory, MemorySettings
 from memlm.memory.retrieval import RetrievalSettings, Validated
@@ -30,8 +31,9 @@ from memlm.models.identity import commit_of, is_what_is_stored
 from memlm.models.loading import adapted_base, device_of, load_causal_lm, load_config, resolve, where_from
 from memlm.models.tokenizers import ADVICE, check_same, find_tokenizer, fingerprint, load_tokenizer, vocabulary_size
 
-MemorySource = str | Path | Memory
-"""Folder, hub id or loaded memory."""
+_Source = str | Path | Memory
+MemorySource = _Source | PreTrainedModel
+"""Folder, hub id, loaded memory, or any causal LM that is loaded."""
 
 
 def load_mixture(
@@ -60,7 +62,7 @@ def load_mixture(
             base_kwargs.setdefault("attn_implementation", config._attn_implementation)
     place, other = Path(base), memory is not None
     base, memory, saved = _open_saved(str(base), memory)
-    sources = named(memory)
+    sources = by_name(memory)
     gate = gate_config(gate, weight_given=mix_weight is not None)
     if saved is not None:
         if gate.gate is None:
@@ -113,11 +115,31 @@ def load_beside(
         TokenizerMismatchError: One has another tokenizer than the base, as far as that is known.
         ModelError: One cannot be reached.
     """
-    sources = named(memory)
+    sources = by_name(memory)
     name = name or base.config.name_or_path or None
     if name is not None and find_tokenizer(name, **(where or {})) is not None:
         check_tokenizers(name, sources, where, memory_kwargs)
     return _load_memories(base, name, sources, memory_kwargs or {}, lambda: _is_named(base, name, where or {}))
+
+
+def by_name(memory: MemorySource | Mapping[str, MemorySource]) -> dict[str, _Source]:
+    """Memories by name; a causal LM that is loaded serves as a Memory Decoder, as one at a path does.
+
+    Raises:
+        ConfigError: One is none of these.
+    """
+    return {name: as_source(part) for name, part in named(memory).items()}
+
+
+def as_source(memory: MemorySource) -> _Source:
+    """One memory, as `by_name` has it."""
+    if isinstance(memory, PreTrainedModel):
+        return MemoryDecoder(memory)
+    if not isinstance(memory, _Source):
+        raise ConfigError(
+            f"a memory is a folder, a hub id, a loaded memory or a causal LM, not a {type(memory).__name__}"
+        )
+    return memory
 
 
 def _by_name_alone(name: str, where: Mapping[str, Any]) -> bool:
@@ -138,7 +160,7 @@ def _is_named(base: PreTrainedModel, name: str | None, where: Mapping[str, Any])
 def _load_memories(
     base: PreTrainedModel,
     name: str | None,
-    sources: Mapping[str, MemorySource],
+    sources: Mapping[str, _Source],
     kwargs: Mapping[str, Any],
     is_named: Callable[[], bool] = lambda: True,
 ) -> dict[str, Memory]:
@@ -148,7 +170,7 @@ def _load_memories(
     """
     options = {"dtype": base.dtype, **kwargs}
 
-    def reads(source: MemorySource) -> str | None:
+    def reads(source: _Source) -> str | None:
         searches = not isinstance(source, Memory) and isinstance(settings_of(source, kwargs), RetrievalSettings)
         return None if searches and not is_named() else name
 
@@ -202,7 +224,7 @@ def save_mixture(mixed: Any, save_directory: str | Path, include_base: bool, kwa
             tokenizer.save_pretrained(copies)
 
 
-def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
+def settings_of(source: _Source, memory_kwargs: Mapping[str, Any]) -> MemorySettings | None:
     """What a memory's folder says beside its weights; no weights are loaded."""
     if isinstance(source, Memory):
         return source.settings
@@ -214,7 +236,7 @@ def settings_of(source: MemorySource, memory_kwargs: Mapping[str, Any]) -> Memor
 
 
 def _head_of(
-    source: MemorySource, settings: MemorySettings | None, memory_kwargs: Mapping[str, Any]
+    source: _Source, settings: MemorySettings | None, memory_kwargs: Mapping[str, Any]
 ) -> ConfidenceHead | None:
     if isinstance(source, Memory):
         return source.confidence_head
@@ -295,7 +317,7 @@ def _inside(folder: Path, place: str) -> Path:
 
 def check_tokenizers(
     base: str,
-    memories: Mapping[str, MemorySource],
+    memories: Mapping[str, _Source],
     base_kwargs: Mapping[str, Any] | None = None,
     memory_kwargs: Mapping[str, Any] | None = None,
 ) -> int | None:

@@ -16,7 +16,6 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from memlm.corpus.blocks import IGNORE
 from memlm.errors import ConfigError
 from memlm.files import lasting_name
-from memlm.memory.config import named
 from memlm.memory.protocol import Memory
 from memlm.memory.voter import NoCache, Votes
 from memlm.mix.base import BaseVoter
@@ -27,6 +26,8 @@ from memlm.mix.gate import Gate, GatedMemory, gate_config, places_of, weight_rul
 from memlm.mix.gate_config import GateConfig, GateName
 from memlm.mix.loading import (
     MemorySource,
+    as_source,
+    by_name,
     check_names,
     check_window,
     load_beside,
@@ -60,7 +61,8 @@ class Mixture(PreTrainedModel):
         """
         Args:
             base: Any causal LM; its weights and config are left as they are.
-            memory: One memory or name to memory, loaded, or its folder or hub id.
+            memory: One memory or name to memory: a folder, a hub id, a loaded memory, or a loaded causal LM, which
+                serves as a Memory Decoder.
             mix_weight: In [0, 1] (α in Memory Decoder, λ in MLP Memory), at every token; what the memory was validated
                 with if None.
             gate: What weighs the memories token by token: see `GateConfig`. If None: nothing where `mix_weight` is
@@ -76,10 +78,10 @@ class Mixture(PreTrainedModel):
             ModelError: It cannot be reached.
         """
         check_window(memory_window)
-        given = named(memory)
+        given: dict[str, MemorySource] = {**by_name(memory)}
         check_names(given)
         if not all(isinstance(part, Memory) for part in given.values()):
-            given = load_beside(base, given)
+            given = {**load_beside(base, given)}
         size = int(base.config.get_text_config().vocab_size)
         size = size if vocab_size is None else min(size, vocab_size)
         config = MixedLMConfig(
@@ -206,7 +208,7 @@ class Mixture(PreTrainedModel):
 
         Args:
             name: A new one: letters, digits, `_` and `-`.
-            memory: Folder, hub id or loaded memory.
+            memory: As one of the constructor's.
             mix_weight: In [0, 1]; what it was validated with if None.
             kwargs: For loading it: `dtype` (default the base's), `revision` …
 
@@ -216,15 +218,16 @@ class Mixture(PreTrainedModel):
             TokenizerMismatchError: It has another tokenizer than the base.
             ModelError: It cannot be reached, or reads activations that the base does not have.
         """
+        source = as_source(memory)
         check_names([name])
         if name in self.memories:
             raise ConfigError(f"memory name {name!r} is taken; remove that memory first")
-        settings = settings_of(memory, kwargs)
+        settings = settings_of(source, kwargs)
         recorded = {**self._weights, name: settings.mix_weight if settings else None}
         given = {} if mix_weight is None else {name: mix_weight}
         weights = settle_weights(recorded, given, together=self._gate.gate == "none")
         place, where = self.config.base, self.config.base_where
-        self._adopt(name, load_beside(self.base, {name: memory}, kwargs, name=place, where=where)[name])
+        self._adopt(name, load_beside(self.base, {name: source}, kwargs, name=place, where=where)[name])
         try:
             self._weigh(weights)
         except ConfigError:

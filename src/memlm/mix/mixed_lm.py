@@ -175,7 +175,8 @@ class MixedLM(GeneratingMixture):
 
         Args:
             base: Path, hub id or packaged name of a causal LM, or a loaded one; or what `save_pretrained` wrote.
-            memory: Folder, hub id or loaded memory, or name to any of these; may be left out for a saved folder.
+            memory: Folder, hub id, loaded memory or loaded causal LM, or name to any of these; may be left out for a
+                saved folder.
             mix_weight: In [0, 1], at every token; what the memory was validated with if None.
             gate: What weighs the memories token by token, as `MixedLM` takes it; as it was saved if None.
             memory_window: Tokens a memory may look back; what it was trained with if None.

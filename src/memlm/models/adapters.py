@@ -32,6 +32,20 @@ def has_adapter(model: PreTrainedModel) -> bool:
     return unwrapped(model) is not model or getattr(model, "_hf_peft_config_loaded", False)
 
 
+def check_no_prompt(model: PreTrainedModel, role: str) -> None:
+    """Raise where an adapter is a prompt that the model reads before the text: its places are not those of the text.
+
+    Raises:
+        ConfigError: One is; `role` names the model.
+    """
+    for config in getattr(model, "peft_config", {}).values():
+        if config.is_prompt_learning:
+            kind = config.peft_type.value
+            raise ConfigError(
+                f"{role} whose adapter is a prompt ({kind}) cannot be mixed; use one that changes weights"
+            )
+
+
 def active_adapters(model: PreTrainedModel) -> list[str]:
     """Names of the adapters that act beside the weights: neither disabled nor merged into them.
 
@@ -178,7 +192,7 @@ def save_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
     config: Any = copy.deepcopy(model.peft_config[active[0]])  # type: ignore[index]
     trains_tokens = getattr(config, "trainable_token_indices", None) is not None
     lost = config.peft_type.value in _LOST or getattr(config, "use_dora", False) or trains_tokens
-    if len(active) > 1 or config.is_prompt_learning or lost:
+    if len(active) > 1 or lost:
         kind = "DORA" if getattr(config, "use_dora", False) else config.peft_type.value
         what = f"adapters {', '.join(active)}" if len(active) > 1 else f"adapter of type {kind}"
         raise ConfigError(f"the base's {what} cannot be saved beside it; merge what it is to keep first")
