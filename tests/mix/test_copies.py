@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,16 +17,19 @@ from torch import Tensor
 
 from memlm import MixedLM, load_memory
 from memlm.errors import ArtifactError, ConfigError
+from memlm.mix.cache import MixedCache
+from memlm.mix.gate_config import GateName
 from memlm.targets.config import RetrievalConfig
 
 some_tokens = partial(token_ids, vocab_size=300)
+_T = TypeVar("_T")
 
 
-def by_pickle(model: MixedLM) -> MixedLM:
+def by_pickle(model: _T) -> _T:
     return pickle.loads(pickle.dumps(model))
 
 
-def by_torch_save(model: MixedLM) -> MixedLM:
+def by_torch_save(model: _T) -> _T:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -49,6 +53,25 @@ def test_a_copy_computes_with_its_own_weights(trio: MixedLM, copied: Callable[[M
             parameter.zero_()
     assert torch.equal(logits(twin), expected)
     assert not torch.equal(logits(trio), expected)
+
+
+@pytest.mark.parametrize("gate", ["none", "posterior"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, by_pickle, by_torch_save])
+def test_a_cache_goes_on_where_it_was_copied(
+    trio: MixedLM, gate: GateName, copied: Callable[[MixedCache], MixedCache]
+) -> None:
+    """Also from a file, as what was read of a long prompt is kept."""
+    trio.set_gate(gate)
+    tokens = some_tokens(2, 9)
+    with torch.no_grad():
+        cache = trio(tokens[:, :5], use_cache=True).past_key_values
+        assert isinstance(cache, MixedCache)
+        twin = copied(cache)
+        first, second = (trio(tokens[:, 5:], past_key_values=part).logits for part in (cache, twin))
+    assert torch.equal(first, second)
+    trio.add_memory("late", trio.named_memories()["law"], 0.01)
+    with pytest.raises(ConfigError, match="the cache is older than memory 'late'"):
+        trio(tokens[:, 5:], past_key_values=copied(cache))
 
 
 def test_a_copy_can_be_moved_to_another_precision(trio: MixedLM) -> None:

@@ -14,6 +14,23 @@ from memlm.mix.sleep import Unread
 from memlm.models.compiling import Room
 
 
+class _MadeFor:
+    """The memory that a cache was made for, weakly, so that a copy copies none; from a file: the first that asks."""
+
+    def __init__(self, memory: Memory | None = None) -> None:
+        self._memory = None if memory is None else weakref.ref(memory)
+
+    def is_it(self, memory: Memory) -> bool:
+        self._memory = self._memory or weakref.ref(memory)
+        return self._memory() is memory
+
+    def __deepcopy__(self, memo: dict) -> "_MadeFor":
+        return self
+
+    def __reduce__(self) -> tuple:
+        return _MadeFor, ()
+
+
 class MixedCache(Cache):
     """What a mixture keeps of the text so far. Crop, reorder, repeat and select act on all parts."""
 
@@ -23,8 +40,7 @@ class MixedCache(Cache):
         self.rule = rule
         self.unread = Unread()
         """What the base alone has read since the memories fell asleep."""
-        # weak, so that a deep copy of the cache copies no memory
-        self._made_for = {name: weakref.ref(memory) for name, memory in memories.items()}
+        self._made_for = {name: _MadeFor(memory) for name, memory in memories.items()}
 
     @property
     def base(self) -> Cache:
@@ -37,7 +53,7 @@ class MixedCache(Cache):
         Raises:
             ConfigError: The memory was added later, perhaps in place of another of that name.
         """
-        if name not in self.memories or self._made_for[name]() is not memory:
+        if name not in self.memories or not self._made_for[name].is_it(memory):
             raise ConfigError(f"the cache is older than memory {name!r}; start a new one after adding a memory")
         return self.memories[name]
 
