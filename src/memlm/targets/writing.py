@@ -86,8 +86,8 @@ def write_rest(
         return round(sum(s[name] for s in stats) / positions, digits) if all(name in s for s in stats) else None
 
     spoken = mean("teacher_nats", 8)
-    foreseen = {"train": None if spoken is None else round(math.exp(spoken), 4), "validation": held_out}
-    told = {name: perplexity for name, perplexity in foreseen.items() if perplexity is not None}
+    foreseen = {"train": None if spoken is None else math.exp(spoken), "validation": held_out}
+    told = {name: round(perplexity, 4) for name, perplexity in foreseen.items() if perplexity is not None}
     return {
         "positions": positions,
         "mean_support": mean("support", 3),
