@@ -12,7 +12,7 @@ from interruption import files_written
 from transformers import PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import Corpus
-from memlm.errors import ConfigError, TokenizerMismatchError
+from memlm.errors import ConfigError, ModelError, TokenizerMismatchError
 from memlm.manifest import read_manifest
 from memlm.models.loading import load_causal_lm
 from memlm.targets import words
@@ -111,6 +111,11 @@ def test_what_does_not_fit_a_corpus_is_one_line(
 def test_a_precision_is_refused_where_the_datastore_says_it(datastore_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dtype is for the teachers of a corpus"):
         build_targets(datastore_folder, out=tmp_path / "t", k=8, dtype="float32")
+
+
+def test_a_teacher_that_gives_no_numbers_is_one_line(corpus_folder: Path, nan_base: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"^teacher {nan_base} gives no finite scores$"):
+        build_targets(corpus_folder, teacher=nan_base, out=tmp_path / "t")
 
 
 def test_a_teacher_of_another_tokenizer_is_refused(

@@ -64,7 +64,7 @@ def build_targets(
         ArtifactError: The datastore kept no keys, or the teacher is to judge or has a share, and it is no longer the
             one that made the datastore; or a teacher of a fold was trained on another corpus.
         InputError: Documents cross blocks, so that a teacher would have read some of what it is to speak of.
-        ModelError: Its teacher is needed and cannot be reached.
+        ModelError: Its teacher is needed and cannot be reached, or gives scores that are no numbers.
         TokenizerMismatchError: The teacher of a corpus has another tokenizer.
     """
     config = settings_from(TargetsConfig, config, settings)

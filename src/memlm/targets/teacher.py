@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from memlm.corpus.blocks import Split, length_batches
 from memlm.datastore.store import Datastore
+from memlm.errors import ModelError
 from memlm.models.loading import device_of
 from memlm.models.taps import by_row, capture
 from memlm.targets.votes import SparseProbs, likeliest, search_neighbors
@@ -56,6 +57,9 @@ def hear(
     Args:
         tap: Where its activations are read; None: nowhere, and keys have no width.
         vocab_size: Ids of the tokenizer are below it; output rows beyond are padding.
+
+    Raises:
+        ModelError: It gives scores that are no numbers.
     """
     device = device_of(model)
     logits_at_once = _CPU_LOGITS if device.type == "cpu" else _DEVICE_LOGITS
@@ -68,10 +72,13 @@ def hear(
         keys = logits[..., :0] if tap is None else by_row(found, tap, fed)
         rows = np.repeat(np.arange(len(read)), [len(block.places) for block in read])
         places = np.concatenate([block.places for block in read])
+        log_probs = logits[rows, places, :vocab_size].float().log_softmax(-1)
+        if bool(log_probs.amax(-1).isnan().any()):
+            raise ModelError(f"teacher {model.config.name_or_path} gives no finite scores")
         yield Heard(
             positions=np.concatenate([np.arange(block.positions.start, block.positions.stop) for block in read]),
             keys=keys[rows, places].float().cpu(),
-            log_probs=logits[rows, places, :vocab_size].float().log_softmax(-1),
+            log_probs=log_probs,
             labels=tokens[rows, places + 1],
         )
 
