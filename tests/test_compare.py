@@ -21,6 +21,7 @@ from memlm.evaluate.config import IN_CONTEXT, ROWS
 from memlm.evaluate.perplexity import evaluate_perplexity
 from memlm.evaluate.tasks import evaluate_tasks
 from memlm.manifest import read_manifest
+from memlm.runs import compare
 from memlm.runs.compare import Comparison
 from memlm.runs.comparison import comparison_text
 from memlm.runs.figures import Figures
@@ -223,6 +224,24 @@ def test_heads_lie_in_the_comparisons_own_folder(whole: tuple[Path, dict, list[s
     heads = sorted(place.name.partition("-")[0] for place in (out / "heads").iterdir())
     assert heads == ["memory", "mlp", "twin"]
     assert all((place / "gate.json").is_file() for place in (out / "heads").iterdir())
+
+
+def test_general_text_is_enclosed_and_heads_compute_as_the_comparison_says(
+    sections: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = []
+    fit = compare.fit_gate
+    monkeypatch.setattr(compare, "fit_gate", lambda *args, **how: fitted.append(how["dtype"]) or fit(*args, **how))
+    few = changed(sections, "corpus", end_token="none", start_token="</s>")
+    few = changed(changed(few, "compare", rows=["twin"], timed_tokens=0, tasks=[]), "evaluate", dtype="bfloat16")
+    Comparison(few, tmp_path / "out").run()
+    assert fitted == ["bfloat16"]
+    own = Corpus(tmp_path / "out" / "corpus")
+    (general,) = (Corpus(place) for place in (tmp_path / "out" / "general").iterdir())
+    assert general.config.for_other_text == own.config.for_other_text
+    texts = [next(iter(corpus.split("test").documents())) for corpus in (own, general)]
+    assert texts[0][0] == texts[1][0] == 2  # </s>
+    assert texts[1][-1] != 2
 
 
 def test_bits_per_byte_are_nats_over_the_bytes_of_the_text(whole: tuple[Path, dict, list[str]]) -> None:
