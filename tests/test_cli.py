@@ -38,6 +38,7 @@ COMMANDS = [
     ("datastore",),
     ("targets",),
     ("train",),
+    ("write",),
     ("adapt",),
     ("convert",),
     ("evaluate", "perplexity"),
@@ -1133,6 +1134,7 @@ NEEDED = {
     ("corpus",): ("x", "--out", "o", "--tokenizer", "t"),
     ("datastore",): ("x", "--out", "o"),
     ("targets",): ("x", "--out", "o"),
+    ("write",): ("x", "--out", "o"),
     ("train",): ("x", "--out", "o"),
     ("adapt",): ("x", "--tokenizer", "t", "--out", "o"),
     ("evaluate", "perplexity"): ("x", "--base", "b", "--memory", "m"),
@@ -1237,3 +1239,15 @@ def test_targets_of_a_corpus_tell_what_the_teacher_foresees(
     nobody = memlm("targets", corpus_folder, "--out", tmp_path / "t2")
     assert nobody.code == 2
     assert "has no neighbours, so its targets are what a model says: give --teacher" in nobody.err
+
+
+def test_a_teacher_writes_more_documents(
+    memlm: Callable[..., Result], corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    how = ["--times", 1, "--document-tokens", 20, "--teacher", model_folder]
+    made = memlm("write", corpus_folder, *how, "--out", tmp_path / "c")
+    assert made.code == 0
+    assert re.search(r"[\d,]+ documents of [\d,]+ tokens were written; the training split has", made.out)
+    nobody = memlm("write", corpus_folder, "--out", tmp_path / "c2")
+    assert nobody.code == 2
+    assert "who is to write? give --teacher, or a --fold-teacher for each fold" in nobody.err

@@ -132,6 +132,7 @@ CHEAP_MISTAKES = {
     "corpus doc.txt --tokenizer ./nonne --out c": "./nonne does not exist",
     "corpus doc.txt --tokenizer x --block-size 0 --out c": "block_size = 0",
     "datastore none --teacher smollm2 --out d": "none does not exist; expected a corpus folder",
+    "write none --out c": "none does not exist; expected a corpus folder",
     "targets none --out t": "none does not exist; expected a datastore or corpus folder",
     "train none --init smollm2 --out m": "none does not exist; expected a targets or corpus folder",
     "evaluate perplexity none --base smollm2 --memory m": "none does not exist",

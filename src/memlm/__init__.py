@@ -44,9 +44,11 @@ if TYPE_CHECKING:
     from memlm.mix.gate_config import GateConfig as GateConfig
     from memlm.mix.mixed_lm import MixedLM as MixedLM
     from memlm.repair import repair_folder as repair_folder
+    from memlm.targets.authors import write_corpus as write_corpus
     from memlm.targets.build import build_targets as build_targets
     from memlm.targets.config import RetrievalConfig as RetrievalConfig
     from memlm.targets.config import TargetsConfig as TargetsConfig
+    from memlm.targets.config import WriteConfig as WriteConfig
     from memlm.train.config import FitGateConfig as FitGateConfig
     from memlm.train.config import TrainConfig as TrainConfig
     from memlm.train.gate import fit_gate as fit_gate
@@ -76,8 +78,9 @@ _NAMES = {
     "mix.gate_config": "GateConfig",
     "mix.mixed_lm": "MixedLM",
     "repair": "repair_folder",
+    "targets.authors": "write_corpus",
     "targets.build": "build_targets",
-    "targets.config": "RetrievalConfig TargetsConfig",
+    "targets.config": "RetrievalConfig TargetsConfig WriteConfig",
     "train.config": "FitGateConfig TrainConfig",
     "train.gate": "fit_gate",
     "train.run": "train_memory",

@@ -30,6 +30,7 @@ from memlm.cli.road import (
     targets,
     train,
     version,
+    write,
 )
 from memlm.cli.use import chat, explain, generate
 from memlm.errors import MemlmError
@@ -77,6 +78,7 @@ _COMMANDS: dict[str, dict[Any, str]] = {
         repair: "take out what is damaged",
     },
     "More": {
+        write: "more text of a corpus's kind, by its teachers",
         run: "all steps of a recipe",
         compare: "a memory against what one could have done instead",
         bench: "how fast a base decodes with its memories",

@@ -23,9 +23,13 @@ from memlm.corpus.config import CorpusConfig
 from memlm.datastore.config import DatastoreConfig
 from memlm.manifest import Manifest
 from memlm.memory.config import AdaptConfig
-from memlm.targets.config import RetrievalConfig, TargetsConfig
+from memlm.targets.config import RetrievalConfig, TargetsConfig, WriteConfig
 from memlm.train.config import FitGateConfig, TrainConfig
 
+FoldTeachers = Annotated[
+    list[str] | None,
+    typer.Option(help="Model that memlm train made with --left-out, one for each fold; may be repeated."),
+]
 _LEAKS = 0.7
 """Perplexity on training text over that on held-out text below which a teacher knows the former by heart."""
 _BY_HEART = "the teacher knows its training text by heart, so "
@@ -171,10 +175,7 @@ def targets(
             " needed if it kept no keys."
         ),
     ] = None,
-    fold_teacher: Annotated[
-        list[str] | None,
-        typer.Option(help="Model that memlm train made with --left-out, one for each fold; may be repeated."),
-    ] = None,
+    fold_teacher: FoldTeachers = None,
     as_json: Json = False,
 ) -> None:
     """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
@@ -244,6 +245,39 @@ def _choice(facts: dict[str, Any]) -> str:
                 _BY_HEART + "its neighbours there are better than they will be elsewhere: fine-tune it for fewer epochs"
             )
     return "".join(f"{line}\n" for line in lines)
+
+
+@with_settings()
+def write(
+    corpus: CorpusFolder,
+    out: Out,
+    config: WriteConfig | None,
+    teacher: Annotated[str | None, typer.Option(help=f"Who writes, of all documents: {Model}.")] = None,
+    fold_teacher: FoldTeachers = None,
+    as_json: Json = False,
+) -> None:
+    """Let teachers go on from the beginnings of documents, and put what they write among the training documents.
+
+    More text of the kind for a memory that is smaller than its teacher, or has little to read: --out is a corpus whose
+    targets are then what the teacher says (memlm targets OUT --teacher MODEL). A teacher that has read a document
+    recites it, so those of folds write better.
+
+    Example: memlm write c/ --fold-teacher t1/ --fold-teacher t2/ --times 3 --out c2/
+    """
+    check_folder(corpus, "corpus")
+    check_models(teacher)
+    quiet()
+    from memlm.targets.authors import write_corpus
+
+    manifest = write_corpus(corpus, out=out, teacher=teacher, fold_teachers=fold_teacher or [], config=config)
+    written, train = manifest.facts["written"], manifest.facts["splits"]["train"]
+    left_out = f" ({written['documents_left_out']:,} left out)" if written["documents_left_out"] else ""
+    text = (
+        f"{written['documents']:,} documents of {written['tokens']:,} tokens were written{left_out}; the training split"
+        f" has {train['documents']:,} documents, {train['tokens']:,} tokens\n"
+        + next_line("memlm", "targets", out, "--teacher", "MODEL", "--out", "FOLDER")
+    )
+    print_made(out, manifest, as_json, text)
 
 
 @with_settings("trainer")

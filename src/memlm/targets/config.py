@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_serializer
 
-from memlm.config import StageConfig
+from memlm.config import MAX_SEED, StageConfig
 from memlm.errors import ConfigError
 from memlm.files import lasting_name
 
@@ -117,3 +117,24 @@ class TargetsConfig(NeighborConfig):
         if not self.folds:
             del values["folds"]
         return values
+
+
+class WriteConfig(StageConfig):
+    """How teachers write."""
+
+    times: int = Field(default=2, ge=1, le=10_000)
+    """Documents that are written for each training document."""
+    prompt_tokens: int = Field(default=16, ge=1, le=1 << 20)
+    """First tokens of a document that are given, at most; how many is drawn, from a quarter of it up."""
+    document_tokens: int | None = Field(default=None, ge=2, le=1 << 20)
+    """Tokens of a written document at most, those given included; default the block size of the corpus."""
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    """Divides the scores; lower is surer."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Drawn from the smallest set of tokens that holds so much probability."""
+    batch_size: int = Field(default=64, ge=1, le=1 << 16)
+    """Documents that are written side by side."""
+    dtype: str = "auto"
+    """Precision of the teachers: float32, bfloat16, float16, or auto (bfloat16 where computed natively)."""
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    """Draws what is given of each document, and every token."""
