@@ -12,7 +12,7 @@ from interruption import Interrupted
 from transformers import PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import SPLITS, Corpus
-from memlm.errors import ArtifactError, ConfigError, TokenizerMismatchError
+from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
 from memlm.models.loading import load_causal_lm
 from memlm.targets import authors
 from memlm.targets.authors import write_corpus
@@ -157,6 +157,11 @@ def test_what_cannot_be_written_is_one_line(
 ) -> None:
     with pytest.raises(error, match=told):
         write_corpus(corpus_folder, **{"out": tmp_path / "c", "teacher": model_folder, **given(corpus_folder)})
+
+
+def test_an_author_that_gives_no_numbers_is_one_line(corpus_folder: Path, nan_base: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=f"^teacher {nan_base} gives no finite scores$"):
+        write_corpus(corpus_folder, teacher=nan_base, out=tmp_path / "c")
 
 
 def test_an_author_of_another_tokenizer_is_refused(

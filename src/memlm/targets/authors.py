@@ -16,7 +16,7 @@ from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus, Split
 from memlm.corpus.build import save_tokens, special_id
 from memlm.corpus.near_duplicates import overlaps
-from memlm.errors import ConfigError
+from memlm.errors import ConfigError, ModelError
 from memlm.files import digest, lasting_name
 from memlm.manifest import Manifest, copy_payload, read_manifest
 from memlm.models.identity import model_identity
@@ -56,7 +56,7 @@ def write_corpus(
         ConfigError: Neither or both are given, teachers of folds do not fit together, or one has no positions for
             documents so long.
         ArtifactError: A teacher of a fold was trained on another corpus.
-        ModelError: A teacher cannot be reached.
+        ModelError: A teacher cannot be reached, or gives scores that are no numbers.
         TokenizerMismatchError: The teacher has another tokenizer than the corpus.
     """
     config = settings_from(WriteConfig, config, settings)
@@ -188,7 +188,11 @@ def _fitting(corpus: Corpus, texts: list[NDArray[np.int32]], batches: list[_Batc
 def _go_on(
     model: PreTrainedModel, prompts: list[NDArray[np.int32]], vocab_size: int, seed: int, **drawing: Any
 ) -> list[NDArray[np.int32]]:
-    """What the model makes of these beginnings, those included; `drawing` as `GenerationConfig` has it."""
+    """What the model makes of these beginnings, those included; `drawing` as `GenerationConfig` has it.
+
+    Raises:
+        ModelError: It gives scores that are no numbers.
+    """
     width, device = max(map(len, prompts)), device_of(model)
     tokens, mask = (torch.zeros((len(prompts), width), dtype=torch.long) for _ in range(2))
     for row, prompt in enumerate(prompts):
@@ -196,11 +200,12 @@ def _go_on(
         mask[row, width - len(prompt) :] = 1
     padding = range(vocab_size, model.config.get_text_config(decoder=True).vocab_size)
     how = GenerationConfig(do_sample=True, top_k=0, suppress_tokens=[*padding] or None, **drawing)
+    asked = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+    if bool(model(**asked, use_cache=False).logits[:, -1].isnan().any()):  # of which nothing can be drawn
+        raise ModelError(f"teacher {model.config.name_or_path} gives no finite scores")
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        said: Int[Tensor, "B N"] = model.generate(  # type: ignore[operator]
-            input_ids=tokens.to(device), attention_mask=mask.to(device), generation_config=how
-        )
+        said: Int[Tensor, "B N"] = model.generate(**asked, generation_config=how)  # type: ignore[operator]
     found, end = [], how.eos_token_id
     for row, prompt in zip(said.cpu().numpy().astype(np.int32), prompts, strict=True):
         text, after = row[width - len(prompt) :], len(prompt)
