@@ -929,8 +929,12 @@ BAD: dict[str, tuple[Callable[[World], tuple[Any, ...]], str]] = {
     "broken manifest": (broken_manifest, r"manifest\.json cannot be read"),
     "no manifest": (lambda w: ("info", w.model), r"has no manifest\.json; expected a memlm folder"),
     "folder of another kind": (
+        lambda w: w.targets_of(w.targets),
+        "is a targets folder, expected datastore or corpus",
+    ),
+    "a corpus without a teacher": (
         lambda w: w.targets_of(w.corpus),
-        "is a corpus folder, expected datastore",
+        "has no neighbours, so its targets are what a model says: give --teacher",
     ),
     "teacher with another tokenizer": (
         lambda w: w.datastore_of(w.corpus, other_tokenizer(w)),

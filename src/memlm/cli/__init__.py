@@ -42,8 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Train a small memory on a corpus once, then put it beside any frozen language model. `memlm demo` walks the"
-    " road in ten minutes; `memlm COMMAND --help` teaches each step.",
+    help="Train a small memory on a corpus, put it beside any frozen language model. `memlm demo` walks the road;"
+    " `memlm COMMAND --help` teaches each step.",
 )
 evaluate = typer.Typer(
     name="evaluate", cls=Group, no_args_is_help=True, rich_markup_mode=None, help="Measure what a memory gains."
