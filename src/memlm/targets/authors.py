@@ -17,15 +17,14 @@ from memlm.corpus.blocks import Corpus, Split
 from memlm.corpus.build import save_tokens, special_id
 from memlm.corpus.near_duplicates import overlaps
 from memlm.errors import ConfigError, ModelError
-from memlm.files import digest, lasting_name
-from memlm.manifest import Manifest, copy_payload, read_manifest
-from memlm.models.identity import model_identity
+from memlm.files import digest
+from memlm.manifest import Manifest, copy_payload
 from memlm.models.loading import default_device, device_of, dtype_name, load_config, longest_context, parse_dtype
 from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.targets.config import WriteConfig
-from memlm.targets.speakers import check_folds, loaders
+from memlm.targets.speakers import load_speaker, named_speakers
 
 _TRAIN = ("train.tokens.npy", "train.offsets.npy", "train.names.txt")
 
@@ -73,29 +72,21 @@ def plan_written(
 ) -> Plan:
     """What `write_corpus` with these arguments is to make, and the work; raises what it raises before any work."""
     source, config = Corpus(corpus), config or WriteConfig()
-    if (teacher is None) == (not fold_teachers):
-        raise ConfigError("who is to write? give --teacher, or a --fold-teacher for each fold")
-    folds = check_folds(source, source.manifest.hash, fold_teachers)
+    nobody = "who is to write? give --teacher, or a --fold-teacher for each fold"
+    authors = named_speakers(source, teacher, fold_teachers, nobody)
     parse_dtype(config.dtype)
-    if teacher is not None:
-        source.check_read_by(teacher)
-        inputs, sources = {"teacher": model_identity(teacher)}, {"teacher": lasting_name(teacher)}
-    else:
-        inputs = {name: read_manifest(place).hash for name, place in folds.items()}
-        sources = {name: str(place) for name, place in folds.items()}
-    authors = [teacher] if teacher is not None else [str(place) for place in folds.values()]
-    for author in authors:
+    for author in authors.places:
         reach, longest = longest_context(load_config(author)), _longest(source, config)
         if reach is not None and longest > reach:
             raise ConfigError(f"document_tokens = {longest}: teacher {author} has positions for {reach}; lower it")
     spec = StageSpec(
         "corpus",
         config=source.manifest.config,
-        inputs={"corpus": source.manifest.hash, "written": digest(config.model_dump()), **inputs},
+        inputs={"corpus": source.manifest.hash, "written": digest(config.model_dump()), **authors.inputs},
         tokenizer=source.manifest.tokenizer,
-        sources={**source.manifest.sources, "corpus": str(corpus), **sources},
+        sources={**source.manifest.sources, "corpus": str(corpus), **authors.sources},
     )
-    return Plan(spec, lambda stage: _write(stage, source, authors, config, Due(keep_seconds)))
+    return Plan(spec, lambda stage: _write(stage, source, authors.places, config, Due(keep_seconds)))
 
 
 def _longest(corpus: Corpus, config: WriteConfig) -> int:
@@ -147,7 +138,7 @@ def _write(stage: Stage, corpus: Corpus, authors: list[str], config: WriteConfig
     with progress_bar(sum(len(batch.prompts) for batch in batches), "writing", unit="doc", initial=len(texts)) as bar:
         for number, batch in enumerate(batches[done:], done):
             if batch.author not in models:
-                models = {batch.author: loaders([authors[batch.author]], dtype)[0]()}  # one at a time
+                models = {batch.author: load_speaker(authors[batch.author], dtype)}  # one at a time
             drawing = {"temperature": config.temperature, "top_p": config.top_p, "max_length": longest}
             ids = {"eos_token_id": end, "pad_token_id": end or 0}
             texts += _go_on(

@@ -24,11 +24,11 @@ from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, run_stage, writing_behind
 from memlm.targets.config import IMPORTED, TargetsConfig
+from memlm.targets.folder import shard_name, write_rest, write_shard
 from memlm.targets.speakers import Speakers, check_folds, loaders
 from memlm.targets.teacher import Judged, judge, mixed_targets
 from memlm.targets.votes import SparseProbs, retrieve
 from memlm.targets.words import plan_words
-from memlm.targets.writing import shard_name, write_rest, write_shard
 
 _CHOSEN = "chosen.json"
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import chain
 from pathlib import Path
@@ -12,8 +13,10 @@ from transformers import PreTrainedModel
 
 from memlm.corpus.blocks import Corpus
 from memlm.errors import ArtifactError, ConfigError, InputError
+from memlm.files import lasting_name
 from memlm.manifest import read_manifest
 from memlm.models.abilities import check_causal
+from memlm.models.identity import model_identity
 from memlm.models.loading import load_on_default_device
 from memlm.targets.teacher import Heard, draw_blocks, hear
 
@@ -49,6 +52,44 @@ def check_folds(corpus: Corpus, corpus_hash: str, teachers: Sequence[str | Path]
             f"blocks of {corpus.folder} cross documents: some would be of several folds; build another corpus"
         )
     return {f"fold-{number}": found[name] for number, name in enumerate(wanted, 1)}
+
+
+@dataclass(frozen=True)
+class Named:
+    """Who speaks of a corpus, as a stage's plan has it: a teacher, or teachers of folds."""
+
+    places: list[str]
+    """Where they are, those of folds in the order of the folds."""
+    inputs: dict[str, str]
+    """Name to content hash."""
+    sources: dict[str, str]
+    """Name to place."""
+
+    @property
+    def folds(self) -> int:
+        """How many speak of a fold each; 0 where one speaks of all."""
+        return 0 if "teacher" in self.inputs else len(self.places)
+
+
+def named_speakers(corpus: Corpus, teacher: str | None, fold_teachers: Sequence[str | Path], nobody: str) -> Named:
+    """The teacher, or the teachers of folds, of which one kind must be given.
+
+    Args:
+        nobody: What is said where it is not so.
+
+    Raises:
+        ConfigError: Neither or both are given; or as `check_folds`.
+        ArtifactError, InputError: As `check_folds`.
+        TokenizerMismatchError: The teacher has another tokenizer than the corpus.
+    """
+    if (teacher is None) == (not fold_teachers):
+        raise ConfigError(nobody)
+    if teacher is not None:
+        corpus.check_read_by(teacher)
+        return Named([teacher], {"teacher": model_identity(teacher)}, {"teacher": lasting_name(teacher)})
+    folds = check_folds(corpus, corpus.manifest.hash, fold_teachers)
+    sources = {name: str(place) for name, place in folds.items()}
+    return Named([*sources.values()], {name: read_manifest(place).hash for name, place in folds.items()}, sources)
 
 
 class Speakers:
@@ -87,12 +128,13 @@ class Speakers:
         return math.exp(nats / count)
 
 
+def load_speaker(teacher: str | Path, dtype: str) -> PreTrainedModel:
+    """A teacher where this machine computes, in a precision that `parse_dtype` takes."""
+    model = load_on_default_device(teacher, dtype)
+    check_causal(model)
+    return model
+
+
 def loaders(teachers: Sequence[str | Path], dtype: str) -> list[Callable[[], PreTrainedModel]]:
-    """How each is loaded where this machine computes, in a precision that `parse_dtype` takes."""
-
-    def load(teacher: str | Path) -> PreTrainedModel:
-        model = load_on_default_device(teacher, dtype)
-        check_causal(model)
-        return model
-
-    return [partial(load, teacher) for teacher in teachers]
+    """How each is loaded."""
+    return [partial(load_speaker, teacher, dtype) for teacher in teachers]

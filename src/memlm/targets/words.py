@@ -9,16 +9,13 @@ import numpy as np
 from memlm.corpus.blocks import Corpus
 from memlm.datastore.build import shard_blocks
 from memlm.errors import ConfigError
-from memlm.files import lasting_name
-from memlm.manifest import read_manifest
-from memlm.models.identity import model_identity
 from memlm.models.loading import default_device, dtype_name, parse_dtype
 from memlm.progress import progress_bar
 from memlm.stage import Plan, Stage, StageSpec, writing_behind
 from memlm.targets.config import NEIGHBOURS, TargetsConfig
-from memlm.targets.speakers import Speakers, check_folds, loaders
+from memlm.targets.folder import shard_name, write_rest, write_shard
+from memlm.targets.speakers import Speakers, loaders, named_speakers
 from memlm.targets.teacher import mixed_targets
-from memlm.targets.writing import shard_name, write_rest, write_shard
 
 _SHARD_POSITIONS = 16384  # little of it is lost where a run is stopped
 
@@ -36,33 +33,26 @@ def plan_words(
             f"teacher_share = {config.teacher_share}: the rest is for neighbours, which corpus {corpus} has none of:"
             " run memlm datastore"
         )
-    if (teacher is None) == (not fold_teachers):
-        raise ConfigError(
-            f"corpus {corpus} has no neighbours, so its targets are what a model says: give --teacher, or a"
-            " --fold-teacher for each fold"
-        )
-    folds = check_folds(source, source.manifest.hash, fold_teachers)
-    config = config.with_folds(len(folds)).model_copy(update={"teacher_share": 1.0})
+    nobody = (
+        f"corpus {corpus} has no neighbours, so its targets are what a model says: give --teacher, or a --fold-teacher"
+        " for each fold"
+    )
+    speakers = named_speakers(source, teacher, fold_teachers, nobody)
+    config = config.with_folds(speakers.folds).model_copy(update={"teacher_share": 1.0})
     parse_dtype(config.dtype)
     if teacher is not None:
-        source.check_read_by(teacher)
         source.check_fits(teacher)
-        inputs, sources = {"teacher": model_identity(teacher)}, {"teacher": lasting_name(teacher)}
-    else:
-        inputs = {name: read_manifest(place).hash for name, place in folds.items()}
-        sources = {name: str(place) for name, place in folds.items()}
     spec = StageSpec(
         "targets",
         config=config.of_words(),
-        inputs={"corpus": source.manifest.hash, **inputs},
+        inputs={"corpus": source.manifest.hash, **speakers.inputs},
         tokenizer=source.manifest.tokenizer,
-        sources={**source.manifest.sources, "corpus": str(corpus), **sources},
+        sources={**source.manifest.sources, "corpus": str(corpus), **speakers.sources},
     )
-    speaking = list(folds.values()) if teacher is None else [teacher]
-    return Plan(spec, lambda stage: _listen(stage, source, speaking, config))
+    return Plan(spec, lambda stage: _listen(stage, source, speakers.places, config))
 
 
-def _listen(stage: Stage, corpus: Corpus, teachers: Sequence[str | Path], config: TargetsConfig) -> dict[str, Any]:
+def _listen(stage: Stage, corpus: Corpus, teachers: Sequence[str], config: TargetsConfig) -> dict[str, Any]:
     """Write the targets of all positions, and return the facts."""
     split = corpus.split("train")
     shards = shard_blocks(split.position_starts, _SHARD_POSITIONS)
