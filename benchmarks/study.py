@@ -47,7 +47,6 @@ from memlm.targets.config import RetrievalConfig
 from memlm.targets.teacher import judge
 from memlm.text import duration
 from memlm.train.gate import fit_gate
-from memlm.train.run import plan_memory
 
 GATES = ("posterior", "both")
 _HEADING = re.compile(r"^ = (?!=).*(?<!=) = $", re.MULTILINE)
@@ -164,20 +163,10 @@ class Study:
 
     def train(self, point: Point) -> None:
         """Train a point's memory and keep what validation said of it."""
-        recipe = self.recipe(point.settings)
-        config, places = recipe.configs["train"], recipe.places["train"]
-        there = self.folders(recipe, point.arm, *training_step(recipe, "memory", "train").inputs)
+        step = training_step(recipe := self.recipe(point.settings), "memory", "train")
+        there = self.folders(recipe, point.arm, *step.inputs)
         began, out = time.monotonic(), self.memory_folder(point.key)
-        data = there["targets" if config.kl_weight > 0 else "corpus"]
-        own = places.get("activations") == "datastore"
-        plan = plan_memory(
-            data,
-            init=places.get("init"),
-            base=recipe.base,
-            activations=there["datastore"] if own else places.get("activations"),
-            config=config,
-        )
-        make_step(out, plan, _say)
+        make_step(out, step.plan(there), _say)
         gc.collect()  # a trainer refers to itself, and would keep its weights on an accelerator
         facts = read_manifest(out, "memory").facts
         made = read_manifest(there["targets"]).facts if "targets" in there else {}

@@ -224,8 +224,66 @@ def test_teachers_of_folds_are_made_where_targets_ask_for_them(
         assert of_fold.config["left_out"] == f"{number}/2"
         assert made.inputs[f"fold-{number}"] == of_fold.hash
     without = {name: section for name, section in sections.items() if name != "teacher"}
-    with pytest.raises(ConfigError, match=r"targets.folds: teachers of folds are trained as the teacher section says"):
+    with pytest.raises(ConfigError, match=r"^folds: teachers of folds are trained as the teacher section says"):
         Recipe(changed(without, "datastore", teacher=model_folder))
+
+
+@pytest.mark.parametrize("speaking", [0, 2])
+def test_teachers_write_for_a_memory(documents: str, model_folder: str, tmp_path: Path, speaking: int) -> None:
+    """Its targets are of the longer corpus; twin and teachers have read the documents alone."""
+    sections = changed(tiny(documents, model_folder), "write", times=2, folds=2, document_tokens=24, dtype="float32")
+    sections = changed(sections, "targets", teacher_share=1, folds=speaking)
+    planned = {step.step: step for step in plan_recipe(sections, tmp_path / "runs" / "r")}
+    names = ["corpus", "teacher", "fold-1", "fold-2", "written", "targets", "memory", "twin"]
+    assert [*planned][:8] == names
+    assert planned["targets"].tokens == pytest.approx(3 * planned["corpus"].tokens * 0.8, rel=0.1)
+    epochs = changed(changed(sections, "train", max_steps=None), "twin", max_steps=None)
+    read = {step.step: step.tokens for step in plan_recipe(epochs, tmp_path / "runs" / "r")}
+    assert read["memory"] == 3 * read["twin"]
+    out = tmp_path / "runs" / "r"
+    run_recipe(sections, out)
+    made = {name: read_manifest(out / name) for name in names}
+    assert made["written"].inputs["corpus"] == made["corpus"].hash
+    assert {"fold-1", "fold-2"} <= made["written"].inputs.keys()
+    assert made["targets"].inputs["corpus"] == made["written"].hash
+    assert ("fold-1" in made["targets"].inputs, "teacher" in made["targets"].inputs) == (bool(speaking), True)
+    assert made["memory"].inputs["data"] == made["targets"].hash
+    for name in ("twin", "teacher", "fold-1"):
+        assert made[name].inputs["data"] == made["corpus"].hash
+    assert read_manifest(out / "evaluation-memory").inputs["corpus"] == made["corpus"].hash
+
+
+def test_what_a_model_writes_is_read_without_targets_too(documents: str, model_folder: str, tmp_path: Path) -> None:
+    sections = changed(tiny(documents, model_folder), "write", times=1)
+    for name in ("teacher", "datastore", "twin"):
+        del sections[name]
+    sections = changed(changed(sections, "train", kl_weight=0), "targets", teacher=model_folder, teacher_share=1)
+    steps = [step.step for step in plan_recipe(sections, tmp_path / "out")]
+    assert steps == ["corpus", "written", "memory", "evaluation-memory"]
+
+
+@pytest.mark.parametrize(
+    ("told", "changes"),
+    [
+        ("write: who writes", {"teacher": None, "datastore": {"teacher": None}, "train": {"kl_weight": 0}}),
+        ("^folds: teachers of folds are trained", {"teacher": None, "write": {"folds": 2}}),
+        (r"write\.folds = 2, targets\.folds = 3", {"write": {"folds": 2}, "targets": {"folds": 3}}),
+        (r"write: what teachers wrote has no neighbours", {"targets": {"teacher_share": 0.5}}),
+        (r"write\.times = 0", {"write": {"times": 0}}),
+    ],
+)
+def test_recipes_in_which_nothing_can_be_written_are_one_line(
+    documents: str, model_folder: str, told: str, changes: dict[str, Any]
+) -> None:
+    sections = changed(tiny(documents, model_folder), "datastore", teacher=model_folder)
+    sections = changed(changed(sections, "targets", teacher_share=1), "write", times=2)
+    for name, values in changes.items():
+        if values is None:
+            del sections[name]
+        else:
+            sections[name] = {key: v for key, v in {**sections[name], **values}.items() if v is not None}
+    with pytest.raises(ConfigError, match=told):
+        Recipe(sections)
 
 
 def test_a_recipe_makes_what_its_rows_are_made_from(documents: str, model_folder: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_corpus, save_stranger
 from interruption import Interrupted
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
@@ -35,15 +35,21 @@ def test_the_documents_are_there_and_behind_them_what_was_written(written: Path,
     for text, expected in zip(texts, originals, strict=False):
         assert text.tolist() == expected.tolist()
     own = texts[len(originals) :]
-    assert len(own) == 3 * len(originals) == after.manifest.facts["written"]["documents"]
-    begun = {tuple(text[:4].tolist()) for text in originals}
+    starts = [
+        (document, at)
+        for document, text in enumerate(originals)
+        for at in range(0, len(text), 24)
+        if at == 0 or len(text) - at > 16
+    ]
+    assert len(own) == 3 * len(starts) == after.n_written > 3 * len(originals)  # some are longer than 24 tokens
+    begun = {tuple(originals[document][at : at + 4].tolist()) for document, at in starts}
     end = before.tokenizer.eos_token_id
     for text in own:
         assert tuple(text[:4].tolist()) in begun
         assert 4 < len(text) <= 24
         assert end not in text[4:-1].tolist()
         assert text.max() < before.vocab_size
-    assert len({tuple(text.tolist()) for text in own}) > 2 * len(originals)  # each is drawn anew
+    assert len({tuple(text.tolist()) for text in own}) > 2 * len(starts)  # each is drawn anew
     for name in SPLITS[1:]:
         assert after.split(name).tokens.tolist() == before.split(name).tokens.tolist()
     assert after.document_names("train")[-1].endswith(" as a teacher went on")
@@ -55,7 +61,7 @@ def test_they_are_drawn_as_the_teacher_says(model_folder: str, corpus_folder: Pa
     model, corpus = load_causal_lm(model_folder, dtype=torch.float32), Corpus(corpus_folder)
     prompt = next(iter(corpus.split("train").documents()))[:6]
     drawn = authors._go_on(
-        model, [prompt] * 4000, corpus.vocab_size, 0, temperature=0.2, top_p=1.0, max_length=7, eos_token_id=None
+        model, [prompt] * 4000, corpus.vocab_size, 0, temperature=0.2, top_p=1.0, longest=7, end=None
     )
     with torch.no_grad():
         logits = model(torch.from_numpy(prompt.astype(np.int64))[None]).logits[0, -1, : corpus.vocab_size]
@@ -64,6 +70,32 @@ def test_they_are_drawn_as_the_teacher_says(model_folder: str, corpus_folder: Pa
     assert np.abs(found - expected).sum() < 0.35
     likely = np.argsort(-expected)[:5]
     np.testing.assert_allclose(found[likely], expected[likely], atol=4 * np.sqrt(0.25 / 4000))
+
+
+def test_texts_of_any_length_go_on_as_each_would_alone(
+    model_folder: str, corpus_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Piece by piece, those that have ended put aside, against transformers one by one, the surest token each time."""
+    model, corpus = load_causal_lm(model_folder, dtype=torch.float32), Corpus(corpus_folder)
+    padding = range(corpus.vocab_size, model.config.vocab_size)
+    surest = GenerationConfig(do_sample=False, max_length=40, pad_token_id=0, suppress_tokens=[*padding])
+    prompts = [text[: 3 + number % 9] for number, text in enumerate(corpus.split("train").documents())][:30]
+    alone = []
+    for prompt in prompts:
+        given = torch.from_numpy(prompt.astype(np.int64))[None]
+        found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=surest)
+        alone.append(found[0].numpy())
+    ends = [int(np.bincount(np.concatenate([text[12:30] for text in alone])).argmax()), None]
+    for end in ends:
+        for piece in (1, 5, 64):
+            monkeypatch.setattr(authors, "_FIRST_PIECE", piece)
+            drawn = authors._go_on(
+                model, prompts, corpus.vocab_size, 0, longest=40, end=end, temperature=1e-7, top_p=1.0
+            )
+            for prompt, text, whole in zip(prompts, drawn, alone, strict=True):
+                stops = np.flatnonzero(whole[len(prompt) :] == end)
+                length = len(prompt) + int(stops[0]) + 1 if len(stops) else 40
+                assert text.tolist() == whole[:length].tolist()
 
 
 def test_authors_go_on_from_what_they_have_not_read(
@@ -84,11 +116,14 @@ def test_authors_go_on_from_what_they_have_not_read(
     write_corpus(corpus_folder, fold_teachers=teachers, out=tmp_path / "c", prompt_tokens=20, times=1, dtype="float32")
     split = Corpus(corpus_folder).split("train")
     fold, texts = split.folds(2), [tuple(text.tolist()) for text in split.documents()]
-    assert sum(map(len, given.values())) == len(texts)
+    size = Corpus(corpus_folder).config.block_size
+    assert sum(map(len, given.values())) == Corpus(tmp_path / "c").manifest.facts["written"]["documents"] >= len(texts)
     for number in (1, 2):
         for prompt in given[str(tmp_path / f"t{number}")]:
-            owners = {int(fold[d]) for d, text in enumerate(texts) if text[: len(prompt)] == prompt}
-            assert number - 1 in owners
+            parts = (
+                (d, text[at : at + len(prompt)]) for d, text in enumerate(texts) for at in range(0, len(text), size)
+            )
+            assert number - 1 in {int(fold[d]) for d, part in parts if part == prompt}
 
 
 def test_a_stopped_run_goes_on_to_the_same_bytes(

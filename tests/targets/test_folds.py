@@ -1,5 +1,6 @@
 """Teachers of folds: each speaks of the documents that it has not read."""
 
+import json
 import shutil
 from collections.abc import Callable
 from itertools import product
@@ -19,6 +20,7 @@ from memlm.datastore.build import build_datastore
 from memlm.errors import ArtifactError, ConfigError, InputError
 from memlm.manifest import read_manifest
 from memlm.models.loading import load_causal_lm
+from memlm.targets.authors import write_corpus
 from memlm.targets.build import build_targets
 from memlm.train.config import TrainConfig
 from memlm.train.data import TrainingData
@@ -111,6 +113,54 @@ def test_each_position_has_what_the_teacher_says_that_has_not_read_it(
     told = made.facts["teacher_perplexity"]
     assert told["train"] == pytest.approx(float(np.exp(np.mean(nats))), rel=1e-3)
     assert told["validation"] == pytest.approx(_held_out(models, corpus), rel=1e-3)
+
+
+def test_of_what_was_written_the_teacher_speaks(
+    teachers: list[Path], corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    """Documents as the teachers of folds say them of the corpus before, what was written as the teacher does."""
+    how: dict[str, Any] = {"target_mass": 1.0, "max_support": 10, "dtype": "float32"}
+    wrote = write_corpus(
+        corpus_folder, fold_teachers=teachers, out=tmp_path / "c", times=1, document_tokens=20, dtype="float32"
+    )
+    assert wrote.facts["written"]["folds"] == FOLDS
+    sources = {
+        "both": (tmp_path / "c", {"teacher": model_folder, "fold_teachers": teachers}),
+        "whole": (tmp_path / "c", {"teacher": model_folder}),
+        "folds": (corpus_folder, {"fold_teachers": teachers}),
+    }
+    made = {name: build_targets(place, out=tmp_path / name, **who, **how) for name, (place, who) in sources.items()}
+    assert made["both"].config["folds"] == FOLDS
+    assert made["both"].inputs.keys() == {"corpus", "teacher", *(f"fold-{n}" for n in range(1, FOLDS + 1))}
+    rows = {name: TrainingData(tmp_path / name, with_targets=True).train for name in sources}
+    assert len(rows["both"]) == len(rows["whole"]) > len(rows["folds"])
+    for number in range(len(rows["both"])):
+        other = rows["folds" if number < len(rows["folds"]) else "whole"][number]
+        for name in ("input_ids", "target_counts", "target_ids"):
+            assert (rows["both"][number][name] == other[name]).all()
+        np.testing.assert_allclose(rows["both"][number]["target_probs"], other["target_probs"], atol=1e-3)
+
+
+def test_who_does_not_speak_of_what_was_written_is_one_line(
+    teachers: list[Path], corpus_folder: Path, model_folder: str, tmp_path: Path
+) -> None:
+    both: dict[str, Any] = {"teacher": model_folder, "fold_teachers": teachers}
+    with pytest.raises(ConfigError, match="holds nothing that was written"):
+        build_targets(corpus_folder, out=tmp_path / "t", **both)
+    with pytest.raises(ConfigError, match="who is to write"):
+        write_corpus(corpus_folder, out=tmp_path / "c", **both)
+    with pytest.raises(ConfigError, match=rf"folds = 2: give as many teachers of folds, there are {FOLDS}"):
+        write_corpus(corpus_folder, out=tmp_path / "c", fold_teachers=teachers, folds=2)
+    how: dict[str, Any] = {"times": 1, "document_tokens": 20, "dtype": "float32"}
+    write_corpus(corpus_folder, teacher=model_folder, out=tmp_path / "w", **how)
+    with pytest.raises(ArtifactError, match="but on the one before teachers wrote: of that --teacher speaks"):
+        build_targets(tmp_path / "w", out=tmp_path / "t", fold_teachers=teachers)
+    manifest = tmp_path / "w" / "manifest.json"
+    told = json.loads(manifest.read_text())
+    told["facts"]["written"]["documents"] = 10_000
+    manifest.write_text(json.dumps(told))
+    with pytest.raises(ArtifactError, match="more documents than there are"):
+        Corpus(tmp_path / "w")
 
 
 def _held_out(models: list[Any], corpus: Corpus) -> float:

@@ -180,7 +180,7 @@ def targets(
 ) -> None:
     """Find every position's neighbours, without the position itself, and turn their next tokens into a soft target.
     Of a corpus, which has no neighbours, the targets are what --teacher says, or teachers of folds (--fold-teacher) of
-    what they have not read.
+    what they have not read; where memlm write has made a corpus longer, both: --teacher speaks of what was written.
 
     The rows load with `datasets` too: input_ids, target_counts, target_ids, target_probs.
 
@@ -218,6 +218,8 @@ def _foreseen(made: Manifest) -> str:
         return ""
     held_out = told.get("validation")
     who = f"teachers of {folds} folds give text that they have not read" if folds else "the teacher gives this text"
+    if folds and "teacher" in made.inputs:
+        who += ", and another what was written,"
     line = f"{who} perplexity {told['train']:.2f}" + ("" if held_out is None else f", and validation {held_out:.2f}")
     if not folds and held_out is not None and told["train"] < _LEAKS * held_out:
         line += "\n" + _BY_HEART + "its targets are little but the text: give --fold-teacher for teachers of folds"
@@ -256,11 +258,11 @@ def write(
     fold_teacher: FoldTeachers = None,
     as_json: Json = False,
 ) -> None:
-    """Let teachers go on from the beginnings of documents, and put what they write among the training documents.
+    """Let teachers go on from what documents begin with, and put what they write among the training documents.
 
     More text of the kind for a memory that is smaller than its teacher, or has little to read: --out is a corpus whose
     targets are then what the teacher says (memlm targets OUT --teacher MODEL). A teacher that has read a document
-    recites it, so those of folds write better.
+    recites it, so those of folds write better. A document longer than --document-tokens begins anew at every so many.
 
     Example: memlm write c/ --fold-teacher t1/ --fold-teacher t2/ --times 3 --out c2/
     """

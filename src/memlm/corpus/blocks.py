@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from memlm.corpus.config import SPLITS, CorpusConfig
@@ -202,16 +202,30 @@ class SplitFacts(Facts):
     positions: int = Field(ge=0)
 
 
+class WrittenFacts(Facts):
+    """What teachers wrote of a corpus."""
+
+    documents: int = Field(ge=0)
+
+
 class CorpusFacts(Facts):
     """What readers of a corpus rely on."""
 
     vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
     splits: dict[Literal["train", "validation", "test"], SplitFacts] = Field(min_length=len(SPLITS))
+    written: WrittenFacts | None = None
 
     @field_validator("splits")
     @classmethod
     def _in_order(cls, splits: dict[str, SplitFacts]) -> dict[str, SplitFacts]:
         return {name: splits[name] for name in SPLITS}  # a manifest's keys are sorted
+
+    @field_validator("written")
+    @classmethod
+    def _among_the_rest(cls, written: WrittenFacts | None, info: ValidationInfo) -> WrittenFacts | None:
+        if written is not None and "splits" in info.data and written.documents > info.data["splits"]["train"].documents:
+            raise ValueError("more documents than there are")
+        return written
 
 
 class Corpus:
@@ -240,6 +254,11 @@ class Corpus:
     def vocab_size(self) -> int:
         """Ids the tokenizer can give are below it."""
         return self.facts.vocab_size
+
+    @property
+    def n_written(self) -> int:
+        """How many of the last training documents were written by teachers, as `memlm write` does."""
+        return 0 if self.facts.written is None else self.facts.written.documents
 
     def check_read_by(self, model: str) -> None:
         """Raise, as `check_reads` does, unless `model` can read this corpus's token ids."""

@@ -32,6 +32,7 @@ _CHARACTERS = 4  # of a token, in English
 _TOKENISED = 200_000  # tokens a second
 _MODEL_SHARE = 0.3  # of a matrix product's rate that a model's passes reach; 0.25 to 0.4 with SmolLM2 on two cores
 _ENTRY_BYTES = 60  # of a tokenizer's files, an entry of the vocabulary
+_WRITING = 10  # times what a pass takes for a token: with SmolLM2 on two cores 5 to 15, in batches of 64
 _REPORT_BYTES = 60_000
 _LIBRARIES = 600_000_000  # bytes of a process that has loaded torch and transformers
 
@@ -83,10 +84,12 @@ def step_costs(
         kept = batch * _activations(parameters, width) * (1 if trains else 0.2)
         return Cost(tokens, operations / rate, disk, int(_LIBRARIES + held + kept), operations)
 
-    def training(config: TrainConfig, size: int, read_beside: int = 0) -> Cost:
+    times = configs["write"].times if "write" in configs else 0
+
+    def training(config: TrainConfig, size: int, read_beside: int = 0, written: int = 0) -> Cost:
         batch = config.batch_size * configs["corpus"].block_size
         step = batch * config.accumulation
-        read = train if config.fold is None else train * (1 - 1 / config.fold[1])
+        read = (1 + written) * (train if config.fold is None else train * (1 - 1 / config.fold[1]))
         tokens = config.max_steps * step if config.max_steps else int(config.epochs * read)
         operations = (
             3 * passing(size, tokens) + passing(size, config.epochs * validation) + passing(read_beside, tokens)
@@ -102,10 +105,14 @@ def step_costs(
         "datastore": cost(train, reading, corpus_bytes + search, 4 * teacher_size + search, batch, teacher_size),
         "targets": cost(train, reading, target_bytes, search, 0, 0),  # a search is about a pass
     }
+    if times:
+        costs["written"] = cost(times * train, times * reading, corpus_bytes, 4 * teacher_size, batch, teacher_size)
+        costs["written"] = costs["written"]._replace(seconds=_WRITING * times * reading / rate)
     if recipe.speaks_alone:
-        target_bytes = train * (8 + 6 * configs["targets"].max_support) + _ENTRY_BYTES * vocabulary
+        said = (1 + times) * train
+        target_bytes = said * (8 + 6 * configs["targets"].max_support) + _ENTRY_BYTES * vocabulary
         weights = 4 * teacher_size * max(1, len(recipe.fold_teachers))
-        costs["targets"] = cost(train, reading, target_bytes, weights, batch, teacher_size)
+        costs["targets"] = cost(said, (1 + times) * reading, target_bytes, weights, batch, teacher_size)
     if "teacher" in configs:
         start = places["teacher"]["init"]
         costs["teacher"] = training(configs["teacher"], memory_size(configs["teacher"], start, start))
@@ -123,7 +130,7 @@ def step_costs(
         given = {"init": base} if section in ("dapt", "lora") else places["mlp" if section == "mlp" else "train"]
         size = memory_size(config, given.get("init"), base)
         online = memory_class(config.start.kind).reads_base and "activations" not in given
-        costs[name] = training(config, size, beside if online else 0)
+        costs[name] = training(config, size, beside if online else 0, times if section in ("train", "mlp") else 0)
         costs[f"evaluation-{name}"] = judging(size, held)
     searched = passing(beside, 2 * held)
     costs["evaluation-retrieval"] = judging(0, held)._replace(operations=searched, seconds=searched / rate)

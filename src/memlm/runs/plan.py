@@ -39,6 +39,7 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
     """
     from memlm.corpus.build import plan_corpus
     from memlm.datastore.build import plan_datastore
+    from memlm.targets.authors import plan_written
     from memlm.targets.build import plan_targets
     from memlm.train.trainer import check_trainer_fields
 
@@ -66,24 +67,34 @@ def recipe_steps(recipe: Recipe) -> list[Step]:
                 ),
             )
         )
-    own = "teacher" if recipe.speaks_alone and not (recipe.speaker or folds) else None
-    source = "corpus" if recipe.speaks_alone else "datastore"
-    steps += [
-        Step(
-            "targets",
-            (source, *folds, *((own,) if own else ())),
-            lambda there: plan_targets(
-                there[source],
-                teacher=None if not recipe.speaks_alone or folds else str(there[own]) if own else recipe.speaker,
-                fold_teachers=[there[name] for name in folds],
-                config=configs["targets"],
-            ),
-        ),
-        training_step(recipe, "memory", "train"),
-    ]
+    if write := configs.get("write"):
+        steps.append(_asking(recipe, "written", "corpus", plan_written, write, alone=not write.folds))
+    targets, source = configs["targets"], "written" if write else "corpus"
+    if recipe.speaks_alone:
+        alone = not targets.folds or write is not None  # what was written needs somebody beside teachers of folds
+        steps.append(_asking(recipe, "targets", source, plan_targets, targets, alone=alone))
+    else:
+        steps.append(_asking(recipe, "targets", "datastore", plan_targets, targets, alone=False))
+    steps.append(training_step(recipe, "memory", "train"))
     if "twin" in configs:
         steps.append(training_step(recipe, "twin", "twin"))
     return steps
+
+
+def _asking(recipe: Recipe, name: str, source: str, plan: Callable[..., Plan], config: Any, *, alone: bool) -> Step:
+    """A step in which teachers speak of a source, or write for it: those of folds, one that is alone, or both."""
+    folds = [*recipe.fold_teachers] if config.folds else []
+    own = ["teacher"] if alone and recipe.speaker is None else []
+    return Step(
+        name,
+        (source, *folds, *own),
+        lambda there: plan(
+            there[source],
+            teacher=None if not alone else str(there["teacher"]) if own else recipe.speaker,
+            fold_teachers=[there[fold] for fold in folds],
+            config=config,
+        ),
+    )
 
 
 def needed_steps(steps: Sequence[Step], goals: Iterable[str]) -> list[Step]:
@@ -129,7 +140,8 @@ def training_step(recipe: Recipe, name: str, section: str, config: TrainConfig |
     if section in ("dapt", "lora"):
         return Step(name, ("corpus",), partial(_of_corpus, init=base, config=config))
     places = recipe.places["mlp" if section == "mlp" else "train"]
-    stored, data = places.get("activations"), "targets" if config.kl_weight else "corpus"
+    text = "written" if "write" in recipe.configs and section != "twin" else "corpus"
+    stored, data = places.get("activations"), "targets" if config.kl_weight else text
     own = stored == "datastore"
     return Step(
         name,

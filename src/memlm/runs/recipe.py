@@ -12,7 +12,7 @@ from memlm.datastore.config import DatastoreConfig
 from memlm.errors import ConfigError, InputError
 from memlm.evaluate.config import CompareConfig, EvaluateConfig
 from memlm.files import near_here
-from memlm.targets.config import RetrievalConfig, TargetsConfig
+from memlm.targets.config import RetrievalConfig, TargetsConfig, WriteConfig
 from memlm.train.config import TrainConfig
 
 SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
@@ -26,6 +26,7 @@ SECTIONS: dict[str, tuple[type[StageConfig], dict[str, str]]] = {
         },
     ),
     "teacher": (TrainConfig, {"init": "start model; the section fine-tunes a teacher, kl_weight is 0"}),
+    "write": (WriteConfig, {}),
     "datastore": (DatastoreConfig, {"teacher": "model; default the teacher section's"}),
     "targets": (TargetsConfig, {"teacher": "model whose words they are at teacher_share 1; default the datastore's"}),
     "train": (
@@ -114,14 +115,32 @@ class Recipe:
             raise ConfigError("train.init is missing: the start model; an mlp memory needs train.base instead")
         if not self.has_teacher and self._wants_datastore:
             raise ConfigError(NO_TEACHER)
-        if "teacher" in self.places["targets"] and not (self.speaks_alone and not self.configs["targets"].folds):
+        alone = not self.configs["targets"].folds or "write" in self.configs
+        if "teacher" in self.places["targets"] and not (self.speaks_alone and alone):
             raise ConfigError("targets.teacher is for targets that are its words alone: set targets.teacher_share to 1")
         if "teacher" in sections and "init" not in self.places["teacher"]:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
-        if self.configs["targets"].folds and "teacher" not in sections:
-            raise ConfigError("targets.folds: teachers of folds are trained as the teacher section says; add one")
+        if self._folds and "teacher" not in sections:
+            raise ConfigError("folds: teachers of folds are trained as the teacher section says; add one")
+        self._check_write()
         for name, config in self.configs.items():
             check_targets(name, config)
+
+    def _check_write(self) -> None:
+        if "write" not in self.configs:
+            return
+        writing, speaking = self.configs["write"].folds, self.configs["targets"].folds
+        if writing and speaking and writing != speaking:
+            raise ConfigError(f"write.folds = {writing}, targets.folds = {speaking}: the same teachers write and speak")
+        if self.speaker is None and "teacher" not in self.configs:
+            raise ConfigError("write: who writes? add a teacher section, or name a model as targets.teacher")
+        if self._imitates and not self.speaks_alone:
+            raise ConfigError("write: what teachers wrote has no neighbours: set targets.teacher_share to 1")
+
+    @property
+    def _folds(self) -> int:
+        """For how many folds teachers are trained, to speak or to write."""
+        return max((self.configs[name].folds for name in ("targets", "write") if name in self.configs), default=0)
 
     @property
     def has_teacher(self) -> bool:
@@ -139,12 +158,16 @@ class Recipe:
         return self.places["targets"].get("teacher") or self.places["datastore"].get("teacher")
 
     @property
+    def _imitates(self) -> bool:
+        """Whether a memory is trained on targets."""
+        return any(self.configs[name].kl_weight > 0 for name in ("train", "mlp") if name in self.configs)
+
+    @property
     def _wants_datastore(self) -> bool:
         """Whether it cannot be run without one."""
-        imitates = any(self.configs[name].kl_weight > 0 for name in ("train", "mlp") if name in self.configs)
         words = self.speaks_alone and (self.speaker is not None or "teacher" in self.configs)
         stored = any(places.get("activations") == "datastore" for places in self.places.values())
-        return (imitates and not words) or stored or "retrieval" in self.configs
+        return (self._imitates and not words) or stored or "retrieval" in self.configs
 
     @cached_property
     def base(self) -> str:
@@ -160,8 +183,8 @@ class Recipe:
 
     @property
     def fold_teachers(self) -> dict[str, TrainConfig]:
-        """Name of a step to how it trains the teacher of a fold, where targets ask for such."""
-        if not (folds := self.configs["targets"].folds):
+        """Name of a step to how it trains the teacher of a fold, where such are to speak or to write."""
+        if not (folds := self._folds):
             return {}
         teacher: TrainConfig = self.configs["teacher"]
         return {f"fold-{n}": teacher.model_copy(update={"left_out": f"{n}/{folds}"}) for n in range(1, folds + 1)}

@@ -1,7 +1,9 @@
-"""A corpus with what teachers wrote: they go on from the beginnings of its documents, those of folds of unread ones."""
+"""A corpus with what teachers wrote: they go on from what its documents begin with, those of folds from unread ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from memlm.stage import Plan, Stage, StageSpec, run_stage
 from memlm.targets.config import WriteConfig
 from memlm.targets.speakers import load_speaker, named_speakers
 
+_FIRST_PIECE = 32  # tokens that are written before ended texts are put aside
 _TRAIN = ("train.tokens.npy", "train.offsets.npy", "train.names.txt")
 
 
@@ -38,7 +41,8 @@ def write_corpus(
     config: WriteConfig | None = None,
     **settings: Any,
 ) -> Manifest:
-    """Write a corpus to `out`: the training documents of `corpus`, and what teachers made of their beginnings.
+    """Write a corpus to `out`: the training documents of `corpus`, and what teachers made of their beginnings,
+    of those longer than `document_tokens` of the beginning of every so many tokens.
 
     The other splits are as they were. What shares an n-gram with them is left out, where the corpus was made without
     near-duplicates. A teacher that has read a document would recite it, so those of folds are the better authors.
@@ -52,8 +56,8 @@ def write_corpus(
         config: Default settings if None; or give them as keywords.
 
     Raises:
-        ConfigError: Neither or both are given, teachers of folds do not fit together, or one has no positions for
-            documents so long.
+        ConfigError: Neither or both are given, teachers of folds do not fit together or are not as many as `folds`, or
+            one has no positions for documents so long.
         ArtifactError: A teacher of a fold was trained on another corpus.
         ModelError: A teacher cannot be reached, or gives scores that are no numbers.
         TokenizerMismatchError: The teacher has another tokenizer than the corpus.
@@ -72,8 +76,10 @@ def plan_written(
 ) -> Plan:
     """What `write_corpus` with these arguments is to make, and the work; raises what it raises before any work."""
     source, config = Corpus(corpus), config or WriteConfig()
-    nobody = "who is to write? give --teacher, or a --fold-teacher for each fold"
-    authors = named_speakers(source, teacher, fold_teachers, nobody)
+    if (teacher is None) == (not fold_teachers):
+        raise ConfigError("who is to write? give --teacher, or a --fold-teacher for each fold")
+    authors = named_speakers(source, teacher, fold_teachers)
+    config = config.with_folds(authors.folds)
     parse_dtype(config.dtype)
     for author in authors.places:
         reach, longest = longest_context(load_config(author)), _longest(source, config)
@@ -99,7 +105,7 @@ class _Batch:
 
     author: int
     documents: NDArray[np.int64]
-    """Which documents' beginnings are given."""
+    """From which documents something is given."""
     prompts: list[NDArray[np.int32]]
 
 
@@ -107,27 +113,61 @@ def _batches(split: Split, authors: int, longest: int, config: WriteConfig) -> l
     """All that is to be written, prompts of a length side by side."""
     random = np.random.default_rng(config.seed)
     fold = split.folds(authors) if authors > 1 else np.zeros(split.n_documents, np.int64)
-    documents = np.repeat(np.arange(split.n_documents), config.times)
+    begun = [
+        (document, at)
+        for document, (start, stop) in enumerate(pairwise(split.offsets.tolist()))
+        for at in range(start, stop, longest)  # a long document at every so many tokens, not at its beginning alone
+        if at == start or stop - at > config.prompt_tokens
+    ]
+    documents, starts = np.repeat(np.array(begun, dtype=np.int64), config.times, axis=0).T
     given = random.integers(max(1, config.prompt_tokens // 4), config.prompt_tokens + 1, len(documents))
-    given = np.minimum(given, np.diff(split.offsets)[documents] - 1).clip(max=longest - 1)
+    given = np.minimum(given, split.offsets[documents + 1] - starts - 1).clip(1, longest - 1)
     found = []
     for author in range(authors):
         own = np.flatnonzero(fold[documents] == author)
         own = own[np.argsort(given[own], kind="stable")]
         for start in range(0, len(own), config.batch_size):
             part = own[start : start + config.batch_size]
-            starts = split.offsets[documents[part]]
-            prompts = [np.asarray(split.tokens[at : at + n]) for at, n in zip(starts, given[part], strict=True)]
+            prompts = [np.asarray(split.tokens[at : at + n]) for at, n in zip(starts[part], given[part], strict=True)]
             found.append(_Batch(author, documents[part], prompts))
     return found
 
 
 def _write(stage: Stage, corpus: Corpus, authors: list[str], config: WriteConfig, due: Due) -> dict[str, Any]:
     """Write the corpus, and return its facts."""
-    split, longest = corpus.split("train"), _longest(corpus, config)
-    end = special_id(corpus.tokenizer, corpus.config.end_token, "end_token")
     dtype = stage.settled("dtype", dtype_name(parse_dtype(config.dtype, default_device())))
-    batches, part = _batches(split, len(authors), longest, config), Part(stage.path, "written", due)
+    part = Part(stage.path, "written", due)
+    batches = _batches(corpus.split("train"), len(authors), _longest(corpus, config), config)
+    texts = _written(stage, part, corpus, [partial(load_speaker, author, dtype) for author in authors], batches, config)
+    fits = np.flatnonzero(_fitting(corpus, texts, batches))
+    names = corpus.document_names("train")
+    labels = [f"{names[d]} as a teacher went on" for batch in batches for d in batch.documents]
+    documents = [*corpus.split("train").documents(), *(texts[n] for n in fits)]
+    offsets = np.cumsum([0, *map(len, documents)]).astype(np.int64)
+    save_tokens(stage, _TRAIN[0], int(offsets[-1]), documents)
+    stage.save_array(_TRAIN[1], offsets)
+    stage.save_text(_TRAIN[2], "".join(name + "\n" for name in [*names, *(labels[n] for n in fits)]))
+    for start in ("validation.", "test.", "tokenizer/"):
+        copy_payload(corpus.folder, corpus.manifest, stage.path, start)
+    part.remove()
+    facts = dict(corpus.manifest.facts)
+    size = {"documents": len(documents), "tokens": int(offsets[-1]), "positions": int(offsets[-1]) - len(documents)}
+    written = {"documents": len(fits), "tokens": int(sum(len(texts[n]) for n in fits))}
+    written |= {"documents_left_out": len(texts) - len(fits), "teacher_dtype": dtype, **config.model_dump()}
+    return facts | {"splits": facts["splits"] | {"train": size}, "written": written}
+
+
+def _written(
+    stage: Stage,
+    part: Part,
+    corpus: Corpus,
+    authors: Sequence[Callable[[], PreTrainedModel]],
+    batches: Sequence[_Batch],
+    config: WriteConfig,
+) -> list[NDArray[np.int32]]:
+    """All that is written, batch by batch; what an earlier run wrote is kept in `part`."""
+    end = special_id(corpus.tokenizer, corpus.config.end_token, "end_token")
+    drawing = {"longest": _longest(corpus, config), "temperature": config.temperature, "top_p": config.top_p}
     done, kept = part.load()
     texts = [*np.split(kept["tokens"], kept["lengths"].cumsum()[:-1])] if done else []
     models: dict[int, PreTrainedModel] = {}
@@ -138,34 +178,16 @@ def _write(stage: Stage, corpus: Corpus, authors: list[str], config: WriteConfig
     with progress_bar(sum(len(batch.prompts) for batch in batches), "writing", unit="doc", initial=len(texts)) as bar:
         for number, batch in enumerate(batches[done:], done):
             if batch.author not in models:
-                models = {batch.author: load_speaker(authors[batch.author], dtype)}  # one at a time
-            drawing = {"temperature": config.temperature, "top_p": config.top_p, "max_length": longest}
-            ids = {"eos_token_id": end, "pad_token_id": end or 0}
-            texts += _go_on(
-                models[batch.author], batch.prompts, corpus.vocab_size, config.seed + number, **drawing, **ids
-            )
+                models = {batch.author: authors[batch.author]()}  # one at a time
+            model, seed = models[batch.author], config.seed + number
+            texts += _go_on(model, batch.prompts, corpus.vocab_size, seed, end=end, **drawing)
             bar.update(len(batch.prompts))
             if part.offer(number + 1, arrays):
                 stage.kept = f"{len(texts):,} written documents"
-    names = corpus.document_names("train")
-    labels = [f"{names[d]} as a teacher went on" for batch in batches for d in batch.documents]
-    kept_texts = [n for n, fits in enumerate(_fitting(corpus, texts, batches)) if fits]
-    everything = [*split.documents(), *(texts[n] for n in kept_texts)]
-    offsets = np.cumsum([0, *map(len, everything)]).astype(np.int64)
-    save_tokens(stage, _TRAIN[0], int(offsets[-1]), everything)
-    stage.save_array(_TRAIN[1], offsets)
-    stage.save_text(_TRAIN[2], "".join(name + "\n" for name in [*names, *(labels[n] for n in kept_texts)]))
-    for start in ("validation.", "test.", "tokenizer/"):
-        copy_payload(corpus.folder, corpus.manifest, stage.path, start)
-    part.remove()
-    facts = dict(corpus.manifest.facts)
-    size = {"documents": len(everything), "tokens": int(offsets[-1]), "positions": int(offsets[-1]) - len(everything)}
-    written = {"documents": len(kept_texts), "tokens": int(sum(len(texts[n]) for n in kept_texts))}
-    written |= {"documents_left_out": len(texts) - len(kept_texts), "teacher_dtype": dtype, **config.model_dump()}
-    return facts | {"splits": facts["splits"] | {"train": size}, "written": written}
+    return texts
 
 
-def _fitting(corpus: Corpus, texts: list[NDArray[np.int32]], batches: list[_Batch]) -> NDArray[np.bool_]:
+def _fitting(corpus: Corpus, texts: list[NDArray[np.int32]], batches: Sequence[_Batch]) -> NDArray[np.bool_]:
     """`(written,)` whether anything was written, that shares no more with held-out documents than is allowed."""
     prompts = [len(prompt) for batch in batches for prompt in batch.prompts]
     fits = np.array([len(text) > given for text, given in zip(texts, prompts, strict=True)])
@@ -177,29 +199,56 @@ def _fitting(corpus: Corpus, texts: list[NDArray[np.int32]], batches: list[_Batc
 
 @torch.inference_mode()
 def _go_on(
-    model: PreTrainedModel, prompts: list[NDArray[np.int32]], vocab_size: int, seed: int, **drawing: Any
+    model: PreTrainedModel,
+    prompts: list[NDArray[np.int32]],
+    vocab_size: int,
+    seed: int,
+    *,
+    longest: int,
+    end: int | None,
+    **drawing: Any,
 ) -> list[NDArray[np.int32]]:
-    """What the model makes of these beginnings, those included; `drawing` as `GenerationConfig` has it.
+    """What the model makes of these beginnings, those included, to its end or to so many tokens.
+
+    Texts that have ended would be run along with the others to the end of the longest. So they go on piece by piece,
+    and what has not ended is read anew: with pieces that grow as texts do, that is about three texts' reading.
+
+    Args:
+        drawing: As `GenerationConfig` has it.
 
     Raises:
-        ModelError: It gives scores that are no numbers.
+        ModelError: The model gives scores that are no numbers.
     """
-    width, device = max(map(len, prompts)), device_of(model)
-    tokens, mask = (torch.zeros((len(prompts), width), dtype=torch.long) for _ in range(2))
-    for row, prompt in enumerate(prompts):
-        tokens[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, width - len(prompt) :] = 1
+    texts, device = [prompt.astype(np.int64) for prompt in prompts], device_of(model)
     padding = range(vocab_size, model.config.get_text_config(decoder=True).vocab_size)
-    how = GenerationConfig(do_sample=True, top_k=0, suppress_tokens=[*padding] or None, **drawing)
-    asked = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
-    if bool(model(**asked, use_cache=False).logits[:, -1].isnan().any()):  # of which nothing can be drawn
-        raise ModelError(f"teacher {model.config.name_or_path} gives no finite scores")
+    ids = {"eos_token_id": end, "pad_token_id": end or 0, "suppress_tokens": [*padding] or None}
+    left = [row for row, text in enumerate(texts) if len(text) < longest]
+    if bool(model(**_padded(texts, device), use_cache=False).logits[:, -1].isnan().any()):
+        raise ModelError(f"teacher {model.config.name_or_path} gives no finite scores")  # nothing can be drawn
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        said: Int[Tensor, "B N"] = model.generate(**asked, generation_config=how)  # type: ignore[operator]
-    found, end = [], how.eos_token_id
-    for row, prompt in zip(said.cpu().numpy().astype(np.int32), prompts, strict=True):
-        text, after = row[width - len(prompt) :], len(prompt)
-        ends = np.flatnonzero(text[after:] == end) if end is not None else []
-        found.append(text[: after + ends[0] + 1] if len(ends) else text)
-    return found
+        while left:
+            asked = _padded([texts[row] for row in left], device)
+            width, room = asked["input_ids"].shape[1], longest - min(len(texts[row]) for row in left)
+            piece = min(max(_FIRST_PIECE, width // 2), room)
+            how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=piece, **ids, **drawing)
+            said: Int[Tensor, "B N"] = model.generate(**asked, generation_config=how)  # type: ignore[operator]
+            unfinished = []
+            for row, new in zip(left, said[:, width:].cpu().numpy(), strict=True):
+                new = new[: longest - len(texts[row])]
+                ends = np.flatnonzero(new == end) if end is not None else []
+                texts[row] = np.concatenate([texts[row], new[: ends[0] + 1] if len(ends) else new])
+                if not len(ends) and len(texts[row]) < longest:
+                    unfinished.append(row)
+            left = unfinished
+    return [text.astype(np.int32) for text in texts]
+
+
+def _padded(texts: list[NDArray[np.int64]], device: torch.device) -> dict[str, Int[Tensor, "B N"]]:
+    """Texts side by side, padded in front, as models take them."""
+    width = max(map(len, texts))
+    tokens, mask = (torch.zeros((len(texts), width), dtype=torch.long) for _ in range(2))
+    for row, text in enumerate(texts):
+        tokens[row, width - len(text) :] = torch.from_numpy(text)
+        mask[row, width - len(text) :] = 1
+    return {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}

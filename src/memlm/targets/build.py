@@ -55,7 +55,8 @@ def build_targets(
         teacher: Of a corpus, any causal LM with its tokenizer. Of a datastore, where its teacher is by now, which
             makes its queries where it kept no keys.
         fold_teachers: Folders of models that were trained with `left_out`, one for each fold: the teacher's share is
-            theirs then, each speaking of the documents that it has not read.
+            theirs then, each speaking of the documents that it has not read. Where teachers wrote some of a corpus,
+            those of the corpus before that, and `teacher` speaks of what was written.
         config: Default settings if None; or give them as keywords.
 
     Raises:
@@ -123,7 +124,7 @@ def _search(
     done = split.n_positions - sum(stop - start for start, stop in bounds.values())
     teacher = cache(lambda: load_teacher(store.teacher, store.read_as)[0])
     reader = cache(lambda: TapReader(teacher(), store.facts.tap))
-    speakers = Speakers(store.corpus, loaders(folds, store.read_as.dtype) if folds else [teacher])
+    speakers = Speakers(store.corpus, loaders(folds, store.read_as.dtype) if folds else [teacher], len(folds))
     chosen = _chosen(stage, store, config, teacher)
     share = chosen["teacher_share"]
     votes_settings = {

@@ -53,7 +53,23 @@ class RetrievalConfig(NeighborConfig):
         return self.model_dump(exclude={"teacher"})
 
 
-class TargetsConfig(NeighborConfig):
+class _FoldsConfig(StageConfig):
+    """What is asked of a teacher, or of several for a fold each."""
+
+    folds: int = Field(default=0, ge=0, le=99)
+
+    def with_folds(self, count: int) -> Self:
+        """The settings in force where so many teachers of folds are given.
+
+        Raises:
+            ConfigError: `folds` says otherwise.
+        """
+        if self.folds not in (0, count):
+            raise ConfigError(f"folds = {self.folds}: give as many teachers of folds, there are {count}")
+        return self.model_copy(update={"folds": count})
+
+
+class TargetsConfig(_FoldsConfig, NeighborConfig):
     """How neighbours become soft targets."""
 
     target_temperature: float | None = Field(default=None, gt=0, le=1e12)  # type: ignore[assignment]
@@ -89,16 +105,6 @@ class TargetsConfig(NeighborConfig):
         """Whether anything is left to be chosen from the data."""
         return self.target_temperature is None or self.teacher_share == "auto"
 
-    def with_folds(self, count: int) -> Self:
-        """The settings in force where so many teachers of folds are given.
-
-        Raises:
-            ConfigError: `folds` says otherwise.
-        """
-        if self.folds not in (0, count):
-            raise ConfigError(f"folds = {self.folds}: give as many teachers of folds, there are {count}")
-        return self.model_copy(update={"folds": count})
-
     def of_words(self) -> dict[str, Any]:
         """The settings of targets that have no neighbours, those that decide nothing left out."""
         kept = {"teacher_share", "target_mass", "max_support", "folds"}
@@ -119,15 +125,17 @@ class TargetsConfig(NeighborConfig):
         return values
 
 
-class WriteConfig(StageConfig):
+class WriteConfig(_FoldsConfig):
     """How teachers write."""
 
     times: int = Field(default=2, ge=1, le=10_000)
-    """Documents that are written for each training document."""
+    """Documents that are written for each training document; of a longer one for each `document_tokens` of it."""
     prompt_tokens: int = Field(default=16, ge=1, le=1 << 20)
-    """First tokens of a document that are given, at most; how many is drawn, from a quarter of it up."""
+    """Tokens that are given of a document, or of such a part, at most; how many is drawn, from a quarter of it up."""
     document_tokens: int | None = Field(default=None, ge=2, le=1 << 20)
     """Tokens of a written document at most, those given included; default the block size of the corpus."""
+    folds: int = Field(default=0, ge=0, le=99)
+    """How many teachers write, each what goes on from documents that it has not read. 0: one, from all."""
     temperature: float = Field(default=1.0, gt=0, le=100)
     """Divides the scores; lower is surer."""
     top_p: float = Field(default=0.95, gt=0, le=1)

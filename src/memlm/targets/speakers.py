@@ -38,7 +38,9 @@ def check_folds(corpus: Corpus, corpus_hash: str, teachers: Sequence[str | Path]
     for place in teachers:
         made = read_manifest(place, "memory")
         if made.inputs.get("data") != corpus_hash:
-            raise ArtifactError(f"{place} was not trained on corpus {corpus.folder}")
+            before = made.inputs.get("data") == corpus.manifest.inputs.get("corpus")
+            more = ", but on the one before teachers wrote: of that --teacher speaks, give one too" if before else ""
+            raise ArtifactError(f"{place} was not trained on corpus {corpus.folder}{more}")
         if (left_out := made.config.get("left_out")) is None:
             raise ConfigError(f"{place} has read all documents: a teacher of a fold is trained with --left-out")
         found[str(left_out)] = Path(place)
@@ -56,10 +58,10 @@ def check_folds(corpus: Corpus, corpus_hash: str, teachers: Sequence[str | Path]
 
 @dataclass(frozen=True)
 class Named:
-    """Who speaks of a corpus, as a stage's plan has it: a teacher, or teachers of folds."""
+    """Who speaks of a corpus, as a stage's plan has it: a teacher, teachers of folds, or both."""
 
     places: list[str]
-    """Where they are, those of folds in the order of the folds."""
+    """Where they are, those of folds first, in the order of the folds."""
     inputs: dict[str, str]
     """Name to content hash."""
     sources: dict[str, str]
@@ -68,53 +70,48 @@ class Named:
     @property
     def folds(self) -> int:
         """How many speak of a fold each; 0 where one speaks of all."""
-        return 0 if "teacher" in self.inputs else len(self.places)
+        return len(self.places) - ("teacher" in self.inputs)
 
 
-def named_speakers(corpus: Corpus, teacher: str | None, fold_teachers: Sequence[str | Path], nobody: str) -> Named:
-    """The teacher, or the teachers of folds, of which one kind must be given.
-
-    Args:
-        nobody: What is said where it is not so.
+def named_speakers(corpus: Corpus, teacher: str | None, fold_teachers: Sequence[str | Path]) -> Named:
+    """The teacher, or the teachers of folds; with both, those of folds have read the corpus that others wrote for.
 
     Raises:
-        ConfigError: Neither or both are given; or as `check_folds`.
-        ArtifactError, InputError: As `check_folds`.
+        ConfigError, ArtifactError, InputError: As `check_folds`.
         TokenizerMismatchError: The teacher has another tokenizer than the corpus.
     """
-    if (teacher is None) == (not fold_teachers):
-        raise ConfigError(nobody)
+    named = Named([], {}, {})
+    if fold_teachers:
+        read = corpus.manifest.hash if teacher is None else corpus.manifest.inputs["corpus"]
+        for name, place in check_folds(corpus, read, fold_teachers).items():
+            named.places.append(str(place))
+            named.inputs[name], named.sources[name] = read_manifest(place).hash, str(place)
     if teacher is not None:
         corpus.check_read_by(teacher)
-        return Named([teacher], {"teacher": model_identity(teacher)}, {"teacher": lasting_name(teacher)})
-    folds = check_folds(corpus, corpus.manifest.hash, fold_teachers)
-    sources = {name: str(place) for name, place in folds.items()}
-    return Named([*sources.values()], {name: read_manifest(place).hash for name, place in folds.items()}, sources)
+        named.places.append(teacher)
+        named.inputs["teacher"], named.sources["teacher"] = model_identity(teacher), lasting_name(teacher)
+    return named
 
 
 class Speakers:
-    """Teachers that speak of a corpus: one of all of it, or one for each fold, of that fold alone."""
+    """Teachers that speak of a corpus: one for each fold, of that fold alone, and one of all that is left."""
 
-    def __init__(self, corpus: Corpus, models: Sequence[Callable[[], PreTrainedModel]]) -> None:
+    def __init__(self, corpus: Corpus, models: Sequence[Callable[[], PreTrainedModel]], folds: int) -> None:
         """
         Args:
             corpus: What they speak of.
-            models: Load them; each is loaded once, when it is first asked.
+            models: Load them, those of folds first; each is loaded once, when it is first asked.
+            folds: How many of them are of folds. One more speaks of what was written, or, with none, of all.
         """
         self._corpus, self._models = corpus, [cache(load) for load in models]
-        self._folds = cache(lambda: corpus.split("train").folds(len(models)))
-
-    def __len__(self) -> int:
-        return len(self._models)
+        self._asked = cache(lambda: _dealt(corpus, folds, len(models)))
 
     def hear(self, blocks: NDArray[np.int64]) -> Iterator[Heard]:
         """What is said of these training blocks, by whom it is asked of."""
         split, vocab_size = self._corpus.split("train"), self._corpus.vocab_size
-        if len(self) == 1:
-            return hear(self._models[0](), None, split, blocks, vocab_size)
-        fold = self._folds()[split.documents_of(split.position_starts[blocks])]
-        parts = ((load, blocks[fold == number]) for number, load in enumerate(self._models))
-        return chain.from_iterable(hear(load(), None, split, part, vocab_size) for load, part in parts)
+        asked = self._asked()[split.documents_of(split.position_starts[blocks])]
+        parts = ((load, blocks[asked == number]) for number, load in enumerate(self._models))
+        return chain.from_iterable(hear(load(), None, split, part, vocab_size) for load, part in parts if len(part))
 
     def perplexity(self, positions: int) -> float | None:
         """Of about so many positions of the validation split, of all teachers together; None where there are none."""
@@ -126,6 +123,16 @@ class Speakers:
             for heard in hear(load(), None, split, blocks, self._corpus.vocab_size):
                 nats, count = nats + heard.nats, count + len(heard.positions)
         return math.exp(nats / count)
+
+
+def _dealt(corpus: Corpus, folds: int, models: int) -> NDArray[np.int64]:
+    """`(D,)` who is asked of each training document."""
+    split = corpus.split("train")
+    if not folds:
+        return np.zeros(split.n_documents, np.int64)
+    read = split.n_documents - (corpus.n_written if models > folds else 0)
+    own = split.only(np.arange(split.n_documents) < read).folds(folds)
+    return np.concatenate([own, np.full(split.n_documents - read, folds)])
 
 
 def load_speaker(teacher: str | Path, dtype: str) -> PreTrainedModel:
