@@ -307,14 +307,15 @@ class Figures:
             str(self.corpus.tokenizer.decode(test.tokens[start : start + read], skip_special_tokens=True))
             for start in test.offsets[:-1][:4]
         ]
+        searches = "in-context" in self.asked.rows
         found = bench(
             self.asked.base,
             timed,
             [prompt for prompt in prompts if prompt.strip()],
             tokenizer=self.corpus.tokenizer,
             retrieval=self.retrieval,
-            in_context=self.corpus.folder if "in-context" in self.asked.rows else None,
-            passages=self.asked.in_context_config("in-context"),
+            in_context=self.corpus.folder if searches else None,
+            passages=self.asked.in_context_config("in-context") if searches else None,
             config=BenchConfig(new_tokens=new, prompt_tokens=read, score_tokens=0, dtype=self.asked.evaluate.dtype),
         )
         as_well = {"dapt": "base", "lora": "base", "twin": "memory", "dapt+memory": "memory", "lora+memory": "memory"}
