@@ -41,7 +41,7 @@ _QUICK = {
     "mlp": {"layers": 1, "max_steps": 4, "dtype": "float32"},
     "dapt": {"max_steps": 4},
     "lora": {"max_steps": 4, "lora_rank": 2},
-    "compare": {"general_separator": "\n", "general_tokens": 2000, "timed_tokens": 2, "search": {}},
+    "compare": {"general_separator": "\n", "general_tokens": 2000, "timed_tokens": 2, "search": {}, "tasks": []},
     "retrieval": {"k": 8},
     "evaluate": {"dtype": "float32", "bootstrap": 10},
 }
@@ -62,7 +62,9 @@ def quick_overrides(recipe: str, out: Path) -> list[str]:
             (out / "general.txt").write_text(backwards, encoding="utf-8")
             (out / "general-fit.txt").write_text(backwards.replace(" ", "  "), encoding="utf-8")
             for split, is_last_first in (("validation", False), ("test", True)):
-                part = [" ".join(sorted(line.split(), reverse=is_last_first)) for line in lines[: len(lines) // 8]]
+                held = " ".join(lines[: len(lines) // 8]).split()
+                few = (held[at : at + 200] for at in range(0, len(held), 200))  # words of a document
+                part = [" ".join(sorted(words, reverse=is_last_first)) for words in few]
                 (out / f"{split}.txt").write_text("\n".join(part), encoding="utf-8")
     found = []
     for name, section in read_recipe(recipe).items():

@@ -201,12 +201,14 @@ class Study:
             self.general_corpus(part, recipe.places["corpus"]["tokenizer"])
 
     def general_corpus(self, part: str, tokenizer: str) -> Path:
-        """Corpus of general text whose test split is all of it, made of `study.general.fit` or `.test`."""
+        """Corpus of general text whose test split is all of it, made of `study.general.fit` or `.test`.
+
+        Its documents begin at headings of WikiText, or are what `study.general.separator` parts.
+        """
         lines = self.work / f"general-{part}.jsonl"
         if not lines.exists():
             text = Path(data_path(self.general[part])).read_text(encoding="utf-8")
-            starts = [match.start() for match in _HEADING.finditer(text)]
-            articles = [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
+            articles = _articles(text, self.general.get("separator"))
             lines.parent.mkdir(parents=True, exist_ok=True)
             lines.write_text("".join(json.dumps({"text": article}) + "\n" for article in articles), encoding="utf-8")
         sizes = {
@@ -285,7 +287,8 @@ class Study:
         document = np.empty(0, np.int64)
         for arm, line in lines.items():
             folder = self.memory_folder(line["key"])
-            tables = score_corpus(corpus, recipe.base, {"memory": str(folder)}, dtype=config.dtype)
+            base = self.recipe(line["settings"]).base
+            tables = score_corpus(corpus, base, {"memory": str(folder)}, dtype=config.dtype)
             test, weight = tables["test"], line["in_domain"]["fixed"]["mix_weight"]
             document = test.document
             label, own = (test.voters[name].label.astype(np.float64) for name in ("base", "memory"))
@@ -299,6 +302,13 @@ class Study:
             resampled = Resampled(document, parts, config)
             found[way] = {arm: resampled.ratio(arm, against) for arm in parts if arm != against}
         self.keep("pairs", {"against": against, "keys": keys, "ratios": found})
+
+
+def _articles(text: str, separator: str | None) -> list[str]:
+    if separator is not None:
+        return [part for part in text.split(separator) if part.strip()]
+    starts = [match.start() for match in _HEADING.finditer(text)]
+    return [text[a:b] for a, b in zip(starts, [*starts[1:], len(text)], strict=True)]
 
 
 def quick_settings(study: Path, out: Path) -> list[str]:

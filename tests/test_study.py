@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
+from transformers import AutoTokenizer
 
 from benchmarks import scaling, study, study_plot
+from memlm.config import read_recipe
+from memlm.models.loading import load_causal_lm
 
 STUDY = Path(__file__).parents[1] / "benchmarks" / "studies" / "medquad-small.yaml"
 
@@ -69,6 +73,33 @@ def test_a_study_judges_every_arm_is_gone_on_with_and_is_done_once(
     pictures = [tmp_path / "a.png", tmp_path / "b.png"]
     assert [study_plot.main([str(results), "--out", str(path)]) for path in pictures] == [0, 0]
     assert pictures[0].read_bytes() == pictures[1].read_bytes()
+
+
+def test_arms_may_have_bases_of_their_own(tmp_path: Path) -> None:
+    """The papers' law of size at toy size: each base is the one that its own memory stands beside."""
+    results = tmp_path / "results.jsonl"
+    command = [str(STUDY.parent / "paper-scaling.yaml"), "--quick", "--work", str(tmp_path), "--results", str(results)]
+    settings = read_recipe(
+        STUDY.parent / "paper-scaling.yaml", study.quick_settings(Path(command[0]), tmp_path / "toy")
+    )
+    other = tmp_path / "other"
+    model = load_causal_lm(str(tmp_path / "toy" / "model"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(0.5)
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(tmp_path / "toy" / "model").save_pretrained(other)
+    arms = {**settings["study"]["arms"], "medium": {"train.base": str(other), "train.layers": 2}}
+    command += ["--arms", "small", "medium", "--set", f"study.arms={json.dumps(arms)}"]
+    assert study.main(command) == 0
+    small, medium, pairs = (line for line in lines_of(results) if line["what"] in ("arm", "pairs"))
+    assert small["in_domain"]["base"]["perplexity"] != medium["in_domain"]["base"]["perplexity"]
+    found = [line["in_domain"]["fixed"]["perplexity"] for line in (medium, small)]
+    assert pairs["ratios"]["fixed"]["medium"]["perplexity"] == pytest.approx(found[0] / found[1], abs=2e-4)
+
+
+def test_general_text_is_parted_by_headings_or_by_what_is_said() -> None:
+    assert study._articles(" = A = \nx\n = B = \ny", None) == [" = A = \nx\n", " = B = \ny"]
+    assert study._articles("a\n\n\nb\n\n\n \n\n\n", "\n\n\n") == ["a", "b"]
 
 
 def test_of_an_arm_the_best_memory_is_kept_and_judged(tmp_path: Path) -> None:
