@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_corpus, save_stranger
+from families import FAMILIES, VOCABULARY, family_model
 from interruption import Interrupted
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from memlm.corpus.blocks import SPLITS, Corpus
 from memlm.errors import ArtifactError, ConfigError, ModelError, TokenizerMismatchError
+from memlm.models.abilities import CACHE
 from memlm.models.loading import load_causal_lm
 from memlm.targets import authors
 from memlm.targets.authors import write_corpus
@@ -96,6 +98,33 @@ def test_texts_of_any_length_go_on_as_each_would_alone(
                 stops = np.flatnonzero(whole[len(prompt) :] == end)
                 length = len(prompt) + int(stops[0]) + 1 if len(stops) else 40
                 assert text.tolist() == whole[:length].tolist()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "mamba", "gemma3", "forgets", "reads padding"])
+def test_any_model_writes_to_its_last_position(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beginnings of several lengths side by side, where the model can, against each alone without a cache."""
+
+    class Flawed(type(family_model("llama"))):
+        def forward(self, input_ids: Any = None, attention_mask: Any = None, **kwargs: Any) -> Any:
+            if kind == "reads padding":
+                attention_mask = None
+            elif (cache := kwargs.get(CACHE)) is not None and cache.get_seq_length() > 4:
+                cache.reset()
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+    model = family_model(kind if kind in FAMILIES else "llama")
+    random, alone = np.random.default_rng(0), []
+    prompts = [random.integers(1, VOCABULARY, 2 + n % 6).astype(np.int32) for n in range(12)]
+    surest = GenerationConfig(do_sample=False, max_length=24, pad_token_id=0, use_cache=False)  # gpt2 has no more
+    for prompt in prompts:
+        given = torch.from_numpy(prompt.astype(np.int64))[None]
+        found = model.generate(given, attention_mask=torch.ones_like(given), generation_config=surest)
+        alone.append(found[0].tolist())
+    if kind not in FAMILIES:
+        model.__class__ = Flawed
+    monkeypatch.setattr(authors, "_FIRST_PIECE", 5)
+    drawn = authors._go_on(model, prompts, VOCABULARY, 0, longest=24, end=None, temperature=1e-7, top_p=1.0)
+    assert [text.tolist() for text in drawn] == alone
 
 
 def test_authors_go_on_from_what_they_have_not_read(

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from memlm.config import settings_from
 from memlm.corpus.blocks import Corpus, Split
@@ -21,6 +21,7 @@ from memlm.corpus.near_duplicates import overlaps
 from memlm.errors import ConfigError, ModelError
 from memlm.files import digest
 from memlm.manifest import Manifest, copy_payload
+from memlm.models.abilities import abilities
 from memlm.models.loading import default_device, device_of, dtype_name, load_config, longest_context, parse_dtype
 from memlm.parts import KEEP_SECONDS, Due, Part
 from memlm.progress import progress_bar
@@ -219,28 +220,35 @@ def _go_on(
     Raises:
         ModelError: The model gives scores that are no numbers.
     """
-    texts, device = [prompt.astype(np.int64) for prompt in prompts], device_of(model)
+    texts, device, able = [prompt.astype(np.int64) for prompt in prompts], device_of(model), abilities(model)
     padding = range(vocab_size, model.config.get_text_config(decoder=True).vocab_size)
-    ids = {"eos_token_id": end, "pad_token_id": end or 0, "suppress_tokens": [*padding] or None}
+    drawing |= {"eos_token_id": end, "pad_token_id": end or 0, "suppress_tokens": [*padding] or None}
+    drawing |= {"do_sample": True, "top_k": 0, "use_cache": able.steps}
     left = [row for row, text in enumerate(texts) if len(text) < longest]
-    if bool(model(**_padded(texts, device), use_cache=False).logits[:, -1].isnan().any()):
-        raise ModelError(f"teacher {model.config.name_or_path} gives no finite scores")  # nothing can be drawn
+
+    def checked(said: Tensor, scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        if bool(scores.isnan().any()):  # of which nothing can be drawn
+            raise ModelError(f"teacher {model.config.name_or_path} gives no finite scores")
+        return scores
+
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while left:
-            asked = _padded([texts[row] for row in left], device)
-            width, room = asked["input_ids"].shape[1], longest - min(len(texts[row]) for row in left)
-            piece = min(max(_FIRST_PIECE, width // 2), room)
-            how = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=piece, **ids, **drawing)
-            said: Int[Tensor, "B N"] = model.generate(**asked, generation_config=how)  # type: ignore[operator]
-            unfinished = []
-            for row, new in zip(left, said[:, width:].cpu().numpy(), strict=True):
-                new = new[: longest - len(texts[row])]
+            alike = left if able.padding else [row for row in left if len(texts[row]) == len(texts[left[0]])]
+            asked = _padded([texts[row] for row in alike], device)
+            width = asked["input_ids"].shape[1]
+            piece = min(max(_FIRST_PIECE, width // 2), longest - width)  # the model may have positions for no more
+            how = GenerationConfig(max_new_tokens=piece, **drawing)
+            said: Int[Tensor, "B N"] = model.generate(  # type: ignore[operator]
+                **asked, generation_config=how, logits_processor=LogitsProcessorList([checked])
+            )
+            done = set()
+            for row, new in zip(alike, said[:, width:].cpu().numpy(), strict=True):
                 ends = np.flatnonzero(new == end) if end is not None else []
                 texts[row] = np.concatenate([texts[row], new[: ends[0] + 1] if len(ends) else new])
-                if not len(ends) and len(texts[row]) < longest:
-                    unfinished.append(row)
-            left = unfinished
+                if len(ends) or len(texts[row]) == longest:
+                    done.add(row)
+            left = [row for row in left if row not in done]
     return [text.astype(np.int32) for text in texts]
 
 
