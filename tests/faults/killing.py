@@ -39,8 +39,9 @@ from memlm.files import file_digest, is_half_written
 from memlm.manifest import read_manifest
 from memlm.memory.adapt import adapt_memory
 from memlm.stage import Stage, StageSpec, run_stage
+from memlm.targets.authors import plan_written
 from memlm.targets.build import build_targets
-from memlm.targets.config import TargetsConfig
+from memlm.targets.config import TargetsConfig, WriteConfig
 from memlm.train.config import TrainConfig
 from memlm.train.run import train_memory
 
@@ -119,6 +120,11 @@ def _train(data: Path, out: Path, *, base: str, init: str | None, activations: P
     train_memory(data, init=init, base=base, activations=activations, out=out, config=config)
 
 
+def _write(at: Ingredients, out: Path) -> None:
+    config = WriteConfig(times=2, document_tokens=24, batch_size=16, dtype="float32")
+    run_stage(out, *plan_written(at.corpus, teacher=at.model, config=config, keep_seconds=0))
+
+
 def _evaluate(at: Ingredients, out: Path) -> None:
     config = EvaluateConfig(dtype="float32", bootstrap=20)
     evaluate_perplexity(at.corpus, base=at.model, memory=str(at.memory), out=out, config=config)
@@ -133,6 +139,8 @@ STAGES: dict[str, Callable[[Ingredients, Path], object]] = {
     ),
     "datastore-extend": lambda at, out: build_datastore(at.corpus, extend=at.small_datastore, out=out),
     "targets": lambda at, out: build_targets(at.datastore, out=out, config=TargetsConfig(k=16, target_temperature=4.0)),
+    "words": lambda at, out: build_targets(at.corpus, teacher=at.model, out=out, config=TargetsConfig(dtype="float32")),
+    "write": _write,
     "train-decoder": lambda at, out: _train(at.targets, out, init=at.dropout_model, base=at.model),
     "train-mlp": lambda at, out: _train(
         at.targets, out, init=None, base=at.model, activations=at.datastore, kind="mlp", layers=2
