@@ -270,6 +270,7 @@ def test_what_a_model_writes_is_read_without_targets_too(documents: str, model_f
         (r"write\.folds = 2, targets\.folds = 3", {"write": {"folds": 2}, "targets": {"folds": 3}}),
         (r"write: what teachers wrote has no neighbours", {"targets": {"teacher_share": 0.5}}),
         (r"write\.times = 0", {"write": {"times": 0}}),
+        (r"train\.activations: no datastore has", {"train": {"kind": "mlp", "base": "b", "activations": "datastore"}}),
     ],
 )
 def test_recipes_in_which_nothing_can_be_written_are_one_line(

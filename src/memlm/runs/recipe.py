@@ -136,6 +136,8 @@ class Recipe:
             raise ConfigError("write: who writes? add a teacher section, or name a model as targets.teacher")
         if self._imitates and not self.speaks_alone:
             raise ConfigError("write: what teachers wrote has no neighbours: set targets.teacher_share to 1")
+        if stored := [name for name in ("train", "mlp") if "activations" in self.places.get(name, {})]:
+            raise ConfigError(f"{stored[0]}.activations: no datastore has what teachers wrote; leave it out")
 
     @property
     def _folds(self) -> int:
