@@ -585,5 +585,6 @@ def test_every_stage_setting_can_be_given_in_its_section(documents: str, model_f
     for name in ("teacher", "twin", "dapt", "lora"):
         sections[name]["kl_weight"] = 0
     sections["mlp"]["kind"] = "mlp"
+    sections["targets"]["teacher_share"] = 1  # what teachers write has no neighbours
     recipe = Recipe(sections)
     assert recipe.configs["targets"] == SECTIONS["targets"][0](**sections["targets"])
