@@ -224,7 +224,7 @@ def test_teachers_of_folds_are_made_where_targets_ask_for_them(
         assert of_fold.config["left_out"] == f"{number}/2"
         assert made.inputs[f"fold-{number}"] == of_fold.hash
     without = {name: section for name, section in sections.items() if name != "teacher"}
-    with pytest.raises(ConfigError, match=r"^folds: teachers of folds are trained as the teacher section says"):
+    with pytest.raises(ConfigError, match=r"targets.folds: teachers of folds are trained as the teacher section says"):
         Recipe(changed(without, "datastore", teacher=model_folder))
 
 
@@ -266,7 +266,7 @@ def test_what_a_model_writes_is_read_without_targets_too(documents: str, model_f
     ("told", "changes"),
     [
         ("write: who writes", {"teacher": None, "datastore": {"teacher": None}, "train": {"kl_weight": 0}}),
-        ("^folds: teachers of folds are trained", {"teacher": None, "write": {"folds": 2}}),
+        (r"^write\.folds: teachers of folds are trained", {"teacher": None, "write": {"folds": 2}}),
         (r"write\.folds = 2, targets\.folds = 3", {"write": {"folds": 2}, "targets": {"folds": 3}}),
         (r"write: what teachers wrote has no neighbours", {"targets": {"teacher_share": 0.5}}),
         (r"write\.times = 0", {"write": {"times": 0}}),

@@ -32,7 +32,7 @@ _CHARACTERS = 4  # of a token, in English
 _TOKENISED = 200_000  # tokens a second
 _MODEL_SHARE = 0.3  # of a matrix product's rate that a model's passes reach; 0.25 to 0.4 with SmolLM2 on two cores
 _ENTRY_BYTES = 60  # of a tokenizer's files, an entry of the vocabulary
-_WRITING = 10  # times what a pass takes for a token: with SmolLM2 on two cores 5 to 15, in batches of 64
+_WRITING = 10  # times what a pass takes for a token; plans 44 a second of SmolLM2 where 55 to 59 were written
 _REPORT_BYTES = 60_000
 _LIBRARIES = 600_000_000  # bytes of a process that has loaded torch and transformers
 

@@ -120,8 +120,9 @@ class Recipe:
             raise ConfigError("targets.teacher is for targets that are its words alone: set targets.teacher_share to 1")
         if "teacher" in sections and "init" not in self.places["teacher"]:
             raise ConfigError("teacher.init is missing: the model to fine-tune")
-        if self._folds and "teacher" not in sections:
-            raise ConfigError("folds: teachers of folds are trained as the teacher section says; add one")
+        for name in ("targets", "write"):
+            if name in sections and self.configs[name].folds and "teacher" not in sections:
+                raise ConfigError(f"{name}.folds: teachers of folds are trained as the teacher section says; add one")
         self._check_write()
         for name, config in self.configs.items():
             check_targets(name, config)
